@@ -1,0 +1,465 @@
+"""The torch engine: prompts run in this process, shared beginnings computed once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from whet import model as models
+from whet.engine import Generation, Progress, Prompt, Sampling, Score, Session, Spent, attention, prefix
+from whet.engine.prefix import Row, Tokens
+from whet.errors import EngineError
+from whet.prompt import render, takes_system
+
+BATCH_TOKENS = 2048  # packed tokens per forward pass: larger ones fall out of the caches and gain nothing
+KEY_TOKENS = 65_536  # keys and values held at once while generating, in tokens
+
+
+class TorchEngine:
+    """Opens a ModelRef in this process."""
+
+    name = "torch"
+
+    def open(self, ref: models.ModelRef, home: Path) -> Session:
+        """Load the weights (see `model.load` for what it raises) and open a session over them."""
+        module, tokenizer = models.load(ref, home)
+        return TorchSession(module, tokenizer)
+
+
+@dataclass
+class _Live:
+    """A row while it is being generated."""
+
+    row: int
+    tokens: list[int]
+    length: int  # tokens of the prompt
+    unit: prefix.Unit
+
+
+class TorchSession:
+    """A session over a module and its tokenizer; also over a live module that is being trained."""
+
+    def __init__(self, module: Any, tokenizer: Any, *, batch_tokens: int = BATCH_TOKENS) -> None:
+        self.module, self.tokenizer, self.batch_tokens = module, tokenizer, batch_tokens
+        self.spent = Spent()
+        config = module.config.get_text_config()
+        self.context = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 2048))
+        self.system = takes_system(tokenizer)
+        self.stop_ids = self._stop_ids()
+        self.encode_text = lru_cache(maxsize=65_536)(self._encode_text)
+        self.protocol = {
+            "engine": "torch",
+            "dtype": str(module.dtype).removeprefix("torch."),
+            "device": str(module.device),
+            "torch": torch.__version__,
+            "sharing": "tree" if attention.window(module) != 0 else "none",
+        }
+
+    def _stop_ids(self) -> frozenset[int]:
+        """Tokens that end a turn: the tokenizer's end and whatever the generation config names."""
+        ends = getattr(self.module.generation_config, "eos_token_id", None) or []
+        ids = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+        return frozenset(i for i in ids if i is not None)
+
+    def close(self) -> None:
+        """Release the module."""
+        del self.module
+
+    # --- text to tokens -------------------------------------------------------------------------------------------
+
+    def _encode_text(self, text: str) -> Tokens:
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Tokens]:
+        """Token ids of prompts, each rendered by the model's template with the answer's turn opened."""
+        texts = [render(self.tokenizer, p, system=self.system) for p in prompts]
+        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        start = self.tokenizer.bos_token_id
+        start = self.tokenizer.eos_token_id if start is None else start
+        # Raw text has no turn that opens it: its first token is predicted from the beginning-of-text token.
+        return [
+            (start, *t) if isinstance(p, str) and t[:1] != [start] else tuple(t)
+            for p, t in zip(prompts, ids, strict=True)
+        ]
+
+    def encode_answer(self, text: str, end: bool) -> Tokens:
+        """Token ids of an answer; with `end`, the end of the turn follows."""
+        tokens = self.encode_text(text)
+        return (*tokens, self.tokenizer.eos_token_id) if end else tokens
+
+    def count(self, prompts: Sequence[Prompt]) -> list[int]:
+        """Tokens of each prompt, the opening of the answer's turn included."""
+        return [len(t) for t in self.encode(prompts)]
+
+    def _fits(self, longest: int) -> None:
+        if longest > self.context:
+            raise EngineError(
+                "a prompt is longer than the model's context window",
+                expected=f"at most {self.context} tokens", found=str(longest), do="shorten it",
+            )  # fmt: skip
+
+    # --- scoring --------------------------------------------------------------------------------------------------
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        continuations: Sequence[Sequence[str]],
+        *,
+        end: bool = False,
+        progress: Progress | None = None,
+    ) -> list[tuple[Score, ...]]:
+        """Log-probability of each continuation behind its prompt; with `end`, that the turn ends there is scored too.
+
+        Raw text longer than the context window is scored in windows of it.
+        """
+        rows, owners = [], []
+        for n, (prompt, texts) in enumerate(zip(self.encode(prompts), continuations, strict=True)):
+            answers = tuple(self.encode_answer(t, end) for t in texts)
+            if isinstance(prompts[n], str) and any(len(prompt) + len(a) > self.context for a in answers):
+                pieces = [piece for a in answers for piece in self._windows(prompt, a)]
+            else:
+                pieces = [Row(prompt, answers)]
+            rows += pieces
+            owners += [n] * len(pieces)
+        logprobs = self.score_rows(rows, progress)
+        results: list[tuple[Score, ...]] = [()] * len(prompts)
+        for owner, row, values in zip(owners, rows, logprobs, strict=True):
+            scores = tuple(Score(sum(v), len(c)) for v, c in zip(values, row.continuations, strict=True))
+            old = results[owner]
+            if old and isinstance(prompts[owner], str):  # windows of one text add up
+                scores = (Score(old[0].logprob + scores[0].logprob, old[0].tokens + scores[0].tokens),)
+            results[owner] = scores
+        return results
+
+    def _windows(self, prompt: Tokens, text: Tokens) -> Iterator[Row]:
+        """Consecutive windows over a long text; each one's first token is predicted from the one before it."""
+        size = self.context - len(prompt)
+        for at in range(0, len(text), size):
+            yield Row(prompt if at == 0 else (text[at - 1],), (text[at : at + size],))
+
+    def score_rows(self, rows: Sequence[Row], progress: Progress | None = None) -> list[list[list[float]]]:
+        """Log-probability of every token of every continuation of every row (rows → continuations → tokens)."""
+        begun = time.monotonic()
+        longest = max((len(r.prompt) + max(map(len, r.continuations), default=0) for r in rows), default=0)
+        self._fits(longest)
+        bound = attention.window(self.module)
+        if bound is not None and longest > bound:
+            results, tokens = _score_unshared(self.module, rows, self.batch_tokens, progress)
+        else:
+            results, tokens = self._score_shared(rows, progress)
+        self.spent += Spent(seconds=time.monotonic() - begun, prefilled_tokens=tokens)
+        return results
+
+    def _score_shared(self, rows: Sequence[Row], progress: Progress | None) -> tuple[list[list[list[float]]], int]:
+        forest = prefix.arrange(rows)
+        results: list[list[list[float]]] = [[] for _ in rows]
+        kept: dict[int, dict[int, attention.KeysValues]] = {}
+        done = tokens = 0
+        with using_tree(self.module), torch.inference_mode():
+            for batch in prefix.batches(forest, self.batch_tokens):
+                for trunk in set(kept) - set(batch.past):
+                    del kept[trunk]
+                plan = attention.plan(forest, batch, self.module.dtype, self.module.device, kept, keep=True)
+                places = [
+                    (at + before, token)
+                    for unit, at in zip(batch.units, batch.unit_at, strict=True)
+                    for target in unit.targets
+                    for before, token in target
+                ]
+                values = iter(_target_logprobs(self.module, forest, batch, plan, places).tolist())
+                for unit in batch.units:
+                    results[unit.row] = [[next(values) for _ in target] for target in unit.targets]
+                done += len(batch.units)
+                tokens += batch.length
+                if progress:
+                    progress(done, len(rows))
+        return results, tokens
+
+    # --- generation -----------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None
+    ) -> list[tuple[Generation, ...]]:
+        """`sampling.n` answers per prompt; greedy at temperature 0. Sampling is repeatable by seed and prompt."""
+        begun = time.monotonic()
+        encoded = self.encode(prompts)
+        self._fits(max(map(len, encoded), default=0) + sampling.max_tokens)
+        copies = sampling.n if sampling.temperature > 0 else 1
+        rows = [Row(tokens) for tokens in encoded for _ in range(copies)]
+        bound = attention.window(self.module)
+        longest = max(map(len, encoded), default=0) + sampling.max_tokens
+        if bound is not None and longest > bound:
+            answers, prefilled = _generate_unshared(self, rows, sampling, progress)
+        else:
+            answers, prefilled = self._generate_shared(rows, sampling, progress)
+        made = [self._finish(tokens, sampling) for tokens in answers]
+        generated = sum(len(tokens) for tokens in answers)
+        self.spent += Spent(time.monotonic() - begun, 0.0, 0, prefilled, generated)
+        if copies == 1:
+            return [(g,) * sampling.n for g in made]
+        return [tuple(made[i : i + copies]) for i in range(0, len(made), copies)]
+
+    def _finish(self, tokens: list[int], sampling: Sampling) -> Generation:
+        """Text of generated tokens, ended before the end of turn or the first stop string."""
+        ended = bool(tokens) and tokens[-1] in self.stop_ids
+        text = self.tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True)
+        cuts = [at for at in (text.find(s) for s in sampling.stop) if at >= 0]
+        text = text[: min(cuts)] if cuts else text
+        return Generation(text, len(tokens), "stop" if ended or cuts else "length")
+
+    def _ended(self, tokens: list[int], sampling: Sampling) -> bool:
+        if tokens[-1] in self.stop_ids or len(tokens) >= sampling.max_tokens:
+            return True
+        # A stop string may lie across tokens: look at the tail only.
+        tail = self.tokenizer.decode(tokens[-16:]) if sampling.stop else ""
+        return any(s in tail for s in sampling.stop)
+
+    def _generate_shared(
+        self, rows: Sequence[Row], sampling: Sampling, progress: Progress | None
+    ) -> tuple[list[list[int]], int]:
+        forest = prefix.arrange(rows)
+        answers: list[list[int]] = [[] for _ in rows]
+        done = prefilled = 0
+        for group in _groups(forest, sampling.max_tokens):
+            with using_tree(self.module), torch.inference_mode():
+                prefilled += self._generate_group(forest, group, rows, sampling, answers)
+            done += len(group)
+            if progress:
+                progress(done, len(rows))
+        return answers, prefilled
+
+    def _generate_group(
+        self,
+        forest: prefix.Forest,
+        units: Sequence[prefix.Unit],
+        rows: Sequence[Row],
+        sampling: Sampling,
+        answers: list[list[int]],
+    ) -> int:
+        """Generate for units that fit into memory together; returns the tokens computed for their prompts."""
+        sub = prefix.Forest(forest.trunks, tuple(units))
+        kept: dict[int, dict[int, attention.KeysValues]] = {}
+        blocks: list[dict[int, attention.KeysValues]] = []
+        logits: list[Tensor] = []
+        prefilled = 0
+        capacity = max(len(u.tokens) for u in units) + sampling.max_tokens
+        for batch in prefix.batches(sub, self.batch_tokens):
+            plan = attention.plan(sub, batch, self.module.dtype, self.module.device, kept, keep=True)
+            plan.keep_all = {}
+            last = [at + u.last for u, at in zip(batch.units, batch.unit_at, strict=True)]
+            logits.append(_logits(self.module, sub, batch, plan, last))
+            blocks.append({n: _own_keys(kv, batch, capacity) for n, kv in plan.keep_all.items()})
+            prefilled += batch.length
+        own = {
+            n: (torch.cat([b[n][0] for b in blocks]), torch.cat([b[n][1] for b in blocks])) for n in blocks[0]
+        }
+        self._decode(sub, units, own, kept, torch.cat(logits), rows, sampling, answers)
+        return prefilled
+
+    def _decode(
+        self,
+        forest: prefix.Forest,
+        units: Sequence[prefix.Unit],
+        own: dict[int, attention.KeysValues],
+        kept: dict[int, dict[int, attention.KeysValues]],
+        logits: Tensor,
+        rows: Sequence[Row],
+        sampling: Sampling,
+        answers: list[list[int]],
+    ) -> None:
+        """The loop over new tokens; rows that ended leave the batch."""
+        device, dtype = self.module.device, self.module.dtype
+        capacity = next(iter(own.values()))[0].shape[2] if own else 0
+        live = [_Live(u.row, [], len(rows[u.row].prompt), u) for u in units]
+        draw = _sampler(sampling, [(rows[u.row].prompt, u.row) for u in units], device)
+        while live:
+            for item, token in zip(live, draw(logits, [x.row for x in live], len(live[0].tokens)), strict=True):
+                item.tokens.append(token)
+            going = [i for i, x in enumerate(live) if not self._ended(x.tokens, sampling)]
+            for item in live:
+                answers[item.row] = item.tokens
+            if not going:
+                return
+            if len(going) < len(live):
+                index = torch.tensor(going, device=device)
+                own = {n: (k.index_select(0, index), v.index_select(0, index)) for n, (k, v) in own.items()}
+                live = [live[i] for i in going]
+            step = len(live[0].tokens) - 1
+            at = torch.tensor([len(x.unit.tokens) + step for x in live], device=device)
+            mask = torch.zeros(len(live), 1, 1, capacity, dtype=dtype, device=device)
+            mask.masked_fill_((torch.arange(capacity, device=device) > at[:, None])[:, None, None], float("-inf"))
+            plan = attention.Decode(own, at, mask, _decode_reads(forest, [x.unit for x in live]), kept)
+            logits = self.module(
+                input_ids=torch.tensor([[x.tokens[-1] for x in live]], device=device),
+                position_ids=torch.tensor([[x.length + step for x in live]], device=device),
+                use_cache=False,
+                whet_plan=plan,
+            ).logits[0]
+
+
+@contextmanager
+def using_tree(module: Any) -> Iterator[None]:
+    """Run a module with tree attention, its own implementation and mode restored afterwards."""
+    before, training = module.config._attn_implementation, module.training
+    module.set_attn_implementation(attention.NAME)
+    module.eval()
+    try:
+        yield
+    finally:
+        module.set_attn_implementation(before)
+        module.train(training)
+
+
+def _logits(
+    module: Any, forest: prefix.Forest, batch: prefix.Batch, plan: attention.Plan, places: Sequence[int]
+) -> Tensor:
+    """Logits [len(places), vocabulary] at the given places of a packed batch."""
+    ids, positions = attention.packed(forest, batch, module.device)
+    index = torch.tensor(places, device=module.device)
+    out = module(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=index, whet_plan=plan)
+    return cast(Tensor, out.logits[0])
+
+
+def _target_logprobs(
+    module: Any,
+    forest: prefix.Forest,
+    batch: prefix.Batch,
+    plan: attention.Plan,
+    places: Sequence[tuple[int, int]],
+) -> Tensor:
+    """Log-probability [len(places)] of each (place before, token); places that recur are computed once."""
+    if not places:
+        return torch.zeros(0)
+    unique = sorted({place for place, _ in places})
+    rank = {place: n for n, place in enumerate(unique)}
+    logits = _logits(module, forest, batch, plan, unique).float()
+    rows = torch.tensor([rank[place] for place, _ in places], device=logits.device)
+    tokens = torch.tensor([token for _, token in places], device=logits.device)
+    return logits[rows, tokens] - torch.logsumexp(logits, -1)[rows]
+
+
+def _own_keys(kv: attention.KeysValues, batch: prefix.Batch, capacity: int) -> attention.KeysValues:
+    """Each unit's own keys and values out of a packed batch, padded to [units, groups, capacity, size]."""
+    blocks = []
+    for packed in kv:
+        block = packed.new_zeros(len(batch.units), packed.shape[1], capacity, packed.shape[3])
+        for n, (unit, at) in enumerate(zip(batch.units, batch.unit_at, strict=True)):
+            block[n, :, : len(unit.tokens)] = packed[0, :, at : at + len(unit.tokens)]
+        blocks.append(block)
+    return blocks[0], blocks[1]
+
+
+def _groups(forest: prefix.Forest, new: int) -> Iterator[list[prefix.Unit]]:
+    """Units whose keys and values (prompt rest and new tokens) fit into memory together."""
+    group: list[prefix.Unit] = []
+    longest = 0
+    for unit in forest.units:
+        longest = max(longest, len(unit.tokens) + new)
+        if group and longest * (len(group) + 1) > KEY_TOKENS:
+            yield group
+            group, longest = [], len(unit.tokens) + new
+        group.append(unit)
+    if group:
+        yield group
+
+
+def _decode_reads(forest: prefix.Forest, units: Sequence[prefix.Unit]) -> tuple[attention.Reads, ...]:
+    """Which rows of a step read which trunk: units stand in depth-first order, so each trunk's readers are one run."""
+    spans: dict[int, tuple[int, int]] = {}
+    for n, unit in enumerate(units):
+        for trunk in forest.chain(unit.trunk):
+            spans[trunk] = (spans.get(trunk, (n, n))[0], n + 1)
+    return tuple(attention.Reads(start, stop, trunk, None) for trunk, (start, stop) in sorted(spans.items()))
+
+
+def _sampler(
+    sampling: Sampling, rows: Sequence[tuple[Tokens, int]], device: torch.device
+) -> Callable[[Tensor, list[int], int], list[int]]:
+    """A function (logits, rows, step) → tokens; noise depends on seed, prompt, copy and step, never on the batch."""
+    if sampling.temperature <= 0:
+        return lambda logits, live, step: cast(list[int], logits.argmax(-1).tolist())
+    copies: dict[Tokens, int] = {}
+    generators: dict[int, torch.Generator] = {}
+    for prompt, row in sorted(rows, key=lambda r: r[1]):
+        copies[prompt] = copies.get(prompt, -1) + 1
+        seed = hash((sampling.seed, prompt, copies[prompt])) & 0x7FFF_FFFF_FFFF_FFFF
+        generators[row] = torch.Generator().manual_seed(seed)
+
+    def draw(logits: Tensor, live: list[int], step: int) -> list[int]:
+        chances = torch.softmax(logits.float() / sampling.temperature, -1)
+        ordered, index = chances.sort(-1, descending=True)
+        # The nucleus: tokens before which less than top_p lies (Holtzman et al. 2020).
+        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered > sampling.top_p, 0)
+        total = ordered.cumsum(-1)
+        point = torch.tensor([torch.rand(1, generator=generators[r]).item() for r in live], device=total.device)
+        place = torch.searchsorted(total, (point * total[:, -1])[:, None]).clamp(max=total.shape[1] - 1)
+        return cast(list[int], index.gather(1, place)[:, 0].tolist())
+
+    return draw
+
+
+# --- models whose attention cannot be shared: padded batches, transformers' own loops ----------------------------------
+
+
+def _score_unshared(
+    module: Any, rows: Sequence[Row], most: int, progress: Progress | None
+) -> tuple[list[list[list[float]]], int]:
+    """Score every continuation as a row of its own, padded on the right, batched by length."""
+    flat = [(n, c, (*r.prompt, *cont), len(cont)) for n, r in enumerate(rows) for c, cont in enumerate(r.continuations)]
+    flat.sort(key=lambda item: (len(item[2]), item[0], item[1]))
+    results: list[list[list[float]]] = [[[] for _ in r.continuations] for r in rows]
+    at = tokens = 0
+    while at < len(flat):
+        stop = at + 1
+        while stop < len(flat) and len(flat[stop][2]) * (stop + 1 - at) <= most:
+            stop += 1
+        part, width = flat[at:stop], len(flat[stop - 1][2])
+        ids = torch.zeros(len(part), width, dtype=torch.long)
+        mask = torch.zeros(len(part), width, dtype=torch.long)
+        for i, (_, _, sequence, _) in enumerate(part):
+            ids[i, : len(sequence)] = torch.tensor(sequence)
+            mask[i, : len(sequence)] = 1
+        keep = max(size for _, _, _, size in part) + width - min(len(item[2]) for item in part) + 1
+        with torch.inference_mode():
+            out = module(
+                input_ids=ids.to(module.device), attention_mask=mask.to(module.device), use_cache=False,
+                logits_to_keep=min(keep, width),
+            ).logits  # fmt: skip
+            logprobs = out.float().log_softmax(-1)
+        offset = width - logprobs.shape[1]
+        for i, (n, c, sequence, size) in enumerate(part):
+            first = len(sequence) - size
+            results[n][c] = [float(logprobs[i, p - 1 - offset, sequence[p]]) for p in range(first, len(sequence))]
+        tokens += sum(len(item[2]) for item in part)
+        at = stop
+        if progress:
+            progress(at, len(flat))
+    return results, tokens
+
+
+def _generate_unshared(
+    session: TorchSession, rows: Sequence[Row], sampling: Sampling, progress: Progress | None
+) -> tuple[list[list[int]], int]:
+    """Generate row by row with the model's own cache."""
+    answers: list[list[int]] = []
+    draw = _sampler(sampling, [(r.prompt, n) for n, r in enumerate(rows)], session.module.device)
+    for n, row in enumerate(rows):
+        past, ids, made = None, torch.tensor([row.prompt], device=session.module.device), list[int]()
+        with torch.inference_mode():
+            while not made or not session._ended(made, sampling):
+                out = session.module(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+                past = out.past_key_values
+                made += draw(out.logits[:, -1], [n], len(made))
+                ids = torch.tensor([made[-1:]], device=session.module.device)
+        answers.append(made)
+        if progress:
+            progress(n + 1, len(rows))
+    return answers, sum(len(r.prompt) for r in rows)

@@ -1,0 +1,500 @@
+"""Metrics: how one answer scores, and how many scores become one figure.
+
+Every figure here is a function of sums over examples (right answers and rows, n-gram matches, tokens and their
+likelihoods). A metric says what is summed (`statistics`) and what is made of the sums (`finish`), so that bootstrap
+and permutation resample exactly the published figure, as matrix products.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import math
+import re
+import string
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+
+from whet.errors import TaskError, nearest
+
+if TYPE_CHECKING:
+    from whet.task import Example
+
+GROUP = "whet.metrics"
+# What a failed row costs in perplexity, in nats per token: a blind guess among 2^18 tokens, the largest vocabularies.
+FAILED_NLL = 18 * math.log(2)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One answered example, as data.
+
+    `score` is the example's own score (0..1; for perplexity the negative log-likelihood per token, in nats), `weight`
+    its number of tokens (perplexity only), `others` the accepted answers besides `reference`. A failed example has
+    score 0 and the error's text.
+    """
+
+    id: str
+    answer: str
+    score: float
+    reference: str
+    group: str | None = None
+    error: str | None = None
+    weight: float = 1.0
+    others: tuple[str, ...] = ()
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """All accepted answers."""
+        return (self.reference, *self.others)
+
+
+class Metric(Protocol):
+    """The contract of a metric; subclass `Mean` to write `score` alone.
+
+    `score` sees one answer and its example, mutates neither, and returns a finite number. `statistics` returns one row
+    per outcome (numpy or scipy.sparse, shape (n, s)); `finish` takes sums of such rows, shape (..., s), and returns
+    the figure, shape (...). `aggregate(outcomes)` is `finish` of the sum of all rows. `higher_is_better` is the
+    direction of the figure. Rows of two runs may be compared only if they come from one call of `statistics`.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def higher_is_better(self) -> bool: ...
+    def score(self, answer: str, example: Example) -> float: ...
+    def statistics(self, outcomes: Sequence[Outcome]) -> Any: ...
+    def finish(self, totals: Any) -> Any: ...
+    def aggregate(self, outcomes: Sequence[Outcome]) -> float: ...
+
+
+class Additive:
+    """What the built-in metrics have in common: the figure is `finish` of the summed `statistics`."""
+
+    higher_is_better: ClassVar[bool] = True
+
+    def statistics(self, outcomes: Sequence[Outcome]) -> Any:
+        """Rows to be summed: (score, 1)."""
+        return np.array([(o.score, 1.0) for o in outcomes], dtype=float).reshape(-1, 2)
+
+    def finish(self, totals: Any) -> Any:
+        """The figure from summed rows, shape (..., s) → (...): the mean."""
+        return totals[..., 0] / np.maximum(totals[..., 1], 1)
+
+    def aggregate(self, outcomes: Sequence[Outcome]) -> float:
+        """The corpus figure; raises ValueError for no outcomes."""
+        if not outcomes:
+            raise ValueError("no outcomes to aggregate")
+        return float(self.finish(np.ones(len(outcomes)) @ self.statistics(outcomes)))
+
+
+class Mean(Additive):
+    """A metric whose figure is the mean of its per-example scores: a plugin needs `name` and `score` only."""
+
+
+# -- normalisation -----------------------------------------------------------------------------------------------
+
+
+def references(example: Example) -> tuple[str, ...]:
+    """All accepted answers of an example: its `answers`, else its completion."""
+    return tuple(example.answers) or (example.completion,)
+
+
+def plain(text: str) -> str:
+    """Text for comparing labels: NFC, stripped, casefolded, single spaces, no sentence punctuation at the end.
+
+    Only sentence punctuation goes, and never all of a text: 'C#', ':)' and '?' stay what they are.
+    """
+    text = " ".join(unicodedata.normalize("NFC", text).casefold().split())
+    return text.rstrip(".,;:!?。！？、，").rstrip() or text
+
+
+def squad(text: str) -> str:
+    """SQuAD's normalisation (Rajpurkar et al., 2016): lower case, no ASCII punctuation, no articles, single spaces.
+
+    Other scripts stay intact (NFC). A text that would vanish, such as the choice 'A', stays as it is in lower case.
+    """
+    lowered = unicodedata.normalize("NFC", text).lower()
+    bare = "".join(c for c in lowered if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split()) or " ".join(lowered.split())
+
+
+# -- built-in metrics --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Accuracy(Mean):
+    """Share of answers equal to an accepted one after `plain`; rows with choices compare the choices exactly."""
+
+    name: ClassVar[str] = "accuracy"
+
+    def score(self, answer: str, example: Example) -> float:
+        """1 if right, else 0."""
+        if answer in example.choices:
+            return float(answer in references(example))
+        return float(plain(answer) in map(plain, references(example)))
+
+
+@dataclass(frozen=True)
+class MacroF1(Additive):
+    """F1 averaged over classes, each class weighing the same: scikit-learn's f1_score(average="macro").
+
+    Classes are those among references and answers (compared after `plain`), so an answer outside the label set counts
+    as a class of F1 0, as in scikit-learn; a failed example is a miss of its class and founds none.
+    """
+
+    name: ClassVar[str] = "macro_f1"
+
+    def score(self, answer: str, example: Example) -> float:
+        """1 if right, else 0."""
+        return Accuracy().score(answer, example)
+
+    def statistics(self, outcomes: Sequence[Outcome]) -> Any:
+        """Sparse rows of 2C columns: per class, hits, and how often it is the reference plus how often the answer."""
+        from scipy.sparse import csr_array
+
+        truth = [plain(o.reference) for o in outcomes]
+        given = [None if o.error else t if o.score == 1 else plain(o.answer)
+                 for o, t in zip(outcomes, truth, strict=True)]
+        classes = {c: i for i, c in enumerate(dict.fromkeys([*truth, *(g for g in given if g is not None)]))}
+        cells = [(row, column) for row, (t, g) in enumerate(zip(truth, given, strict=True))
+                 for column in self._columns(classes, t, g)]
+        rows, columns = np.array(cells).reshape(-1, 2).T
+        return csr_array((np.ones(len(cells)), (rows, columns)), shape=(len(outcomes), 2 * len(classes)))
+
+    @staticmethod
+    def _columns(classes: Mapping[str, int], truth: str, given: str | None) -> tuple[int, ...]:
+        counted = len(classes) + classes[truth]
+        if given is None:
+            return (counted,)
+        return (counted, len(classes) + classes[given], *((classes[truth],) if given == truth else ()))
+
+    def finish(self, totals: Any) -> Any:
+        """Mean over classes that occur of 2·hits / (references + answers)."""
+        hits, counted = np.split(np.asarray(totals, dtype=float), 2, axis=-1)
+        f1 = 2 * hits / np.maximum(counted, 1)
+        return f1.sum(-1) / np.maximum((counted > 0).sum(-1), 1)
+
+
+@dataclass(frozen=True)
+class ExactMatch(Mean):
+    """Share of answers that equal an accepted one after SQuAD's normalisation (Rajpurkar et al., 2016)."""
+
+    name: ClassVar[str] = "exact_match"
+
+    def score(self, answer: str, example: Example) -> float:
+        """1 if equal to any accepted answer, else 0."""
+        return float(squad(answer) in map(squad, references(example)))
+
+
+@dataclass(frozen=True)
+class TokenF1(Mean):
+    """SQuAD's F1 over whitespace tokens (Rajpurkar et al., 2016), the best over the accepted answers."""
+
+    name: ClassVar[str] = "token_f1"
+
+    def score(self, answer: str, example: Example) -> float:
+        """Harmonic mean of token precision and recall, 0..1."""
+        given = squad(answer).split()
+        return max(self._f1(given, squad(r).split()) for r in references(example))
+
+    @staticmethod
+    def _f1(given: list[str], wanted: list[str]) -> float:
+        if not given or not wanted:
+            return float(given == wanted)
+        return 2 * (Counter(given) & Counter(wanted)).total() / (len(given) + len(wanted))
+
+
+@dataclass(frozen=True)
+class Contains(Mean):
+    """Share of answers that contain an accepted one, after SQuAD's normalisation.
+
+    A Latin word or a number must be contained whole ('no' is not in 'know'); particles of other scripts may follow.
+    """
+
+    name: ClassVar[str] = "contains"
+
+    def score(self, answer: str, example: Example) -> float:
+        """1 if any accepted answer is contained, else 0."""
+        text = squad(answer)
+        return float(any(self._inside(squad(r), text) for r in references(example)))
+
+    @staticmethod
+    def _inside(wanted: str, text: str) -> bool:
+        if not wanted:
+            return not text
+        before = r"(?<![a-z0-9])" if re.match("[a-z0-9]", wanted) else ""
+        after = r"(?![a-z0-9])" if re.search("[a-z0-9]$", wanted) else ""
+        return re.search(before + re.escape(wanted) + after, text) is not None
+
+
+class _Words:
+    """rouge-score's tokenizer without its loss of everything outside a-z and 0-9."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"[^\W_]+", unicodedata.normalize("NFC", text).lower())
+
+
+@functools.cache
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=False, tokenizer=_Words())
+
+
+@dataclass(frozen=True)
+class RougeL(Mean):
+    """ROUGE-L F-measure (Lin, 2004; rouge-score, no stemmer, any script), the best over the accepted answers."""
+
+    name: ClassVar[str] = "rouge_l"
+
+    def score(self, answer: str, example: Example) -> float:
+        """F-measure of the longest common subsequence of words, 0..1."""
+        return max(float(_rouge().score(r, answer)["rougeL"].fmeasure) for r in references(example))
+
+
+@functools.cache
+def _sacrebleu(kind: str) -> Any:
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+
+    return BLEU(effective_order=True) if kind == "bleu" else CHRF()
+
+
+@dataclass(frozen=True)
+class Bleu(Additive):
+    """Corpus BLEU (Papineni et al., 2002) as sacrebleu computes it (13a tokens, exp smoothing), divided by 100."""
+
+    name: ClassVar[str] = "bleu"
+
+    def score(self, answer: str, example: Example) -> float:
+        """Sentence BLEU / 100 with effective order."""
+        return float(_sacrebleu("bleu").sentence_score(answer, list(references(example))).score) / 100
+
+    def statistics(self, outcomes: Sequence[Outcome]) -> Any:
+        """Rows of (answer length, reference length, 4 matches, 4 totals)."""
+        bleus = [_sacrebleu("bleu").sentence_score(_said(o), list(o.references)) for o in outcomes]
+        return np.array([(b.sys_len, b.ref_len, *b.counts, *b.totals) for b in bleus], dtype=float).reshape(-1, 10)
+
+    def finish(self, totals: Any) -> Any:
+        """Corpus BLEU / 100 from summed rows."""
+        compute = _sacrebleu("bleu").compute_bleu
+
+        def one(row: Any) -> float:
+            r = [int(x) for x in row]
+            return float(compute(r[2:6], r[6:], r[0], r[1], smooth_method="exp").score) / 100
+
+        return np.apply_along_axis(one, -1, np.rint(totals))
+
+
+@dataclass(frozen=True)
+class Chrf(Additive):
+    """Corpus chrF (Popović, 2015) as sacrebleu computes it (character 6-grams, beta 2), divided by 100."""
+
+    name: ClassVar[str] = "chrf"
+
+    def score(self, answer: str, example: Example) -> float:
+        """Sentence chrF / 100."""
+        return float(_sacrebleu("chrf").sentence_score(answer, list(references(example))).score) / 100
+
+    def statistics(self, outcomes: Sequence[Outcome]) -> Any:
+        """Rows of (n-grams in the answer, in the reference, in both) for six orders."""
+        # sacrebleu's own significance tests resample these same (private) rows; it has no public door to them.
+        rows = [_sacrebleu("chrf")._extract_corpus_statistics([_said(o)], [[r] for r in o.references])[0]
+                for o in outcomes]
+        return np.array(rows, dtype=float).reshape(-1, 18)
+
+    def finish(self, totals: Any) -> Any:
+        """Corpus chrF / 100 from summed rows."""
+        def one(row: Any) -> float:
+            return float(_sacrebleu("chrf")._compute_f_score(row)) / 100
+
+        return np.apply_along_axis(one, -1, np.rint(totals))
+
+
+def _said(outcome: Outcome) -> str:
+    """What a failed example answered is nothing, so that corpus figures charge it for its missing words."""
+    return "" if outcome.error else outcome.answer
+
+
+@dataclass(frozen=True)
+class Perplexity(Additive):
+    """exp of the mean negative log-likelihood per token; lower is better. A failed row costs `FAILED_NLL` a token."""
+
+    name: ClassVar[str] = "perplexity"
+    higher_is_better: ClassVar[bool] = False
+
+    def score(self, answer: str, example: Example) -> float:
+        """Not made from answers: raises TaskError."""
+        raise TaskError("perplexity is made from likelihoods, not from answers", do="score the rows' text instead")
+
+    def statistics(self, outcomes: Sequence[Outcome]) -> Any:
+        """Rows of (nats, tokens)."""
+        rows = [((FAILED_NLL if o.error else o.score) * o.weight, o.weight) for o in outcomes]
+        return np.array(rows, dtype=float).reshape(-1, 2)
+
+    def finish(self, totals: Any) -> Any:
+        """exp(nats / tokens)."""
+        # Rows without tokens weigh nothing, but a draw of nothing else must not divide by zero.
+        return np.exp(totals[..., 0] / np.where(totals[..., 1] > 0, totals[..., 1], 1.0))
+
+
+@dataclass(frozen=True)
+class WinRate(Mean):
+    """Share of answers preferred over the base's, a tie counting half; the scores come from a judge."""
+
+    name: ClassVar[str] = "win_rate"
+
+    def score(self, answer: str, example: Example) -> float:
+        """Not made from one answer: raises TaskError."""
+        raise TaskError("win_rate compares two answers", found="one", do="score them by a judge")
+
+
+def grades(example: Example) -> dict[str, float]:
+    """Relevant documents and their grades (1 where none is given); raises ValueError if there are none."""
+    found = {document: grade for document, grade in example.evidence if grade > 0}
+    if not found:
+        raise ValueError(f"example {example.id!r} names no evidence, so a ranking cannot be scored")
+    return found
+
+
+@dataclass(frozen=True)
+class Recall(Mean):
+    """Share of an example's relevant documents among the first k; the answer is ranked ids, one a line."""
+
+    k: int = 5
+
+    @property
+    def name(self) -> str:
+        """The name with its k."""
+        return f"recall@{self.k}"
+
+    def score(self, answer: str, example: Example) -> float:
+        """Recall at k, 0..1; raises ValueError where the example names no evidence."""
+        wanted = grades(example)
+        return len(set(_ranked(answer)[: self.k]) & set(wanted)) / len(wanted)
+
+
+@dataclass(frozen=True)
+class Ndcg(Mean):
+    """nDCG at k with linear gain, as trec_eval (Järvelin & Kekäläinen, 2002); the answer is ranked ids, one a line."""
+
+    k: int = 10
+
+    @property
+    def name(self) -> str:
+        """The name with its k."""
+        return f"ndcg@{self.k}"
+
+    def score(self, answer: str, example: Example) -> float:
+        """nDCG at k, 0..1; raises ValueError where the example names no evidence."""
+        wanted = grades(example)
+        gain = self._dcg([wanted.get(d, 0.0) for d in _ranked(answer)])
+        return gain / self._dcg(sorted(wanted.values(), reverse=True))
+
+    def _dcg(self, gains: Sequence[float]) -> float:
+        return math.fsum(g / math.log2(rank + 2) for rank, g in enumerate(gains[: self.k]))
+
+
+def _ranked(answer: str) -> list[str]:
+    """The ids of a ranking, each once: naming a document twice must not count twice."""
+    return list(dict.fromkeys(line.strip() for line in answer.splitlines() if line.strip()))
+
+
+@dataclass(frozen=True)
+class Custom(Mean):
+    """A user's function (answer, example) → number, higher is better; the figure is the mean."""
+
+    function: Callable[[str, Example], float]
+    label: str
+
+    @property
+    def name(self) -> str:
+        """As the task names it: file.py:function."""
+        return self.label
+
+    def score(self, answer: str, example: Example) -> float:
+        """What the function says."""
+        return float(self.function(answer, example))
+
+
+# -- finding and applying a metric -------------------------------------------------------------------------------
+
+
+def get(name: str, folder: Path | None = None, trusted: bool = False) -> Metric:
+    """The metric of a name: an entry point of group "whet.metrics", `NAME@K`, or `file.py:function` of the task.
+
+    Raises TaskError for an unknown name, and for user code that is not trusted, lies outside `folder` or breaks.
+    """
+    if ".py:" in name:
+        return Custom(_load(name, folder, trusted), name)
+    doors = {e.name: e for e in importlib.metadata.entry_points(group=GROUP)}
+    base, at, k = name.partition("@")
+    if base not in doors or (at and not re.fullmatch("[1-9][0-9]*", k)):
+        raise TaskError(f"unknown metric {name!r}", do=nearest(name, [*doors, "recall@5", "ndcg@10", "FILE.py:NAME"]))
+    try:
+        metric: Metric = doors[base].load()(**({"k": int(k)} if at else {}))
+    except TypeError as error:
+        raise TaskError(f"metric {name!r} cannot be made: {error}") from error
+    return metric
+
+
+def _load(name: str, folder: Path | None, trusted: bool) -> Callable[[str, Example], float]:
+    file, _, function = name.rpartition(":")
+    if not trusted:
+        raise TaskError(f"metric {name!r} is code of the task", do="read it, and allow it with --trust")
+    root = (folder or Path()).resolve()
+    path = (root / file).resolve()
+    if not path.is_relative_to(root):
+        raise TaskError(f"metric {name!r} lies outside the task", expected=f"a file in {root}", found=str(path))
+    if not path.is_file():
+        raise TaskError(f"metric {name!r} is missing", expected=f"a file {path}")
+    # Registered under a name of its own, since dataclasses in user code look their module up.
+    unique = f"whet_task_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(unique, path)
+    if spec is None or spec.loader is None:
+        raise TaskError(f"metric {name!r} cannot be read as Python")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[unique] = module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[unique]
+        raise TaskError(f"{file} cannot be loaded: {type(error).__name__}: {error}", do="mend the file") from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        defined = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == unique]
+        raise TaskError(f"{file} has no function {function!r}", do=nearest(function, defined))
+    return found  # type: ignore[no-any-return]
+
+
+def score_all(metric: Metric, answers: Sequence[str], examples: Sequence[Example]) -> tuple[Outcome, ...]:
+    """Score answers one by one; an example on which the metric raises or is not finite is a failed outcome, score 0.
+
+    A TaskError (the metric cannot score answers at all) passes through. Raises ValueError if lengths differ.
+    """
+    return tuple(_score_one(metric, a, e) for a, e in zip(answers, examples, strict=True))
+
+
+def _score_one(metric: Metric, answer: str, example: Example) -> Outcome:
+    error = None
+    try:
+        score = float(metric.score(answer, example))
+        if not math.isfinite(score):
+            error = f"the metric says {score}"
+    except TaskError:
+        raise
+    except Exception as problem:
+        error = f"{type(problem).__name__}: {problem}"
+    first, *rest = references(example)
+    return Outcome(id=example.id, answer=answer, score=0.0 if error else score, reference=first, group=example.group,
+                   error=error, others=tuple(rest))

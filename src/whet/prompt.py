@@ -1,0 +1,110 @@
+"""The only place where text is assembled: messages out of a System and an example, and text out of messages.
+
+Text from data never acts as a chat turn: control markers in it are broken up before a template sees them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from whet.engine import Chat, Message, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Turn markers of the common templates; a model's own special tokens are added when its tokenizer is at hand.
+MARKERS = re.compile(
+    r"<\|[^<>|\s]{1,40}\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|<(?:bos|eos|pad|unk)>|<｜[^<>｜\s]{1,40}｜>"
+)
+BREAK = "\u200b"  # a zero-width space: invisible to people, and no marker's spelling
+
+
+def escape(text: str, tokens: Iterable[str] = ()) -> str:
+    """Break up every chat-control marker and every special token of `tokens` in text, so that it is only text."""
+    text = MARKERS.sub(lambda found: found[0][0] + BREAK + found[0][1:], text)
+    for token in tokens:
+        if len(token) > 1 and token in text:
+            text = text.replace(token, token[0] + BREAK + token[1:])
+    return text
+
+
+def messages(
+    instruction: str,
+    demonstrations: Sequence[tuple[str, str]],
+    prompt: str,
+    history: Sequence[Message] = (),
+) -> Chat:
+    """The chat for one question: instruction as the system turn, demonstrations as earlier turns, then the question.
+
+    A system turn of the row's own history follows the instruction; its other turns stand before the question.
+    """
+    own = [content for role, content in history if role == "system"]
+    head = "\n\n".join(part for part in [instruction, *own] if part)
+    chat: list[Message] = [("system", head)] if head else []
+    for question, answer in demonstrations:
+        chat += [("user", question), ("assistant", answer)]
+    chat += [(role, content) for role, content in history if role != "system"]
+    return (*chat, ("user", prompt))
+
+
+def _fold_system(chat: Chat) -> Chat:
+    """The system turn put in front of the first user turn, for templates that know no system role."""
+    if not chat or chat[0][0] != "system":
+        return chat
+    head, rest = chat[0][1], list(chat[1:])
+    for i, (role, content) in enumerate(rest):
+        if role == "user":
+            rest[i] = ("user", f"{head}\n\n{content}")
+            break
+    return tuple(rest)
+
+
+def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer's template accepts a system turn and shows its text."""
+    probe = [{"role": "system", "content": "whet-probe"}, {"role": "user", "content": "x"}]
+    try:
+        return "whet-probe" in str(tokenizer.apply_chat_template(probe, tokenize=False))
+    except Exception:  # templates raise errors of their own choosing for roles they refuse
+        return False
+
+
+def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, system: bool = True) -> str:
+    """A chat as the model's own template writes it, the answer's turn opened; raw text stays as it is.
+
+    Templates render in transformers' sandbox. Used alike for scoring, generation and training.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    chat = prompt if system else _fold_system(prompt)
+    specials = specials_of(tokenizer)
+    turns = [{"role": role, "content": escape(content, specials)} for role, content in chat]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+
+def specials_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """All special tokens of a tokenizer, as they are spelt."""
+    added: dict[int, Any] = tokenizer.added_tokens_decoder
+    spelt = {token.content for token in added.values() if token.special}
+    return tuple(sorted(spelt | set(tokenizer.all_special_tokens)))
+
+
+def shorten(chat: Chat, excess: int, count: Callable[[Chat], int]) -> Chat:
+    """Cut at least `excess` tokens from the middle of the longest turns, instruction last of all, until it fits.
+
+    `count` gives a chat's tokens. What is cut is marked with " … ", so that it shows in what was sent.
+    """
+    limit = count(chat) - excess
+    turns = list(chat)
+    while count(tuple(turns)) > limit:
+        order = sorted(range(len(turns)), key=lambda i: (turns[i][0] == "system", -len(turns[i][1])))
+        longest = next((i for i in order if len(turns[i][1]) > 8), None)
+        if longest is None:
+            break
+        role, text = turns[longest]
+        # Characters per token differ by language: cut by the measured share, and look again.
+        share = min(0.9, max(0.05, 1.05 * (count(tuple(turns)) - limit) / max(1, count(((role, text),)))))
+        keep = max(4, int(len(text) * (1 - share) / 2))
+        turns[longest] = (role, f"{text[:keep]} … {text[-keep:]}" if 2 * keep + 3 < len(text) else text[: len(text) // 2])
+    return tuple(turns)

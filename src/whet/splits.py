@@ -1,0 +1,181 @@
+"""Cutting rows into parts that share nothing: repeats, near repeats and groups are found, and stay on one side."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from whet.rows import short
+
+if TYPE_CHECKING:
+    from whet.task import Example
+
+Leaks = tuple[tuple[str, str], ...]  # (id of the row, why)
+Pairs = set[tuple[str, str]]  # neighbouring words
+Grams = dict[tuple[bool, int], frozenset[str]]
+
+NEAR = 0.85  # Jaccard of character trigrams from which two prompts nearly repeat each other
+_PUNCTUATION = {ord(mark): " " for mark in ".,;:!?\"'`´()[]{}…‘’“”„«»‹›¿¡、。，！？：；「」『』（）"}
+_TOKEN = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]+|[^\w\s]")
+
+
+def _key(example: Example) -> str:
+    """What rows share that repeat each other: all that is said before the answer, without case, spaces, punctuation.
+
+    Signs that mean something (+ - * / < = % …) stay: 3-5 does not repeat 3*5.
+    """
+    said = [content for role, content in example.history if role != "system"] + [example.prompt or example.text or ""]
+    text = unicodedata.normalize("NFKC", "\n".join(said)).casefold()
+    return " ".join(text.translate(_PUNCTUATION).split()) or " ".join(text.split())
+
+
+def without(rows: tuple[Example, ...], held: tuple[Example, ...]) -> tuple[tuple[Example, ...], Leaks]:
+    """Rows that neither repeat (or nearly so) nor share a group with held-out rows; and the others, as (id, why)."""
+    if not rows or not held:
+        return rows, ()
+    keys, held_keys = [_key(row) for row in rows], [_key(row) for row in held]
+    same = dict(zip(reversed(held_keys), reversed(held), strict=True))
+    groups = {row.group: row for row in reversed(held) if row.group is not None}
+    left = [i for i, row in enumerate(rows) if keys[i] not in same and row.group not in groups]
+    near = dict(near_repeats([keys[i] for i in left], held_keys))
+    close = {i: near[n] for n, i in enumerate(left) if n in near}
+    kept, dropped = [], []
+    for i, row in enumerate(rows):
+        if keys[i] in same:
+            dropped.append((row.id, f"repeats {same[keys[i]].id}"))
+        elif row.group in groups:
+            dropped.append((row.id, f"shares group {short(row.group)} with {groups[row.group].id}"))
+        elif i in close:
+            dropped.append((row.id, f"nearly repeats {held[close[i]].id}"))
+        else:
+            kept.append(row)
+    return tuple(kept), tuple(dropped)
+
+
+def near_repeats(
+    keys: Sequence[str], others: Sequence[str] | None = None, threshold: float = NEAR
+) -> list[tuple[int, int]]:
+    """Pairs (i, j) where keys[i] nearly repeats others[j], one for each i; without `others`, all j < i within keys.
+
+    Nearly: Jaccard of character trigrams ≥ threshold (Broder, 1997), the same numbers, and at least 5 words. Text that
+    many rows share (a template, an instruction) hardly counts: word pairs are weighted by rarity. Candidates come from
+    an inverted index of the rarest word pairs (the prefix filter of Chaudhuri et al., 2006): the cost is near linear.
+    """
+    pool = keys if others is None else others
+    words = [_TOKEN.findall(key) for key in keys]
+    pool_words = words if others is None else [_TOKEN.findall(key) for key in pool]
+    pairs = [set(zip(w, w[1:], strict=False)) if len(w) >= 5 else set() for w in words]
+    pool_pairs = (
+        pairs if others is None else [set(zip(w, w[1:], strict=False)) if len(w) >= 5 else set() for w in pool_words]
+    )
+    postings: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for j, found in enumerate(pool_pairs):
+        for pair in found:
+            postings[pair].append(j)
+    total = len(pool) + 1
+    weight = {pair: math.log(total / len(rows)) for pair, rows in postings.items()}
+    rare = math.log(total)
+    grams: Grams = {}
+    found_pairs = []
+    for i, own in enumerate(pairs):
+        known = sorted((len(postings[pair]), pair) for pair in own if pair in postings)
+        if 2 * len(known) < len(own) or not own:
+            continue
+        for j in sorted({j for _, pair in known[:6] for j in postings[pair]}):
+            if others is None and j >= i:
+                break
+            if _near(keys[i], pool[j], threshold, grams, i, j, others is None) and _alike(
+                own, pool_pairs[j], weight, rare
+            ):
+                found_pairs.append((i, j))
+                if others is not None:
+                    break
+    return found_pairs
+
+
+def _near(a: str, b: str, threshold: float, grams: Grams, i: int, j: int, own: bool) -> bool:
+    if min(len(a), len(b)) < threshold * max(len(a), len(b)):
+        return False
+    if re.findall(r"\d+", a) != re.findall(r"\d+", b):  # a sum with another number is another question
+        return False
+    sets = []
+    for slot, text in (((True, i), a), ((own, j), b)):
+        if slot not in grams:
+            grams[slot] = frozenset(text[n : n + 3] for n in range(len(text) - 2))
+        sets.append(grams[slot])
+    shared = len(sets[0] & sets[1])
+    return shared >= threshold * (len(sets[0]) + len(sets[1]) - shared)
+
+
+def _alike(a: Pairs, b: Pairs, weight: Mapping[tuple[str, str], float], rare: float) -> bool:
+    shared = sum(weight[pair] for pair in a & b)
+    apart = sum(weight.get(pair, rare) for pair in a ^ b)
+    return shared > 0 and shared >= 0.5 * (shared + apart)
+
+
+def _clusters(rows: Sequence[Example], near: bool) -> list[list[int]]:
+    """Rows that must not be parted: of one group, with one prompt, or (near) with nearly the same."""
+    keys = [_key(row) for row in rows]
+    first: dict[tuple[str, str], int] = {}
+    parent = list(range(len(rows)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for i, row in enumerate(rows):
+        for mark in (("key", keys[i]), *([("group", row.group)] if row.group is not None else [])):
+            parent[root(i)] = root(first.setdefault(mark, i))
+    if near:
+        distinct = sorted({first[("key", key)] for key in keys}, key=lambda i: keys[i])
+        for i, j in near_repeats([keys[i] for i in distinct]):
+            parent[root(distinct[i])] = root(distinct[j])
+    clusters: dict[int, list[int]] = defaultdict(list)
+    for i in range(len(rows)):
+        clusters[root(i)].append(i)
+    return list(clusters.values())
+
+
+def cut(
+    rows: Sequence[Example], size: int, *, seed: int, closed: bool, near: bool = False
+) -> tuple[list[int], list[int]]:
+    """Indices (kept, held), about `size` held: stratified by completion where closed, groups and repeats whole.
+
+    Which rows are held depends on contents and seed alone, not on ids or the order of the rows. Where no two rows
+    belong together, each label's count is within 1 of its share. Of a single cluster nothing is held, else something.
+    """
+    size = min(size, len(rows))
+    strata = [row.completion if closed else "" for row in rows]
+    marks = [
+        hashlib.sha256(json.dumps([seed, _key(row), row.completion, row.choices]).encode()).hexdigest() for row in rows
+    ]
+    clusters = sorted(_clusters(rows, near), key=lambda cluster: min(marks[i] for i in cluster))
+    if size < 1 or len(clusters) < 2:
+        return list(range(len(rows))), []
+    counts = Counter(strata)
+    share = {label: size * count / len(rows) for label, count in counts.items()}
+    lack = {label: math.floor(part) for label, part in share.items()}
+    order = sorted(
+        counts, key=lambda label: (lack[label] - share[label], hashlib.sha256(f"{seed} {label}".encode()).digest())
+    )
+    for label in order[: size - sum(lack.values())]:
+        lack[label] += 1
+    held: list[int] = []
+    for cluster in clusters:
+        taken = Counter(strata[i] for i in cluster)
+        if sum(abs(lack[label] - n) for label, n in taken.items()) < sum(abs(lack[label]) for label in taken):
+            held += cluster
+            for label, n in taken.items():
+                lack[label] -= n
+    if not held:
+        held = min(clusters, key=len)
+    chosen = set(held)
+    return [i for i in range(len(rows)) if i not in chosen], sorted(chosen)
