@@ -153,8 +153,9 @@ def _tfidf(train: Sequence[str], examples: Sequence[str]) -> tuple[Any, Any]:
 
 def _vectors(embed: Embed, texts: Sequence[str]) -> NDArray[np.float64]:
     """Embeddings of length 1, shape (n, d)."""
-    vectors: NDArray[np.float64] = np.asarray(embed(texts), dtype=float)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    vectors = np.asarray(embed(texts), dtype=float)
+    unit: NDArray[np.float64] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return unit
 
 
 def _nearest(rows: Any, wanted: Any) -> NDArray[np.int64]:

@@ -419,6 +419,8 @@ def _write(out: Path, header: Mapping[str, Any], files: Mapping[str, Iterable[Ma
             load(aside)
             for file in (*(name for name in files if (Path(aside) / name).exists()), "task.yaml"):
                 os.replace(Path(aside) / file, out / file)
+    except UnicodeEncodeError:
+        raise TaskError("the data hold half a character", expected="whole Unicode characters") from None
     except OSError as error:
         raise TaskError(f"{out} cannot be written: {error.strerror or error}", do="choose another --out") from None
 

@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from whet.rows import short
@@ -18,10 +19,13 @@ if TYPE_CHECKING:
 
 Leaks = tuple[tuple[str, str], ...]  # (id of the row, why)
 Pairs = set[tuple[str, str]]  # neighbouring words
-Grams = dict[tuple[bool, int], frozenset[str]]
 
 NEAR = 0.85  # Jaccard of character trigrams from which two prompts nearly repeat each other
+SHORTEST = 5  # words: below, prompts of different meaning differ in a few letters, so that only the same is a repeat
+PROBES = 6  # the rarest word pairs of a row that are looked up: two edits cost four of them
+MOST_HOLDERS = 100  # a word pair that more rows hold belongs to a template
 _PUNCTUATION = {ord(mark): " " for mark in ".,;:!?\"'`´()[]{}…‘’“”„«»‹›¿¡、。，！？：；「」『』（）"}
+_NUMBER = re.compile(r"\d+")
 _TOKEN = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]+|[^\w\s]")
 
 
@@ -67,56 +71,58 @@ def near_repeats(
     many rows share (a template, an instruction) hardly counts: word pairs are weighted by rarity. Candidates come from
     an inverted index of the rarest word pairs (the prefix filter of Chaudhuri et al., 2006): the cost is near linear.
     """
-    pool = keys if others is None else others
-    words = [_TOKEN.findall(key) for key in keys]
-    pool_words = words if others is None else [_TOKEN.findall(key) for key in pool]
-    pairs = [set(zip(w, w[1:], strict=False)) if len(w) >= 5 else set() for w in words]
-    pool_pairs = (
-        pairs if others is None else [set(zip(w, w[1:], strict=False)) if len(w) >= 5 else set() for w in pool_words]
-    )
+    rows = [_Prepared(key) for key in keys]
+    pool = rows if others is None else [_Prepared(key) for key in others]
     postings: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for j, found in enumerate(pool_pairs):
-        for pair in found:
+    for j, row in enumerate(pool):
+        for pair in row.pairs:
             postings[pair].append(j)
-    total = len(pool) + 1
-    weight = {pair: math.log(total / len(rows)) for pair, rows in postings.items()}
-    rare = math.log(total)
-    grams: Grams = {}
-    found_pairs = []
-    for i, own in enumerate(pairs):
-        known = sorted((len(postings[pair]), pair) for pair in own if pair in postings)
-        if 2 * len(known) < len(own) or not own:
+    rare = math.log(len(pool) + 1)
+    weight = {pair: rare - math.log(len(holders)) for pair, holders in postings.items()}
+    found = []
+    for i, row in enumerate(rows):
+        known = sorted((len(postings[pair]), pair) for pair in row.pairs if pair in postings)
+        if 2 * len(known) <= len(row.pairs):
             continue
-        for j in sorted({j for _, pair in known[:6] for j in postings[pair]}):
+        rarest = [postings[pair] for count, pair in known[:PROBES] if count <= MOST_HOLDERS]
+        hits = Counter(j for holders in rarest for j in holders)
+        for j in sorted(j for j, count in hits.items() if count >= min(2, len(rarest))):  # each edit costs two pairs
             if others is None and j >= i:
                 break
-            if _near(keys[i], pool[j], threshold, grams, i, j, others is None) and _alike(
-                own, pool_pairs[j], weight, rare
-            ):
-                found_pairs.append((i, j))
+            if _near(row, pool[j], threshold) and _alike(row.pairs, pool[j].pairs, weight, rare):
+                found.append((i, j))
                 if others is not None:
                     break
-    return found_pairs
+    return found
 
 
-def _near(a: str, b: str, threshold: float, grams: Grams, i: int, j: int, own: bool) -> bool:
-    if min(len(a), len(b)) < threshold * max(len(a), len(b)):
+class _Prepared:
+    """A key with what comparing it needs; the trigrams only once asked for, since few rows ever are."""
+
+    def __init__(self, key: str) -> None:
+        words = _TOKEN.findall(key)
+        self.key = key
+        self.pairs: Pairs = set(zip(words, words[1:], strict=False)) if len(words) >= SHORTEST else set()
+        self.numbers = _NUMBER.findall(key)
+
+    @cached_property
+    def trigrams(self) -> frozenset[str]:
+        return frozenset(self.key[n : n + 3] for n in range(len(self.key) - 2))
+
+
+def _near(a: _Prepared, b: _Prepared, threshold: float) -> bool:
+    if a.numbers != b.numbers:  # a sum with another number is another question
         return False
-    if re.findall(r"\d+", a) != re.findall(r"\d+", b):  # a sum with another number is another question
+    if min(len(a.key), len(b.key)) < threshold * max(len(a.key), len(b.key)):
         return False
-    sets = []
-    for slot, text in (((True, i), a), ((own, j), b)):
-        if slot not in grams:
-            grams[slot] = frozenset(text[n : n + 3] for n in range(len(text) - 2))
-        sets.append(grams[slot])
-    shared = len(sets[0] & sets[1])
-    return shared >= threshold * (len(sets[0]) + len(sets[1]) - shared)
+    shared = len(a.trigrams & b.trigrams)
+    return shared >= threshold * (len(a.trigrams) + len(b.trigrams) - shared)
 
 
 def _alike(a: Pairs, b: Pairs, weight: Mapping[tuple[str, str], float], rare: float) -> bool:
     shared = sum(weight[pair] for pair in a & b)
     apart = sum(weight.get(pair, rare) for pair in a ^ b)
-    return shared > 0 and shared >= 0.5 * (shared + apart)
+    return shared > 0 and shared >= apart
 
 
 def _clusters(rows: Sequence[Example], near: bool) -> list[list[int]]:
@@ -153,18 +159,18 @@ def cut(
     belong together, each label's count is within 1 of its share. Of a single cluster nothing is held, else something.
     """
     size = min(size, len(rows))
-    strata = [row.completion if closed else "" for row in rows]
+    seen = Counter(row.completion for row in rows)
+    strata = [row.completion if closed and (not row.choices or seen[row.completion] >= 5) else "" for row in rows]
     marks = [
         hashlib.sha256(json.dumps([seed, _key(row), row.completion, row.choices]).encode()).hexdigest() for row in rows
     ]
     clusters = sorted(_clusters(rows, near), key=lambda cluster: min(marks[i] for i in cluster))
     if size < 1 or len(clusters) < 2:
         return list(range(len(rows))), []
-    counts = Counter(strata)
-    share = {label: size * count / len(rows) for label, count in counts.items()}
+    share = {label: size * count / len(rows) for label, count in Counter(strata).items()}
     lack = {label: math.floor(part) for label, part in share.items()}
     order = sorted(
-        counts, key=lambda label: (lack[label] - share[label], hashlib.sha256(f"{seed} {label}".encode()).digest())
+        share, key=lambda label: (lack[label] - share[label], hashlib.sha256(f"{seed} {label}".encode()).digest())
     )
     for label in order[: size - sum(lack.values())]:
         lack[label] += 1

@@ -1,4 +1,5 @@
 """The cores of the tickets: what the customer wants, intent by intent; test families use other words than train."""
+# ruff: noqa: E501  (template text: one entry per line reads better)
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ CORES: dict[str, dict[str, tuple[str, ...]]] = {
             "<courier> says the <product> is 'out for delivery' {every morning|since <day>}, but {nobody comes|it never reaches us}.",
             "{Three|Four} messages about a 'new estimated arrival' for the <product>, each {later|further off} than the one before. {Enough.|Give me a real one.}",
             "It has been {three weeks|<n> days} since the dispatch email for the <product>, {how much longer|how long does this take}?",
-            "I was {told|promised} <product> in {two|three} days. That was <n> days ago. {What is going on?|What is the hold-up?}",
+            "I was {told|promised} the <product> would come in {two|three} days. That was <n> days ago. {What is going on?|What is the hold-up?}",
         ),
     },
     "wrong item": {

@@ -1,4 +1,5 @@
 """Product manuals: what the guide of every kind says; [] is the fact, three values for the three products of a kind."""
+# ruff: noqa: E501  (template text: one entry per line reads better)
 
 from __future__ import annotations
 

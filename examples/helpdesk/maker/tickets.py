@@ -3,6 +3,7 @@
 A ticket is a core (what the customer wants, one family) with, in any mix, an opening, an aside about some other
 matter that is already settled, a remark and a closing. The asides make single words a poor guide to the intent.
 """
+# ruff: noqa: E501  (template text: one entry per line reads better)
 
 from __future__ import annotations
 

@@ -306,11 +306,11 @@ class TorchSession:
 
 
 @contextmanager
-def using_tree(module: Any) -> Iterator[None]:
+def using_tree(module: Any, *, train: bool = False) -> Iterator[None]:
     """Run a module with tree attention, its own implementation and mode restored afterwards."""
     before, training = module.config._attn_implementation, module.training
     module.set_attn_implementation(attention.NAME)
-    module.eval()
+    module.train(train)
     try:
         yield
     finally:

@@ -1,0 +1,295 @@
+"""The report of `whet improve`: one HTML file that needs no network, and its verdict in one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from whet.errors import StoreError
+from whet.report import figures, view
+from whet.report.view import Arm, Record, Scale, line, number, record, records, sequence
+
+TILES = 20  # labels up to which base and chosen stand side by side
+CELLS = 40  # labels up to which a matrix can still be read
+
+
+def verdict(result: Record) -> str:
+    """What came of it, in one sentence: printed by the command line and the headline of the report."""
+    confirm, scale = record(result.get("confirm")), Scale.of(result)
+    said = _confirmed(result, confirm, scale) if record(confirm.get("base")) else _unconfirmed(result, scale)
+    winner = view.winning_baseline(result)
+    if winner:
+        said += f"; yet the baseline {winner[0]} does better without a language model: {scale.score(winner[1])}"
+    return said + "."
+
+
+def _confirmed(result: Record, confirm: Record, scale: Scale) -> str:
+    base, chosen = (number(record(confirm.get(who)).get("score")) for who in ("base", "chosen"))
+    difference, low, high = (number(confirm.get(key)) for key in ("difference", "low", "high"))
+    handed = bool(sequence(record(result.get("chosen")).get("recipe")))
+    span = scale.span(low, high, signed=True)
+    change = f"{scale.gain(difference)}{scale.unit}{f', 95 % interval {span}' if span else ''}"
+    sealed = f"{view.count(number(confirm.get('n')))} sealed examples" if confirm.get("n") else "the sealed examples"
+    if handed and (confirm.get("improved") or (confirm.get("improved") is None and (low or 0) > 0)):
+        verb = "rose" if scale.higher_is_better else "fell"
+        return (f"{_start(scale.title)} {verb} from {scale.score(base)} to {scale.score(chosen)} "
+                f"({change if scale.higher_is_better else f'better by {change[1:]}'}), confirmed on {sealed}")
+    if handed:
+        return (f"The chosen system was not shown to be better than the base: {scale.title} {scale.score(chosen)} "
+                f"against {scale.score(base)} ({change}) on {sealed}")
+    if difference is None:
+        return f"Nothing was shown to beat the base model, which is handed over: {scale.title} {scale.score(base)}"
+    return (f"Nothing was shown to beat the base model, which is handed over ({scale.title} {scale.score(base)}): "
+            f"the best candidate differed by {change} on {sealed}")
+
+
+def _unconfirmed(result: Record, scale: Scale) -> str:
+    arms = view.arms(result)
+    base = next((a.score for a in arms if a.kind == "base"), None)
+    chosen = next((a for a in arms if a.kind == "chosen"), None)
+    if chosen and chosen.score is not None and base is not None:
+        verb = "went" if (chosen.gain or 0) <= 0 else "rose" if scale.higher_is_better else "fell"
+        return (f"{_start(scale.title)} {verb} from {scale.score(base)} to {scale.score(chosen.score)} on the select split; "
+                "without a test split this is not confirmed")
+    if chosen:
+        return f"{chosen.name} was chosen, and nothing was confirmed"
+    if base is None:
+        return "Nothing was measured"
+    if any(a.kind == "arm" for a in arms):
+        return (f"Nothing beat the base model, which is handed over: {scale.title} {scale.score(base)} "
+                "on the select split, not confirmed")
+    return f"Only the base model was measured: {scale.title} {scale.score(base)} on the select split"
+
+
+def _start(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def write(path: Path, result: dict[str, Any], details: dict[str, Any]) -> None:
+    """Write the report as one HTML file, aside and then renamed; missing folders are made.
+
+    `result` is result.json, `details` the examples of the confirm split, training curves and labels; any part may be
+    missing, empty or null. All text is escaped. Raises StoreError where the file cannot be written.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(loader=PackageLoader("whet", "report"), autoescape=True, undefined=StrictUndefined,
+                              trim_blocks=True, lstrip_blocks=True)
+    html = environment.get_template("page.html").render(_page(result, details))
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Lone surrogates, which JSON allows in data, are no text that UTF-8 can hold.
+        aside.write_bytes(html.encode("utf-8", "replace"))
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise StoreError(f"the report {path} cannot be written: {error.strerror}", do="choose another --out") from error
+
+
+# -- the page's parts --------------------------------------------------------------------------------------------
+
+
+def _page(result: Record, details: Record) -> dict[str, Any]:
+    """All that the template shows, as strings, numbers and tuples of them."""
+    scale, arms = Scale.of(result), view.arms(result)
+    drawn, confused = _figures(result, details, arms, scale)
+    shown = view.examples(details, scale)
+    data = {"figures": drawn, "examples": {"rows": shown.rows, "binary": shown.binary}}
+    return {
+        "css": _own("page.css"), "js": _own("page.js"), "data": _json(data),
+        "plotly": figures.plotly_gzip() if drawn else "",
+        "task": line(result.get("task")) or "task", "model": line(result.get("model")),
+        "seed": line(result.get("seed")),
+        "verdict": verdict(result), "headline": _headline(result, scale), "notes": _lines(result.get("notes")),
+        "scale": scale, "figures": drawn, "arms": [_arm_row(a, scale) for a in arms],
+        "trials": _trial_rows(result, scale) if len(records(result.get("trials"))) > 1 else [],
+        "steps": _steps(result, scale), "frontier": [
+            (a.name, scale.score(a.score), view.duration(a.seconds)) for a in figures.frontier(arms, scale)],
+        "curves": [(line(c.get("name")), figures.SERIES[i % len(figures.SERIES)],
+                    figures.fit_verdict(result, line(c.get("name"))))
+                   for i, c in enumerate(figures.drawn_curves(details))],
+        "diagnosis": _diagnosis(result), "confused": confused, "examples": shown,
+        "spent": _spent(result), "handed": _handed(arms),
+        "plan": [(line(p.get("arm")), view.duration(_minutes(p))) for p in records(result.get("plan"))],
+        "left_out": [(line(p.get("method")), line(p.get("why"))) for p in records(result.get("left_out"))],
+        "words": _words(result, scale), "protocol": _pairs(result.get("protocol")),
+        "versions": _pairs(result.get("versions")), "dropped": _dropped(result),
+    }
+
+
+def _own(name: str) -> Any:
+    """A file of this package, for inlining as it stands."""
+    from importlib.resources import files
+
+    from markupsafe import Markup
+
+    return Markup(files("whet.report").joinpath(name).read_text(encoding="utf-8"))
+
+
+def _json(data: Any) -> Any:
+    """JSON that stays inert inside a script element."""
+    from markupsafe import Markup
+
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))  # ASCII, so U+2028 is escaped already
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def _lines(value: Any) -> list[str]:
+    return [text for item in sequence(value) if (text := line(item))]
+
+
+def _pairs(value: Any) -> list[tuple[str, str]]:
+    return [(line(str(key)), line(item)) for key, item in record(value).items()]
+
+
+def _figures(result: Record, details: Record, arms: Sequence[Arm], scale: Scale) -> tuple[dict[str, Any], list[Any]]:
+    """The figures by name, and the table of most confused pairs where there are too many labels for a matrix."""
+    base, chosen = view.confusion(details, "base"), view.confusion(details, "chosen")
+    labels = max(len(m.labels) if m else 0 for m in (base, chosen))
+    matrices = {"chosen": chosen} if chosen and labels > TILES else {"base": base, "chosen": chosen}
+    found = {
+        "gains": figures.gains(arms, scale), "cost": figures.quality_cost(arms, scale),
+        "training": figures.curves(details),
+        **({f"confusion-{who}": figures.heatmap(m) for who, m in matrices.items() if m} if labels <= CELLS else {})}
+    return {name: f for name, f in found.items() if f}, view.most_confused(details) if labels > TILES else []
+
+
+def _headline(result: Record, scale: Scale) -> dict[str, Any]:
+    """The figures under the verdict: (label, figure, interval) each, and comparisons in words."""
+    confirm, chosen = record(result.get("confirm")), record(result.get("chosen"))
+    handed = bool(sequence(chosen.get("recipe")))
+    tiles = [(label, scale.score(number(card.get("score"))),
+              scale.span(number(card.get("low")), number(card.get("high"))))
+             for label, who in (("Base", "base"), ("Chosen" if handed else "Best candidate", "chosen"))
+             if number((card := record(confirm.get(who))).get("score")) is not None]
+    difference = number(confirm.get("difference"))
+    if difference is not None:
+        low, high = number(confirm.get("low")), number(confirm.get("high"))
+        tiles.append(("Gain", scale.gain(difference), scale.span(low, high, signed=True)))
+    name = next((a.name for a in view.arms(result) if a.kind == "chosen"), "") or (
+        "+".join(line(s.get("method")) for s in records(chosen.get("recipe"))))
+    winner = view.winning_baseline(result)
+    return {"tiles": tiles, "name": name, "good": bool(confirm.get("improved")),
+            "p": view.p_value(number(confirm.get("p_value"))), "single": _single(confirm, scale),
+            "winner": (winner[0], scale.score(winner[1])) if winner else None}
+
+
+def _single(confirm: Record, scale: Scale) -> str:
+    best = record(confirm.get("best_single"))
+    if number(best.get("difference")) is None:
+        return ""
+    span = scale.span(number(best.get("low")), number(best.get("high")), signed=True)
+    inside = ", ".join(x for x in (span, view.p_value(number(best.get("p_value")))) if x)
+    return (f"Against the best single method, {line(best.get('name')) or 'unnamed'}: "
+            f"{scale.gain(number(best.get('difference')))}{scale.unit}{f' ({inside})' if inside else ''}.")
+
+
+def _arm_row(arm: Arm, scale: Scale) -> dict[str, str]:
+    trial = record(arm.trial)
+    status = "" if arm.status in ("", "done") else arm.status
+    return {"name": arm.name, "kind": arm.kind, "score": scale.score(arm.score),
+            "gain": "–" if arm.kind == "base" else scale.gain(arm.gain), "span": scale.span(arm.low, arm.high, True),
+            "cost": view.duration(arm.seconds), "why": ": ".join(x for x in (status, arm.why) if x),
+            "latency": _latency(trial), "size": view.size(number(trial.get("size_bytes")))}
+
+
+def _latency(trial: Record) -> str:
+    value = number(trial.get("latency_ms"))
+    return "–" if value is None else f"{value:,.0f} ms"
+
+
+def _trial_rows(result: Record, scale: Scale) -> list[tuple[str, ...]]:
+    return [(view.name_of(t), line(t.get("rung")), line(t.get("seed")), line(t.get("status")),
+             view.count(number(t.get("examples"))), scale.score(view.score_of(t)),
+             view.count(number(record(t.get("spent")).get("trained_tokens"))), line(t.get("forgetting")),
+             "; ".join(_step(s) for s in records(t.get("recipe"))), line(t.get("why")))
+            for t in records(result.get("trials"))]
+
+
+def _step(step: Record) -> str:
+    settings = ", ".join(f"{line(str(k))}={line(v)}" for k, v in step.items() if k != "method")
+    return f"{line(step.get('method'))}({settings})"
+
+
+def _steps(result: Record, scale: Scale) -> list[tuple[str, str]]:
+    """What each step of the chosen recipe added, from numbers or from records with a name and a gain."""
+    chosen = record(result.get("chosen"))
+    names = [line(s.get("method")) for s in records(chosen.get("recipe"))]
+    rows = []
+    for i, step in enumerate(sequence(chosen.get("gain_by_step"))):
+        given = record(step)
+        value = next((x for key in ("gain", "difference") if (x := number(given.get(key))) is not None), number(step))
+        name = next((line(given[key]) for key in ("name", "method", "step") if given.get(key)), "")
+        rows.append((name or (names[i] if i < len(names) else f"step {i + 1}"), scale.gain(value)))
+    return rows
+
+
+def _diagnosis(result: Record) -> list[dict[str, Any]]:
+    rows = []
+    for gap in records(result.get("diagnosis")):
+        share, low, high = (number(gap.get(key)) for key in ("share", "low", "high"))
+        percent = "–" if share is None else f"{100 * share:.0f} %"
+        span = "" if low is None or high is None else f"{100 * low:.0f} to {100 * high:.0f} %"
+        remedies = gap.get("remedies")
+        rows.append({"gap": line(gap.get("gap")), "share": percent, "span": span, "order": share or 0.0,
+                     "width": round(100 * min(max(share or 0.0, 0.0), 1.0), 1), "detected": bool(gap.get("detected")),
+                     "remedies": ", ".join(_lines(remedies)) if sequence(remedies) else line(remedies)})
+    return sorted(rows, key=lambda row: -row["order"])
+
+
+def _minutes(step: Record) -> float | None:
+    minutes = number(step.get("minutes"))
+    return None if minutes is None else 60 * minutes
+
+
+def _spent(result: Record) -> list[tuple[str, str]]:
+    spent = record(result.get("spent"))
+    rows = [("Budget", view.duration(number(result.get("budget_s")))),
+            ("Time taken", view.duration(number(spent.get("seconds")))),
+            ("of which training", view.duration(number(spent.get("training_seconds")))),
+            *((f"Tokens {kind}", view.count(number(spent.get(f"{kind}_tokens"))))
+              for kind in ("trained", "prefilled", "generated"))]
+    return [row for row in rows if row[1] != "–"]
+
+
+def _handed(arms: Sequence[Arm]) -> list[tuple[str, str, str]]:
+    """What serving costs: (what, base, chosen), for what was measured of either."""
+    base, chosen = (record(next((a.trial for a in arms if a.kind == kind), None)) for kind in ("base", "chosen"))
+    rows = [("Latency", _latency(base), _latency(chosen)),
+            *((what, view.size(number(base.get(key))), view.size(number(chosen.get(key))))
+              for what, key in (("Size on disk", "size_bytes"), ("Memory", "memory_bytes")))]
+    return [row for row in rows if row[1:] != ("–", "–")]
+
+
+def _words(result: Record, scale: Scale) -> list[str]:
+    """The protocol's consequences in sentences: what n could show, and how far selection flattered."""
+    confirm, selection = record(result.get("confirm")), record(result.get("selection"))
+    smallest, n = number(confirm.get("smallest_detectable")), number(confirm.get("n"))
+    said = []
+    if smallest is not None:
+        examples = f"{view.count(n)} examples" if n else "this many examples"
+        said.append(f"With {examples}, a true difference under {scale.score(smallest)}{scale.unit} "
+                    "could not reliably have been shown (80 % power, 5 % level, two-sided).")
+    select, confirmed = number(selection.get("select")), number(selection.get("confirm"))
+    if select is not None and confirmed is not None:
+        shrinkage = number(selection.get("shrinkage"))
+        moved = "" if shrinkage is None else f": a shrinkage of {scale.score(shrinkage)}{scale.unit}"
+        said.append(f"The chosen system scored {scale.score(select)} where it was selected and "
+                    f"{scale.score(confirmed)} where it was confirmed{moved}.")
+    if record(confirm.get("base")):
+        said.append("Base and chosen answered the same examples; intervals and tests are paired, and no method saw "
+                    "these examples before.")
+    else:
+        said.append("There was no test split, so no figure here is confirmed on data that nobody tuned on.")
+    return said
+
+
+def _dropped(result: Record) -> dict[str, Any]:
+    dropped = record(result.get("dropped"))
+    rows = [(line(x[0]), line(x[1])) for x in sequence(dropped.get("examples")) if len(sequence(x)) == 2]
+    return {"count": view.count(number(dropped.get("count")) or 0), "rows": rows[:200],
+            "some": bool(number(dropped.get("count")) or rows)}

@@ -1,0 +1,1 @@
+"""Training: one visible loop that takes the loss and the batches as arguments."""

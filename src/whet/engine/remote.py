@@ -1,0 +1,685 @@
+"""The remote engine: prompts run on any server that speaks OpenAI's HTTP API (OpenAI, vLLM, llama.cpp, Ollama …).
+
+Data goes to the URL that the model's name states and nowhere else: redirects are refused, and plain HTTP passes no
+proxy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+
+from whet.engine import Generation, Progress, Prompt, Sampling, Score, Session, Spent
+from whet.errors import EngineError, ModelError, RemoteError
+from whet.model import ModelRef
+from whet.prompt import escape
+
+T = TypeVar("T")
+Item = TypeVar("Item")
+
+HOME = "https://api.openai.com/v1"
+CONTEXT = 8192  # where a server does not say
+RETRIED = frozenset({429, 500, 502, 503, 504})
+# What a server says to a request it has no support for: llama.cpp answers 500, others 4xx.
+UNSUPPORTED = frozenset({400, 404, 405, 422, 500, 501})
+OPTIONAL = ("max_tokens", "temperature", "top_p", "seed", "stop", "n")  # what newer models may refuse to be told
+MOST_BYTES = 64 * 2**20
+PROBE = "one two three four five"
+GARBAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError)
+CHECK = "check that this is the URL of an OpenAI-compatible server; it often ends with /v1"
+
+
+@dataclass(frozen=True)
+class Retry:
+    """How long to wait for a server and how often to ask it; all times in seconds.
+
+    Waits between tries double from `first` up to `longest`; a Retry-After header is honoured up to `longest`.
+    """
+
+    tries: int = 5
+    first: float = 0.5
+    longest: float = 60.0
+    connect: float = 10.0
+    answer: float = 120.0
+
+
+class Refusal(RemoteError):
+    """A status other than 200, kept with its body so that a caller may look into it."""
+
+    def __init__(self, status: int, body: bytes, problem: str, *, expected: str, found: str, do: str) -> None:
+        super().__init__(problem, expected=expected, found=found, do=do)
+        self.status, self.body = status, body
+
+
+class _Again(Exception):
+    """One try that failed in a way that another may mend; `wait` is the server's own wish in seconds."""
+
+    def __init__(self, found: str, do: str, wait: float = 0.0, status: int = 0, body: bytes = b"") -> None:
+        super().__init__(found)
+        self.found, self.do, self.wait, self.status, self.body = found, do, wait, status, body
+
+
+# --- what servers say -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token with its log-probability (None: unknown) and the likeliest tokens at its place."""
+
+    token: str
+    logprob: float | None
+    alternatives: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One answer of a server."""
+
+    text: str
+    ended: bool
+    steps: tuple[Step, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """All answers to one request, and its usage where the server states it."""
+
+    choices: tuple[Choice, ...]
+    prompt_tokens: int | None
+    completion_tokens: int | None
+
+
+def _number(value: Any) -> float:
+    number = float(value)
+    if math.isnan(number):
+        raise ValueError("not a number")
+    return min(number, 0.0)
+
+
+def _steps(logprobs: Any) -> tuple[Step, ...]:
+    """Steps out of either spelling: that of chats (a list `content`) or that of completions (parallel lists)."""
+    if not logprobs:
+        return ()
+    if logprobs.get("content") is not None:
+        return tuple(
+            Step(
+                str(item["token"]), _number(item["logprob"]),
+                tuple((str(top["token"]), _number(top["logprob"])) for top in item.get("top_logprobs") or ()),
+            )
+            for item in logprobs["content"]
+        )  # fmt: skip
+    tokens = logprobs.get("tokens") or []
+    own = logprobs.get("token_logprobs") or [None] * len(tokens)
+    tops = logprobs.get("top_logprobs") or [None] * len(tokens)
+    return tuple(
+        Step(str(t), None if p is None else _number(p), tuple((str(k), _number(v)) for k, v in (top or {}).items()))
+        for t, p, top in zip(tokens, own, tops, strict=True)
+    )
+
+
+def read_reply(body: Any) -> Reply:
+    """A Reply out of parsed JSON; a KeyError, TypeError, ValueError … says that it is none."""
+    choices = []
+    for item in body["choices"]:
+        text = item["message"]["content"] if "message" in item else item["text"]
+        if text is not None and not isinstance(text, str):
+            raise TypeError("text expected")
+        choices.append(Choice(text or "", item.get("finish_reason") != "length", _steps(item.get("logprobs"))))
+    if not choices:
+        raise ValueError("no choices")
+    usage = body.get("usage") or {}
+    counts = [None if usage.get(k) is None else int(usage[k]) for k in ("prompt_tokens", "completion_tokens")]
+    return Reply(tuple(choices), *counts)
+
+
+def read_context(body: Any, name: str) -> int:
+    """The context window that a list of models states for `name` (vLLM, OpenRouter, llama.cpp …), else 8192."""
+    models = body.get("data") if isinstance(body, dict) else body
+    entries = [m for m in models if isinstance(m, dict)] if isinstance(models, list) else []
+    for entry in [m for m in entries if m.get("id") == name] or entries[: len(entries) == 1]:
+        meta = entry.get("meta")
+        for value in (
+            entry.get("max_model_len"), entry.get("context_length"), meta.get("n_ctx") if isinstance(meta, dict) else 0
+        ):  # fmt: skip
+            if isinstance(value, int) and value > 0:
+                return value
+    return CONTEXT
+
+
+def estimate(text: str) -> int:
+    """Tokens of a text where the server does not count them: 1.3 for each word."""
+    return round(1.3 * len(text.split()))
+
+
+# --- a closed set, scored with what servers give ----------------------------------------------------------------------
+
+
+def shared_beginning(continuations: Sequence[str]) -> int:
+    """Characters of the longest beginning that two of the continuations share."""
+    texts = sorted({c.strip().casefold() for c in continuations})
+    return max((len(os.path.commonprefix([a, b])) for a, b in zip(texts, texts[1:], strict=False)), default=0)
+
+
+def by_beginning(steps: Sequence[Step], continuations: Sequence[str], ended: bool = True) -> list[float]:
+    """Log-probability of the shortest beginning that tells each continuation from the others.
+
+    `steps` are the tokens of a greedy answer with the likeliest tokens at each place. At a place, the probability of a
+    listed token goes to the continuations that go on with it (leading space and case do not matter), in equal parts;
+    if it is the token that was taken and several go on with it, the next place decides between them. A continuation
+    that no listed token begins gets an equal part of the probability left outside the list, at most that of the
+    least likely listed token. `ended`: the answer stopped of itself after the last step.
+    """
+    rest = [c.strip().casefold() for c in continuations]  # what each still has to say
+    mass, alive, path, begun = [0.0] * len(rest), list(range(len(rest))), 1.0, False
+    for place, step in enumerate(steps):
+        last, chances, reached = place == len(steps) - 1, _chances(step), set[int]()
+        onward, onward_text, onward_chance = list[int](), "", 0.0
+        for token, chance in chances:
+            text = token.casefold() if begun else token.casefold().lstrip()
+            taken = token == step.token
+            hits = [i for i in alive if text and rest[i].startswith(text)]
+            if taken and not text and not begun:
+                hits = alive  # white space before the answer decides nothing
+            elif taken and last and ended:
+                hits = [i for i in hits if rest[i] == text] or hits
+            reached.update(hits)
+            if taken and not last and (len(hits) > 1 or not text):
+                onward, onward_text, onward_chance = hits, text, onward_chance + chance
+                continue
+            for i in hits:
+                mass[i] += path * chance / len(hits)
+        _share_left(mass, [i for i in alive if i not in reached], {i: rest[i] for i in alive}, chances, path)
+        for i in onward:
+            rest[i] = rest[i][len(onward_text) :]
+        alive, path, begun = onward, path * onward_chance, begun or bool(onward_text)
+        if not alive:
+            break
+    if not steps:
+        mass = [1 / max(1, len(rest))] * len(rest)
+    return [math.log(max(m, 1e-30)) for m in mass]
+
+
+def _chances(step: Step) -> list[tuple[str, float]]:
+    """Probabilities of the listed tokens and of the one taken, which some servers do not list."""
+    listed = list(step.alternatives)
+    if step.logprob is not None and all(token != step.token for token, _ in listed):
+        listed.append((step.token, step.logprob))
+    return [(token, math.exp(logprob)) for token, logprob in listed]
+
+
+def _share_left(
+    mass: list[float], missed: Sequence[int], rest: dict[int, str], chances: Sequence[tuple[str, float]], path: float
+) -> None:
+    """Give continuations that no listed token goes on with their part of what is left, in place."""
+    left = max(0.0, 1 - sum(chance for _, chance in chances))
+    least = min((chance for _, chance in chances), default=1.0)
+    # Continuations said to their end get what goes on with no other one.
+    done = [i for i in missed if not rest[i]]
+    others = sum(c for t, c in chances if any(r and t and r.startswith(t.casefold()) for r in rest.values()))
+    for i in missed:
+        part = max(0.0, 1 - others) / len(done) if i in done else min(left / len(missed), least)
+        mass[i] += path * part
+
+
+def by_text(answer: str, continuations: Sequence[str]) -> list[float]:
+    """Stand-ins for log-probabilities where a server gives none: the continuation that the answer means gets -0.05.
+
+    That is the one equal to the answer, else the one found in it as whole words (the first; of two there the longer),
+    else the nearest by difflib. The others get -(1 + 9·distance), distance being 1 - difflib's ratio.
+    """
+    said = answer.strip().strip(".!\"'`*").casefold()
+    texts = [c.strip().casefold() for c in continuations]
+    distances = [1 - difflib.SequenceMatcher(None, text, said, autojunk=False).ratio() for text in texts]
+
+    def rank(i: int) -> tuple[int, float, int]:
+        found = re.search(rf"(?<!\w){re.escape(texts[i])}(?!\w)", said) if texts[i] else None
+        if texts[i] == said:
+            return (0, 0.0, i)
+        return (1, found.start() - len(texts[i]) / (len(said) + 1), i) if found else (2, distances[i], i)
+
+    best = min(range(len(texts)), key=rank, default=-1)
+    return [-0.05 if i == best else -(1 + 9 * distance) for i, distance in enumerate(distances)]
+
+
+def echoed(steps: Sequence[Step], continuation: str, generated: int) -> Score:
+    """Score of a continuation out of the echoed tokens of prompt and continuation and `generated` further ones.
+
+    Counted from the end, so that a beginning-of-text token does not matter; a token that straddles the border counts
+    as the continuation's. The first token of a text has no log-probability and is left out.
+    """
+    end = max(0, len(steps) - generated)
+    start = _found(steps[:end], continuation)
+    if start is None:  # some tokenizers drop the space before a word
+        start = _found(steps[:end], continuation.strip())
+    if start is None:  # tokens that are parts of characters cannot be read back: go by length
+        start, length = end, 0
+        while start > 0 and length < len(continuation):
+            start -= 1
+            length += len(steps[start].token)
+    values = [s.logprob for s in steps[start:end] if s.logprob is not None]
+    return Score(math.fsum(values), len(values))
+
+
+def _found(steps: Sequence[Step], text: str) -> int | None:
+    """Where the shortest run of last tokens that holds a text begins; None where a little more does not hold it."""
+    start, tail = len(steps), ""
+    while len(tail) < len(text) or text not in tail:
+        if start == 0 or len(tail) > len(text) + 32:
+            return None
+        start -= 1
+        tail = steps[start].token + tail
+    return start
+
+
+# --- the connection ---------------------------------------------------------------------------------------------------
+
+
+def address(base: str) -> tuple[str, str]:
+    """Name and URL out of `openai:NAME[@URL]`; without URL, OPENAI_BASE_URL, else OpenAI's own.
+
+    Raises ModelError on a missing name or a URL that cannot be one.
+    """
+    rest = base.removeprefix("openai:")
+    cut = rest.find("@", 1)  # a name may begin with @
+    name = rest if cut < 0 else rest[:cut]
+    url = (rest[cut + 1 :] if cut > 0 else os.environ.get("OPENAI_BASE_URL") or HOME).strip()
+    try:
+        parsed = httpx.URL(url)
+    except (httpx.InvalidURL, ValueError):
+        parsed = httpx.URL("")
+    if not name or parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
+        raise ModelError(
+            "cannot tell which server to ask",
+            expected="openai:NAME@URL with a URL such as http://localhost:8000/v1",
+            found=f"name {name!r}, URL {url.rpartition('@')[2]!r}", do="write the name so, or set OPENAI_BASE_URL",
+        )  # fmt: skip
+    if parsed.userinfo:
+        raise ModelError(
+            "a server's URL must not hold a user or password: it is stored with results",
+            expected="a plain URL", found=f"one for {parsed.host}", do="set OPENAI_API_KEY instead",
+        )  # fmt: skip
+    return name, url.rstrip("/")
+
+
+def _wait_wished(answer: httpx.Response) -> float:
+    """Seconds that a Retry-After header asks for, as a number or a date; 0 where there is none."""
+    value = answer.headers.get("retry-after", "")
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, TypeError):
+        return 0.0
+
+
+_ADVICE = {
+    401: "set OPENAI_API_KEY to a key of this server",
+    403: "set OPENAI_API_KEY to a key that may use this model",
+    404: "check the model's name, and the URL: it often ends with /v1",
+    429: "wait, or ask the server's owner for a higher limit",
+}
+
+
+class Server:
+    """One server and the way to it; usable from many threads. `halt` ends the waits between tries."""
+
+    def __init__(self, url: str, key: str = "", retry: Retry | None = None, concurrency: int = 8) -> None:
+        if not (key.isascii() and key.isprintable()):
+            raise ModelError("OPENAI_API_KEY cannot be a key", expected="printable ASCII", found="others", do="mend it")
+        self.url, self.retry, self.halt, self._key = url, retry or Retry(), threading.Event(), key
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self.client = httpx.Client(
+            headers=headers,
+            timeout=httpx.Timeout(self.retry.answer, connect=self.retry.connect),
+            limits=httpx.Limits(max_connections=concurrency),
+            follow_redirects=False,
+            trust_env=url.startswith("https:"),  # a proxy of the environment sees TLS only, never prompts
+        )
+
+    def ask(self, path: str, payload: Any, read: Callable[[Any], T], *, retried: Iterable[int] = RETRIED) -> T:
+        """What `read` makes of the answer to a POST of JSON (GET where payload is None).
+
+        Tries again on `retried` statuses, broken connections, time-outs and answers that `read` refuses. Raises
+        Refusal on another status, RemoteError when all tries are used up.
+        """
+        # ASCII JSON, so that even lone surrogates can be sent.
+        content = None if payload is None else json.dumps(payload).encode()
+        jitter, tries, count = random.Random(f"{path} {content!r}"), self.retry.tries, 0
+        problem = f"{self.url}{path} gave no usable answer"
+        while True:
+            count += 1
+            try:
+                return self._once(path, content, read, frozenset(retried))
+            except _Again as failed:
+                wait = max(self.retry.first * 2 ** (count - 1) * (0.5 + jitter.random() / 2), failed.wait)
+                if count >= tries or self.halt.wait(min(wait, self.retry.longest)):
+                    said = {"expected": f"one within {tries} tries", "found": failed.found, "do": failed.do}
+                    if failed.status:
+                        raise Refusal(failed.status, failed.body, problem, **said) from failed
+                    raise RemoteError(problem, **said) from failed
+
+    def _once(self, path: str, content: bytes | None, read: Callable[[Any], T], retried: frozenset[int]) -> T:
+        """One try; raises _Again where another may help, Refusal where none will."""
+        try:
+            answer, body = self._exchange(path, content)
+        except httpx.TimeoutException as error:
+            raise _Again(f"none in {self.retry.answer:g} s", "wait, or see whether the server is overloaded") from error
+        except httpx.RequestError as error:
+            found = f"{type(error).__name__}: {self._show(str(error).encode())}"
+            raise _Again(found, "start the server, or check the URL") from error
+        status, found = answer.status_code, f"status {answer.status_code}: {self._show(body)}"
+        if status == 200:
+            try:
+                return read(json.loads(body))
+            except GARBAGE as error:
+                raise _Again(found, CHECK) from error
+        advice = _ADVICE.get(status, "see the server's log" if status >= 500 else CHECK)
+        if status in retried:
+            raise _Again(found, advice, _wait_wished(answer), status, body)
+        raise Refusal(
+            status, body, f"{self.url}{path} refused a request", expected="status 200", found=found, do=advice
+        )
+
+    def _exchange(self, path: str, content: bytes | None) -> tuple[httpx.Response, bytes]:
+        """Response and body; one that trickles beyond the time limit or is far too long counts as a failed one."""
+        deadline, body = time.monotonic() + self.retry.connect + self.retry.answer, bytearray()
+        method = "GET" if content is None else "POST"
+        with self.client.stream(method, self.url + path, content=content) as answer:
+            for chunk in answer.iter_bytes():
+                body += chunk
+                if time.monotonic() > deadline:
+                    raise httpx.ReadTimeout("the answer does not end")
+                if len(body) > MOST_BYTES:
+                    raise httpx.DecodingError(f"an answer of more than {MOST_BYTES >> 20} MiB")
+        return answer, bytes(body)
+
+    def _show(self, body: bytes) -> str:
+        """The first 120 characters of a body, without what could steer a terminal, and without the key."""
+        text = body[:4096].decode("utf-8", "replace")
+        text = text.replace(self._key, "***") if self._key else text
+        return "".join(c if c.isprintable() else " " for c in text)[:120].strip() or "nothing"
+
+
+# --- engine and session -----------------------------------------------------------------------------------------------
+
+
+class RemoteEngine:
+    """Opens `openai:NAME[@URL]`; the key is read from OPENAI_API_KEY."""
+
+    name = "remote"
+
+    def __init__(self, retry: Retry | None = None, concurrency: int = 8) -> None:
+        self.retry, self.concurrency = retry or Retry(), concurrency
+
+    def open(self, ref: ModelRef, home: Path) -> Session:
+        """Open a session and learn what the server can do, with up to six requests of a few words.
+
+        Raises ModelError on a name that states no server or a model with transforms, RemoteError when none answers.
+        """
+        if ref.transforms:
+            raise ModelError(
+                f"{ref.base} is on a server: its weights are out of reach",
+                expected="no transforms", found=ref.transforms[0].kind, do="take a local model to change its weights",
+            )  # fmt: skip
+        name, url = address(ref.base)
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
+        server = Server(url, key, self.retry, self.concurrency)
+        try:
+            return RemoteSession(server, name, self.concurrency)
+        except BaseException:
+            server.client.close()
+            raise
+
+
+class RemoteSession:
+    """A session with a model on a server, for one calling thread.
+
+    `protocol["scoring"]` says how closed sets behind chats are scored, `protocol["scoring_raw"]` the same behind raw
+    text; decided once, when the session opens, by asking the server about a fixed sentence: "echo" (log-probabilities
+    of every token of the continuation), "logprobs" (of its first tokens, see `by_beginning`) or "generation" (none:
+    the answer is generated and compared, see `by_text`). The latter two give a Score of 1 token, so that its mean is
+    its log-probability. `protocol["dropped"]` names the settings that the model refuses to be told.
+    """
+
+    def __init__(self, server: Server, name: str, concurrency: int = 8) -> None:
+        self.server, self.name, self.concurrency = server, name, concurrency
+        self.spent = Spent()
+        self._dropped: frozenset[str] = frozenset()
+        self._alternatives = 20
+        self.protocol = {"engine": "remote", "dtype": "as served", "model": name, "url": server.url}
+        self.context = self._stated_context()
+        begun = time.monotonic()
+        self.protocol |= {"scoring": self._probe_chat(), "scoring_raw": self._probe_raw()}
+        self.spent += Spent(seconds=time.monotonic() - begun)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.server.halt.set()
+        self.server.client.close()
+
+    def _stated_context(self) -> int:
+        try:
+            return self.server.ask("/models", None, lambda body: read_context(body, self.name))
+        except Refusal:  # many servers have no such list, and some keys may not read it
+            return CONTEXT
+
+    def _probe_chat(self) -> str:
+        """Whether chats come with log-probabilities, 20 or 5 for each token."""
+        chat = (("user", f"Say: {PROBE}"),)
+        for many in (20, 5, 0):
+            wish = {"logprobs": True, "top_logprobs": many} if many else {}
+            reply = self._probe(chat, wish)
+            if many and reply and any(s.alternatives for s in reply.choices[0].steps):
+                self._alternatives = many
+                return "logprobs"
+        return "generation"
+
+    def _probe_raw(self) -> str:
+        """Whether raw text is echoed with log-probabilities, or only what is generated has them."""
+        reply = self._probe(PROBE, {"echo": True, "logprobs": 1})
+        if reply and PROBE in reply.choices[0].text:
+            steps = reply.choices[0].steps
+            if len(steps) > 2 and all(s.logprob is not None for s in steps[1:]):
+                return "echo"
+        reply = self._probe(PROBE, {"logprobs": 5})
+        return "logprobs" if reply and any(s.alternatives for s in reply.choices[0].steps) else "generation"
+
+    def _probe(self, prompt: Prompt, wish: dict[str, Any]) -> Reply | None:
+        """The reply to a request that a server may not support; None where it does not."""
+        try:
+            # 500 is not asked again: that is how some servers say that they do not support something.
+            settings = {"max_tokens": 1, "temperature": 0.0, **wish}
+            reply, spent = self._request(prompt, settings, RETRIED - {500})
+        except Refusal as error:
+            if error.status in UNSUPPORTED:
+                return None
+            raise
+        self.spent += spent
+        return reply
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def count(self, prompts: Sequence[Prompt]) -> list[int]:
+        """An estimate, for the server's tokenizer is not at hand: a token per 4 characters, and 4 for each message."""
+        return [
+            math.ceil(len(p) / 4) if isinstance(p, str) else sum(math.ceil(len(text) / 4) + 4 for _, text in p)
+            for p in prompts
+        ]
+
+    def _fits(self, longest: int) -> None:
+        if longest > self.context:
+            raise EngineError(
+                "a prompt is longer than the model's context window",
+                expected=f"at most {self.context} tokens", found=f"about {longest}", do="shorten it",
+            )  # fmt: skip
+
+    def _request(
+        self, prompt: Prompt, settings: dict[str, Any], retried: Iterable[int] = RETRIED
+    ) -> tuple[Reply, Spent]:
+        """One request and what it cost. Control markers in a chat's contents are broken up; raw text is sent as it is.
+
+        A setting that the model refuses by name is left out (`max_tokens` is renamed), from then on, and noted.
+        """
+        if isinstance(prompt, str):
+            path, payload = "/completions", {"model": self.name, "prompt": prompt, **settings}
+        else:
+            turns = [{"role": role, "content": escape(content)} for role, content in prompt]
+            path, payload = "/chat/completions", {"model": self.name, "messages": turns, **settings}
+        while True:
+            sent = {k: v for k, v in payload.items() if k not in self._dropped}
+            if "max_tokens" in self._dropped:
+                sent["max_completion_tokens"] = payload["max_tokens"]
+            try:
+                reply = self.server.ask(path, sent, read_reply, retried=retried)
+                break
+            except Refusal as error:
+                refused = _refused_setting(error)
+                if refused not in sent:
+                    raise
+                self._dropped |= {refused}
+                self.protocol["dropped"] = ", ".join(sorted(self._dropped))
+        said = sum(estimate(c.text) for c in reply.choices)
+        asked = estimate(prompt if isinstance(prompt, str) else " ".join(text for _, text in prompt))
+        return reply, Spent(
+            prefilled_tokens=asked if reply.prompt_tokens is None else reply.prompt_tokens,
+            generated_tokens=said if reply.completion_tokens is None else reply.completion_tokens,
+        )
+
+    def _map(
+        self, work: Callable[[Item], tuple[T, Spent]], items: Sequence[Item], progress: Progress | None
+    ) -> list[T]:
+        """Results of work on each item, in order, `concurrency` at a time; the first failure ends all and is raised."""
+        begun, results = time.monotonic(), dict[int, T]()
+        self.server.halt.clear()
+        pool = ThreadPoolExecutor(self.concurrency)
+        try:
+            places = {pool.submit(work, item): n for n, item in enumerate(items)}
+            for future in as_completed(places):
+                results[places[future]], spent = future.result()
+                self.spent += spent
+                if progress:
+                    progress(len(results), len(items))
+        except BaseException:
+            self.server.halt.set()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+            self.spent += Spent(seconds=time.monotonic() - begun)
+        return [results[n] for n in range(len(items))]
+
+    # --- generation ---------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None
+    ) -> list[tuple[Generation, ...]]:
+        """`sampling.n` answers per prompt; at temperature 0 one is asked for and repeated.
+
+        Raises EngineError for a prompt that (by estimate) leaves no room for the answer, RemoteError on failure.
+        """
+        self._fits(max(self.count(prompts), default=0) + sampling.max_tokens)
+        return self._map(lambda prompt: self._answers(prompt, sampling), prompts, progress)
+
+    def _answers(self, prompt: Prompt, sampling: Sampling) -> tuple[tuple[Generation, ...], Spent]:
+        wanted = sampling.n if sampling.temperature > 0 else min(1, sampling.n)
+        made, spent = list[Generation](), Spent()
+        settings: dict[str, Any] = {"max_tokens": sampling.max_tokens, "temperature": sampling.temperature}
+        # Only what differs from the servers' own defaults is sent: some refuse what they do not know.
+        settings |= {"top_p": sampling.top_p} if sampling.top_p < 1 else {}
+        settings |= {"stop": list(sampling.stop[:4])} if sampling.stop else {}  # OpenAI takes 4; all are cut at below
+        while len(made) < wanted:  # servers may give fewer than n
+            more = {"n": wanted - len(made)} if wanted - len(made) > 1 else {}
+            more |= {"seed": sampling.seed + len(made)} if sampling.temperature > 0 else {}
+            reply, cost = self._request(prompt, settings | more)
+            spent += cost
+            each = cost.generated_tokens // len(reply.choices)
+            made += [_finish(c, sampling.stop, each) for c in reply.choices[: wanted - len(made)]]
+        return tuple(made) if sampling.temperature > 0 else tuple(made * sampling.n), spent
+
+    # --- scoring ------------------------------------------------------------------------------------------------------
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        continuations: Sequence[Sequence[str]],
+        *,
+        end: bool = False,
+        progress: Progress | None = None,
+    ) -> list[tuple[Score, ...]]:
+        """Log-probability of each continuation behind its prompt, as `protocol["scoring"]` says; `end` is ignored.
+
+        Raises EngineError for a prompt (by estimate) longer than the context window, and for single continuations
+        where the server gives no log-probabilities of whole texts: only choices between several can be scored there.
+        """
+        ways = [self.protocol["scoring_raw" if isinstance(p, str) else "scoring"] for p in prompts]
+        alone = bool(ways) and all(len(c) == 1 for c in continuations)
+        if alone and any(way != "echo" for way in ways):
+            raise EngineError(
+                f"{self.server.url} gives no log-probabilities of whole texts",
+                expected="several continuations to choose between", found="one", do="score this with a local model",
+            )  # fmt: skip
+        lengths = [n + max((len(c) // 4 for c in texts), default=0) if way == "echo" else n
+                   for n, texts, way in zip(self.count(prompts), continuations, ways, strict=True)]  # fmt: skip
+        self._fits(max(lengths, default=0))
+        jobs = list(zip(prompts, continuations, ways, strict=True))
+        return self._map(lambda job: self._scores(*job), jobs, progress)
+
+    def _scores(self, prompt: Prompt, texts: Sequence[str], way: str) -> tuple[tuple[Score, ...], Spent]:
+        if way == "echo" and isinstance(prompt, str):
+            return self._echo(prompt, texts)
+        longest = max(map(len, texts), default=0)
+        if way == "logprobs":
+            chat = {"logprobs": True, "top_logprobs": self._alternatives}
+            many = {"logprobs": 5} if isinstance(prompt, str) else chat
+            # A token may be a single character, but hardly all are: half is plenty to tell the continuations apart.
+            limit = min(32, shared_beginning(texts) // 2 + 2)
+            reply, spent = self._request(prompt, {"max_tokens": limit, "temperature": 0.0, **many})
+            first = reply.choices[0]
+            values = by_beginning(first.steps, texts, first.ended)
+        else:
+            reply, spent = self._request(prompt, {"max_tokens": max(24, longest // 3 + 16), "temperature": 0.0})
+            values = by_text(reply.choices[0].text, texts)
+        return tuple(Score(v, 1) for v in values), spent
+
+    def _echo(self, prompt: str, texts: Sequence[str]) -> tuple[tuple[Score, ...], Spent]:
+        """Scores out of the echo of prompt and continuation; one token is generated, as some servers need that."""
+        scores, spent = [], Spent()
+        for text in texts:
+            wish = {"max_tokens": 1, "temperature": 0.0, "echo": True, "logprobs": 1}
+            reply, cost = self._request(prompt + text, wish)
+            spent += cost
+            made = 1 if reply.completion_tokens is None else reply.completion_tokens
+            scores.append(echoed(reply.choices[0].steps, text, made))
+        return tuple(scores), spent
+
+
+def _finish(choice: Choice, stop: Sequence[str], tokens: int) -> Generation:
+    """A choice as a Generation, cut before the first stop string, should the server have left it in."""
+    cuts = [at for at in (choice.text.find(s) for s in stop) if at >= 0]
+    return Generation(choice.text[: min(cuts)] if cuts else choice.text, tokens,
+                      "stop" if cuts or choice.ended else "length")  # fmt: skip
+
+
+def _refused_setting(error: Refusal) -> str:
+    """The optional setting that a refusal names (OpenAI's newer models refuse max_tokens and temperature), or ""."""
+    try:
+        said = json.loads(error.body)["error"]
+        named = said["param"] if said["code"] in ("unsupported_parameter", "unsupported_value") else ""
+    except (ValueError, KeyError, TypeError):
+        return ""
+    return named if error.status in (400, 422) and named in OPTIONAL else ""

@@ -1,0 +1,193 @@
+"""Scorecards and paired comparisons: what a System scores on rows, with its protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from whet import __version__, stats
+from whet.engine import Progress, Session, Spent
+from whet.errors import TaskError
+from whet.metrics import Metric, Outcome, get, score_all
+from whet.model import local_folder
+from whet.store import Store
+from whet.system import System
+from whet.task import Example, Task, rows_hash
+
+
+@dataclass(frozen=True)
+class Scorecard:
+    """What a System scored, with the protocol that made the figure; never compared with one of another protocol."""
+
+    score: float
+    low: float
+    high: float
+    metric: str
+    outcomes: tuple[Outcome, ...] = field(repr=False)
+    seconds: float  # of answering; loading apart
+    truncated: int  # prompts that had to be shortened
+    spent: Spent
+    protocol: dict[str, str]
+    latency_ms: float | None = None
+    size_bytes: int | None = None
+    memory_bytes: int | None = None
+
+    @property
+    def n(self) -> int:
+        """How many examples were scored."""
+        return len(self.outcomes)
+
+    @property
+    def failed(self) -> int:
+        """How many examples the metric could not score."""
+        return sum(o.error is not None for o in self.outcomes)
+
+    def record(self) -> dict[str, Any]:
+        """The scorecard as `whet evaluate --json` prints it."""
+        body = {k: v for k, v in asdict(self).items() if k not in ("outcomes",)}
+        return {**body, "n": self.n, "failed": self.failed}
+
+
+def protocol(system: System, examples: Sequence[Example], metric: Metric, session: Session, split: str) -> dict[str, str]:
+    """What a score depends on beside the System: data, metric, engine and versions."""
+    return {
+        "data": rows_hash(examples)[:16],
+        "split": split,
+        "metric": metric.name,
+        "decoding": "closed set" if system.decoding.closed else "greedy generation",
+        "whet": __version__,
+        "python": platform.python_version(),
+        **session.protocol,
+    }
+
+
+def _key(system: System, examples: Sequence[Example], metric: Metric, session: Session) -> str:
+    """Under which outcomes are kept; the split's name does not matter, its rows do."""
+    rules = {k: v for k, v in protocol(system, examples, metric, session, "").items() if k != "split"}
+    body = json.dumps([system.fingerprint, rows_hash(examples), rules], sort_keys=True)
+    return hashlib.sha256(body.encode()).hexdigest()
+
+
+def evaluate(
+    system: System,
+    examples: Sequence[Example],
+    metric: Metric,
+    *,
+    session: Session | None = None,
+    split: str = "test",
+    seed: int = 0,
+    store: Store | None = None,
+    progress: Progress | None = None,
+) -> Scorecard:
+    """Score a System on examples. With a store, what was scored before under the same protocol is not run again.
+
+    Raises TaskError where the metric cannot be had from these rows.
+    """
+    if not examples:
+        raise TaskError("nothing to score", expected=f"rows in {split}", found="none", do=f"add {split}.jsonl")
+    if metric.name.startswith(("recall@", "ndcg@")) or metric.name == "win_rate":
+        raise TaskError(
+            f"{metric.name} cannot be scored by this version",
+            expected="a metric of answers", found=metric.name, do="see `whet methods` for what is at hand",
+        )  # fmt: skip
+    session = session or system.session
+    key = _key(system, examples, metric, session)
+    kept = store.outcomes(key) if store else None
+    if kept is None:
+        begun, before = time.monotonic(), session.spent
+        outcomes, truncated = _outcomes(system, examples, metric, session, progress)
+        extra: dict[str, Any] = {
+            "seconds": time.monotonic() - begun, "truncated": truncated, "spent": asdict(session.spent - before)
+        }  # fmt: skip
+        if store:
+            store.keep_outcomes(key, outcomes, extra)
+    else:
+        outcomes, extra = kept
+    score = metric.aggregate(outcomes)
+    low, high = stats.bootstrap_interval(outcomes, metric, seed)
+    rules = protocol(system, examples, metric, session, split)
+    spent = Spent(**extra["spent"])
+    return Scorecard(score, low, high, metric.name, outcomes, extra["seconds"], extra["truncated"], spent, rules)
+
+
+def _outcomes(
+    system: System, examples: Sequence[Example], metric: Metric, session: Session, progress: Progress | None
+) -> tuple[tuple[Outcome, ...], int]:
+    if metric.name != "perplexity":
+        answers = system.answers(examples, session, progress)
+        return score_all(metric, [a.text for a in answers], examples), sum(a.truncated for a in answers)
+    texts = [e.text if e.text is not None else e.completion for e in examples]
+    scored = session.score(system.prompts(examples), [[t] for t in texts], progress=progress)
+    outcomes = []
+    for example, row in zip(examples, scored, strict=True):
+        error = None if math.isfinite(row[0].logprob) else "the log-probability is not finite"
+        outcomes.append(
+            Outcome(example.id, "", -row[0].mean, "", example.group, error, weight=float(max(1, row[0].tokens)))
+        )
+    return tuple(outcomes), 0
+
+
+def size_bytes(system: System) -> int | None:
+    """Bytes of weights on disk: the base's safetensors and every transform; None for a remote model."""
+    if system.model.remote:
+        return None
+    folders = [local_folder(system.model, system.home)]
+    folders += [t.folder for t in system.model.transforms if t.folder is not None]
+    return sum(p.stat().st_size for folder in folders for p in folder.glob("*.safetensors"))
+
+
+def measure(card: Scorecard, system: System, examples: Sequence[Example]) -> Scorecard:
+    """Add size, and latency and memory as measured in a process of its own."""
+    from whet.probe import probe
+
+    with tempfile.TemporaryDirectory() as folder:
+        system.save(Path(folder) / "system")
+        latency, memory = probe(Path(folder) / "system", system.home, examples)
+    return replace(card, size_bytes=size_bytes(system), latency_ms=latency, memory_bytes=memory)
+
+
+def compare(
+    first: System,
+    second: System,
+    task: Task,
+    *,
+    split: str = "test",
+    seed: int = 0,
+    store: Store | None = None,
+    progress: Progress | None = None,
+) -> tuple[Scorecard, Scorecard, stats.Paired]:
+    """Both scorecards on the same rows, and the paired comparison of the second against the first."""
+    metric = get(task.metric, task.folder, task.trusted)
+    rows = rows_of(task, split)
+    cards = [
+        evaluate(s, rows, metric, split=split, seed=seed, store=store, progress=progress) for s in (first, second)
+    ]
+    return cards[0], cards[1], stats.compare(cards[0].outcomes, cards[1].outcomes, metric, seed)
+
+
+def rows_of(task: Task, split: str) -> tuple[Example, ...]:
+    """The rows of a split by its name: train, dev, test, select or confirm. Raises TaskError where it has none."""
+    parts = {"train": task.train, "dev": task.dev, "test": task.test, "confirm": task.test}
+    rows = task.split().select if split == "select" else parts.get(split)
+    if rows is None:
+        raise TaskError(f"no split {split!r}", expected=", ".join([*parts, "select"]), do="name one of them")
+    if not rows:
+        raise TaskError(f"the split {split!r} is empty", expected="rows", found="none", do="name another --split")
+    return rows
+
+
+def versions() -> dict[str, str]:
+    """Versions of what shapes the figures."""
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "peft", "scikit-learn", "numpy", "scipy", "sacrebleu", "rouge-score")
+    return {"whet": __version__, "python": sys.version.split()[0], **{n: version(n) for n in names}}

@@ -1,0 +1,58 @@
+"""Latency and memory of a System, measured in a process of its own: one prompt at a time, nothing else running."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from whet.errors import ArtifactError
+from whet.task import Example
+
+PROMPTS = 8  # enough for a steady median at batch 1
+
+
+def probe(folder: Path, home: Path, examples: Sequence[Example]) -> tuple[float, int]:
+    """Median latency in ms and peak memory in bytes of the System in `folder`, answering a few examples singly."""
+    rows = [{"id": e.id, "prompt": e.prompt, "choices": e.choices, "history": e.history} for e in examples[:PROMPTS]]
+    done = subprocess.run(
+        [sys.executable, "-m", "whet.probe", str(folder)],
+        input=json.dumps(rows), capture_output=True, text=True, env={**os.environ, "WHET_HOME": str(home)},
+        check=False,
+    )  # fmt: skip
+    try:
+        body = json.loads(done.stdout.splitlines()[-1])
+        return float(body["latency_ms"]), int(body["memory_bytes"])
+    except (IndexError, ValueError, KeyError) as error:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise ArtifactError(f"cannot measure {folder}", expected="an answer", found=last[:200]) from error
+
+
+def main() -> None:
+    """Answer the examples on stdin, one at a time; print latency and peak memory as JSON."""
+    from whet.system import load
+
+    system = load(sys.argv[1])
+    rows = json.load(sys.stdin)
+    examples = [
+        Example(r["id"], r["prompt"], choices=tuple(r["choices"]), history=tuple((a, b) for a, b in r["history"]))
+        for r in rows
+    ]
+    times = []
+    for example in [examples[0], *examples]:  # the first warms up
+        begun = time.perf_counter()
+        system.answers([example])
+        times.append(time.perf_counter() - begun)
+    unit = 1 if sys.platform == "darwin" else 1024
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    print(json.dumps({"latency_ms": 1000 * statistics.median(times[1:]), "memory_bytes": memory}))
+
+
+if __name__ == "__main__":
+    main()

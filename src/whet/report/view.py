@@ -1,0 +1,328 @@
+"""What the report shows, as plain data: results read tolerantly, numbers as words, arms, examples, confusions."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Record = Mapping[str, Any]
+
+LONGEST = 2000  # characters of one text of an example that the page carries
+UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+
+
+# -- reading what may be missing ---------------------------------------------------------------------------------
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def record(value: Any) -> Record:
+    """A mapping, empty for anything else."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def sequence(value: Any) -> Sequence[Any]:
+    """A list or tuple, empty for anything else."""
+    return value if isinstance(value, (list, tuple)) else ()
+
+
+def records(value: Any) -> list[Record]:
+    """The mappings among a list's items."""
+    return [item for item in sequence(value) if isinstance(item, Mapping)]
+
+
+def line(value: Any) -> str:
+    """A value as one printable line; empty for None. Control characters (terminal escapes too) become spaces."""
+    text = "" if value is None else value if isinstance(value, str) else json.dumps(value, default=str)
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def short(text: str, longest: int) -> str:
+    """A text cut to so many characters, the cut marked by an ellipsis."""
+    return text if len(text) <= longest else text[: longest - 1].rstrip() + "…"
+
+
+# -- numbers as words --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How the metric's figures are written: in points (0.712 → 71.2), or as they are."""
+
+    metric: str
+    points: bool
+    higher_is_better: bool
+
+    @staticmethod
+    def of(result: Record) -> Scale:
+        """Points where higher is better and every score lies in 0..1."""
+        metric = record(result.get("metric"))
+        name, higher = line(metric.get("name")) or "score", metric.get("higher_is_better") is not False
+        return Scale(name, higher and all(0 <= s <= 1 for s in _scores(result)), higher)
+
+    @property
+    def title(self) -> str:
+        """The metric's name in words."""
+        return self.metric.replace("_", " ")
+
+    @property
+    def unit(self) -> str:
+        """What follows a difference: " points", or nothing."""
+        return " points" if self.points else ""
+
+    def value(self, x: float) -> float:
+        """A score or a difference in the units that are shown."""
+        return 100 * x if self.points else x
+
+    def score(self, x: float | None) -> str:
+        """A score, such as "71.2"; a dash for None."""
+        if x is None:
+            return "–"
+        places = 1 if self.points or abs(x) >= 100 else 2
+        return f"{self.value(x):,.{places}f}".replace("-", "−")
+
+    def gain(self, x: float | None) -> str:
+        """A difference with its sign; a dash for None."""
+        if x is None:
+            return "–"
+        text = self.score(abs(x))
+        return text if not text.strip("0.") else f"{'+' if x > 0 else '−'}{text}"
+
+    def span(self, low: float | None, high: float | None, signed: bool = False) -> str:
+        """An interval in words; empty if an end is missing."""
+        if low is None or high is None:
+            return ""
+        write = self.gain if signed else self.score
+        return f"{write(low)} to {write(high)}"
+
+
+def _scores(result: Record) -> Iterator[float]:
+    confirm = record(result.get("confirm"))
+    cards = [record(t.get("select")) for t in records(result.get("trials"))]
+    for card in (*cards, record(confirm.get("base")), record(confirm.get("chosen"))):
+        if (score := number(card.get("score"))) is not None:
+            yield score
+
+
+def p_value(p: float | None) -> str:
+    """A p-value, such as "p = 0.012"; empty for None."""
+    return "" if p is None else "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as s, min or h."""
+    if seconds is None:
+        return "–"
+    return (f"{seconds:.0f} s" if seconds < 99.5 else f"{seconds / 60:.1f} min" if seconds < 5400
+            else f"{seconds / 3600:.1f} h")
+
+
+def count(value: float | None) -> str:
+    """A whole number with its thousands apart."""
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def size(value: float | None) -> str:
+    """Bytes as kB, MB or GB (powers of ten)."""
+    if value is None:
+        return "–"
+    unit, divisor = next(((u, d) for u, d in UNITS if value >= d), ("B", 1.0))
+    return f"{value / divisor:.3g} {unit}" if value < 1000 * divisor else f"{value / divisor:,.0f} {unit}"
+
+
+# -- arms --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One recipe at its furthest rung, or a baseline. `gain` is against base on select, positive is better."""
+
+    name: str
+    kind: str  # base | arm | chosen | baseline
+    score: float | None = None
+    gain: float | None = None
+    low: float | None = None
+    high: float | None = None
+    seconds: float | None = None
+    status: str = ""
+    why: str = ""
+    trial: Record | None = None
+
+
+def name_of(trial: Record) -> str:
+    """A trial's short label, made from its recipe where it has none."""
+    methods = [line(step.get("method")) for step in records(trial.get("recipe"))]
+    return line(trial.get("name")) or "+".join(methods) or "base"
+
+
+def is_base(trial: Record) -> bool:
+    """Whether the trial is the model as it stands, no method applied."""
+    return not sequence(trial.get("recipe")) and name_of(trial) == "base"
+
+
+def furthest(result: Record) -> list[Record]:
+    """One trial per recipe: the last that has a score at its highest rung; trials without a score only if alone."""
+    best: dict[tuple[str, str], Record] = {}
+    for trial in records(result.get("trials")):
+        key = (name_of(trial), line(trial.get("recipe")))
+        if key not in best or _rank(trial) >= _rank(best[key]):
+            best[key] = trial
+    return list(best.values())
+
+
+def _rank(trial: Record) -> tuple[bool, float]:
+    return score_of(trial) is not None, number(trial.get("rung")) or 0.0
+
+
+def score_of(trial: Record) -> float | None:
+    """A trial's score on the select split."""
+    return number(record(trial.get("select")).get("score"))
+
+
+def arms(result: Record) -> list[Arm]:
+    """Base, every recipe and every baseline; the best gain first, those without a score last."""
+    trials, scale = furthest(result), Scale.of(result)
+    base = next((score_of(t) for t in trials if is_base(t)), None)
+    chosen = sequence(record(result.get("chosen")).get("recipe"))
+    found = [_arm(t, base, chosen, scale) for t in trials] + [
+        Arm(line(b.get("name")) or "baseline", "baseline", number(b.get("select")),
+            _gain(number(b.get("select")), base, scale))
+        for b in records(result.get("baselines"))]
+    return sorted(found, key=lambda a: (a.gain is None, a.score is None, -(a.gain or 0.0)))
+
+
+def _arm(trial: Record, base: float | None, chosen: Sequence[Any], scale: Scale) -> Arm:
+    difference = record(trial.get("difference"))
+    score, gain = score_of(trial), number(difference.get("difference"))
+    seconds = number(trial.get("cost_seconds"))
+    recipe = sequence(trial.get("recipe"))
+    kind = "base" if is_base(trial) else "chosen" if recipe and line(recipe) == line(chosen) else "arm"
+    return Arm(
+        name_of(trial), kind, score, 0.0 if kind == "base" and score is not None else
+        gain if gain is not None else _gain(score, base, scale),
+        *((None, None) if kind == "base" else (number(difference.get("low")), number(difference.get("high")))),
+        seconds if seconds is not None else number(record(trial.get("spent")).get("seconds")),
+        line(trial.get("status")), line(trial.get("why")), trial)
+
+
+def _gain(score: float | None, base: float | None, scale: Scale) -> float | None:
+    return None if score is None or base is None else (score - base) * (1 if scale.higher_is_better else -1)
+
+
+def winning_baseline(result: Record) -> tuple[str, float] | None:
+    """The best baseline that beats the handed-over system on the confirm split: its name and score there."""
+    confirm, scale = record(result.get("confirm")), Scale.of(result)
+    handed = "chosen" if sequence(record(result.get("chosen")).get("recipe")) else "base"
+    ours = number(record(confirm.get(handed)).get("score"))
+    sign = 1 if scale.higher_is_better else -1
+    scored = [(line(b.get("name")) or "baseline", s) for b in records(result.get("baselines"))
+              if (s := number(b.get("confirm"))) is not None]
+    best = max(scored, key=lambda pair: sign * pair[1], default=None)
+    return best if best and ours is not None and sign * (best[1] - ours) > 0 else None
+
+
+# -- examples ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples of the confirm split as rows, and the filters over them: (key, label, count)."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+    filters: tuple[tuple[str, str, int], ...]
+    binary: bool
+    changed: bool
+
+
+LABELS = {"gained": "wrong → right", "lost": "right → wrong", "wrong": "still wrong",
+          "better": "better", "worse": "worse", "same": "unchanged", "hit": "right", "miss": "wrong"}
+
+
+def examples(details: Record, scale: Scale) -> Examples:
+    """Rows (kind, id, prompt, reference, base answer, chosen answer, base score, chosen score) with their filters."""
+    found = records(details.get("examples"))
+    scores = [(number(e.get("base_score")), number(e.get("chosen_score"))) for e in found]
+    binary = all(s in (0.0, 1.0, None) for pair in scores for s in pair) and scale.higher_is_better
+    changed = any(b is not None for _, b in scores) or any(e.get("chosen") is not None for e in found)
+    kinds = [_kind(a, b, binary, changed, scale.higher_is_better) for a, b in scores]
+    rows = tuple(
+        (kind, *(_cell(e.get(key)) for key in ("id", "prompt", "reference", "base", "chosen")), *pair)
+        for kind, e, pair in zip(kinds, found, scores, strict=True))
+    shown = (("gained", "lost", "wrong") if changed else ("hit", "miss")) if binary else (
+        ("better", "worse", "same") if changed else ())
+    tally = Counter(kinds)
+    filters = (("all", "all", len(rows)), *((k, LABELS[k], tally[k]) for k in shown))
+    return Examples(("id", "prompt", "reference", "base", "chosen"), rows, filters, binary, changed)
+
+
+def _cell(value: Any) -> str:
+    text = "" if value is None else value if isinstance(value, str) else json.dumps(value, default=str)
+    return short(text, LONGEST)
+
+
+def _kind(base: float | None, chosen: float | None, binary: bool, changed: bool, higher: bool) -> str:
+    if not changed:
+        return "" if base is None else "hit" if base == 1 else "miss"
+    if base is None or chosen is None:
+        return ""
+    if binary:
+        return {(0, 1): "gained", (1, 0): "lost", (0, 0): "wrong"}.get((int(base), int(chosen)), "right")
+    return "same" if base == chosen else "better" if (chosen > base) == higher else "worse"
+
+
+# -- confusions --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Counts[reference][answer] over the labels; the last column, where there is one, is any other answer."""
+
+    labels: tuple[str, ...]
+    columns: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+
+    def mistakes(self) -> Iterator[tuple[str, str, int]]:
+        """(reference, answer, how often), for wrong answers that occur."""
+        for i, row in enumerate(self.counts):
+            for j, times in enumerate(row):
+                if times and i != j:
+                    yield self.labels[i], self.columns[j], times
+
+
+def confusion(details: Record, who: str) -> Confusion | None:
+    """The confusion matrix of "base" or "chosen"; None without labels or without answers to known references."""
+    from whet.metrics import plain
+
+    labels = tuple(dict.fromkeys(line(x) for x in sequence(details.get("labels"))))
+    place = {plain(label): i for i, label in enumerate(labels)}
+    tally: Counter[tuple[int, int]] = Counter()
+    for e in records(details.get("examples")):
+        row = place.get(plain(_cell(e.get("reference"))))
+        if row is not None and e.get(who) is not None:
+            tally[row, place.get(plain(_cell(e[who])), len(labels))] += 1
+    if not labels or not tally:
+        return None
+    other = any(column == len(labels) for _, column in tally)
+    width = len(labels) + other
+    return Confusion(labels, (*labels, *(("(other)",) if other else ())),
+                     tuple(tuple(tally[i, j] for j in range(width)) for i in range(len(labels))))
+
+
+def most_confused(details: Record, longest: int = 20) -> list[tuple[str, str, int | None, int | None]]:
+    """The commonest mistakes: (reference, answer, times by base, times by chosen); None where one was not run."""
+    base, chosen = confusion(details, "base"), confusion(details, "chosen")
+    before, after = (None if c is None else {(r, a): n for r, a, n in c.mistakes()} for c in (base, chosen))
+    pairs = dict.fromkeys([*(after or ()), *(before or ())])
+    rows = [(r, a, None if before is None else before.get((r, a), 0), None if after is None else after.get((r, a), 0))
+            for r, a in pairs]
+    return sorted(rows, key=lambda row: (-(row[3] or 0), -(row[2] or 0)))[:longest]

@@ -1,0 +1,97 @@
+"""What is kept between processes: trials, per-example outcomes, rates, and artifacts by fingerprint."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from whet.errors import StoreError
+from whet.metrics import Outcome
+
+SCHEMA = """
+create table if not exists outcomes (key text primary key, body text not null);
+create table if not exists trials (run text not null, trial text not null, body text not null, primary key (run, trial));
+create table if not exists rates (key text primary key, body text not null);
+"""
+
+
+def home_folder() -> Path:
+    """Where things are kept: `WHET_HOME`, else `.whet` in the working folder."""
+    return Path(os.environ.get("WHET_HOME") or ".whet").absolute()
+
+
+def _outcome(body: dict[str, Any]) -> Outcome:
+    return Outcome(**{**body, "others": tuple(body["others"])})
+
+
+class Store:
+    """A folder with a SQLite file; every write is one transaction, so a killed process leaves whole rows or none."""
+
+    def __init__(self, home: Path | None = None) -> None:
+        self.home = home or home_folder()
+        self.file = self.home / "whet.sqlite"
+        try:
+            self.home.mkdir(parents=True, exist_ok=True)
+            with closing(self._open()) as base:
+                base.executescript(SCHEMA)
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(
+                f"cannot use the store {self.home}",
+                expected="a folder that can be written", found=str(error), do="set WHET_HOME to another folder",
+            ) from error  # fmt: skip
+
+    def _open(self) -> sqlite3.Connection:
+        base = sqlite3.connect(self.file, timeout=30)
+        base.execute("pragma journal_mode=wal")
+        return base
+
+    def _put(self, sql: str, values: Sequence[str]) -> None:
+        try:
+            with closing(self._open()) as base, base:
+                base.execute(sql, values)
+        except sqlite3.Error as error:
+            raise StoreError(f"cannot write {self.file}", found=str(error), do="free space, then run again") from error
+
+    def _get(self, sql: str, values: Sequence[str]) -> Any:
+        with closing(self._open()) as base:
+            row = base.execute(sql, values).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def outcomes(self, key: str) -> tuple[tuple[Outcome, ...], dict[str, Any]] | None:
+        """Per-example outcomes of one System on one set of rows under one protocol, with what they cost."""
+        body = self._get("select body from outcomes where key = ?", [key])
+        return None if body is None else (tuple(_outcome(o) for o in body["outcomes"]), body["extra"])
+
+    def keep_outcomes(self, key: str, outcomes: Sequence[Outcome], extra: dict[str, Any]) -> None:
+        """Keep outcomes under their key; kept ones are never replaced."""
+        body = json.dumps({"outcomes": [asdict(o) for o in outcomes], "extra": extra}, ensure_ascii=False)
+        self._put("insert or ignore into outcomes values (?, ?)", [key, body])
+
+    def trial(self, run: str, trial: str) -> dict[str, Any] | None:
+        """A finished trial of a run."""
+        body: dict[str, Any] | None = self._get("select body from trials where run = ? and trial = ?", [run, trial])
+        return body
+
+    def keep_trial(self, run: str, trial: str, body: dict[str, Any]) -> None:
+        """Keep a finished trial."""
+        text = json.dumps(body, ensure_ascii=False)
+        self._put("insert or replace into trials values (?, ?, ?)", [run, trial, text])
+
+    def rates(self, key: str) -> dict[str, float] | None:
+        """Calibrated rates of a model on this machine."""
+        body: dict[str, float] | None = self._get("select body from rates where key = ?", [key])
+        return body
+
+    def keep_rates(self, key: str, rates: dict[str, float]) -> None:
+        """Keep calibrated rates."""
+        self._put("insert or replace into rates values (?, ?)", [key, json.dumps(rates)])
+
+    def artifact(self, fingerprint: str) -> Path:
+        """Where the artifact of a fingerprint lies (or is to lie)."""
+        return self.home / "artifacts" / fingerprint

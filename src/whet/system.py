@@ -1,0 +1,319 @@
+"""A System: everything that turns a prompt into an answer. Frozen; holds references and settings, never tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from whet import __version__
+from whet.engine import Chat, Progress, Prompt, Sampling, Session, open_session
+from whet.errors import ArtifactError, StoreError
+from whet.model import ModelRef, Transform, hash_files, local_folder
+from whet.prompt import messages, shorten
+from whet.task import Example
+
+if TYPE_CHECKING:
+    from whet.embed import Embedder
+
+Pair = tuple[str, str]  # (question, answer)
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """Worked examples shown before the question.
+
+    `fixed`: all of `pool`, in order. `nearest`: the `k` of the pool whose questions lie nearest (cosine of sentence
+    embeddings), the nearest last.
+    """
+
+    pool: tuple[Pair, ...] = ()
+    k: int = 0
+    selection: str = "fixed"
+
+    def choose(self, questions: Sequence[str], embedder: Embedder | None) -> list[tuple[Pair, ...]]:
+        """The demonstrations for each question, in the order they are shown."""
+        if self.selection == "fixed" or not self.pool or embedder is None:
+            return [self.pool] * len(questions)
+        import numpy as np
+
+        pool = embedder([q for q, _ in self.pool])
+        near = embedder(list(questions)) @ pool.T
+        order = np.argsort(-near, axis=1, kind="stable")[:, : self.k]
+        return [tuple(self.pool[i] for i in row[::-1]) for row in order]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How an answer is read off: scoring over a closed set, or generation.
+
+    `labels` is the task's closed set (a row's own choices take its place). `normalise` is "mean" (log-probability per
+    token, so that long labels are not punished) or "sum" (of the whole answer, its end included). `prior` holds the
+    log-prior of each label that calibration subtracts, scaled like the scores.
+    """
+
+    labels: tuple[str, ...] = ()
+    closed: bool = False
+    normalise: str = "mean"
+    prior: tuple[float, ...] = ()
+    max_tokens: int = 64
+    temperature: float = 0.0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer; `scores` are the (calibrated) scores of the closed set, `truncated` says the prompt was shortened."""
+
+    text: str
+    scores: tuple[float, ...] = ()
+    truncated: bool = False
+
+
+@dataclass(frozen=True)
+class System:
+    """Model, prompt, demonstrations, sources and decoding. Its fingerprint, of contents, is its identity."""
+
+    model: ModelRef
+    instruction: str = ""
+    demonstrations: Demonstrations = field(default_factory=Demonstrations)
+    decoding: Decoding = field(default_factory=Decoding)
+    card: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)
+    home: Path = field(default=Path(".whet"), compare=False, repr=False)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that makes the System what it is, as plain data; the model by content."""
+        return {
+            "model": self.model.identity,
+            "instruction": self.instruction,
+            "demonstrations": asdict(self.demonstrations),
+            "decoding": asdict(self.decoding),
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the settings; equal for equal Systems wherever they lie."""
+        text = json.dumps(self.settings, sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def session(self) -> Session:
+        """The System's own session, opened when first needed and kept."""
+        return open_session(self.model, self.home)
+
+    @cached_property
+    def embedder(self) -> Embedder | None:
+        """The sentence embedder, where demonstrations are chosen by nearness."""
+        if self.demonstrations.selection != "nearest":
+            return None
+        from whet.embed import Embedder
+
+        return Embedder(self.home)
+
+    def prompts(self, examples: Sequence[Example]) -> list[Prompt]:
+        """What the model is sent for each example. Plain text rows are raw text, outside any template."""
+        shown = self.demonstrations.choose([e.prompt for e in examples], self.embedder)
+        return [
+            "" if e.text is not None else messages(self.instruction, demos, e.prompt, e.history)
+            for e, demos in zip(examples, shown, strict=True)
+        ]
+
+    def fitting(
+        self, examples: Sequence[Example], session: Session, room: Sequence[int]
+    ) -> tuple[list[Prompt], list[bool]]:
+        """Prompts that leave `room` tokens of the context window each, and which of them had to be shortened."""
+        prompts = self.prompts(examples)
+        cut = [False] * len(prompts)
+        for n, size in enumerate(session.count(prompts)):
+            excess = size + room[n] - session.context
+            prompt = prompts[n]
+            if excess > 0 and not isinstance(prompt, str):
+                prompts[n] = shorten(prompt, excess, lambda chat: session.count([chat])[0])
+                cut[n] = True
+        return prompts, cut
+
+    def answer(self, prompt: str | Example | Sequence[str | Example], session: Session | None = None) -> Any:
+        """Answer one prompt (its text is returned) or several (a list of texts)."""
+        if isinstance(prompt, (str, Example)):
+            return self.answers([prompt], session)[0].text
+        return [a.text for a in self.answers(prompt, session)]
+
+    def answers(
+        self, prompts: Iterable[str | Example], session: Session | None = None, progress: Progress | None = None
+    ) -> list[Answer]:
+        """Answer prompts with scores: over the closed set where there is one, else by generation."""
+        examples = [Example(str(n), p) if isinstance(p, str) else p for n, p in enumerate(prompts)]
+        session = session or self.session
+        if self.decoding.closed and all(e.choices or self.decoding.labels for e in examples):
+            return self._choose(examples, session, progress)
+        return self._generate(examples, session, progress)
+
+    def label_scores(
+        self, examples: Sequence[Example], session: Session, progress: Progress | None = None
+    ) -> tuple[list[tuple[float, ...]], list[bool]]:
+        """Uncalibrated scores of each example's closed set (its own choices or the labels), and who was shortened."""
+        sets = [e.choices or self.decoding.labels for e in examples]
+        # A label is at most as many tokens as its bytes; markers around it are counted with the prompt.
+        room = [max(len(c.encode()) for c in choices) + 2 for choices in sets]
+        prompts, cut = self.fitting(examples, session, room)
+        whole = self.decoding.normalise == "sum"
+        scored = session.score(prompts, sets, end=whole, progress=progress)
+        return [tuple(s.logprob if whole else s.mean for s in row) for row in scored], cut
+
+    def _choose(self, examples: Sequence[Example], session: Session, progress: Progress | None) -> list[Answer]:
+        rows, cut = self.label_scores(examples, session, progress)
+        answers = []
+        for example, row, short in zip(examples, rows, cut, strict=True):
+            choices = example.choices or self.decoding.labels
+            if self.decoding.prior and not example.choices:
+                row = tuple(s - p for s, p in zip(row, self.decoding.prior, strict=True))
+            best = max(range(len(choices)), key=lambda i: (row[i], -i))
+            answers.append(Answer(choices[best], row, short))
+        return answers
+
+    def _generate(self, examples: Sequence[Example], session: Session, progress: Progress | None) -> list[Answer]:
+        decoding = self.decoding
+        prompts, cut = self.fitting(examples, session, [decoding.max_tokens] * len(examples))
+        sampling = Sampling(decoding.max_tokens, decoding.temperature, stop=decoding.stop)
+        made = session.generate(prompts, sampling, progress)
+        return [Answer(g[0].text.strip(), (), short) for g, short in zip(made, cut, strict=True)]
+
+    # --- on disk --------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path, *, self_contained: bool = False) -> Path:
+        """Write the System as a folder (aside, then renamed): settings, transforms, card; with `self_contained` the base.
+
+        Raises StoreError where the folder holds something else or cannot be written.
+        """
+        target = Path(folder)
+        if target.exists() and not (target / "system.json").exists() and any(target.iterdir()):
+            raise StoreError(f"{target} holds something else", expected="an empty or new folder", do="name another")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        except OSError as error:
+            raise StoreError(f"cannot write {target}", found=error.strerror or str(error), do="choose --out") from error
+        try:
+            self._write(work, self_contained)
+            if target.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+                os.replace(target, old / "system")
+                os.replace(work, target)
+                shutil.rmtree(old)
+            else:
+                os.replace(work, target)
+        except OSError as error:
+            raise StoreError(f"cannot write {target}", found=error.strerror or str(error), do="free space") from error
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        return target
+
+    def _write(self, work: Path, self_contained: bool) -> None:
+        body = {
+            "whet": __version__,
+            "fingerprint": self.fingerprint,
+            "base": self.model.base,
+            "self_contained": self_contained,
+            **self.settings,
+            "card": self.card,
+        }
+        for transform in self.model.transforms:
+            if transform.folder is None:
+                raise ArtifactError(f"the {transform.kind} {transform.fingerprint[:12]} is not at hand")
+            shutil.copytree(transform.folder, work / "transforms" / transform.fingerprint)
+        if self_contained and not self.model.remote:
+            shutil.copytree(local_folder(self.model, self.home), work / "base")
+            body["base_hash"] = hash_files([p for p in (work / "base").iterdir() if p.is_file()])
+        (work / "README.md").write_text(_card_text(self), encoding="utf-8")
+        (work / "system.json").write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _card_text(system: System) -> str:
+    """The model card: what the System is and what it scored, as Markdown."""
+    card, demos, decoding = system.card, system.demonstrations, system.decoding
+    shown = "none" if not demos.pool else f"{demos.k or len(demos.pool)} ({demos.selection})"
+    lines = [
+        f"# A System for {card.get('task', 'a task')}", "",
+        f"- base: `{system.model.base}` (`{system.model.content[:16]}`)",
+        f"- transforms: {', '.join(f'{t.kind} `{t.fingerprint[:16]}`' for t in system.model.transforms) or 'none'}",
+        f"- demonstrations: {shown}",
+        f"- calibration: {'yes' if decoding.prior else 'no'}",
+        f"- recipe: {card.get('recipe', 'the base as it is')}", "",
+    ]  # fmt: skip
+    if card.get("scorecard"):
+        lines += ["## Scorecard", "", "```json", json.dumps(card["scorecard"], indent=1, ensure_ascii=False), "```", ""]
+    lines += ["Answer with `whet chat`, `whet evaluate`, or `whet.load(folder).answer(prompt)`.", ""]
+    return "\n".join(lines)
+
+
+def _finite(values: Sequence[Any], size: int) -> tuple[float, ...]:
+    numbers = tuple(float(v) for v in values)
+    if len(numbers) not in (0, size) or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{len(numbers)} priors for {size} labels")
+    return numbers
+
+
+def load(folder: str | Path, home: Path | None = None) -> System:
+    """Read a System from its folder; its transforms' hashes are checked when the model is opened.
+
+    Raises ArtifactError where the folder is no System, is incomplete or has been changed.
+    """
+    from whet.store import home_folder
+
+    path = Path(folder)
+    file = path / "system.json"
+    if not file.exists():
+        raise ArtifactError(f"{path} is no System", expected="a folder with system.json", found="none", do="name it")
+    try:
+        body = json.loads(file.read_text(encoding="utf-8"))
+        transforms = []
+        for kind, fingerprint in body["model"]["transforms"]:
+            if not (isinstance(fingerprint, str) and fingerprint.isalnum()):
+                raise ValueError("a transform is named by its hash")
+            transforms.append(Transform(kind, fingerprint, path / "transforms" / fingerprint))
+        base = str(path / "base") if body.get("self_contained") and (path / "base").is_dir() else body["base"]
+        demos, decoding = body["demonstrations"], body["decoding"]
+        labels = tuple(decoding["labels"])
+        system = System(
+            ModelRef(base, body["model"]["content"], tuple(transforms)),
+            body["instruction"],
+            Demonstrations(tuple((q, a) for q, a in demos["pool"]), demos["k"], demos["selection"]),
+            replace(
+                Decoding(**{**decoding, "labels": labels, "stop": tuple(decoding["stop"]), "prior": ()}),
+                prior=_finite(decoding["prior"], len(labels)),
+            ),
+            body["card"],
+            home or home_folder(),
+        )
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise ArtifactError(
+            f"{file} cannot be read", expected="a System that whet wrote", found=str(error)[:160], do="write it again"
+        ) from error
+    if system.fingerprint != body["fingerprint"]:
+        raise ArtifactError(
+            f"{file} was changed by hand",
+            expected=f"fingerprint {body['fingerprint'][:12]}", found=system.fingerprint[:12],
+            do="restore it, or build the System anew",
+        )  # fmt: skip
+    _check_base(system, body)
+    return system
+
+
+def _check_base(system: System, body: dict[str, Any]) -> None:
+    """Raise ArtifactError where a self-contained base differs from what was written."""
+    base = Path(system.model.base)
+    if "base_hash" in body and base.is_dir():
+        found = hash_files([p for p in base.iterdir() if p.is_file()])
+        if found != body["base_hash"]:
+            raise ArtifactError(
+                f"{base} has changed", expected=body["base_hash"][:12], found=found[:12], do="restore it"
+            )

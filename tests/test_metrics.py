@@ -1,0 +1,299 @@
+"""Metrics against hand-computed numbers, scikit-learn, sacrebleu and rouge-score."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from whet import metrics
+from whet.errors import TaskError
+from whet.metrics import Outcome, get, plain, score_all, squad
+from whet.task import Example
+
+PER_ANSWER = ("accuracy", "macro_f1", "exact_match", "token_f1", "contains", "rouge_l", "bleu", "chrf")
+METRICS = {name: get(name) for name in PER_ANSWER}
+
+
+def example(*answers: str, **more) -> Example:
+    return Example(id=more.pop("id", "x"), prompt="?", completion=answers[0], answers=answers, **more)
+
+
+def outcomes(metric, answers, references):
+    rows = [example(*((r,) if isinstance(r, str) else r), id=str(i)) for i, r in enumerate(references)]
+    return score_all(metric, answers, rows)
+
+
+# -- finding ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*PER_ANSWER, "perplexity", "win_rate", "recall@5", "ndcg@10", "recall@100"])
+def test_every_documented_name_is_found_by_the_entry_points(name):
+    metric = get(name)
+    assert metric.name == name
+    assert metric.higher_is_better == (name != "perplexity")
+
+
+@pytest.mark.parametrize("name, hint", [("acuracy", "'accuracy'"), ("recall@0", "recall@"), ("ndcg@k", "ndcg@"),
+                                        ("accuracy@3", "accuracy@3"), ("", "accuracy")])
+def test_an_unknown_name_says_what_there_is(name, hint):
+    with pytest.raises(TaskError, match=hint):
+        get(name)
+
+
+def write(folder, text, name="metrics.py"):
+    (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_user_code_runs_only_with_trust_and_inside_the_folder(tmp_path):
+    inside = tmp_path / "task"
+    inside.mkdir()
+    write(inside, "def f(answer, example):\n    return len(answer) / 10\n")
+    write(tmp_path, "def f(answer, example):\n    return 1\n")
+    (inside / "link.py").symlink_to(tmp_path / "metrics.py")
+    metric = get("metrics.py:f", inside, trusted=True)
+    assert (metric.name, metric.score("abc", example("x"))) == ("metrics.py:f", 0.3)
+    with pytest.raises(TaskError, match="--trust"):
+        get("metrics.py:f", inside)
+    for outside in ("../metrics.py:f", "link.py:f", f"{tmp_path}/metrics.py:f"):
+        with pytest.raises(TaskError, match="outside"):
+            get(outside, inside, trusted=True)
+
+
+@pytest.mark.parametrize("code, match", [("x = (", "SyntaxError"), ("1 / 0", "ZeroDivisionError"),
+                                         ("raise SystemExit(3)", "SystemExit"), ("def good(a, e): return 1", "good"),
+                                         ("f = 3", "no function")])
+def test_broken_user_code_is_one_line(tmp_path, code, match):
+    with pytest.raises(TaskError, match=match) as caught:
+        get("metrics.py:f", write(tmp_path, code), trusted=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_user_code_that_is_missing_is_named(tmp_path):
+    with pytest.raises(TaskError, match="missing"):
+        get("nowhere.py:f", tmp_path, trusted=True)
+
+
+def test_user_code_may_define_dataclasses(tmp_path):
+    write(tmp_path, "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass P:\n"
+                    "    x: float\n\ndef f(answer, example):\n    return P(0.5).x\n")
+    assert get("metrics.py:f", tmp_path, trusted=True).score("", example("x")) == 0.5
+
+
+def test_an_example_on_which_a_metric_fails_is_data(tmp_path):
+    write(tmp_path, "def f(answer, example):\n    return float(answer) if 'n' in answer else 1 / len(answer)\n")
+    rows = [example("r", id=str(i), group="g") for i in range(4)]
+    scored = score_all(get("metrics.py:f", tmp_path, trusted=True), ["ab", "", "nan", "inf"], rows)
+    assert [o.score for o in scored] == [0.5, 0, 0, 0]
+    assert scored[0].error is None and "ZeroDivisionError" in scored[1].error
+    assert "nan" in scored[2].error and "inf" in scored[3].error
+    assert {o.group for o in scored} == {"g"} and [o.id for o in scored] == list("0123")
+
+
+def test_scoring_needs_one_answer_per_example():
+    with pytest.raises(ValueError):
+        score_all(get("accuracy"), ["a"], [])
+
+
+@pytest.mark.parametrize("name", ["perplexity", "win_rate"])
+def test_what_is_not_made_from_answers_refuses_them(name):
+    with pytest.raises(TaskError):
+        score_all(get(name), ["a"], [example("a")])
+
+
+@pytest.mark.parametrize("name", [*PER_ANSWER, "perplexity"])
+def test_no_outcomes_have_no_figure(name):
+    with pytest.raises(ValueError):
+        get(name).aggregate([])
+
+
+# -- labels -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer, wanted, right", [
+    ("Positive", "positive", 1), ("  positive.\n", "positive", 1), ("very  good", "very good", 1), ("긍정.", "긍정", 1),
+    ("긍정", "부정", 0), ("C#", "C", 0), (":)", ":(", 0), ("?", "!", 0), ("", "positive", 0), ("STRASSE", "straße", 1),
+    ("\uac00", "\u1100\u1161", 1),
+])
+def test_accuracy_forgives_form_and_nothing_else(answer, wanted, right):
+    assert get("accuracy").score(answer, example(wanted)) == right
+
+
+def test_accuracy_takes_any_accepted_answer_and_compares_choices_exactly():
+    assert get("accuracy").score("b", example("a", "b")) == 1
+    row = example("A.", choices=("A.", "A"))
+    assert [get("accuracy").score(a, row) for a in ("A.", "A", "a")] == [1, 0, 1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_macro_f1_equals_sklearn(seed):
+    from sklearn.metrics import f1_score
+
+    draw = random.Random(seed)
+    wanted = [draw.choice("abcd") for _ in range(60)]
+    answers = [draw.choice([w, w, "a", "e", "f"]) for w in wanted]
+    metric = get("macro_f1")
+    expected = f1_score(wanted, answers, average="macro")
+    assert metric.aggregate(outcomes(metric, answers, wanted)) == pytest.approx(expected)
+
+
+def test_macro_f1_counts_a_failed_example_as_a_miss_of_its_class_only():
+    rows = [Outcome("1", "a", 1, "a"), Outcome("2", "", 0, "b", error="timeout"), Outcome("3", "b", 1, "b")]
+    assert get("macro_f1").aggregate(rows) == pytest.approx((1 + 2 / 3) / 2)
+
+
+# -- answers in words ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, normal", [
+    ("The  Cat, sat!", "cat sat"), ("An apple a day", "apple day"), ("1914–1918", "1914–1918"), ("$1,000.", "1000"),
+    ("한국의 수도는 서울이다.", "한국의 수도는 서울이다"), ("A", "a"), ("!!!", "!!!"), ("", ""), ("theory", "theory"),
+])
+def test_squad_normalisation(text, normal):
+    assert squad(text) == normal
+
+
+@pytest.mark.parametrize("answer, accepted, em, f1", [
+    ("the Denver Broncos", ["Denver Broncos"], 1, 1),
+    ("Broncos of Denver", ["Denver Broncos"], 0, 2 * (2 / 3) * 1 / (2 / 3 + 1)),  # P 2/3, R 1
+    ("Denver Denver", ["Denver Broncos"], 0, 0.5),  # a repeated token counts once
+    ("Paris", ["London", "Paris, France"], 0, 2 * 1 * 0.5 / 1.5),
+    ("서울 특별시", ["서울"], 0, 2 / 3), ("", ["x"], 0, 0), ("", [""], 1, 1), ("B", ["A"], 0, 0), ("the", ["A"], 0, 0),
+])
+def test_exact_match_and_token_f1_by_hand(answer, accepted, em, f1):
+    assert get("exact_match").score(answer, example(*accepted)) == em
+    assert get("token_f1").score(answer, example(*accepted)) == pytest.approx(f1)
+
+
+@pytest.mark.parametrize("answer, accepted, inside", [
+    ("It was the Denver Broncos.", "Denver Broncos", 1), ("I know", "no", 0), ("No, I do not", "no", 1),
+    ("in 2010", "201", 0), ("2010년에", "2010", 1), ("서울은 수도다", "서울", 1), ("부산", "서울", 0),
+    ("anything", "", 0), ("", "", 1), ("b", "+", 0), ("about", "The A", 0),
+])
+def test_contains(answer, accepted, inside):
+    assert get("contains").score(answer, example(accepted)) == inside
+
+
+TEXTS = ["the cat sat on the mat", "a dog barked at 3 cats", "on the mat sat the cat", "cat", "the dog, the cat!"]
+
+
+@pytest.mark.parametrize("answer", TEXTS)
+def test_rouge_l_equals_rouge_score_on_ascii_and_the_best_reference_wins(answer):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    rival = RougeScorer(["rougeL"])
+    expected = [rival.score(r, answer)["rougeL"].fmeasure for r in TEXTS]
+    assert [get("rouge_l").score(answer, example(r)) for r in TEXTS] == pytest.approx(expected)
+    assert get("rouge_l").score(answer, example(*TEXTS[:3])) == pytest.approx(max(expected[:3]))
+
+
+def test_rouge_l_reads_korean():
+    score = get("rouge_l").score("서울은 한국의 수도이다.", example("서울은 수도이다"))
+    assert score == pytest.approx(2 * (2 / 3) / (5 / 3))  # both words of the reference among three: precision 2/3
+
+
+@pytest.mark.parametrize("name, corpus", [("bleu", "corpus_bleu"), ("chrf", "corpus_chrf")])
+def test_bleu_and_chrf_equal_sacrebleu_with_as_many_references_as_each_row_has(name, corpus):
+    import sacrebleu
+
+    answers = ["the cat sat on a mat", "a dog barked loudly at the cats", "", "서울은 한국의 수도이다"]
+    accepted = [(TEXTS[0], TEXTS[2]), (TEXTS[1],), ("something long",), ("서울은 수도이다", "수도는 서울이다", "서울")]
+    streams = [[r[i] if i < len(r) else None for r in accepted] for i in range(3)]
+    metric = get(name)
+    scored = outcomes(metric, answers, accepted)
+    assert metric.aggregate(scored) == pytest.approx(getattr(sacrebleu, corpus)(answers, streams).score / 100)
+    sentence = getattr(sacrebleu, corpus.replace("corpus", "sentence"))
+    assert [o.score for o in scored] == pytest.approx(
+        [sentence(a, list(r)).score / 100 for a, r in zip(answers, accepted, strict=True)])
+
+
+def test_bleu_of_short_answers_follows_sacrebleu_s_effective_order_per_sentence():
+    assert get("bleu").score("cat", example("cat")) == pytest.approx(1)
+    assert get("bleu").aggregate(outcomes(get("bleu"), ["cat"], ["cat"])) == 0  # as corpus_bleu says of no 4-grams
+
+
+@given(st.lists(st.text(max_size=12), min_size=1, max_size=3), st.text(max_size=12))
+def test_scores_stay_within_0_and_1_and_a_reference_scores_1(accepted, answer):
+    for name, metric in METRICS.items():
+        assert -1e-9 <= metric.score(answer, example(*accepted)) <= 1 + 1e-9
+        if name in ("accuracy", "macro_f1", "exact_match", "token_f1", "contains"):
+            assert metric.score(accepted[0], example(*accepted)) == 1
+
+
+@given(st.text())
+def test_normalising_twice_changes_nothing_that_matters(text):
+    assert squad(squad(text)) in (squad(text), squad(squad(squad(text))))
+    assert plain(text) == plain(f"  {text} ")
+
+
+# -- likelihoods, rankings, preferences ---------------------------------------------------------------------------
+
+
+def test_perplexity_weighs_rows_by_their_tokens():
+    rows = [Outcome("1", "", 2.0, "", weight=3), Outcome("2", "", 1.0, "", weight=1)]
+    assert get("perplexity").aggregate(rows) == pytest.approx(math.exp(7 / 4))
+
+
+def test_a_failed_row_makes_perplexity_worse():
+    rows = [Outcome("1", "", 2.0, "", weight=3)]
+    failed = Outcome("2", "", 0.0, "", weight=3, error="out of memory")
+    assert get("perplexity").aggregate([*rows, failed]) > 100 * get("perplexity").aggregate(rows)
+
+
+def evidence(**marks):
+    return Example(id="q", prompt="?", completion="", evidence=tuple((k, float(v)) for k, v in marks.items()))
+
+
+def test_recall_counts_each_document_once():
+    row = evidence(a=1, b=1, c=0)
+    assert get("recall@2").score("a\nz\nb", row) == 0.5
+    assert get("recall@3").score("a\nz\nb", row) == 1
+    assert get("recall@3").score("a\na\na", row) == 0.5
+    assert get("recall@3").score("c", row) == 0
+
+
+def test_ndcg_by_hand():
+    row = evidence(a=3, b=2, c=1)
+    ideal = 3 + 2 / math.log2(3) + 1 / 2
+    assert get("ndcg@3").score("b\nz\na", row) == pytest.approx((2 + 3 / 2) / ideal)
+    assert get("ndcg@1").score("b", row) == pytest.approx(2 / 3)
+    assert get("ndcg@10").score("a\nb\nc", row) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("k", [1, 5, 10])
+def test_ndcg_equals_sklearn(seed, k):
+    from sklearn.metrics import ndcg_score
+
+    draw = np.random.default_rng(seed)
+    truth, scores = draw.integers(0, 4, 20), draw.permutation(20)
+    ranking = "\n".join(f"d{i}" for i in np.argsort(-scores))
+    row = evidence(**{f"d{i}": g for i, g in enumerate(truth)})
+    assert get(f"ndcg@{k}").score(ranking, row) == pytest.approx(ndcg_score([truth], [scores], k=k))
+
+
+def test_a_ranking_without_evidence_is_a_failed_example():
+    (scored,) = score_all(get("recall@5"), ["a"], [evidence()])
+    assert scored.score == 0 and "no evidence" in scored.error
+
+
+def test_win_rate_is_the_mean():
+    rows = [Outcome(str(i), "", s, "") for i, s in enumerate([1, 0.5, 0, 1])]
+    assert get("win_rate").aggregate(rows) == pytest.approx(0.625)
+
+
+@pytest.mark.parametrize("name", PER_ANSWER)
+def test_the_figure_is_finish_of_the_summed_statistics(name):
+    metric = get(name)
+    scored = outcomes(metric, TEXTS, TEXTS[1:] + TEXTS[:1])
+    table = metric.statistics(scored)
+    figures = metric.finish(np.array([np.ones(5), np.full(5, 2.0), [0, 3, 0, 1, 0]]) @ table)
+    draws = [scored, scored * 2, scored[1:2] * 3 + scored[3:4]]
+    assert figures == pytest.approx([metric.aggregate(d) for d in draws])
+
+
+def test_metrics_keep_no_state():
+    assert metrics.Accuracy() == metrics.Accuracy() and metrics.Recall(5) != metrics.Recall(6)

@@ -1,0 +1,555 @@
+"""Loading, checking and splitting task folders."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from collections import Counter
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from whet.errors import TaskError
+from whet.splits import cut, near_repeats
+from whet.task import Example, Learnable, Limits, Task, inside, load, places, rows_hash
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "tasks"
+ROW = {"prompt": "one plus one is what", "completion": "two"}
+
+
+def folder(tmp: Path, header: object = "metric: exact_match", name: str = "task", **files: object) -> Path:
+    """A task folder; each file is rows, text or bytes, and `train` stands for train.jsonl, `a__csv` for a.csv."""
+    path = tmp / name
+    path.mkdir(parents=True, exist_ok=True)
+    if header is not None:
+        (path / "task.yaml").write_text(header if isinstance(header, str) else json.dumps(header), "utf-8")
+    for file, content in (files or {"train": [ROW]}).items():
+        target = path / (file.replace("__", ".") if "__" in file else f"{file}.jsonl")
+        if isinstance(content, bytes):
+            target.write_bytes(content)
+        elif isinstance(content, str):
+            target.write_text(content, "utf-8")
+        else:
+            target.write_text("".join(json.dumps(row) + "\n" for row in content), "utf-8")
+    return path
+
+
+def refused(path: Path, *words: str, trust: bool = False) -> None:
+    with pytest.raises(TaskError) as caught:
+        load(path, trust=trust)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 700
+    for word in words:
+        assert word in message, message
+
+
+def example(n: int, label: str = "a", **more: object) -> Example:
+    words = random.Random(n)
+    prompt = " ".join("".join(words.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(8))
+    return Example(f"r{n}", prompt, label, (label,), **more)  # type: ignore[arg-type]
+
+
+def task(train: list[Example], labels: tuple[str, ...] = (), dev: tuple = (), test: tuple = ()) -> Task:
+    return Task("t", Path("."), "", "accuracy", labels, tuple(train), tuple(dev), tuple(test))
+
+
+# --------------------------------------------------------------------------------------------------- what loads
+
+
+def test_a_whole_task_loads(tmp_path):
+    folder(tmp_path, name="old")
+    header = """
+name: whole
+instruction: Say yes or no.
+metric: accuracy
+labels: [yes, no]
+documents: docs
+knowledge: knowledge.tsv
+earlier: [../old]
+limits: {size: 100MB, memory: 1.5GB, latency: 0.2s, forgetting: 1}
+"""
+    rows = [{"prompt": "is it?", "completion": "yes", "evidence": ["d1", "d2"], "group": 3, "id": 7, "spare": 1}]
+    path = folder(tmp_path, header, train=rows, test=[{"prompt": "why?", "completion": "no", "evidence": {"d1": 2}}])
+    (path / "docs").mkdir()
+    (path / "docs" / "a.md").write_text("text")
+    (path / "knowledge.tsv").write_text("a\tb\tc\n")
+    (path / "glossary.tsv").write_text("a\tb\n")
+    loaded = load(path)
+    assert (loaded.name, loaded.labels, loaded.closed) == ("whole", ("yes", "no"), True)
+    row = Example("7", "is it?", "yes", ("yes",), group="3", evidence=(("d1", 1.0), ("d2", 1.0)))
+    assert loaded.train == (row,)
+    assert loaded.test[0].id == "test-1" and loaded.test[0].evidence == (("d1", 2.0),)
+    assert loaded.limits == Limits(100_000_000, 1_500_000_000, 200.0, 1.0)
+    assert loaded.earlier == ((tmp_path / "old").resolve(),)
+    assert loaded.documents == "docs"
+    assert any("spare" in note for note in loaded.notes) and any("glossary.tsv" in note for note in loaded.notes)
+    learnable = loaded.split().learnable
+    assert learnable.documents == path.resolve() / "docs" and learnable.glossary is None
+    assert {field.name for field in fields(Learnable)}.isdisjoint({"select", "confirm", "dev", "test"})
+
+
+def test_labels_keep_the_words_as_written(tmp_path):
+    rows = [{"prompt": word, "completion": word} for word in ("no", "on", "010", "1.50", "true")]
+    loaded = load(folder(tmp_path, "metric: accuracy\nlabels: [no, on, 010, 1.50, true]", train=rows))
+    assert loaded.labels == ("no", "on", "010", "1.50", "true")
+
+
+def test_numbers_and_booleans_become_text(tmp_path):
+    rows = [{"prompt": "a", "completion": 3}, {"prompt": 4, "completion": True}, {"prompt": "c", "completion": 0.5}]
+    loaded = load(folder(tmp_path, train=rows))
+    assert [row.completion for row in loaded.train] == ["3", "true", "0.5"] and loaded.train[1].prompt == "4"
+
+
+def test_bom_crlf_blank_lines_and_line_separators(tmp_path):
+    lines = '{"prompt": "a\u2028b", "completion": "x"}\r\n\r\n{"prompt": "é", "completion": "y"}\r\n'
+    loaded = load(folder(tmp_path, train=b"\xef\xbb\xbf" + lines.encode()))
+    assert [(row.id, row.prompt) for row in loaded.train] == [("train-1", "a\u2028b"), ("train-3", "é")]
+
+
+def test_answers_begin_with_the_completion(tmp_path):
+    rows = [
+        {"prompt": "a", "completion": "x", "answers": ["y", "x", "z"]},
+        {"prompt": "b", "answers": ["p", "q", "p"]},
+        {"prompt": "c", "answers": {"text": ["s"], "answer_start": [0]}},
+    ]
+    loaded = load(folder(tmp_path, train=rows))
+    assert [row.answers for row in loaded.train] == [("x", "y", "z"), ("p", "q"), ("s",)]
+    assert [row.completion for row in loaded.train] == ["x", "p", "s"]
+
+
+def test_only_train_or_only_test(tmp_path):
+    assert load(folder(tmp_path, name="a", train=[ROW])).test == ()
+    loaded = load(folder(tmp_path, name="b", test=[ROW]))
+    assert loaded.train == () and loaded.split().select == () and loaded.split().confirm == loaded.test
+
+
+def test_valid_counts_as_dev(tmp_path):
+    loaded = load(folder(tmp_path, train=[ROW], valid=[{"prompt": "other", "completion": "x"}]))
+    assert [row.id for row in loaded.dev] == ["valid-1"] and loaded.split().select == loaded.dev
+
+
+def test_retrieval_and_pairs_need_no_completion(tmp_path):
+    rows = [{"prompt": "a", "completion": "", "evidence": ["d"]}, {"prompt": "b", "evidence": ["e"]}]
+    loaded = load(folder(tmp_path, "metric: recall@5\ndocuments: d.jsonl", "r", test=rows, d=[{"id": "d"}]))
+    assert loaded.test[0].answers == () and loaded.notes == ()
+    pairs = [{"prompt": "a", "chosen": "good", "rejected": "bad"}, {"prompt": "only a prompt"}]
+    first, second = load(folder(tmp_path, "metric: win_rate", "w", test=pairs)).test
+    assert (first.completion, first.rejected) == ("good", "bad") and (second.completion, second.rejected) == ("", None)
+
+
+def test_plain_text_tasks(tmp_path):
+    path = folder(tmp_path, "name: lm", train__txt="one\ntwo\n\nthree\n", test__txt="four")
+    loaded = load(path)
+    assert loaded.metric == "perplexity" and any("perplexity" in note for note in loaded.notes)
+    assert [(row.id, row.prompt, row.text) for row in loaded.train] == [
+        ("train-1", "", "one\ntwo\n\n"),
+        ("train-4", "", "three\n"),
+    ]
+    assert [row.text for row in load(folder(tmp_path, name="t", train=[{"text": "a"}, ROW])).train] == ["a", None]
+
+
+def test_sources_that_are_not_files(tmp_path):
+    web = folder(tmp_path, {"metric": "accuracy", "documents": ["https://a.org/x", "http://b.org"]}, "w")
+    assert load(web).documents == "https://a.org/x\nhttp://b.org"
+    assert load(web).split().learnable.documents == "https://a.org/x\nhttp://b.org"
+    assert places(web, load(web).documents) == ("https://a.org/x", "http://b.org")
+    for query in ("sqlite:///a.db", "SELECT a FROM b", "postgresql://h/d", "sparql:https://q.org"):
+        path = folder(tmp_path, {"metric": "accuracy", "documents": query}, "q")
+        refused(path, "documents", "--trust")
+        assert load(path, trust=True).split().learnable.documents == query
+    refused(folder(tmp_path, {"metric": "accuracy", "documents": "ftp://a.org"}, "f"), "documents", "ftp")
+
+
+def test_metric_in_a_file_needs_trust(tmp_path):
+    path = folder(tmp_path, "metric: score.py:mine", train=[ROW], score__py="def mine(a, b): return 1\n")
+    refused(path, "score.py:mine", "--trust")
+    assert load(path, trust=True).metric == "score.py:mine"
+    refused(folder(tmp_path, "metric: gone.py:mine", "g"), "gone.py", "does not exist", trust=True)
+    refused(folder(tmp_path, "metric: ../x.py:mine", "h"), "leads out", trust=True)
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_missing_folder_and_files(tmp_path):
+    refused(tmp_path / "none", "no task folder", "whet init")
+    refused(folder(tmp_path, None, "a"), "no task.yaml")
+    refused(folder(tmp_path, "metric: accuracy", "b", notes__md="x"), "neither train nor test")
+    refused(folder(tmp_path, "metric: accuracy", "d", dev=[ROW]), "neither train nor test")
+    refused(folder(tmp_path, "metric: accuracy", "c", train=[ROW], train__csv="prompt,completion\na,b\n"), "remove")
+    file = tmp_path / "file"
+    file.write_text("")
+    refused(file, "a file")
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ("metric: accuracy\n  bad: [", ("task.yaml line 2",)),
+        ("metric: accuracy\nmetric: bleu", ("task.yaml line", "twice")),
+        ("- a", ("task.yaml is not a mapping",)),
+        ("name: x", ("names no metric", "accuracy")),
+        ("metrics: accuracy", ("unknown key 'metrics'", "'metric'")),
+        ("metric: acuracy", ("unknown metric 'acuracy'", "'accuracy'")),
+        ("metric: recall@k", ("unknown metric", "recall@5")),
+        ("metric: recall@0", ("unknown metric",)),
+        ("metric: [accuracy]", ("metric is not text",)),
+        ("metric: !!python/object/apply:os.system [ls]", ("task.yaml line 1",)),
+        ("metric: accuracy\nlabels: yes", ("labels is not a list",)),
+        ("metric: accuracy\nlabels: [a, b, a]", ("label stands twice", "'a'")),
+        ("metric: accuracy\nlabels: [a]", ("too few labels", "at least 2")),
+        ("metric: accuracy\nlabels: [a, null]", ("label is empty", "null")),
+        ("metric: accuracy\nlimits: {sise: 1MB}", ("'sise'", "'size'")),
+        ("metric: accuracy\nlimits: {size: big}", ("limits.size", "100MB", "'big'")),
+        ("metric: accuracy\nlimits: {latency: -2ms}", ("limits.latency",)),
+        ("metric: accuracy\nlimits: {memory: 0}", ("limits.memory",)),
+        ("metric: accuracy\nlimits: 100MB", ("limits is not a mapping",)),
+        ("metric: accuracy\nname: ../../evil", ("name",)),
+        ("metric: accuracy\nname: ..", ("name",)),
+        ("metric: accuracy\ndocuments: none.jsonl", ("documents", "none.jsonl", "does not exist")),
+        ("metric: accuracy\ndocuments: /etc/passwd", ("documents", "leads out")),
+        ("metric: accuracy\nfeedback: a/../../b", ("feedback", "leads out")),
+        ("metric: accuracy\nknowledge: ..\\b", ("knowledge", "leads out")),
+        ("metric: accuracy\nglossary: ~/b", ("glossary", "leads out")),
+        ("metric: accuracy\ndocuments: {a: b}", ("documents is not a source",)),
+        ("metric: accuracy\ndocuments: [a.md, sqlite:///x]", ("documents",)),
+        ("metric: accuracy\ndocuments: .", ("documents", "held-out")),
+        ("metric: accuracy\nearlier: [../../etc]", ("earlier", "leads out")),
+        ("metric: accuracy\nearlier: [../gone]", ("earlier", "not a task")),
+        ("metric: accuracy\nearlier: [../task]", ("earlier", "beside")),
+        ("a: &a [*a]\nmetric: *a", ("task.yaml",)),
+    ],
+)
+def test_bad_headers(tmp_path, header, words):
+    refused(folder(tmp_path, header), *words)
+
+
+def test_a_header_that_grows_is_refused_at_once(tmp_path):
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n"
+    for name, before in zip("bcdefghij", "abcdefghi", strict=True):
+        bomb += f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n"
+    start = time.monotonic()
+    refused(folder(tmp_path, bomb.replace("a: &a", "metric: accuracy\ndocuments: &a") + "labels: *j\n"), "task.yaml")
+    assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", ("train.jsonl is empty",)),
+        (b" \n\n", ("train.jsonl is empty",)),
+        (b'{"prompt": "a", "completion": "b"}\n{"prompt": "c", "comp', ("train.jsonl line 2", "truncated")),
+        (b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xff"}\n', ("train.jsonl line 2", "byte offset 47", "0xff")),
+        ("\ufeff{}".encode("utf-16-le"), ("train.jsonl line 1", "UTF-16")),
+        (b'{"prompt": "a", "completion": "b"}\nhello\n', ("train.jsonl line 2 is not JSON",)),
+        (b'{"prompt": "a", "completion": "b"}\n[1, 2]\n', ("train.jsonl line 2 is not an object", "[1, 2]")),
+        (b"[" * 100_000 + b"\n", ("train.jsonl line 1",)),
+        (b'{"prompt": null, "completion": "b"}', ("line 1: the prompt is null",)),
+        (b'{"prompt": " ", "completion": "b"}', ("line 1: the prompt is empty",)),
+        (b'{"completion": "b"}', ("line 1: the prompt is missing", "fields completion", "whet init")),
+        (b'{"review": "a", "label": "b"}', ("line 1: the prompt is missing", "review, label", "whet init")),
+        (b'{"text": "a", "label": "b"}', ("line 1", "text, label", "whet init")),
+        (b'{"prompt": "a", "completion": null}', ("line 1: the completion is null",)),
+        (b'{"prompt": "a", "completion": NaN}', ("line 1: the completion is null",)),
+        (b'{"prompt": "a"}', ("line 1: the completion is missing",)),
+        (b'{"prompt": "a", "completion": ""}', ("line 1: the completion is empty",)),
+        (b'{"prompt": "a", "completion": ["b"]}', ("line 1", "completion", "not an object")),
+        (b'{"prompt": {"a": 1}, "completion": "b"}', ("line 1: prompt is not text",)),
+        (b'{"prompt": "\\ud800", "completion": "b"}', ("line 1: prompt holds half a character",)),
+        (b'{"prompt": "a", "completion": "b", "choices": ["c", "d"]}', ("line 1", "'b'", "choices", "'c'")),
+        (b'{"prompt": "a", "completion": "b", "choices": ["b"]}', ("line 1", "choices")),
+        (b'{"prompt": "a", "completion": "b", "choices": "b"}', ("line 1: choices is not a list",)),
+        (b'{"prompt": "a", "completion": "b", "evidence": {"d": "x"}}', ("line 1: evidence",)),
+        (b'{"prompt": "a", "completion": "b", "evidence": {"d": -1}}', ("line 1: evidence",)),
+        (
+            b'{"id": 1, "prompt": "a", "completion": "b"}\n{"id": "1", "prompt": "c", "completion": "b"}',
+            ("train.jsonl line 2", "id '1'", "train.jsonl line 1"),
+        ),
+    ],
+)
+def test_bad_rows(tmp_path, content, words):
+    refused(folder(tmp_path, train=content), *words)
+
+
+def test_labels_outside_the_set(tmp_path):
+    rows = [{"prompt": "a", "completion": "positive"}, {"prompt": "b", "completion": "postive"}]
+    header = "metric: accuracy\nlabels: [negative, positive]"
+    refused(folder(tmp_path, header, train=rows), "train.jsonl line 2", "'postive'", "did you mean 'positive'?")
+    rows = [{"prompt": "a", "completion": "positive", "answers": ["positive", "good"]}]
+    refused(folder(tmp_path, header, "b", train=rows), "line 1", "'good'", "there are: negative, positive")
+
+
+def test_retrieval_rows_need_evidence(tmp_path):
+    refused(folder(tmp_path, "metric: ndcg@10", test=[{"prompt": "a"}]), "test.jsonl line 1", "evidence")
+
+
+def test_plain_text_where_answers_are_needed(tmp_path):
+    refused(folder(tmp_path, test=[{"text": "a"}]), "test.jsonl line 1", "exact_match", "prompt and completion")
+
+
+def test_links_that_lead_out(tmp_path):
+    (tmp_path / "secret.jsonl").write_text(json.dumps(ROW))
+    path = folder(tmp_path, "metric: exact_match\ndocuments: docs")
+    (path / "docs").mkdir()
+    (path / "docs" / "in.md").symlink_to(path / "train.jsonl")
+    assert load(path).documents == "docs"
+    (path / "docs" / "out.md").symlink_to(tmp_path / "secret.jsonl")
+    refused(path, "documents", "out.md", "link out")
+    shutil.rmtree(path / "docs")
+    (path / "docs").symlink_to(tmp_path)
+    refused(path, "documents", "link out")
+    (path / "docs").unlink()
+    (path / "docs").symlink_to("docs")
+    refused(path, "documents")
+    (path / "docs").unlink()
+    (path / "docs").write_text("x")
+    (path / "test.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    refused(path, "test.jsonl", "link out")
+    (path / "test.jsonl").unlink()
+    folder(tmp_path / "far", name="away")
+    (tmp_path / "near").symlink_to(tmp_path / "far" / "away")
+    (path / "task.yaml").write_text("metric: exact_match\nearlier: [../near]")
+    refused(path, "earlier", "beside")
+
+
+def test_a_task_reached_by_a_link_loads(tmp_path):
+    (tmp_path / "link").symlink_to(folder(tmp_path))
+    assert load(tmp_path / "link").train == load(tmp_path / "task").train
+
+
+@given(st.text(max_size=30))
+def test_no_path_leads_out(tmp_path_factory, written):
+    root = tmp_path_factory.getbasetemp().resolve()
+    try:
+        found = inside(root, written, "x")
+    except TaskError:
+        return
+    assert found.resolve().is_relative_to(root)
+
+
+# ------------------------------------------------------------------------------------------------------ fingerprints
+
+
+def test_fingerprint_is_of_contents_not_of_paths(tmp_path):
+    header = "metric: exact_match\ndocuments: docs.md\nearlier: [../old]"
+    prints = []
+    for place, doc, old in (("a", "x", "1"), ("b", "x", "1"), ("c", "y", "1"), ("d", "x", "2")):
+        folder(tmp_path / place, name="old", train=[{"prompt": "p", "completion": old}])
+        prints.append(load(folder(tmp_path / place, header, place, train=[ROW], docs__md=doc)).fingerprint)
+    assert prints[0] == prints[1] and len(set(prints)) == 3
+    plain = load(folder(tmp_path, name="e")).fingerprint
+    assert plain != load(folder(tmp_path, "metric: exact_match\ninstruction: x", "f")).fingerprint
+    assert plain == load(folder(tmp_path, "metric: exact_match\nname: x", "g")).fingerprint
+
+
+def test_rows_hash_sees_every_field_and_the_order():
+    base = Example("a", "p", "c", ("c",))
+    others = [
+        Example("b", "p", "c", ("c",)),
+        Example("a", "q", "c", ("c",)),
+        Example("a", "p", "c", ("c", "d")),
+        Example("a", "p", "c", ("c",), history=(("user", "x"),)),
+        Example("a", "p", "c", ("c",), text="t"),
+    ]
+    assert len({rows_hash([row]) for row in (base, *others)}) == 6
+    assert rows_hash([base, others[0]]) != rows_hash([others[0], base])
+
+
+# ------------------------------------------------------------------------------------------------------------ splits
+
+
+@st.composite
+def many_rows(draw):
+    """Rows with distinct prompts, some labels and some groups."""
+    count = draw(st.integers(2, 120))
+    labels = draw(st.integers(1, 5))
+    grouped = draw(st.booleans())
+    seed = draw(st.integers(0, 1000))
+    chance = random.Random(seed)
+    groups = [
+        f"g{chance.randrange(count // 3 + 1)}" if grouped and chance.random() < 0.8 else None for _ in range(count)
+    ]
+    return [example(seed * 1000 + n, f"l{chance.randrange(labels)}", group=groups[n]) for n in range(count)]
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(many_rows(), st.integers(0, 3), st.integers(1, 60))
+def test_cut_is_a_partition_with_groups_whole(rows, seed, size):
+    kept, held = cut(rows, size, seed=seed, closed=True)
+    assert sorted(kept + held) == list(range(len(rows)))
+    groups = [{rows[i].group for i in part if rows[i].group} for part in (kept, held)]
+    assert not groups[0] & groups[1]
+    assert (kept, held) == cut(rows, size, seed=seed, closed=True)
+    order = list(range(len(rows)))
+    random.Random(1).shuffle(order)
+    again = cut([rows[i] for i in order], size, seed=seed, closed=True)[1]
+    assert sorted(rows[order[i]].id for i in again) == sorted(rows[i].id for i in held)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(many_rows(), st.integers(0, 3), st.integers(1, 60))
+def test_cut_is_stratified_within_one(rows, seed, size):
+    rows = [Example(row.id, row.prompt, row.completion) for row in rows]
+    size = min(size, len(rows))
+    held = cut(rows, size, seed=seed, closed=True)[1]
+    assert len(held) == size
+    counts, got = Counter(row.completion for row in rows), Counter(rows[i].completion for i in held)
+    for label, count in counts.items():
+        assert abs(got[label] - size * count / len(rows)) < 1
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(many_rows(), many_rows(), st.integers(0, 3), st.booleans())
+def test_splits_share_nothing(train, test, seed, with_dev):
+    chance = random.Random(seed)
+    test = [replace(row, id=f"t{row.id}") for row in test]
+    train = train + [Example(f"c{n}", chance.choice(test).prompt.upper() + "!", "l0") for n in range(5)]
+    made = task(train, dev=tuple(test[::2]) if with_dev else (), test=tuple(test[1::2]))
+    splits = made.split(seed)
+    parts = (splits.learnable.train, splits.select, splits.confirm)
+    for mark in (lambda row: row.id, lambda row: row.prompt.casefold().strip("!"), lambda row: row.group or row.id):
+        marks = [{mark(row) for row in part} for part in parts]
+        assert not (marks[0] & marks[1] or marks[0] & marks[2] or marks[1] & marks[2])
+    assert splits.confirm == made.test and splits == made.split(seed)
+    dropped = {row for row, _ in splits.dropped}
+    everything = {row.id for row in (*train, *made.dev)}
+    assert {row.id for row in (*parts[0], *parts[1])} | dropped == everything
+    assert not dropped & {row.id for part in parts[:2] for row in part}
+
+
+def test_select_is_a_fifth_and_at_most_400():
+    rows = [example(n, "ab"[n % 2]) for n in range(3000)]
+    assert len(task(rows[:100], ("a", "b")).split().select) == 20
+    splits = task(rows, ("a", "b")).split()
+    assert len(splits.select) == 400 and len(splits.learnable.train) == 2600
+    assert Counter(row.completion for row in splits.select) == {"a": 200, "b": 200}
+    other = task(rows, ("a", "b")).split(seed=1).select
+    assert len(other) == 400 and other != splits.select
+    assert len(task(rows[:2]).split().select) == 1 and task(rows[:1]).split().select == ()
+
+
+def test_own_choices_do_not_hinder_the_count():
+    rows = [example(n, f"answer {n}", choices=(f"answer {n}", "other")) for n in range(100)]
+    rows += [Example(f"again{n}", rows[n].prompt, "other", choices=rows[n].choices) for n in range(20)]
+    splits = task(rows).split()
+    assert 23 <= len(splits.select) <= 25
+    assert not {row.prompt for row in splits.select} & {row.prompt for row in splits.learnable.train}
+
+
+def test_leaks_are_dropped_and_named():
+    long = "the quick brown fox jumps over the lazy dog while the band plays on and on in the old town hall"
+    test = (Example("t1", "What is it?", "x"), Example("t2", "other", "x", group="g"), Example("t3", long, "x"))
+    train = [
+        Example("a", "  what IS\nit ", "y", choices=("y", "z")),
+        Example("b", "unlike", "x", group="g"),
+        Example("c", long.replace("town", "towns"), "x"),
+        Example("d", "kept", "x"),
+        Example("e", "kept too", "x"),
+    ]
+    made = task(train, test=test)
+    splits = made.split()
+    assert splits.dropped == (("a", "repeats t1"), ("b", "shares group 'g' with t2"), ("c", "nearly repeats t3"))
+    assert {row.id for row in (*splits.learnable.train, *splits.select)} == {"d", "e"}
+    with pytest.raises(TaskError, match="3 rows of train or dev leak into held-out data; the first, a, repeats t1"):
+        made.split(strict=True)
+    assert task(train[3:], test=test).split(strict=True).dropped == ()
+
+
+def test_select_rows_that_repeat_confirm_are_dropped():
+    made = task(
+        [example(1)], dev=(Example("d1", "same", "x"), Example("d2", "new", "x")), test=(Example("t", "Same.", "x"),)
+    )
+    splits = made.split()
+    assert splits.dropped == (("d1", "repeats t"),) and [row.id for row in splits.select] == ["d2"]
+
+
+def test_what_does_not_repeat():
+    def kept(first: str, second: str) -> bool:
+        return not task([Example("a", first, "x")], test=(Example("t", second, "x"),)).split().dropped
+
+    assert kept("What is 3 - 5?", "What is 3 * 5?")
+    assert kept("Please add the numbers 12345 and 54321 for me", "Please add the numbers 12345 and 54322 for me")
+    assert kept("a good film", "a goof film")
+    assert kept("...", "!?") and not kept("?!", "?!")
+    one, two = (("user", "Name a fruit."),), (("user", "Name a town."),)
+    made = task([Example("a", "Another.", "x", history=one)], test=(Example("t", "Another.", "x", history=two),))
+    assert made.split().dropped == ()
+
+
+def test_a_template_that_all_rows_share_is_not_a_repeat():
+    template = "You are a careful reader. Read the review below and say whether its author liked the film or not. " * 3
+    rows = [Example(f"r{n}", template + example(n).prompt[:20], "x") for n in range(60)]
+    assert task(rows[:40], test=tuple(rows[40:])).split().dropped == ()
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10_000), st.booleans())
+def test_near_repeats_finds_small_edits(seed, drop):
+    chance = random.Random(seed)
+    pool = [" ".join(example(seed + n).prompt.split() + example(seed + n + 500).prompt.split()) for n in range(40)]
+    chosen = chance.randrange(40)
+    words = pool[chosen].split()
+    place = chance.randrange(len(words))
+    words[place] = words[place][:-1] if drop else words[place][:2] + "q" + words[place][3:]
+    assert near_repeats([" ".join(words)], pool) == [(0, chosen)]
+    assert near_repeats([*pool, " ".join(words)]) == [(40, chosen)]
+
+
+def test_near_repeats_is_fast():
+    chance = random.Random(0)
+    vocabulary = [f"w{n}x" for n in range(3000)]
+    rows = [" ".join(chance.choices(vocabulary, k=25)) for _ in range(5400)]
+    start = time.process_time()
+    assert near_repeats(rows[:4000], rows[4000:]) == []
+    assert time.process_time() - start < 4  # half of this is expected; the machine may be busy
+
+
+def test_validation():
+    rows = [example(n, "ab"[n % 2], group=f"g{n // 2}") for n in range(400)]
+    learnable = task(rows, ("a", "b")).split().learnable
+    fit, held = learnable.validation()
+    assert len(held) == 32 and set(fit) | set(held) == set(learnable.train)
+    assert not {row.group for row in fit} & {row.group for row in held}
+    assert Counter(row.completion for row in held) == {"a": 16, "b": 16}
+    assert learnable.validation() == (fit, held) != learnable.validation(seed=1)
+    assert len(learnable.validation(share=0.5, most=20)[1]) == 20
+    assert Learnable("n", "", "accuracy").validation() == ((), ())
+
+
+# -------------------------------------------------------------------------------------------------- the shared tasks
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared task folder is absent")
+@pytest.mark.parametrize("name", sorted(path.name for path in SHARED.glob("*") if path.is_dir()) or ["none"])
+def test_shared_tasks_load_and_split(name):
+    loaded = load(SHARED / name)
+    assert loaded.name == name and (loaded.train or loaded.test) and loaded.notes == ()
+    splits = loaded.split()
+    learn, held = splits.learnable.train, (*splits.select, *splits.confirm)
+    assert splits.confirm == loaded.test
+    if not loaded.dev:
+        assert len(learn) + len(splits.select) + len(splits.dropped) == len(loaded.train)
+        assert len(splits.dropped) <= 0.15 * len(loaded.train)
+        wanted = min(400, 0.2 * (len(learn) + len(splits.select)))
+        assert abs(len(splits.select) - wanted) <= 5
+    assert not {row.prompt for row in learn} & {row.prompt for row in held if row.prompt}
+    assert not {row.group for row in learn if row.group} & {row.group for row in held if row.group}
+    if splits.select and loaded.labels:
+        share = len(splits.select) / (len(splits.select) + len(learn))
+        counts = Counter(row.completion for row in (*learn, *splits.select))
+        got = Counter(row.completion for row in splits.select)
+        assert all(abs(got[label] - share * counts[label]) <= 3 for label in loaded.labels)
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared task folder is absent")
+def test_shared_text_is_kept_whole():
+    loaded = load(SHARED / "wikitext2")
+    assert len(loaded.test) == 60
+    assert "".join(row.text or "" for row in loaded.test) == (SHARED / "wikitext2" / "test.txt").read_text("utf-8")
