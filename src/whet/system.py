@@ -161,21 +161,29 @@ class System:
         self, examples: Sequence[Example], session: Session, progress: Progress | None = None
     ) -> tuple[list[tuple[float, ...]], list[bool]]:
         """Uncalibrated scores of each example's closed set (its own choices or the labels), and who was shortened."""
-        sets = [e.choices or self.decoding.labels for e in examples]
-        # A label is at most as many tokens as its bytes; markers around it are counted with the prompt.
-        room = [max(len(c.encode()) for c in choices) + 2 for choices in sets]
-        prompts, cut = self.fitting(examples, session, room)
+        sets, prompts, cut = self._closed(examples, session)
         whole = self.decoding.normalise == "sum"
         scored = session.score(prompts, sets, end=whole, progress=progress)
         return [tuple(s.logprob if whole else s.mean for s in row) for row in scored], cut
 
+    def _closed(
+        self, examples: Sequence[Example], session: Session
+    ) -> tuple[list[tuple[str, ...]], list[Prompt], list[bool]]:
+        """Each example's closed set, its prompt with room for the longest of the set, and who was shortened."""
+        sets = [e.choices or self.decoding.labels for e in examples]
+        # A label is at most as many tokens as its bytes; one more ends the turn.
+        room = [max(len(c.encode()) for c in choices) + 2 for choices in sets]
+        prompts, cut = self.fitting(examples, session, room)
+        return sets, prompts, cut
+
     def _choose(self, examples: Sequence[Example], session: Session, progress: Progress | None) -> list[Answer]:
-        rows, cut = self.label_scores(examples, session, progress)
+        sets, prompts, cut = self._closed(examples, session)
+        # A row's own choices have no prior: calibration is of the task's labels.
+        offsets = self.decoding.prior if not any(e.choices for e in examples) else ()
+        whole = self.decoding.normalise == "sum"
+        rows = session.choose(prompts, sets, whole=whole, offsets=offsets, progress=progress)
         answers = []
-        for example, row, short in zip(examples, rows, cut, strict=True):
-            choices = example.choices or self.decoding.labels
-            if self.decoding.prior and not example.choices:
-                row = tuple(s - p for s, p in zip(row, self.decoding.prior, strict=True))
+        for choices, row, short in zip(sets, rows, cut, strict=True):
             best = max(range(len(choices)), key=lambda i: (row[i], -i))
             answers.append(Answer(choices[best], row, short))
         return answers

@@ -102,9 +102,43 @@ class Session(Protocol):
         """Log-probability of each continuation behind its prompt; with `end`, that the turn ends there is scored too."""
         ...
 
+    def choose(
+        self,
+        prompts: Sequence[Prompt],
+        choices: Sequence[Sequence[str]],
+        *,
+        whole: bool = False,
+        offsets: Sequence[float] = (),
+        progress: Progress | None = None,
+    ) -> list[tuple[float, ...]]:
+        """Scores of each prompt's choices whose greatest is exact: mean log-probability per token minus `offsets`.
+
+        With `whole` the score is the log-probability of the whole answer, its end included. A choice that cannot be
+        the greatest may get an upper bound of its score in place of the score.
+        """
+        ...
+
+    def cost(self, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]]) -> int:
+        """About how many tokens choosing would compute."""
+        ...
+
     def close(self) -> None:
         """Release what the session holds."""
         ...
+
+
+def choose_by_scores(
+    session: Session,
+    prompts: Sequence[Prompt],
+    choices: Sequence[Sequence[str]],
+    whole: bool,
+    offsets: Sequence[float],
+    progress: Progress | None,
+) -> list[tuple[float, ...]]:
+    """`choose` by scoring every choice: for sessions that know no shorter way."""
+    scored = session.score(prompts, choices, end=whole, progress=progress)
+    plain = [tuple(s.logprob if whole else s.mean for s in row) for row in scored]
+    return [tuple(s - o for s, o in zip(row, offsets, strict=True)) for row in plain] if offsets else plain
 
 
 class Engine(Protocol):

@@ -12,6 +12,7 @@ import math
 import os
 import random
 import re
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -343,13 +344,16 @@ class Server:
         if not (key.isascii() and key.isprintable()):
             raise ModelError("OPENAI_API_KEY cannot be a key", expected="printable ASCII", found="others", do="mend it")
         self.url, self.retry, self.halt, self._key = url, retry or Retry(), threading.Event(), key
+        tls = httpx.URL(url).scheme == "https"
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self.client = httpx.Client(
             headers=headers,
             timeout=httpx.Timeout(self.retry.answer, connect=self.retry.connect),
             limits=httpx.Limits(max_connections=concurrency),
             follow_redirects=False,
-            trust_env=url.startswith("https:"),  # a proxy of the environment sees TLS only, never prompts
+            trust_env=tls,  # a proxy of the environment sees TLS only, never prompts
+            # Plain HTTP needs no certificates, and loading them takes longer than many an answer.
+            verify=True if tls else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
         )
 
     def ask(self, path: str, payload: Any, read: Callable[[Any], T], *, retried: Iterable[int] = RETRIED) -> T:

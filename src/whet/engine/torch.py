@@ -14,7 +14,19 @@ import torch
 from torch import Tensor
 
 from whet import model as models
-from whet.engine import Generation, Progress, Prompt, Sampling, Score, Session, Spent, attention, prefix
+from whet.engine import (
+    Generation,
+    Progress,
+    Prompt,
+    Sampling,
+    Score,
+    Session,
+    Spent,
+    attention,
+    choose_by_scores,
+    lazy,
+    prefix,
+)
 from whet.engine.prefix import Row, Tokens
 from whet.errors import EngineError
 from whet.prompt import render, takes_system
@@ -44,6 +56,22 @@ class _Live:
     unit: prefix.Unit
 
 
+@dataclass(frozen=True)
+class Prefilled:
+    """Prompts whose keys and values are at hand: per layer each unit's own, and those of the trunks."""
+
+    forest: prefix.Forest
+    own: dict[int, attention.KeysValues]
+    kept: dict[int, dict[int, attention.KeysValues]]
+    logits: Tensor  # [units, vocabulary] behind each prompt
+    tokens: int
+
+    @property
+    def capacity(self) -> int:
+        """Places for keys per unit."""
+        return next(iter(self.own.values()))[0].shape[2]
+
+
 class TorchSession:
     """A session over a module and its tokenizer; also over a live module that is being trained."""
 
@@ -51,7 +79,8 @@ class TorchSession:
         self.module, self.tokenizer, self.batch_tokens = module, tokenizer, batch_tokens
         self.spent = Spent()
         config = module.config.get_text_config()
-        self.context = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 2048))
+        longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        self.context = int(longest or 2048)
         self.system = takes_system(tokenizer)
         self.stop_ids = self._stop_ids()
         self.encode_text = lru_cache(maxsize=65_536)(self._encode_text)
@@ -228,7 +257,7 @@ class TorchSession:
         forest = prefix.arrange(rows)
         answers: list[list[int]] = [[] for _ in rows]
         done = prefilled = 0
-        for group in _groups(forest, sampling.max_tokens):
+        for group in groups(forest, sampling.max_tokens):
             with using_tree(self.module), torch.inference_mode():
                 prefilled += self._generate_group(forest, group, rows, sampling, answers)
             done += len(group)
@@ -245,39 +274,34 @@ class TorchSession:
         answers: list[list[int]],
     ) -> int:
         """Generate for units that fit into memory together; returns the tokens computed for their prompts."""
+        ready = self.prefill(forest, units, sampling.max_tokens)
+        self._decode(ready, rows, sampling, answers)
+        return ready.tokens
+
+    def prefill(self, forest: prefix.Forest, units: Sequence[prefix.Unit], room: int) -> Prefilled:
+        """Compute prompts and keep their keys and values, with room for `room` more tokens behind each."""
         sub = prefix.Forest(forest.trunks, tuple(units))
         kept: dict[int, dict[int, attention.KeysValues]] = {}
         blocks: list[dict[int, attention.KeysValues]] = []
         logits: list[Tensor] = []
-        prefilled = 0
-        capacity = max(len(u.tokens) for u in units) + sampling.max_tokens
+        tokens = 0
+        capacity = max(len(u.tokens) for u in units) + room
         for batch in prefix.batches(sub, self.batch_tokens):
             plan = attention.plan(sub, batch, self.module.dtype, self.module.device, kept, keep=True)
             plan.keep_all = {}
             last = [at + u.last for u, at in zip(batch.units, batch.unit_at, strict=True)]
             logits.append(_logits(self.module, sub, batch, plan, last))
             blocks.append({n: _own_keys(kv, batch, capacity) for n, kv in plan.keep_all.items()})
-            prefilled += batch.length
-        own = {
-            n: (torch.cat([b[n][0] for b in blocks]), torch.cat([b[n][1] for b in blocks])) for n in blocks[0]
-        }
-        self._decode(sub, units, own, kept, torch.cat(logits), rows, sampling, answers)
-        return prefilled
+            tokens += batch.length
+        own = {n: (torch.cat([b[n][0] for b in blocks]), torch.cat([b[n][1] for b in blocks])) for n in blocks[0]}
+        return Prefilled(sub, own, kept, torch.cat(logits), tokens)
 
     def _decode(
-        self,
-        forest: prefix.Forest,
-        units: Sequence[prefix.Unit],
-        own: dict[int, attention.KeysValues],
-        kept: dict[int, dict[int, attention.KeysValues]],
-        logits: Tensor,
-        rows: Sequence[Row],
-        sampling: Sampling,
-        answers: list[list[int]],
+        self, ready: Prefilled, rows: Sequence[Row], sampling: Sampling, answers: list[list[int]]
     ) -> None:
         """The loop over new tokens; rows that ended leave the batch."""
         device, dtype = self.module.device, self.module.dtype
-        capacity = next(iter(own.values()))[0].shape[2] if own else 0
+        forest, units, own, kept, logits = ready.forest, ready.forest.units, ready.own, ready.kept, ready.logits
         live = [_Live(u.row, [], len(rows[u.row].prompt), u) for u in units]
         draw = _sampler(sampling, [(rows[u.row].prompt, u.row) for u in units], device)
         while live:
@@ -294,15 +318,48 @@ class TorchSession:
                 live = [live[i] for i in going]
             step = len(live[0].tokens) - 1
             at = torch.tensor([len(x.unit.tokens) + step for x in live], device=device)
-            mask = torch.zeros(len(live), 1, 1, capacity, dtype=dtype, device=device)
-            mask.masked_fill_((torch.arange(capacity, device=device) > at[:, None])[:, None, None], float("-inf"))
-            plan = attention.Decode(own, at, mask, _decode_reads(forest, [x.unit for x in live]), kept)
-            logits = self.module(
-                input_ids=torch.tensor([[x.tokens[-1] for x in live]], device=device),
-                position_ids=torch.tensor([[x.length + step for x in live]], device=device),
-                use_cache=False,
-                whet_plan=plan,
-            ).logits[0]
+            seen = torch.arange(ready.capacity, device=device) <= at[:, None]
+            plan = attention.Decode(own, at, additive(seen, dtype), decode_reads(forest, [x.unit for x in live]), kept)
+            logits = self.advance([x.tokens[-1] for x in live], [x.length + step for x in live], plan)
+
+    def advance(self, tokens: Sequence[int], positions: Sequence[int], plan: attention.Decode) -> Tensor:
+        """Feed one token to each row of a decoding step; returns logits [rows, vocabulary]."""
+        ids = torch.tensor([tokens], device=self.module.device)
+        places = torch.tensor([positions], device=self.module.device)
+        out = self.module(input_ids=ids, position_ids=places, use_cache=False, whet_plan=plan)
+        return cast(Tensor, out.logits[0])
+
+    # --- choosing -------------------------------------------------------------------------------------------------
+
+    def choose(
+        self,
+        prompts: Sequence[Prompt],
+        choices: Sequence[Sequence[str]],
+        *,
+        whole: bool = False,
+        offsets: Sequence[float] = (),
+        progress: Progress | None = None,
+    ) -> list[tuple[float, ...]]:
+        """Scores whose greatest is exact (see Session); large sets are searched best first instead of scored whole."""
+        sets = [[self.encode_answer(c, whole) for c in row] for row in choices]
+        if not lazy.worth(sets) or attention.window(self.module) is not None:
+            return choose_by_scores(self, prompts, choices, whole, offsets, progress)
+        begun = time.monotonic()
+        rows = [Row(t) for t in self.encode(prompts)]
+        longest = max(len(c) for row in sets for c in row)
+        self._fits(max(map(len, (r.prompt for r in rows))) + longest)
+        results, tokens = lazy.choose(self, rows, sets, whole, offsets, progress)
+        self.spent += Spent(seconds=time.monotonic() - begun, prefilled_tokens=tokens)
+        return results
+
+    def cost(self, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]]) -> int:
+        """About how many tokens choosing would compute; what all prompts share counts once."""
+        sets = [[self.encode_answer(c, False) for c in row] for row in choices]
+        searched = lazy.worth(sets)
+        rows = [
+            Row(p, () if searched else tuple(s)) for p, s in zip(self.encode(prompts), sets, strict=True)
+        ]
+        return prefix.arrange(rows).unique_tokens + (lazy.EXPECTED * len(rows) if searched else 0)
 
 
 @contextmanager
@@ -357,7 +414,13 @@ def _own_keys(kv: attention.KeysValues, batch: prefix.Batch, capacity: int) -> a
     return blocks[0], blocks[1]
 
 
-def _groups(forest: prefix.Forest, new: int) -> Iterator[list[prefix.Unit]]:
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask [rows, keys] as the additive mask [rows, 1, 1, keys] of a decoding step."""
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill_(~seen, float("-inf"))[:, None, None]
+
+
+def groups(forest: prefix.Forest, new: int) -> Iterator[list[prefix.Unit]]:
     """Units whose keys and values (prompt rest and new tokens) fit into memory together."""
     group: list[prefix.Unit] = []
     longest = 0
@@ -371,7 +434,7 @@ def _groups(forest: prefix.Forest, new: int) -> Iterator[list[prefix.Unit]]:
         yield group
 
 
-def _decode_reads(forest: prefix.Forest, units: Sequence[prefix.Unit]) -> tuple[attention.Reads, ...]:
+def decode_reads(forest: prefix.Forest, units: Sequence[prefix.Unit]) -> tuple[attention.Reads, ...]:
     """Which rows of a step read which trunk: units stand in depth-first order, so each trunk's readers are one run."""
     spans: dict[int, tuple[int, int]] = {}
     for n, unit in enumerate(units):

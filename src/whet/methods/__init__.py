@@ -1,0 +1,154 @@
+"""Methods: each turns a System into another System. This file holds the contract and the table; one file per name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
+
+from whet.engine import Session, Spent, open_session
+from whet.errors import MethodError, nearest
+from whet.model import ModelRef
+from whet.store import Store
+from whet.system import System
+from whet.task import Learnable
+
+GROUP = "whet.methods"
+Need = Literal[
+    "weights", "examples", "documents", "knowledge", "feedback", "earlier", "limits", "closed set", "labels"
+]
+Tell = Callable[[str, int, int], None]  # (what is going on, done, of)
+
+
+@dataclass
+class Run:
+    """What a Method is given to work with: sessions, seed, fidelity, budget, store and progress.
+
+    `fidelity` is the share of data and steps to use; `trained_tokens` bounds training. What the method spends and
+    what it wants to be reported (`notes`: curves, verdicts) is collected here; nothing else in it changes.
+    """
+
+    store: Store
+    seed: int = 0
+    fidelity: float = 1.0
+    trained_tokens: int | None = None
+    tell: Tell | None = None
+    spent: Spent = field(default_factory=Spent)
+    notes: dict[str, Any] = field(default_factory=dict)
+    sessions: dict[ModelRef, Session] = field(default_factory=dict)
+
+    @property
+    def home(self) -> Path:
+        """The store's folder."""
+        return self.store.home
+
+    def session(self, ref: ModelRef) -> Session:
+        """An open session for a model; opened once and shared by all who work with this Run."""
+        if ref not in self.sessions:
+            self.sessions[ref] = open_session(ref, self.home)
+        return self.sessions[ref]
+
+    def progress(self, what: str) -> Callable[[int, int], None] | None:
+        """A progress callback that says what is going on."""
+        tell = self.tell
+        return None if tell is None else lambda done, of: tell(what, done, of)
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A frozen dataclass of settings that turns a System into another System.
+
+    `apply` changes neither its System nor the data, is repeatable by `run.seed`, keeps to `run.trained_tokens`, and
+    never sees select or confirm: the type of its data has neither. `needs` names what must be at hand, `writes` which
+    parts of the System change, `invalidates` which parts of a given System no longer hold afterwards.
+    """
+
+    name: ClassVar[str]
+    family: ClassVar[str]
+    needs: ClassVar[tuple[Need, ...]]
+    writes: ClassVar[tuple[str, ...]]
+    invalidates: ClassVar[tuple[str, ...]]
+
+    def apply(self, system: System, data: Learnable, run: Run) -> System:
+        """A new System; the given one is unchanged."""
+        ...
+
+    def space(self) -> Mapping[str, Sequence[Any]]:
+        """The settings worth trying, by name."""
+        ...
+
+
+def methods() -> dict[str, type[Method]]:
+    """All registered Methods by name; the built-in ones enter by the same entry-point group as plugins."""
+    found = {point.name: point for point in entry_points(group=GROUP)}
+    return {name: cast(type[Method], found[name].load()) for name in sorted(found)}
+
+
+def names() -> tuple[str, ...]:
+    """The names of all registered Methods, without loading them."""
+    return tuple(sorted({point.name for point in entry_points(group=GROUP)}))
+
+
+def make(name: str, settings: Mapping[str, Any] | None = None) -> Method:
+    """A Method by name with settings; text values are read as the type of the default.
+
+    Raises MethodError for an unknown name or setting (the nearest is suggested) or a value of the wrong kind.
+    """
+    point = next((p for p in entry_points(group=GROUP) if p.name == name), None)
+    if point is None:
+        raise MethodError(f"no method {name!r}", found=name, do=nearest(name, names()))
+    kind = point.load()
+    known = {f.name: f for f in fields(kind)}
+    values: dict[str, Any] = {}
+    for key, value in (settings or {}).items():
+        if key not in known:
+            raise MethodError(f"{name} has no setting {key!r}", do=nearest(key, known))
+        values[key] = _read(name, key, value, known[key].default)
+    try:
+        return cast(Method, kind(**values))
+    except (TypeError, ValueError) as error:
+        raise MethodError(f"wrong settings for {name}", found=str(error), do=f"see `whet methods {name}`") from error
+
+
+def _read(name: str, key: str, value: Any, default: Any) -> Any:
+    """A setting's value as the type of its default; text comes from the command line, lists from JSON."""
+    if default is MISSING or default is None or (isinstance(value, type(default)) and not isinstance(value, bool)):
+        return value
+    kind = type(default)
+    try:
+        if kind is bool:
+            words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+            return words[str(value).lower()]
+        if kind is tuple:
+            return tuple(tuple(v) if isinstance(v, list) else v for v in value)
+        return kind(value)
+    except (KeyError, ValueError, TypeError) as error:
+        raise MethodError(
+            f"{name}: {key} takes {kind.__name__}", expected=f"something like {default!r}", found=repr(value),
+            do="correct it",
+        ) from error  # fmt: skip
+
+
+def lacking(method: Method | type[Method], system: System, data: Learnable) -> str:
+    """What a Method needs and the task or the model lacks, in words; empty where nothing is missing."""
+    have: dict[str, bool] = {
+        "weights": not system.model.remote,
+        "examples": any(e.completion for e in data.train),
+        "documents": data.documents is not None,
+        "knowledge": data.knowledge is not None or data.glossary is not None,
+        "feedback": data.feedback is not None,
+        "earlier": bool(data.earlier),
+        "limits": any(v is not None for v in vars(data.limits).values()),
+        "closed set": data.closed,
+        "labels": bool(data.labels) and data.closed,
+    }
+    words = {
+        "weights": "the model's weights (a server keeps them)",
+        "examples": "train rows with completions",
+        "closed set": "a closed set of answers",
+        "labels": "labels in task.yaml",
+    }
+    missing = [words.get(need, f"{need} in the task") for need in method.needs if not have[need]]
+    return " and ".join(missing)

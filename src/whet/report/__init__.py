@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ def _confirmed(result: Record, confirm: Record, scale: Scale) -> str:
     sealed = f"{view.count(number(confirm.get('n')))} sealed examples" if confirm.get("n") else "the sealed examples"
     if handed and (confirm.get("improved") or (confirm.get("improved") is None and (low or 0) > 0)):
         verb = "rose" if scale.higher_is_better else "fell"
-        return (f"{_start(scale.title)} {verb} from {scale.score(base)} to {scale.score(chosen)} "
+        return (f"{scale.heading} {verb} from {scale.score(base)} to {scale.score(chosen)} "
                 f"({change if scale.higher_is_better else f'better by {change[1:]}'}), confirmed on {sealed}")
     if handed:
         return (f"The chosen system was not shown to be better than the base: {scale.title} {scale.score(chosen)} "
@@ -52,8 +54,8 @@ def _unconfirmed(result: Record, scale: Scale) -> str:
     chosen = next((a for a in arms if a.kind == "chosen"), None)
     if chosen and chosen.score is not None and base is not None:
         verb = "went" if (chosen.gain or 0) <= 0 else "rose" if scale.higher_is_better else "fell"
-        return (f"{_start(scale.title)} {verb} from {scale.score(base)} to {scale.score(chosen.score)} on the select split; "
-                "without a test split this is not confirmed")
+        return (f"{scale.heading} {verb} from {scale.score(base)} to {scale.score(chosen.score)} on the select "
+                "split; without a test split this is not confirmed")
     if chosen:
         return f"{chosen.name} was chosen, and nothing was confirmed"
     if base is None:
@@ -62,10 +64,6 @@ def _unconfirmed(result: Record, scale: Scale) -> str:
         return (f"Nothing beat the base model, which is handed over: {scale.title} {scale.score(base)} "
                 "on the select split, not confirmed")
     return f"Only the base model was measured: {scale.title} {scale.score(base)} on the select split"
-
-
-def _start(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def write(path: Path, result: dict[str, Any], details: dict[str, Any]) -> None:
@@ -78,6 +76,7 @@ def write(path: Path, result: dict[str, Any], details: dict[str, Any]) -> None:
 
     environment = Environment(loader=PackageLoader("whet", "report"), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
+    environment.filters["breakable"] = _breakable
     html = environment.get_template("page.html").render(_page(result, details))
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -86,7 +85,8 @@ def write(path: Path, result: dict[str, Any], details: dict[str, Any]) -> None:
         aside.write_bytes(html.encode("utf-8", "replace"))
         os.replace(aside, path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
         raise StoreError(f"the report {path} cannot be written: {error.strerror}", do="choose another --out") from error
 
 
@@ -104,7 +104,8 @@ def _page(result: Record, details: Record) -> dict[str, Any]:
         "plotly": figures.plotly_gzip() if drawn else "",
         "task": line(result.get("task")) or "task", "model": line(result.get("model")),
         "seed": line(result.get("seed")),
-        "verdict": verdict(result), "headline": _headline(result, scale), "notes": _lines(result.get("notes")),
+        "verdict": verdict(result).replace(" %", "\u00a0%"), "headline": _headline(result, scale),
+        "notes": _lines(result.get("notes")),
         "scale": scale, "figures": drawn, "arms": [_arm_row(a, scale) for a in arms],
         "trials": _trial_rows(result, scale) if len(records(result.get("trials"))) > 1 else [],
         "steps": _steps(result, scale), "frontier": [
@@ -128,6 +129,13 @@ def _own(name: str) -> Any:
     from markupsafe import Markup
 
     return Markup(files("whet.report").joinpath(name).read_text(encoding="utf-8"))
+
+
+def _breakable(text: str) -> Any:
+    """A recipe's name that breaks between its methods and settings, escaped."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub("([+,])", r"\1<wbr>", str(escape(text))))
 
 
 def _json(data: Any) -> Any:
@@ -237,7 +245,7 @@ def _diagnosis(result: Record) -> list[dict[str, Any]]:
         remedies = gap.get("remedies")
         rows.append({"gap": line(gap.get("gap")), "share": percent, "span": span, "order": share or 0.0,
                      "width": round(100 * min(max(share or 0.0, 0.0), 1.0), 1), "detected": bool(gap.get("detected")),
-                     "remedies": ", ".join(_lines(remedies)) if sequence(remedies) else line(remedies)})
+                     "remedies": ", ".join(_lines(remedies)) if sequence(remedies) else line(remedies or "")})
     return sorted(rows, key=lambda row: -row["order"])
 
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
-from whet.report.view import Arm, Confusion, Record, Scale, line, number, record, records, sequence, short
+from whet.report.view import Arm, Confusion, Record, Scale, furthest, line, name_of, number, records, sequence, short
 
 Figure = dict[str, Any]
 
 ROW = 46  # pixels of one row of the dot plot
 MOST = 30  # rows of the dot plot
 WRAP = 34  # characters of an arm's name in one line of a phone
+SLANTED = 12  # labels whose names still fit above the columns on a phone
 SERIES = tuple(f"--c{i}" for i in range(1, 7))
 
 
@@ -68,28 +70,32 @@ def gains(arms: Sequence[Arm], scale: Scale) -> Figure | None:
         return None
     base = next((a.score for a in arms if a.kind == "base"), None)
     where = "base" if base is None else f"base {scale.score(base)}"
-    notes = [_note(where, x=0, y=0, yref="y", yanchor="bottom", yshift=14, xanchor="center")]
-    for i, arm in enumerate(rows, 1):
+    notes = [_note(where, x=0, y=0.05, yref="y", yanchor="bottom", xanchor="center", bgcolor="--bg")]
+    places = _places(rows)
+    for arm, y in zip(rows, places, strict=True):
         bold = arm.kind == "chosen"
         weight = {"font": {"size": 13, "color": "--accent" if bold else "--ink", "weight": 600 if bold else 400}}
-        place = {"y": -i, "yref": "y", "xref": "paper", "yanchor": "bottom", "yshift": 8}
+        place = {"y": y, "yref": "y", "xref": "paper", "yanchor": "bottom", "yshift": 6, "bgcolor": "--bg",
+                 "borderpad": 0}
         notes += [_note(_name(arm), x=0, xanchor="left", align="left", **place) | weight,
                   _note(scale.gain(arm.gain), x=1, xanchor="right", **place) | weight]
-    text = f"{scale.title}: {'points ' if scale.points else ''}gained over base, select split, 95 % interval"
+    text = "points gained" if scale.points else f"gain in {short(scale.title, 30)}"
     ends = [scale.value(v) for a in rows for v in (a.gain, a.low, a.high) if v is not None]
     low, high = min(0.0, *ends), max(0.0, *ends)
     pad = 0.06 * (high - low) or 1.0
     return {
-        "data": [_dots(rows, kind, scale) for kind in ("arm", "baseline", "chosen") if _of(rows, kind)],
+        "data": [_dots(shown, kind, scale) for kind in ("arm", "baseline", "chosen")
+                 if (shown := [(y, a) for y, a in zip(places, rows, strict=True) if a.kind == kind])],
         "layout": _layout(
-            ROW * len(rows) + 90,
+            round(ROW * (1 - places[-1])) + 50,
             {"title": _title(text), "range": [low - pad, high + pad], "zeroline": True, "zerolinecolor": "--muted",
              "zerolinewidth": 1.5, "nticks": 7},
-            {"visible": False, "range": [-len(rows) - 0.5, 0.6]}, annotations=notes)}
+            {"showticklabels": False, "tickvals": places, "range": [places[-1] - 0.5, 0.5]}, annotations=notes)}
 
 
-def _of(rows: Sequence[Arm], kind: str) -> list[tuple[int, Arm]]:
-    return [(i, a) for i, a in enumerate(rows, 1) if a.kind == kind]
+def _places(rows: Sequence[Arm]) -> list[float]:
+    """Where rows stand, downwards in units of ROW: a name of two lines needs more room."""
+    return [-y for y in accumulate(1.0 if len(a.name) <= WRAP else 1.35 for a in rows)]
 
 
 def _name(arm: Arm) -> str:
@@ -101,14 +107,13 @@ def _name(arm: Arm) -> str:
     return f"{literal(text[:cut].rstrip())}<br>{literal(short(text[cut:].lstrip(), WRAP))}"
 
 
-def _dots(rows: Sequence[Arm], kind: str, scale: Scale) -> dict[str, Any]:
-    shown = _of(rows, kind)
+def _dots(shown: Sequence[tuple[float, Arm]], kind: str, scale: Scale) -> dict[str, Any]:
     color = {"arm": "--ink", "baseline": "--amber", "chosen": "--accent"}[kind]
     up = [scale.value((a.high if a.high is not None else a.gain) - a.gain) for _, a in shown if a.gain is not None]
     down = [scale.value(a.gain - (a.low if a.low is not None else a.gain)) for _, a in shown if a.gain is not None]
     return {
         "type": "scatter", "mode": "markers", "x": [scale.value(a.gain or 0.0) for _, a in shown],
-        "y": [-i for i, _ in shown], "hoverinfo": "text", "hovertext": [_hover(a, scale) for _, a in shown],
+        "y": [y for y, _ in shown], "hoverinfo": "text", "hovertext": [_hover(a, scale) for _, a in shown],
         "marker": {"size": 11, "color": color, "symbol": "diamond" if kind == "baseline" else "circle"},
         "error_x": {"type": "data", "symmetric": False, "array": [max(0.0, x) for x in up],
                     "arrayminus": [max(0.0, x) for x in down], "color": color, "thickness": 2, "width": 0}}
@@ -150,7 +155,8 @@ def quality_cost(arms: Sequence[Arm], scale: Scale) -> Figure | None:
     lines = [("base", next((a.score for a in arms if a.kind == "base"), None), "--muted", "dash"),
              ("best baseline", _best_baseline(arms, scale), "--amber", "dot")]
     drawn = [(what, scale.value(y), color, dash) for what, y, color, dash in lines if y is not None]
-    title = scale.title + (", points" if scale.points else "" if scale.higher_is_better else ", lower is better")
+    title = short(scale.title, 30) + (
+        ", points" if scale.points else "" if scale.higher_is_better else ", lower is better")
     yaxis = {"title": _title(title), "nticks": 7} | ({} if scale.higher_is_better else {"autorange": "reversed"})
     above = {"best baseline": "right", "base": "left"}
     return {
@@ -232,7 +238,8 @@ def heatmap(matrix: Confusion) -> Figure:
     hover = [[f"{literal(short(label, 60))} → {literal(short(column, 60))}<br>{times:,} of {total:,}"
               for column, times in zip(matrix.columns, row, strict=True)]
              for label, row, total in zip(matrix.labels, matrix.counts, totals, strict=True)]
-    ticks = {"showgrid": False, "tickfont": {"size": 12 if n <= 20 else 10, "color": "--ink"}, "type": "linear"}
+    ticks = {"showgrid": False, "ticks": "", "type": "linear",
+             "tickfont": {"size": 12 if n <= 20 else 10, "color": "--ink"}}
     return {
         "data": [{
             "type": "heatmap", "z": shares, "zmin": 0, "zmax": 1, "showscale": False, "xgap": 1, "ygap": 1,
@@ -241,13 +248,19 @@ def heatmap(matrix: Confusion) -> Figure:
             "textfont": {"size": 13}}],
         "layout": _layout(
             min(90 + 40 * n, 180 + 22 * n),
-            ticks | {"title": _title("answered"), "side": "top", "tickvals": list(range(len(matrix.columns))),
-                     "ticktext": [literal(short(c, 14)) for c in matrix.columns], "tickangle": 0 if n <= 3 else -50},
+            ticks | {"title": _title("answered" if n <= SLANTED else "answered, in the same order"), "side": "top",
+                     "showticklabels": n <= SLANTED, "tickvals": list(range(len(matrix.columns))),
+                     "ticktext": [literal(_ends(c)) for c in matrix.columns], "tickangle": 0 if n <= 3 else -50},
             ticks | {"title": _title("reference"), "autorange": "reversed", "tickvals": list(range(n)),
-                     "ticktext": [literal(short(c, 14)) for c in matrix.labels]})}
+                     "ticktext": [literal(_ends(c)) for c in matrix.labels]})}
+
+
+def _ends(text: str, longest: int = 14) -> str:
+    """A label cut in its middle: labels of one set often begin alike."""
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[: half - 1].rstrip()}…{text[-half:].lstrip()}"
 
 
 def fit_verdict(result: Record, name: str) -> str:
-    """What the search said of a training curve's fit; empty where it said nothing."""
-    return next((line(t.get("verdict")) for t in records(result.get("trials"))
-                 if line(record(t).get("name")) == name and t.get("verdict")), "")
+    """What the search said of a trial's fit at its highest rung; empty where it said nothing."""
+    return next((line(t.get("verdict")) for t in furthest(result) if name_of(t) == name), "")

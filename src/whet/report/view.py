@@ -12,6 +12,7 @@ from typing import Any
 Record = Mapping[str, Any]
 
 LONGEST = 2000  # characters of one text of an example that the page carries
+BRIEF = 24  # characters of answers that fit side by side on a phone
 UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
 
@@ -73,6 +74,11 @@ class Scale:
     def title(self) -> str:
         """The metric's name in words."""
         return self.metric.replace("_", " ")
+
+    @property
+    def heading(self) -> str:
+        """The same with a capital."""
+        return self.title[:1].upper() + self.title[1:]
 
     @property
     def unit(self) -> str:
@@ -235,13 +241,16 @@ def winning_baseline(result: Record) -> tuple[str, float] | None:
 
 @dataclass(frozen=True)
 class Examples:
-    """The examples of the confirm split as rows, and the filters over them: (key, label, count)."""
+    """The examples of the confirm split as rows, and the filters over them: (key, label, count).
 
-    columns: tuple[str, ...]
+    `binary`: each is right or wrong. `changed`: there are answers of the chosen system. `brief`: answers are labels.
+    """
+
     rows: tuple[tuple[Any, ...], ...]
     filters: tuple[tuple[str, str, int], ...]
     binary: bool
     changed: bool
+    brief: bool
 
 
 LABELS = {"gained": "wrong → right", "lost": "right → wrong", "wrong": "still wrong",
@@ -262,7 +271,8 @@ def examples(details: Record, scale: Scale) -> Examples:
         ("better", "worse", "same") if changed else ())
     tally = Counter(kinds)
     filters = (("all", "all", len(rows)), *((k, LABELS[k], tally[k]) for k in shown))
-    return Examples(("id", "prompt", "reference", "base", "chosen"), rows, filters, binary, changed)
+    brief = all(len(_cell(e.get(key))) <= BRIEF for e in found for key in ("reference", "base", "chosen"))
+    return Examples(rows, filters, binary, changed, brief)
 
 
 def _cell(value: Any) -> str:
@@ -303,8 +313,8 @@ def confusion(details: Record, who: str) -> Confusion | None:
     """The confusion matrix of "base" or "chosen"; None without labels or without answers to known references."""
     from whet.metrics import plain
 
-    labels = tuple(dict.fromkeys(line(x) for x in sequence(details.get("labels"))))
-    place = {plain(label): i for i, label in enumerate(labels)}
+    raw = {plain(label): line(label) for x in sequence(details.get("labels")) if (label := _cell(x))}
+    labels, place = tuple(raw.values()), {label: i for i, label in enumerate(raw)}
     tally: Counter[tuple[int, int]] = Counter()
     for e in records(details.get("examples")):
         row = place.get(plain(_cell(e.get("reference"))))

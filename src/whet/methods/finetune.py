@@ -1,0 +1,166 @@
+"""Fine-tuning: LoRA on all linear layers (Hu et al. 2021), trained on prompts exactly as the System renders them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from whet.engine import Spent
+from whet.errors import MethodError
+from whet.methods import Need, Run
+from whet.model import Transform, aside, hash_files
+from whet.model import load as load_model
+from whet.system import System
+from whet.task import Example, Learnable
+
+if TYPE_CHECKING:
+    from whet.engine.prefix import Row
+    from whet.engine.torch import TorchSession
+    from whet.train.loop import Curves
+
+
+def verdict(curves: Curves) -> str:
+    """overfitting, underfitting or well fitted, drawn from the two curves.
+
+    Overfitting: validation rose at least 5 % above its best while training still fell. Underfitting: over the last
+    quarter of the tokens both curves still fell, validation by at least 5 %, and the last validation is the best.
+    """
+    checks, train = curves.validation, curves.train
+    if len(checks) < 3 or len(train) < 4:
+        return "too short to tell"
+    best = min(loss for _, loss in checks)
+    quarter = max(1, len(train) // 4)
+    before = sum(loss for _, loss in train[-2 * quarter : -quarter]) / quarter
+    after = sum(loss for _, loss in train[-quarter:]) / quarter
+    if checks[-1][1] > 1.05 * best and after < before:
+        return "overfitting"
+    if checks[-1][1] == best and checks[-1][1] < 0.95 * checks[-2][1] and after < 0.95 * before:
+        return "underfitting"
+    return "well fitted"
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """LoRA fine-tuning with completion-only loss, early stopping on a validation cut from train, best weights kept.
+
+    Defaults: rank 16 and alpha 2·rank (as in the LoRA literature), learning rate 1e-3 and 32 rows a step (measured in
+    LOG.md). `epochs` is what is wanted; the budget may allow less.
+    """
+
+    name: ClassVar[str] = "finetune"
+    family: ClassVar[str] = "fine-tuning"
+    needs: ClassVar[tuple[Need, ...]] = ("examples", "weights")
+    writes: ClassVar[tuple[str, ...]] = ("model", "decoding")
+    invalidates: ClassVar[tuple[str, ...]] = ("calibration",)
+
+    rank: int = 16
+    learning_rate: float = 1e-3
+    epochs: float = 3.0
+    batch: int = 32
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.batch < 1 or self.learning_rate <= 0 or self.epochs <= 0:
+            raise ValueError("rank, batch, learning_rate and epochs are positive")
+
+    def space(self) -> Mapping[str, Sequence[Any]]:
+        """The settings worth trying."""
+        return {"learning_rate": (3e-4, 1e-3, 2e-3), "rank": (8, 16, 32)}
+
+    def apply(self, system: System, data: Learnable, run: Run) -> System:
+        """The System with one more adapter; a closed set is scored as whole answers from here on."""
+        decoding = replace(system.decoding, prior=(), normalise="sum")
+        key = self._key(system, data, run)
+        made = run.store.artifact(key)
+        if not (made / "done.json").exists():
+            self._train(system, data, run, made)
+        body = json.loads((made / "done.json").read_text(encoding="utf-8"))
+        run.spent += Spent(**body["spent"])
+        run.notes.update(body["notes"])
+        transform = Transform("adapter", body["fingerprint"], made / "adapter")
+        return replace(system, model=system.model.add(transform), decoding=decoding)
+
+    def _key(self, system: System, data: Learnable, run: Run) -> str:
+        """What the adapter depends on: settings, System, data, seed and bounds."""
+        from whet.task import rows_hash
+
+        parts = [asdict(self), system.fingerprint, rows_hash(data.train), run.seed, run.fidelity, run.trained_tokens]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _train(self, system: System, data: Learnable, run: Run, made: Path) -> None:
+        from whet.engine.torch import TorchSession
+        from whet.train.adapters import add_lora, merged_products
+        from whet.train.batches import steps, tokens_per_row
+        from whet.train.loop import Beat, Schedule, Settings, train
+        from whet.train.losses import next_token
+
+        module, tokenizer = load_model(system.model, run.home)
+        session = TorchSession(module, tokenizer)
+        fit, held = data.validation(seed=run.seed, most=128)
+        rows, cut = render_rows(system, fit, session)
+        checks, _ = render_rows(system, held, session)
+        if not rows:
+            raise MethodError("nothing to train on", expected="train rows with completions", found="none")
+        tuned = add_lora(module, self.rank, 2.0 * self.rank, run.seed)
+        live = TorchSession(tuned, tokenizer)
+        per_row = tokens_per_row(rows, self.batch, run.seed)
+        wanted = self.epochs * run.fidelity * len(rows)
+        if run.trained_tokens is not None:
+            wanted = min(wanted, run.trained_tokens / per_row)
+        count = max(1, round(wanted / self.batch))
+
+        def beat(at: Beat) -> None:
+            if run.tell:
+                run.tell(f"loss {at.loss:.3f}, {at.tokens / max(at.seconds, 1e-9):.0f} tokens/s", at.step, at.steps)
+
+        def validate() -> float:
+            with merged_products(tuned):
+                scored = live.score_rows(checks)
+            found = [v for row in scored for c in row for v in c]
+            return -sum(found) / len(found)
+
+        settings = Settings(Schedule(self.learning_rate, count))
+        with merged_products(tuned):
+            source = steps(rows, self.batch, run.seed)
+            curves = train(tuned, source, next_token, settings, validate if checks else None, beat)
+        notes = {
+            "verdict": verdict(curves),
+            "curves": {"train": curves.train, "validation": curves.validation, "best": curves.best},
+            "steps": curves.steps,
+            "epochs": round(curves.steps * self.batch / len(rows), 2),
+            "rows": len(rows),
+            "shortened": cut,
+        }
+        spent = Spent(training_seconds=curves.seconds, trained_tokens=curves.tokens) + live.spent
+        _keep(tuned, made, {"notes": notes, "spent": asdict(spent), "settings": asdict(self)})
+
+
+def _keep(tuned: Any, made: Path, body: dict[str, Any]) -> None:
+    """Write adapter and record aside and rename them into place together."""
+    with aside(made) as work:
+        tuned.save_pretrained(work / "adapter", safe_serialization=True)
+        (work / "adapter" / "README.md").unlink(missing_ok=True)  # peft's template; the System has its own card
+        config = work / "adapter" / "adapter_config.json"
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        # A path of this machine is no part of an adapter's identity; the System names the base by content.
+        settings["base_model_name_or_path"] = None
+        config.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        body["fingerprint"] = hash_files([p for p in (work / "adapter").iterdir() if p.is_file()])
+        (work / "done.json").write_text(json.dumps(body), encoding="utf-8")
+
+
+def render_rows(system: System, examples: Sequence[Example], session: TorchSession) -> tuple[list[Row], int]:
+    """Training rows as the System renders its prompts, the completion and the end of turn behind them.
+
+    Returns the rows and how many prompts had to be shortened to fit the context window.
+    """
+    from whet.engine.prefix import Row
+
+    usable = [e for e in examples if e.completion and e.text is None]
+    answers = [session.encode_answer(e.completion, end=True) for e in usable]
+    prompts, cut = system.fitting(usable, session, [len(a) for a in answers])
+    encoded = session.encode(prompts)
+    return [Row(p, (a,)) for p, a in zip(encoded, answers, strict=True)], sum(cut)

@@ -1,0 +1,93 @@
+"""The budget: minutes into tokens once, by rates measured on this machine; decisions look at tokens only."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import random
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from whet.engine import Sampling, Session, Spent
+from whet.errors import WhetError
+from whet.store import Store
+from whet.system import System
+from whet.task import Example
+
+# A LoRA step does 4·N operations per token where a forward pass does 2·N; the rest is what was measured (LOG.md).
+TRAIN_SHARE = 0.42
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def seconds(text: str | float) -> float:
+    """"90s", "10m" or "2h" (a plain number: minutes) as seconds. Raises WhetError for anything else."""
+    if isinstance(text, (int, float)):
+        return float(text)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", text)
+    if not found or float(found[1]) <= 0:
+        raise WhetError("cannot read the budget", expected="something like 90s, 10m or 1h", found=repr(text))
+    return float(found[1]) * UNITS[found[2] or "m"]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Tokens per second of one model on this machine."""
+
+    prefill: float
+    generate: float
+    train: float
+
+    def price(self, spent: Spent) -> float:
+        """What work costs, in seconds at these rates."""
+        return (
+            spent.prefilled_tokens / self.prefill
+            + spent.generated_tokens / self.generate
+            + spent.trained_tokens / self.train
+        )
+
+
+def measure(system: System, session: Session, store: Store) -> Rates:
+    """Rates of a model on this machine: kept ones where there are, else measured by running it for a few seconds."""
+    machine = [platform.machine(), platform.processor(), platform.node(), *sorted(session.protocol.items())]
+    key = hashlib.sha256(repr([system.model.identity, machine]).encode()).hexdigest()
+    kept = store.rates(key)
+    if kept is None:
+        # Words of no meaning: nothing is shared, nothing is remembered.
+        draw = random.Random(0)
+        words = [["".join(draw.choices("abcdefghij", k=5)) for _ in range(24)] for _ in range(24)]
+        chats = [(("user", " ".join(w)),) for w in words]
+        session.score(chats[:4], [["yes"]] * 4)  # the first call warms up
+        before, begun = session.spent, time.monotonic()
+        session.score(chats, [["yes"]] * len(chats))
+        read, took = session.spent - before, time.monotonic() - begun
+        prefill = max(1.0, read.prefilled_tokens / max(took, 1e-6))
+        before, begun = session.spent, time.monotonic()
+        session.generate(chats[:8], Sampling(max_tokens=8))
+        wrote, took = session.spent - before, time.monotonic() - begun
+        took = max(took - wrote.prefilled_tokens / prefill, 1e-3)
+        generate = max(1.0, wrote.generated_tokens / took)
+        kept = {"prefill": prefill, "generate": generate, "train": prefill * TRAIN_SHARE}
+        store.keep_rates(key, kept)
+    return Rates(**kept)
+
+
+def estimate(system: System, examples: Sequence[Example], session: Session, sample: int = 48) -> Spent:
+    """What answering examples would cost, from a sample of them; beginnings that all share count once."""
+    if not examples:
+        return Spent()
+    few = list(examples[:sample])
+    share = len(examples) / len(few)
+    closed = system.decoding.closed
+    prompts = system.prompts(few)
+    sets = [(e.choices or system.decoding.labels) if closed and e.text is None else ("",) for e in few]
+    if few[0].text is not None:
+        return Spent(prefilled_tokens=round(share * sum(session.count([e.text or "" for e in few]))))
+    whole = session.cost(prompts, sets)
+    half = session.cost(prompts[: len(few) // 2], sets[: len(few) // 2]) if len(few) > 1 else 0
+    # Two points tell what is shared (once) from what every example adds.
+    each = (whole - half) / max(1, len(few) - len(few) // 2)
+    tokens = whole + each * (len(examples) - len(few))
+    made = 0 if closed else round(len(examples) * system.decoding.max_tokens * 0.5)
+    return Spent(prefilled_tokens=round(tokens), generated_tokens=made)

@@ -1,0 +1,108 @@
+"""Recipes: tuples of Methods, the grammar of their allowed orders, and running them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any
+
+from whet.errors import MethodError
+from whet.methods import Method, Run, lacking, make
+from whet.system import System
+from whet.task import Learnable
+
+# What a part written by one method is called when another says that it invalidates it.
+PART_OF = {"calibrate": "calibration"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Methods in the order they are applied. The empty recipe is the base as it is."""
+
+    methods: tuple[Method, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """A short label: names joined by +, with the settings that differ from their defaults."""
+        return "+".join(_label(m) for m in self.methods) or "base"
+
+    @property
+    def families(self) -> frozenset[str]:
+        """The families of methods that take part."""
+        return frozenset(m.family for m in self.methods)
+
+    @property
+    def record(self) -> list[dict[str, Any]]:
+        """The recipe as plain data: each method's name and all its settings."""
+        return [{"method": m.name, **asdict(m)} for m in self.methods]  # type: ignore[call-overload]
+
+    def check(self) -> None:
+        """Raise MethodError where the order makes no sense: a method twice, or one that undoes an earlier one."""
+        for i, method in enumerate(self.methods):
+            for earlier in self.methods[:i]:
+                if earlier.name == method.name:
+                    raise MethodError(f"{method.name} stands twice in {self.name}", do="name it once")
+                if PART_OF.get(earlier.name) in method.invalidates:
+                    raise MethodError(
+                        f"{method.name} undoes {earlier.name} in {self.name}",
+                        expected=f"{earlier.name} after {method.name}", found="the reverse", do="swap them",
+                    )  # fmt: skip
+
+    def lacks(self, system: System, data: Learnable) -> str:
+        """What the recipe needs and the task or model lacks; empty where nothing is missing."""
+        return "; ".join(found for m in self.methods if (found := lacking(m, system, data)))
+
+    def run(self, system: System, data: Learnable, run: Run) -> System:
+        """Apply the methods in order. Raises MethodError where the order is wrong or something is lacking."""
+        self.check()
+        missing = self.lacks(system, data)
+        if missing:
+            raise MethodError(f"{self.name} cannot run", expected=missing, found="none", do="add it to the task")
+        for method in self.methods:
+            system = method.apply(system, data, run)
+        return system
+
+
+def _label(method: Method) -> str:
+    """A method's name with its settings that are not the defaults."""
+    changed = []
+    for f in fields(method):  # type: ignore[arg-type]
+        value = getattr(method, f.name)
+        if f.default is not MISSING and value != f.default:
+            changed.append(f"{f.name}={value:g}" if isinstance(value, float) else f"{f.name}={value}")
+    return method.name + (f"({','.join(changed)})" if changed else "")
+
+
+def recipe(*parts: str | tuple[str, Mapping[str, Any]]) -> Recipe:
+    """A Recipe from method names, or pairs of name and settings."""
+    return Recipe(tuple(make(p) if isinstance(p, str) else make(p[0], p[1]) for p in parts))
+
+
+def parse(text: str) -> Recipe:
+    """A Recipe as written on the command line: "fewshot(k=4)+calibrate". Raises MethodError where it cannot be read."""
+    made: list[Method] = []
+    for part in _split(text):
+        name, _, rest = part.strip().partition("(")
+        settings: dict[str, str] = {}
+        if rest and not rest.endswith(")"):
+            raise MethodError(f"cannot read {part!r}", expected="name or name(key=value,key=value)", do="close it")
+        for pair in filter(None, rest.removesuffix(")").split(",")):
+            key, sign, value = pair.partition("=")
+            if not sign:
+                raise MethodError(f"cannot read {pair!r} in {part!r}", expected="key=value", do="correct it")
+            settings[key.strip()] = value.strip()
+        made.append(make(name.strip(), settings))
+    result = Recipe(tuple(made))
+    result.check()
+    return result
+
+
+def _split(text: str) -> Sequence[str]:
+    """Parts between plus signs that stand outside parentheses."""
+    parts, depth, start = [], 0, 0
+    for i, sign in enumerate(text):
+        depth += (sign == "(") - (sign == ")")
+        if sign == "+" and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+    return [*parts, text[start:]]

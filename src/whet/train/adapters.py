@@ -1,0 +1,82 @@
+"""Adapters: made and saved with peft, trained with one matrix product per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def add_lora(module: Any, rank: int, alpha: float, seed: int) -> Any:
+    """A peft model with fresh LoRA (Hu et al. 2021) on every linear layer but the output; repeatable by seed."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0)
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        return get_peft_model(module, config, autocast_adapter_dtype=False)
+    finally:
+        torch.random.set_rng_state(state)
+
+
+class _MergedLinear(torch.autograd.Function):
+    """y = x (W + s·B·A)ᵀ + bias, with gradients for x, A and B only.
+
+    B·A is added to the weights once per call, which costs rank/T of the product with T tokens; adding the adapter to
+    the activations instead would pass over every token's output three times more.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        merged = torch.addmm(weight, b, a, alpha=scale)
+        ctx.save_for_backward(x, merged, a, b)
+        ctx.scale = scale
+        return torch.nn.functional.linear(x, merged, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, merged, a, b = ctx.saved_tensors
+        grad = grads[0]
+        to_x = grad @ merged if ctx.needs_input_grad[0] else None
+        flat, inputs = grad.flatten(0, -2), x.flatten(0, -2)
+        to_a = ctx.scale * ((flat @ b).T @ inputs)
+        to_b = ctx.scale * (flat.T @ (inputs @ a.T))
+        return to_x, None, None, to_a, to_b, None
+
+
+def _mergeable(layer: Any) -> bool:
+    """Whether a peft layer is plain LoRA over an fp32 linear layer: in bf16 the sum would lose small updates."""
+    from peft.tuners.lora import Linear
+
+    if not isinstance(layer, Linear) or len(layer.active_adapters) != 1 or layer.merged:
+        return False
+    name = layer.active_adapters[0]
+    plain = not layer.use_dora.get(name) and isinstance(layer.lora_dropout[name], torch.nn.Identity)
+    base = layer.get_base_layer()
+    return plain and isinstance(base, torch.nn.Linear) and base.weight.dtype == torch.float32
+
+
+@contextmanager
+def merged_products(module: Any) -> Iterator[None]:
+    """Within it, every LoRA layer that allows it runs as one matrix product; outputs and gradients are the same."""
+    changed = []
+    for layer in module.modules():
+        if hasattr(layer, "lora_A") and _mergeable(layer):
+            name = layer.active_adapters[0]
+            base, a, b = layer.get_base_layer(), layer.lora_A[name], layer.lora_B[name]
+
+            def forward(x: Tensor, *_: Any, base: Any = base, a: Any = a, b: Any = b, s: float = layer.scaling[name],
+                        **__: Any) -> Tensor:  # fmt: skip
+                return _MergedLinear.apply(x, base.weight, base.bias, a.weight, b.weight, s)
+
+            layer.forward = forward
+            changed.append(layer)
+    try:
+        yield
+    finally:
+        for layer in changed:
+            del layer.forward

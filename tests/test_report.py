@@ -1,0 +1,448 @@
+"""The report: what it says, that any part may be missing, that hostile text stays text, and that a browser draws it."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import gzip
+import json
+import random
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from whet import report
+from whet.errors import StoreError
+from whet.report import figures, view
+
+CHROMIUM = shutil.which("chromium")
+no_browser = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+
+HOSTILE = ("</script><script>document.title='pwned'</script>", "<img src=x onerror=\"document.title='pwned'\">",
+           "{{7*7}}{% raw %}", "<b>bold</b><a href=\"javascript:document.title='pwned'\">x</a>", "--accent",
+           "\u2028%{x}$\\alpha$ &lt;i&gt;\x1b[31m\ud800")
+
+
+def trial(name: str, recipe: list[dict[str, Any]], gain: float, seconds: float, **more: Any) -> dict[str, Any]:
+    score = 0.71 + gain
+    return {"name": name, "recipe": recipe, "rung": 2, "seed": 0, "status": "done", "why": "", "examples": 400,
+            "select": {"score": score, "low": score - 0.03, "high": score + 0.03},
+            "difference": {"difference": gain, "low": gain - 0.04, "high": gain + 0.035}, "cost_seconds": seconds,
+            "spent": {"seconds": seconds, "trained_tokens": 52_000}, "latency_ms": 41.0, "size_bytes": 269_000_000,
+            "memory_bytes": 520_000_000, "forgetting": None, "verdict": None, **more}
+
+
+FINETUNE = {"method": "finetune", "adapter": "lora", "rank": 16, "learning_rate": 0.0002}
+FEWSHOT = {"method": "fewshot", "k": 16, "selection": "random"}
+CHOSEN = [FINETUNE, {"method": "calibrate", "kind": "batch"}]
+
+
+def rich() -> dict[str, Any]:
+    """A result with every field, as `improve` writes it."""
+    return {
+        "task": "sst2", "model": "smollm2-135m", "seed": 0, "budget_s": 1800,
+        "metric": {"name": "accuracy", "higher_is_better": True},
+        "spent": {"seconds": 1540.2, "training_seconds": 890.0, "trained_tokens": 412_000,
+                  "prefilled_tokens": 1_930_000, "generated_tokens": 12_400},
+        "diagnosis": [
+            {"gap": "bias", "share": 0.62, "low": 0.55, "high": 0.69, "detected": True, "remedies": ["calibrate"]},
+            {"gap": "skill", "share": 0.31, "low": 0.24, "high": 0.38, "detected": True,
+             "remedies": ["finetune", "fewshot"]},
+            {"gap": "format", "share": 0.01, "low": 0.0, "high": 0.03, "detected": False, "remedies": []}],
+        "baselines": [{"name": "majority class", "select": 0.51, "confirm": 0.509},
+                      {"name": "logistic regression on TF-IDF", "select": 0.79, "confirm": 0.785},
+                      {"name": "logistic regression on embeddings", "select": 0.8125, "confirm": 0.81}],
+        "trials": [
+            trial("base", [], 0.0, 12.0, difference=None),
+            trial("fewshot(k=16,random)", [FEWSHOT], -0.1, 44.0),
+            trial("fewshot(k=16,random)+calibrate", [FEWSHOT, {"method": "calibrate"}], 0.1625, 51.0),
+            trial("calibrate(kind=batch)", [{"method": "calibrate"}], 0.06, 13.0),
+            trial("prompting(pool=12)", [{"method": "prompting"}], 0.035, 210.0),
+            trial("finetune(rank=16)", [FINETUNE], 0.12, 130.0, rung=1, verdict="underfitting"),
+            trial("finetune(rank=16)", [FINETUNE], 0.2075, 420.0, verdict="well fitted"),
+            trial("finetune(rank=16)+calibrate(kind=batch)", CHOSEN, 0.2175, 433.0),
+            trial("finetune(rank=16)+calibrate(kind=batch)+quantize(bits=8,group=64,symmetric)",
+                  [*CHOSEN, {"method": "quantize", "bits": 8}], 0.205, 460.0, size_bytes=141_000_000),
+            {"name": "dpo", "recipe": [{"method": "dpo"}], "rung": 0, "seed": 0, "status": "failed",
+             "why": "loss is not finite", "examples": 0, "select": None, "difference": None, "spent": {},
+             "latency_ms": None, "size_bytes": None, "memory_bytes": None, "forgetting": None, "cost_seconds": None}],
+        "chosen": {"recipe": CHOSEN, "gain_by_step": [{"method": "finetune", "gain": 0.2075}, 0.01]},
+        "confirm": {"n": 872, "base": {"score": 0.712, "low": 0.681, "high": 0.742},
+                    "chosen": {"score": 0.924, "low": 0.905, "high": 0.941}, "difference": 0.212, "low": 0.18,
+                    "high": 0.244, "p_value": 1e-30, "improved": True, "smallest_detectable": 0.031,
+                    "best_single": {"name": "finetune(rank=16)", "difference": 0.006, "low": -0.002, "high": 0.014,
+                                    "p_value": 0.21}},
+        "selection": {"select": 0.9275, "confirm": 0.924, "shrinkage": 0.0035},
+        "notes": ["The clock stopped one trial early; it is marked truncated."],
+        "dropped": {"count": 3, "examples": [["train-17", "repeats test-4"], ["train-90", "nearly repeats dev-2"]]},
+        "protocol": {"data": "sha256:6c1f09", "template": "chatml", "engine": "torch", "dtype": "bfloat16"},
+        "versions": {"whet": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
+        "plan": [{"arm": "fewshot", "minutes": 2.5}, {"arm": "finetune", "minutes": 11.0}],
+        "left_out": [{"method": "rag", "why": "the task has no documents"}]}
+
+
+def found(n: int = 872, labels: int = 2) -> dict[str, Any]:
+    """Details with n examples over so many labels, and two training curves."""
+    names = ["negative", "positive"] if labels == 2 else [f"intent number {i}" for i in range(labels)]
+    dice = random.Random(0)
+
+    def answer(reference: str, skill: float) -> str:
+        return reference if dice.random() < skill else dice.choice([x for x in names if x != reference])
+
+    rows = []
+    for i in range(n):
+        reference = dice.choice(names)
+        base, chosen = answer(reference, 0.71), answer(reference, 0.92)
+        rows.append({"id": f"test-{i}", "prompt": f"Review {i}: an utterly charming and often hilarious film that "
+                     "runs a little long but never loses its warmth.", "reference": reference, "base": base,
+                     "chosen": chosen, "base_score": float(base == reference),
+                     "chosen_score": float(chosen == reference)})
+    curves = [{"name": f"finetune(rank={rank})",
+               "train": [[s, 0.9 * 0.98**s * rank / 16 + 0.1 + dice.random() / 15] for s in range(1, 130)],
+               "validation": [[s, 0.8 * 0.97**s + 0.25 + rank * s / 10_000] for s in range(10, 131, 10)]}
+              for rank in (16, 32)]
+    return {"examples": rows, "curves": curves, "labels": names}
+
+
+MINIMAL: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {}),
+    ({"task": "t", "trials": None, "confirm": None, "chosen": None, "spent": None, "baselines": None},
+     {"examples": None, "curves": None, "labels": None}),
+    ({"task": "t", "metric": {"name": "accuracy", "higher_is_better": True},
+      "trials": [trial("base", [], 0.0, 9.0, difference=None)], "chosen": {"recipe": []}, "confirm": None,
+      "baselines": [], "diagnosis": []},
+     {"examples": [{"id": "1", "prompt": "p", "reference": "r", "base": "r", "chosen": None, "base_score": 1,
+                    "chosen_score": None}], "curves": [], "labels": []}),
+    ({"task": "t", "trials": [{"name": None, "recipe": None, "select": None, "spent": None, "difference": None}],
+      "dropped": {"count": None, "examples": [None]}, "notes": [None], "protocol": {"a": None},
+      "confirm": {"n": None, "base": {"score": float("nan")}, "chosen": None, "difference": None}},
+     {"examples": [{}], "curves": [{"name": None, "train": [[0, float("nan")]], "validation": None}],
+      "labels": ["a"]}),
+]
+
+
+def page(tmp_path: Path, result: dict[str, Any], details: dict[str, Any]) -> str:
+    path = tmp_path / "report.html"
+    report.write(path, result, details)
+    return path.read_text(encoding="utf-8")
+
+
+def embedded(html: str) -> dict[str, Any]:
+    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
+    assert match
+    return dict(json.loads(match[1]))
+
+
+# -- the verdict -------------------------------------------------------------------------------------------------
+
+
+def test_verdict_of_an_improvement() -> None:
+    assert report.verdict(rich()) == (
+        "Accuracy rose from 71.2 to 92.4 (+21.2 points, 95 % interval +18.0 to +24.4), confirmed on 872 sealed "
+        "examples.")
+
+
+def test_verdict_names_a_baseline_that_wins() -> None:
+    result = rich()
+    result["baselines"][2]["confirm"] = 0.95
+    assert report.verdict(result).endswith(
+        "; yet the baseline logistic regression on embeddings does better without a language model: 95.0.")
+
+
+def test_verdict_when_nothing_helps() -> None:
+    result = rich()
+    result["chosen"] = {"recipe": []}
+    result["confirm"] |= {"improved": False, "difference": -0.008, "low": -0.02, "high": 0.004}
+    result["baselines"] = []
+    assert report.verdict(result) == (
+        "Nothing was shown to beat the base model, which is handed over (accuracy 71.2): the best candidate differed "
+        "by −0.8 points, 95 % interval −2.0 to +0.4 on 872 sealed examples.")
+
+
+def test_verdict_when_the_handed_over_system_is_not_better() -> None:
+    result = rich()
+    result["confirm"] |= {"improved": False, "chosen": {"score": 0.71}, "difference": -0.002, "low": -0.01, "high": 0.0}
+    assert report.verdict(result).startswith(
+        "The chosen system was not shown to be better than the base: accuracy 71.0 against 71.2 (−0.2 points")
+
+
+def test_verdict_without_a_test_split() -> None:
+    result = rich() | {"confirm": None}
+    assert report.verdict(result) == ("Accuracy rose from 71.0 to 92.8 on the select split; without a test split this "
+                                      "is not confirmed.")
+    result["chosen"] = {"recipe": []}
+    assert report.verdict(result) == ("Nothing beat the base model, which is handed over: accuracy 71.0 on the select "
+                                      "split, not confirmed.")
+
+
+def test_verdict_of_perplexity_where_lower_is_better() -> None:
+    """A difference is signed so that plus is better, whatever the metric: perplexity fell by 7.94."""
+    result = rich() | {"metric": {"name": "perplexity", "higher_is_better": False}, "baselines": []}
+    result["trials"] = []
+    result["confirm"] = {"n": 200, "base": {"score": 23.14}, "chosen": {"score": 15.2}, "difference": 7.94, "low": 6.5,
+                         "high": 9.2, "p_value": 0.0001, "improved": True, "smallest_detectable": 2.0}
+    assert report.verdict(result) == ("Perplexity fell from 23.14 to 15.20 (better by 7.94, 95 % interval +6.50 to "
+                                      "+9.20), confirmed on 200 sealed examples.")
+
+
+@pytest.mark.parametrize("case", range(len(MINIMAL)))
+def test_verdict_is_one_printable_line(case: int) -> None:
+    said = report.verdict(MINIMAL[case][0])
+    assert said.endswith(".") and said.isprintable()
+
+
+def test_verdict_of_hostile_names_has_no_terminal_escapes() -> None:
+    result = rich()
+    result["baselines"] = [{"name": "\x1b[31mred\n", "select": 0.9, "confirm": 0.99}]
+    assert report.verdict(result).isprintable()
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------
+
+
+def test_scale_writes_points_and_plain_figures() -> None:
+    points, plain = view.Scale("accuracy", True, True), view.Scale("perplexity", False, False)
+    assert (points.score(0.712), points.gain(0.1), points.gain(-0.1), points.gain(-0.0001)) == (
+        "71.2", "+10.0", "−10.0", "0.0")
+    assert (plain.score(23.139), plain.score(1234.5), plain.gain(7.9), plain.score(None)) == (
+        "23.14", "1,234.5", "+7.90", "–")
+
+
+def test_durations_and_sizes() -> None:
+    assert [view.duration(s) for s in (45.2, 99.4, 100, 5399, 7200)] == ["45 s", "99 s", "1.7 min", "90.0 min", "2.0 h"]
+    assert [view.size(b) for b in (12, 98_000_000, 1_240_000_000)] == ["12 B", "98 MB", "1.24 GB"]
+
+
+# -- what is shown -----------------------------------------------------------------------------------------------
+
+
+def test_arms_are_sorted_and_taken_at_their_highest_rung() -> None:
+    arms = view.arms(rich())
+    gains = [a.gain for a in arms if a.gain is not None]
+    assert gains == sorted(gains, reverse=True)
+    assert arms[0].kind == "chosen" and arms[-1].name == "dpo" and arms[-1].why == "loss is not finite"
+    assert [a.gain for a in arms if a.name == "finetune(rank=16)"] == [0.2075]
+    assert {a.name: round(a.gain or 0, 4) for a in arms if a.kind == "baseline"} == {
+        "logistic regression on embeddings": 0.1025, "logistic regression on TF-IDF": 0.08, "majority class": -0.2}
+
+
+def test_gain_of_a_baseline_is_positive_when_better_also_where_lower_is_better() -> None:
+    base = trial("base", [], 0.0, 1.0) | {"select": {"score": 30.0}}
+    result = {"metric": {"name": "perplexity", "higher_is_better": False}, "trials": [base],
+              "baselines": [{"name": "bigram", "select": 20.0, "confirm": None}]}
+    assert [a.gain for a in view.arms(result)] == [10.0, 0.0]
+
+
+def test_frontier_is_what_no_cheaper_arm_matches() -> None:
+    names = [a.name for a in figures.frontier(view.arms(rich()), view.Scale("accuracy", True, True))]
+    assert names == ["calibrate(kind=batch)", "fewshot(k=16,random)+calibrate", "finetune(rank=16)",
+                     "finetune(rank=16)+calibrate(kind=batch)"]
+
+
+def test_examples_are_counted_by_what_changed() -> None:
+    def one(base: float, chosen: float) -> dict[str, Any]:
+        return {"id": "i", "prompt": "p", "base": "b", "chosen": "c", "base_score": base, "chosen_score": chosen}
+
+    scale = view.Scale("accuracy", True, True)
+    binary = view.examples({"examples": [one(0, 1)] * 3 + [one(1, 0)] * 2 + [one(0, 0), one(1, 1)]}, scale)
+    assert [(k, n) for k, _, n in binary.filters] == [("all", 7), ("gained", 3), ("lost", 2), ("wrong", 1)]
+    graded = view.examples({"examples": [one(0.2, 0.5), one(0.5, 0.2), one(0.3, 0.3)]}, scale)
+    assert [(k, n) for k, _, n in graded.filters] == [("all", 3), ("better", 1), ("worse", 1), ("same", 1)]
+    lower = view.examples({"examples": [one(2.0, 1.0)]}, view.Scale("perplexity", False, False))
+    assert lower.rows[0][0] == "better"
+
+
+def test_confusion_counts_and_puts_strange_answers_apart() -> None:
+    rows = [("a", "a"), ("a", "B."), ("b", "b"), ("b", "what?"), ("b", "a")]
+    details = {"labels": ["a", "b"], "examples": [{"reference": r, "chosen": c} for r, c in rows]}
+    matrix = view.confusion(details, "chosen")
+    assert matrix is not None
+    assert matrix.counts == ((1, 1, 0), (1, 1, 1)) and matrix.columns == ("a", "b", "(other)")
+    assert view.confusion(details, "base") is None
+    assert view.most_confused(details) == [
+        ("a", "b", None, 1), ("b", "a", None, 1), ("b", "(other)", None, 1)]
+
+
+def test_figures_are_valid_plotly() -> None:
+    """Plotly's own schema accepts every figure, once colour names are what the page makes of them."""
+    go = pytest.importorskip("plotly.graph_objects")
+    result, details = rich(), found(labels=12)
+    drawn, _ = report._figures(result, details, view.arms(result), view.Scale.of(result))
+    assert set(drawn) == {"gains", "cost", "training", "confusion-base", "confusion-chosen"}
+    for figure in drawn.values():
+        go.Figure(json.loads(re.sub(r'"--[a-z0-9]+"', '"#123456"', json.dumps(figure))))
+
+
+@pytest.mark.parametrize(("labels", "drawn", "table"), [(2, 2, False), (20, 2, False), (30, 1, True), (77, 0, True)])
+def test_many_labels_become_one_matrix_or_a_table(tmp_path: Path, labels: int, drawn: int, table: bool) -> None:
+    html = page(tmp_path, rich(), found(300, labels))
+    assert sum(name.startswith("confusion") for name in embedded(html)["figures"]) == drawn
+    assert ('id="confused"' in html) == table
+
+
+def test_page_holds_what_matters(tmp_path: Path) -> None:
+    html = page(tmp_path, rich(), found())
+    for text in ("Accuracy rose from 71.2 to 92.4", "71.2", "92.4", "+21.2", "68.1 to 74.2", "p &lt; 0.001",
+                 "With 872 examples, a true difference under 3.1 points", "a shrinkage of 0.4 points",
+                 "loss is not finite", "no documents", "bfloat16", "repeats test-4", "412,000", "25.7 min",
+                 "well fitted", "Against the best single method, finetune(rank=16): +0.6 points",
+                 "marked truncated", "wrong → right"):
+        assert text in html, text
+    assert len(embedded(html)["examples"]["rows"]) == 872
+
+
+def test_first_screen_says_that_a_baseline_wins(tmp_path: Path) -> None:
+    result = rich()
+    assert "A baseline wins" not in page(tmp_path, result, found(5))
+    result["baselines"][1]["confirm"] = 0.93
+    html = page(tmp_path, result, found(5))
+    assert "A baseline wins" in html[: html.index('id="tried"')]
+
+
+@pytest.mark.parametrize("case", range(len(MINIMAL)))
+def test_any_part_may_be_missing(tmp_path: Path, case: int) -> None:
+    html = page(tmp_path, *MINIMAL[case])
+    assert 'id="verdict"' in html and "None" not in re.sub(r"<script.*?</script>|<style.*?</style>", "", html,
+                                                           flags=re.DOTALL)
+    assert embedded(html)["figures"] == {} and 'id="plotly"' not in html
+
+
+@pytest.mark.parametrize("key", sorted(rich()))
+@pytest.mark.parametrize("value", [None, [], {}, "text", 3])
+def test_any_one_field_may_be_anything(tmp_path: Path, key: str, value: Any) -> None:
+    assert 'id="verdict"' in page(tmp_path, rich() | {key: value}, found(5))
+
+
+def test_writing_is_repeatable_and_atomic(tmp_path: Path) -> None:
+    first = page(tmp_path / "deep" / "a", rich(), found(20))
+    assert first == page(tmp_path / "b", rich(), found(20))
+    assert [p.name for p in (tmp_path / "b").iterdir()] == ["report.html"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot be written"):
+        report.write(tmp_path / "file" / "report.html", rich(), {})
+
+
+# -- hostile text ------------------------------------------------------------------------------------------------
+
+
+def poisoned(value: Any, text: str) -> Any:
+    """The same structure with every string (and names of free keys) replaced, but for what steers the page."""
+    if isinstance(value, dict):
+        return {k: v if k in ("recipe", "method") else poisoned(v, text) for k, v in value.items()}
+    if isinstance(value, list):
+        return [poisoned(v, text) for v in value]
+    return text + value if isinstance(value, str) else value
+
+
+def hostile() -> tuple[dict[str, Any], dict[str, Any]]:
+    result, details = rich(), found(120, 6)
+    text = "".join(HOSTILE)
+    result = poisoned(result, text)
+    result["trials"][0]["name"] = "base"
+    result["protocol"] = {text: text}
+    result["chosen"] = copy.deepcopy(rich()["chosen"])
+    return result, poisoned(details, text)
+
+
+def test_hostile_text_is_escaped(tmp_path: Path) -> None:
+    html = page(tmp_path, *hostile())
+    assert html.count("<script") == 3 and html.count("</script") == 3
+    assert "<img" not in html and "{{7*7}}" in html and "<a " not in html
+    data = embedded(html)
+    assert all(row[2].startswith(HOSTILE[0]) for row in data["examples"]["rows"])
+    drawn = json.dumps(data["figures"])
+    # Plotly reads a little HTML: a line break is the only tag that may be left.
+    assert set(re.findall(r"<[^<>]*>", drawn)) <= {"<br>"} and "&lt;b&gt;" in drawn
+
+
+def test_nothing_is_loaded_from_elsewhere(tmp_path: Path) -> None:
+    html = page(tmp_path, rich(), found(20))
+    assert not re.search(r"""(src|href|action)\s*=|url\(|@import|https?://""", html)
+    assert "default-src 'none'" in html
+    packed = re.search(r'id="plotly">([^<]+)<', html)
+    assert packed and gzip.decompress(base64.b64decode(packed[1])).decode().startswith("/**\n* plotly.js")
+
+
+# -- in a browser ------------------------------------------------------------------------------------------------
+
+
+def chromium(tmp_path: Path, url: Path, *more: str) -> str:
+    assert CHROMIUM
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+               "--disable-background-networking", "--disable-component-update", "--disable-sync",
+               f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000", *more, url.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def dump(tmp_path: Path, result: dict[str, Any], details: dict[str, Any]) -> str:
+    """The page's DOM after drawing, as shown in a frame as wide as a small phone.
+
+    A headless window may have a least width, so a page around the report holds it at 360 pixels. The report's DOM is
+    written out as text, after each filter has been pressed and its first row's range read.
+    """
+    inner = page(tmp_path, result, details)
+    probe = r"""
+      const frame = document.querySelector("iframe"), packed = "%s";
+      frame.srcdoc = new TextDecoder().decode(Uint8Array.from(atob(packed), (c) => c.charCodeAt(0)));
+      const wait = setInterval(() => {
+        const page = frame.contentDocument;
+        if (page?.documentElement.dataset.ready !== "yes") return;
+        clearInterval(wait);
+        const ranges = [...page.querySelectorAll("button[data-kind]")].map((button) => {
+          button.click();
+          return [button.dataset.kind, page.querySelector("#range").textContent];
+        });
+        const wide = [...page.querySelectorAll("body *")].filter((e) => !e.closest(".scroll, svg, script, style") &&
+          e.getBoundingClientRect().right > 360.5).map((e) => e.outerHTML.slice(0, 80));
+        document.querySelector("#found").textContent = btoa(unescape(encodeURIComponent(JSON.stringify({
+          title: page.title, overflow: page.documentElement.dataset.overflow, ranges, wide,
+          images: page.images.length, links: page.links.length,
+          waiting: page.querySelectorAll(".waiting").length,
+          plots: [...page.querySelectorAll(".plot")].filter((p) => p.querySelector(".main-svg")).length,
+          places: page.querySelectorAll(".plot").length, text: page.body.innerText,
+          labels: [...page.querySelectorAll(".main-svg text")].map((t) => t.textContent),
+          anchors: page.querySelectorAll("svg a").length }))));
+      }, 50);"""
+    around = tmp_path / "around.html"
+    around.write_text(
+        '<!doctype html><meta charset="utf-8"><iframe style="width:360px;height:840px;border:0"></iframe>'
+        f'<p id="found"></p><script>{probe % base64.b64encode(inner.encode()).decode()}</script>', encoding="utf-8")
+    match = re.search(r'id="found">([^<]+)<', chromium(tmp_path, around, "--dump-dom"))
+    assert match, "the report did not become ready"
+    return base64.b64decode(match[1]).decode()
+
+
+@pytest.mark.browser
+@no_browser
+def test_browser_draws_every_plot_and_filters_examples(tmp_path: Path) -> None:
+    details = found()
+    seen = json.loads(dump(tmp_path, rich(), details))
+    assert seen["title"] == "sst2 · whet report"
+    assert (seen["plots"], seen["places"], seen["waiting"]) == (5, 5, 0)
+    assert (seen["overflow"], seen["wide"]) == ("0", [])
+    counts = {k: n for k, _, n in view.examples(details, view.Scale("accuracy", True, True)).filters}
+    assert seen["ranges"] == [[k, f"1–{min(50, n)} of {n}"] for k, n in counts.items()]
+    assert {"base 71.0", "finetune(rank=16)", "+21.8"} <= set(seen["labels"])
+
+
+@pytest.mark.browser
+@no_browser
+def test_browser_shows_hostile_text_as_text(tmp_path: Path) -> None:
+    seen = json.loads(dump(tmp_path, *hostile()))
+    assert "whet report" in seen["title"] and seen["title"].startswith("</script><script>")
+    assert (seen["images"], seen["links"], seen["anchors"]) == (0, 0, 0)
+    assert seen["plots"] == seen["places"] == 5 and seen["overflow"] == "0" and seen["wide"] == []
+    assert "{{7*7}}" in seen["text"] and "<b>bold</b>" in seen["text"]
+    assert any("</script>" in label for label in seen["labels"])
+
+
+@pytest.mark.browser
+@no_browser
+@pytest.mark.parametrize("case", range(len(MINIMAL)))
+def test_browser_shows_minimal_pages(tmp_path: Path, case: int) -> None:
+    seen = json.loads(dump(tmp_path, *MINIMAL[case]))
+    assert seen["places"] == 0 and seen["overflow"] == "0" and "How it was measured" in seen["text"]
