@@ -26,7 +26,7 @@ _PLACES = {
     "compare": "whet.evaluate",
     "methods": "whet.methods",
 }
-__all__ = [*_PLACES, "__version__"]
+__all__ = ["Recipe", "System", "Task", "__version__", "compare", "evaluate", "improve", "load", "methods"]
 
 
 def __getattr__(name: str) -> Any:

@@ -57,7 +57,9 @@ class Scorecard:
         return {**body, "n": self.n, "failed": self.failed}
 
 
-def protocol(system: System, examples: Sequence[Example], metric: Metric, session: Session, split: str) -> dict[str, str]:
+def protocol(
+    system: System, examples: Sequence[Example], metric: Metric, session: Session, split: str
+) -> dict[str, str]:
     """What a score depends on beside the System: data, metric, engine and versions."""
     return {
         "data": rows_hash(examples)[:16],

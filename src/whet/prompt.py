@@ -106,5 +106,6 @@ def shorten(chat: Chat, excess: int, count: Callable[[Chat], int]) -> Chat:
         # Characters per token differ by language: cut by the measured share, and look again.
         share = min(0.9, max(0.05, 1.05 * (count(tuple(turns)) - limit) / max(1, count(((role, text),)))))
         keep = max(4, int(len(text) * (1 - share) / 2))
-        turns[longest] = (role, f"{text[:keep]} … {text[-keep:]}" if 2 * keep + 3 < len(text) else text[: len(text) // 2])
+        whole = 2 * keep + 3 >= len(text)
+        turns[longest] = (role, text[: len(text) // 2] if whole else f"{text[:keep]} … {text[-keep:]}")
     return tuple(turns)

@@ -16,7 +16,9 @@ from whet.metrics import Outcome
 
 SCHEMA = """
 create table if not exists outcomes (key text primary key, body text not null);
-create table if not exists trials (run text not null, trial text not null, body text not null, primary key (run, trial));
+create table if not exists trials (
+    run text not null, trial text not null, body text not null, primary key (run, trial)
+);
 create table if not exists rates (key text primary key, body text not null);
 """
 

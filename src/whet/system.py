@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from whet import __version__
-from whet.engine import Chat, Progress, Prompt, Sampling, Session, open_session
+from whet.engine import Progress, Prompt, Sampling, Session, open_session
 from whet.errors import ArtifactError, StoreError
-from whet.model import ModelRef, Transform, hash_files, local_folder
+from whet.model import ModelRef, Transform, hash_files, local_folder, resolve
 from whet.prompt import messages, shorten
 from whet.task import Example
 
@@ -198,7 +198,7 @@ class System:
     # --- on disk --------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path, *, self_contained: bool = False) -> Path:
-        """Write the System as a folder (aside, then renamed): settings, transforms, card; with `self_contained` the base.
+        """Write the System as a folder, aside and then renamed; with `self_contained` the base goes with it.
 
         Raises StoreError where the folder holds something else or cannot be written.
         """
@@ -270,6 +270,29 @@ def _finite(values: Sequence[Any], size: int) -> tuple[float, ...]:
     return numbers
 
 
+def revive(
+    settings: dict[str, Any], base: str, folders: dict[str, Path], card: dict[str, Any], home: Path
+) -> System:
+    """A System from its settings as plain data; `folders` says where each transform lies.
+
+    Raises KeyError, TypeError or ValueError where the settings are not those of a System.
+    """
+    transforms = tuple(Transform(kind, f, folders[f]) for kind, f in settings["model"]["transforms"])
+    demos, decoding = settings["demonstrations"], settings["decoding"]
+    labels = tuple(decoding["labels"])
+    return System(
+        ModelRef(base, settings["model"]["content"], transforms),
+        settings["instruction"],
+        Demonstrations(tuple((q, a) for q, a in demos["pool"]), demos["k"], demos["selection"]),
+        replace(
+            Decoding(**{**decoding, "labels": labels, "stop": tuple(decoding["stop"]), "prior": ()}),
+            prior=_finite(decoding["prior"], len(labels)),
+        ),
+        card,
+        home,
+    )
+
+
 def load(folder: str | Path, home: Path | None = None) -> System:
     """Read a System from its folder; its transforms' hashes are checked when the model is opened.
 
@@ -283,25 +306,12 @@ def load(folder: str | Path, home: Path | None = None) -> System:
         raise ArtifactError(f"{path} is no System", expected="a folder with system.json", found="none", do="name it")
     try:
         body = json.loads(file.read_text(encoding="utf-8"))
-        transforms = []
-        for kind, fingerprint in body["model"]["transforms"]:
-            if not (isinstance(fingerprint, str) and fingerprint.isalnum()):
-                raise ValueError("a transform is named by its hash")
-            transforms.append(Transform(kind, fingerprint, path / "transforms" / fingerprint))
+        prints = [fingerprint for _, fingerprint in body["model"]["transforms"]]
+        if not all(isinstance(f, str) and f.isalnum() for f in prints):
+            raise ValueError("a transform is named by its hash")
+        folders = {f: path / "transforms" / f for f in prints}
         base = str(path / "base") if body.get("self_contained") and (path / "base").is_dir() else body["base"]
-        demos, decoding = body["demonstrations"], body["decoding"]
-        labels = tuple(decoding["labels"])
-        system = System(
-            ModelRef(base, body["model"]["content"], tuple(transforms)),
-            body["instruction"],
-            Demonstrations(tuple((q, a) for q, a in demos["pool"]), demos["k"], demos["selection"]),
-            replace(
-                Decoding(**{**decoding, "labels": labels, "stop": tuple(decoding["stop"]), "prior": ()}),
-                prior=_finite(decoding["prior"], len(labels)),
-            ),
-            body["card"],
-            home or home_folder(),
-        )
+        system = revive(body, base, folders, body["card"], home or home_folder())
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise ArtifactError(
             f"{file} cannot be read", expected="a System that whet wrote", found=str(error)[:160], do="write it again"
@@ -317,8 +327,15 @@ def load(folder: str | Path, home: Path | None = None) -> System:
 
 
 def _check_base(system: System, body: dict[str, Any]) -> None:
-    """Raise ArtifactError where a self-contained base differs from what was written."""
+    """Raise ArtifactError where the base is not the one the System was measured with."""
     base = Path(system.model.base)
+    if not body.get("self_contained") and not system.model.remote:
+        found = resolve(system.model.base).content
+        if found != system.model.content:
+            raise ArtifactError(
+                f"the model {system.model.base!r} is not the one this System was made with",
+                expected=system.model.content[:12], found=found[:12], do="install the same version of it",
+            )  # fmt: skip
     if "base_hash" in body and base.is_dir():
         found = hash_files([p for p in base.iterdir() if p.is_file()])
         if found != body["base_hash"]:

@@ -99,7 +99,7 @@ class Session(Protocol):
         end: bool = False,
         progress: Progress | None = None,
     ) -> list[tuple[Score, ...]]:
-        """Log-probability of each continuation behind its prompt; with `end`, that the turn ends there is scored too."""
+        """Log-probability of each continuation behind its prompt; with `end`, of the turn ending there too."""
         ...
 
     def choose(

@@ -120,7 +120,7 @@ def _flash_backward(
     by_score = weights * (by_weight - delta) * scale
 
     def fold(x: Tensor) -> Tensor:
-        return x.unflatten(1, (groups, heads // groups)).sum(2)
+        return cast(Tensor, x.unflatten(1, (groups, heads // groups))).sum(2)
 
     to_k = fold(by_score.transpose(-1, -2) @ q.float())
     to_v = fold(weights.transpose(-1, -2) @ grad.float())
@@ -131,7 +131,7 @@ def _take(x: Tensor, bucket: Bucket) -> Tensor:
     """Gather a bucket's block [n, heads, L, size] out of the packed [1, heads, T, size]."""
     n, length = bucket.index.shape
     flat = x[0].index_select(1, bucket.index.reshape(-1))
-    return flat.unflatten(1, (n, length)).transpose(0, 1)
+    return cast(Tensor, flat.unflatten(1, (n, length))).transpose(0, 1)
 
 
 def _put(into: Tensor, block: Tensor, bucket: Bucket) -> None:
@@ -165,8 +165,8 @@ class _TreeAttention(torch.autograd.Function):
         out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         lse = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device=q.device)
         for bucket in plan.buckets:
-            block = [_take(x, bucket) for x in (q, k, v)]
-            part, part_lse = _flash(*block, bucket.mask is None, bucket.mask, scale)
+            some = [_take(x, bucket) for x in (q, k, v)]
+            part, part_lse = _flash(some[0], some[1], some[2], bucket.mask is None, bucket.mask, scale)
             _put(out, part.float(), bucket)
             _put(lse[..., None], part_lse[..., None].float(), bucket)
         for reads in plan.reads:
@@ -187,7 +187,7 @@ class _TreeAttention(torch.autograd.Function):
         grad = grads[0].contiguous()
         to_q, to_k, to_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for bucket in plan.buckets:
-            block = [_take(x, bucket) for x in (q, k, v, out)]
+            some = [_take(x, bucket) for x in (q, k, v, out)]
             block_lse = _take(lse[..., None], bucket)[..., 0].contiguous()
             block_grad = _take(grad, bucket)
             if bucket.keep is not None:  # padding repeats a real token: it must not be counted again
@@ -195,7 +195,9 @@ class _TreeAttention(torch.autograd.Function):
                 real = torch.zeros(n * length, dtype=grad.dtype, device=grad.device)
                 real[bucket.keep] = 1
                 block_grad = block_grad * real.view(n, 1, length, 1)
-            parts = _flash_backward(block_grad, *block, block_lse, bucket.mask is None, bucket.mask, ctx.scale)
+            parts = _flash_backward(
+                block_grad, some[0], some[1], some[2], some[3], block_lse, bucket.mask is None, bucket.mask, ctx.scale
+            )
             for into, part in zip((to_q, to_k, to_v), parts, strict=True):
                 into[0].index_add_(1, bucket.index.reshape(-1), part.transpose(0, 1).flatten(1, 2))
         for reads in plan.reads:
@@ -249,7 +251,7 @@ def tree_attention(
     layer = cast(int, module.layer_idx)
     if isinstance(whet_plan, Decode):
         return _decode(query, key, value, whet_plan, layer, scale).transpose(1, 2).contiguous(), None
-    out = _TreeAttention.apply(query, key, value, whet_plan, layer, scale)
+    out = cast(Tensor, _TreeAttention.apply(query, key, value, whet_plan, layer, scale))
     for trunk, here in whet_plan.keep_trunks:
         # Copies: a slice would hold on to the keys of the whole batch.
         whet_plan.kept.setdefault(trunk, {})[layer] = (key[:, :, here].clone(), value[:, :, here].clone())

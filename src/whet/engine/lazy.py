@@ -203,7 +203,8 @@ def _search_group(
 
 def _expand(logits: torch.Tensor, searches: Sequence[_Search], at: Sequence[int]) -> None:
     """Expand one node of every search, given logits [searches, vocabulary] behind it."""
-    wanted = [(i, token) for i, (s, node) in enumerate(zip(searches, at, strict=True)) for token in s.nodes[node].children]
+    tried = enumerate(zip(searches, at, strict=True))
+    wanted = [(i, token) for i, (search, node) in tried for token in search.nodes[node].children]
     values = logits.float()
     total = torch.logsumexp(values, -1)
     index = torch.tensor([i for i, _ in wanted], device=values.device)

@@ -26,7 +26,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Trunk:
-    """A beginning shared by several rows: `tokens` stand at positions `start`... behind those of `parent` (-1: none)."""
+    """A beginning that rows share: `tokens` stand from position `start` on, behind those of `parent` (-1: none)."""
 
     parent: int
     start: int

@@ -469,7 +469,7 @@ def _sampler(
     return draw
 
 
-# --- models whose attention cannot be shared: padded batches, transformers' own loops ----------------------------------
+# --- models whose attention cannot be shared: padded batches, transformers' own loops -------------------------------
 
 
 def _score_unshared(

@@ -104,7 +104,7 @@ class FineTune:
         checks, _ = render_rows(system, held, session)
         if not rows:
             raise MethodError("nothing to train on", expected="train rows with completions", found="none")
-        tuned = add_lora(module, self.rank, 2.0 * self.rank, run.seed)
+        tuned = add_lora(module, self.rank, 2 * self.rank, run.seed)
         live = TorchSession(tuned, tokenizer)
         per_row = tokens_per_row(rows, self.batch, run.seed)
         wanted = self.epochs * run.fidelity * len(rows)

@@ -1,0 +1,388 @@
+"""`whet improve`: plan, race, combine, confirm, hand over."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from whet import __version__, baselines, embed, stats
+from whet import task as tasks
+from whet.engine import Session, Spent
+from whet.errors import MethodError, TaskError
+from whet.evaluate import Scorecard, evaluate, measure, versions
+from whet.methods import Run, names
+from whet.metrics import Metric, get, score_all
+from whet.model import DEFAULT, ModelRef, resolve
+from whet.progress import Silent, Watch, clock
+from whet.search import out as output
+from whet.search.arms import cheap_arms, left_out
+from whet.search.budget import Rates, estimate, seconds
+from whet.search.budget import measure as measure_rates
+from whet.search.race import Race, Trial, shared_order
+from whet.search.recipe import Recipe, parse, recipe
+from whet.store import Store
+from whet.system import Decoding, System
+from whet.task import Example, Learnable, Splits, Task
+
+FIXED = 30.0  # seconds for loading, baselines and measuring latency, which no token count tells
+LEAST_STEPS = 8  # a fine-tuning that would take fewer steps is not worth starting
+ANSWER_TOKENS = (16, 256)  # bounds of how long a generated answer may be
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asked for, beside the task."""
+
+    models: tuple[str, ...] = (DEFAULT,)
+    budget: float = 600.0
+    methods: tuple[str, ...] = ()
+    recipe: str | None = None
+    seed: int = 0
+    strict: bool = False
+    self_contained: bool = False
+
+
+@dataclass(frozen=True)
+class Improvement:
+    """What `improve` hands over: the System, the result as in result.json, and the folder they were written to."""
+
+    system: System
+    result: dict[str, Any]
+    folder: Path
+
+
+@dataclass
+class _Job:
+    """One run of improve, as its stages share it."""
+
+    task: Task
+    wish: Wish
+    splits: Splits
+    metric: Metric
+    store: Store
+    watch: Watch
+    key: str
+    out: Path
+    run: Run
+    bases: list[System]
+    rates: Rates
+    reserve: float
+    race: Race
+    notes: list[str] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    plan: list[dict[str, Any]] = field(default_factory=list)
+
+
+def base_system(ref: ModelRef, task: Task, data: Learnable, session: Session, home: Path) -> System:
+    """The base: the model with the task's instruction as it stands, zero-shot.
+
+    Answers come from the closed set where there is one, else greedily, at most twice as long as train's long answers.
+    """
+    longest = 64
+    answers = sorted(session.count([e.completion for e in data.train if e.completion][:500]))
+    if answers:
+        longest = min(max(2 * answers[int(0.95 * (len(answers) - 1))], ANSWER_TOKENS[0]), ANSWER_TOKENS[1])
+    closed = task.closed or data.closed
+    decoding = Decoding(labels=task.labels, closed=closed, max_tokens=longest)
+    return System(ref, task.instruction, decoding=decoding, card={"task": task.name}, home=home)
+
+
+def improve(
+    task: str | Path | Task,
+    *,
+    model: str | Sequence[str] = DEFAULT,
+    budget: str | float = "10m",
+    methods: Sequence[str] = (),
+    recipe: str | None = None,
+    out: str | Path | None = None,
+    seed: int = 0,
+    strict: bool = False,
+    trust: bool = False,
+    self_contained: bool = False,
+    watch: Watch | None = None,
+    home: Path | None = None,
+) -> Improvement:
+    """Make a model better at a task: try what could help, combine what does, confirm it, hand over one System.
+
+    `budget` is "90s", "10m", "2h" or seconds. Finished trials of the same call are taken from the store. Raises a
+    WhetError for bad input before anything is spent.
+    """
+    loaded = task if isinstance(task, Task) else tasks.load(task, trust=trust)
+    models = (model,) if isinstance(model, str) else tuple(model)
+    wish = Wish(models, seconds(budget), tuple(methods), recipe, seed, strict, self_contained)
+    job = _prepare(loaded, wish, Path(out) if out else Path("runs") / loaded.name, watch or Silent(), Store(home))
+    try:
+        begun = time.monotonic()
+        _race(job)
+        finalist = _finalist(job)
+        return _finish(job, finalist, begun)
+    finally:
+        job.watch.close()
+
+
+def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -> _Job:
+    """Check everything that can be checked before anything is spent; open the models; make and print the plan."""
+    unknown = [m for m in wish.methods if m not in names()]
+    if unknown:
+        recipe(unknown[0])  # raises, with the nearest name
+    if wish.recipe:
+        parse(wish.recipe)
+    splits = task.split(wish.seed, wish.strict)
+    metric = get(task.metric, task.folder, task.trusted)
+    if not task.test and not splits.select:
+        raise TaskError("nothing to measure on", expected="test.jsonl, dev.jsonl or 10 train rows", found="none")
+    refs = [resolve(name) for name in wish.models]
+    asked = [task.fingerprint, [r.content for r in refs], wish.seed, wish.budget, wish.methods, wish.recipe]
+    key = hashlib.sha256(json.dumps([*asked, wish.strict, __version__]).encode()).hexdigest()
+    output.claim(folder, key, task.name)
+    run = Run(store, wish.seed)
+    watch.say(f"whet improve {task.name}: {len(splits.learnable.train)} train, {len(splits.select)} select, "
+              f"{len(splits.confirm)} confirm; metric {metric.name}")  # fmt: skip
+    bases = []
+    for ref in refs:
+        watch.say(f"opening {ref.base}")
+        bases.append(base_system(ref, task, splits.learnable, run.session(ref), store.home))
+    rates = measure_rates(bases[0], run.session(refs[0]), store)
+    confirm = rates.price(estimate(bases[0], splits.confirm, run.session(refs[0])))
+    # Base, finalist, and the best single-family arm; but the search always gets half.
+    reserve = min(2.5 * confirm + FIXED, 0.5 * wish.budget)
+    select = shared_order(splits.select, task.closed, wish.seed)
+    race = Race(key, splits.learnable, select, metric, store, rates, wish.seed, wish.budget - reserve, watch, run,
+                deadline=time.monotonic() + 3 * wish.budget)  # fmt: skip
+    job = _Job(task, wish, splits, metric, store, watch, key, folder, run, bases, rates, reserve, race)
+    job.notes += [*task.notes]
+    if splits.dropped:
+        job.notes.append(f"{len(splits.dropped)} train rows dropped: they repeat or share a group with held-out rows")
+    return job
+
+
+def _race(job: _Job) -> None:
+    """Bases first, then the cheap arms by successive halving, then training with what is left, then combinations."""
+    race, data, session = job.race, job.splits.learnable, job.run.session(job.bases[0].model)
+    several = len(job.bases) > 1
+    labels = [f" [{b.model.base}]" if several else "" for b in job.bases]
+    each = job.rates.price(estimate(job.bases[0], race.select, session))
+    arms, too_dear = cheap_arms(job.wish, job.bases, labels, data, race.select, job.rates, job.run, 0.12 * race.seconds)
+    job.skipped += left_out(job.wish, job.bases[0], data) + too_dear
+    tuned = _training(job)
+    job.plan.append({"arm": "base", "minutes": len(job.bases) * each / 60})
+    job.plan += [{"arm": f"{r.name}{label}", "minutes": cost / 60} for r, _, label, cost in arms]
+    if tuned is not None and race.select:
+        spent = sum(p["minutes"] for p in job.plan) * 60
+        job.plan.append({"arm": tuned.name, "minutes": max(0.0, race.seconds - spent) / 60, "most": True})
+    job.plan.append({"arm": "confirm on sealed data", "minutes": job.reserve / 60})
+    _print_plan(job)
+    if not race.select:
+        return
+    for base, label in zip(job.bases, labels, strict=True):
+        trial = race.enter(Recipe(), base, label=label)
+        race.base = race.base or trial
+    if arms:
+        race.halve([(r, s, label) for r, s, label, _ in arms])
+    if job.wish.recipe:
+        chosen = parse(job.wish.recipe)
+        if not any(t.recipe == chosen for t in race.trials):
+            _train(job, chosen, job.bases[0], each)
+    elif tuned is not None:
+        _train_and_combine(job, tuned, each)
+
+
+def _training(job: _Job) -> Recipe | None:
+    """The recipe that trains, where training was asked for and can be had."""
+    if job.wish.recipe or (job.wish.methods and "finetune" not in job.wish.methods):
+        return None
+    tuned = recipe("finetune")
+    return None if tuned.lacks(job.bases[0], job.splits.learnable) else tuned
+
+
+def _train_and_combine(job: _Job, tuned: Recipe, each: float) -> None:
+    """Fine-tune the best model with what the budget allows; calibrate it; another learning rate where money is left."""
+    race = job.race
+    start = _best_model(job)
+    first = _train(job, tuned, start, each)
+    if first is None or first.card is None:
+        return
+    if job.task.labels and (not job.wish.methods or "calibrate" in job.wish.methods):
+        cost = 128 / max(1, len(race.select)) * each + each
+        if cost <= max(race.left, 0.05 * race.seconds):
+            race.enter(recipe("finetune", "calibrate"), start, tokens=first.notes.get("allowed"))
+        else:
+            why = f"would take {clock(cost)} of {clock(race.left)}"
+            job.skipped.append({"method": "finetune+calibrate", "why": why})
+    if first.cost < 0.8 * race.left:
+        _train(job, recipe(("finetune", {"learning_rate": 3e-4})), start, each)
+
+
+def _train(job: _Job, wanted: Recipe, start: System, each: float) -> Trial | None:
+    """Run a recipe that trains, with all tokens that the search has left."""
+    race = job.race
+    allowed = int((race.left - 1.5 * each) * job.rates.train)
+    trains = any("weights" in m.needs for m in wanted.methods)
+    if trains and allowed < LEAST_STEPS * 32 * 24:
+        why = f"only {clock(race.left)} of the budget would be left for it"
+        job.skipped.append({"method": wanted.name, "why": why})
+        return None
+    trial = race.enter(wanted, start, tokens=allowed if trains else None)
+    trial.notes["allowed"] = allowed
+    return trial
+
+
+def _best_model(job: _Job) -> System:
+    """The base whose cheap arms did best; the only one where one model was named."""
+    scored = [t for t in job.race.trials if t.card]
+    best = max(scored, key=job.race.merit, default=None)
+    models = {b.model: b for b in job.bases}
+    return models.get(best.system.model, job.bases[0]) if best else job.bases[0]
+
+
+def _finalist(job: _Job) -> Trial | None:
+    """The best arm on all of select; None where nothing beats the base there."""
+    race = job.race
+    whole = [t for t in race.trials if t.card and t.examples == len(race.select) and t is not race.base]
+    best = max(whole, key=race.merit, default=None)
+    if best is None or race.base is None or race.merit(best) <= race.merit(race.base):
+        return None
+    return best
+
+
+def _best_single(job: _Job, finalist: Trial) -> Trial | None:
+    """The best arm of a single family, where the finalist combines several."""
+    if len(finalist.recipe.families) < 2:
+        return None
+    single = [t for t in job.race.trials if t.card and len(t.recipe.families) == 1]
+    single = [t for t in single if t.examples == len(job.race.select)]
+    return max(single, key=job.race.merit, default=None)
+
+
+def _confirm(job: _Job, finalist: Trial | None) -> tuple[dict[str, Any] | None, dict[str, Scorecard], Spent]:
+    """Open the sealed split once: the base, the finalist, and the best single-family arm, compared in pairs."""
+    rows = job.splits.confirm
+    if not rows:
+        return None, {}, Spent()
+    wanted: dict[str, System] = {"base": job.bases[0]}
+    single = _best_single(job, finalist) if finalist else None
+    if finalist:
+        wanted["chosen"] = finalist.system
+    if single:
+        wanted["single"] = single.system
+    cards = {}
+    for name, system in wanted.items():
+        job.watch.arm(f"confirm: {name}", job.reserve)
+        cards[name] = evaluate(
+            system, rows, job.metric, session=job.run.session(system.model), split="confirm", seed=job.wish.seed,
+            store=job.store, progress=lambda done, of: job.watch.tell("scoring on sealed data", done, of),
+        )  # fmt: skip
+    body = _confirmed(job, cards, single)
+    return body, cards, sum((c.spent for c in cards.values()), Spent())
+
+
+def _confirmed(job: _Job, cards: dict[str, Scorecard], single: Trial | None) -> dict[str, Any]:
+    def figures(card: Scorecard) -> dict[str, float]:
+        return {"score": card.score, "low": card.low, "high": card.high}
+
+    base, chosen = cards["base"], cards.get("chosen", cards["base"])
+    against = stats.compare(base.outcomes, chosen.outcomes, job.metric, job.wish.seed)
+    tests = [against]
+    if "single" in cards:
+        tests.append(stats.compare(cards["single"].outcomes, chosen.outcomes, job.metric, job.wish.seed))
+    adjusted = stats.holm([t.p_value for t in tests])
+    improved = "chosen" in cards and against.low > 0 and adjusted[0] < 0.05
+    body = {
+        "n": base.n, "base": figures(base), "chosen": figures(chosen), "difference": against.difference,
+        "low": against.low, "high": against.high, "p_value": against.p_value, "p_adjusted": adjusted[0],
+        "test": against.test, "improved": improved, "smallest_detectable": against.smallest_detectable,
+    }  # fmt: skip
+    if "single" in cards and single:
+        body["best_single"] = {
+            "name": single.name, "difference": tests[1].difference, "low": tests[1].low, "high": tests[1].high,
+            "p_value": tests[1].p_value, "p_adjusted": adjusted[1],
+        }  # fmt: skip
+    return body
+
+
+def _run_baselines(job: _Job) -> list[dict[str, Any]]:
+    """The non-LLM baselines on select and confirm."""
+    train, select, confirm = job.splits.learnable.train, job.race.select, job.splits.confirm
+    rows = [*select, *confirm]
+    if job.metric.name == "perplexity" or not rows:
+        return []
+    job.watch.arm("non-LLM baselines", job.reserve)
+    embedder = embed.Embedder(job.store.home) if embed.available() else None
+    try:
+        found = baselines.run(train, rows, job.task.labels, embed=embedder, seed=job.wish.seed)
+    except ValueError as error:  # sklearn, on data that no classifier can be fitted to
+        job.notes.append(f"baselines could not be fitted: {error}")
+        return []
+
+    def score(answers: Sequence[str], examples: Sequence[Example]) -> float | None:
+        return job.metric.aggregate(score_all(job.metric, answers, examples)) if examples else None
+
+    cut = len(select)
+    return [
+        {"name": b.name, "select": score(b.answers[:cut], select), "confirm": score(b.answers[cut:], confirm)}
+        for b in found
+    ]
+
+
+def _finish(job: _Job, finalist: Trial | None, begun: float) -> Improvement:
+    """Confirm, measure, write everything down and say what to do next."""
+    confirmed, cards, spent = _confirm(job, finalist)
+    baselines_found = _run_baselines(job)
+    improved = bool(confirmed and confirmed["improved"]) or (confirmed is None and finalist is not None)
+    handed = finalist if finalist and improved else None
+    system = handed.system if handed else job.bases[0]
+    card = cards.get("chosen" if handed else "base") or (handed.card if handed else None)
+    card = card or (job.race.base.card if job.race.base else None)
+    rows = job.splits.confirm or job.race.select
+    measured: dict[str, Scorecard] = {}
+    if card:
+        job.watch.arm("measuring latency and memory", 0.0)
+        measured["chosen"] = measure(card, system, rows)
+        base_card = cards.get("base") or (job.race.base.card if job.race.base else None)
+        measured["base"] = measure(base_card, job.bases[0], rows) if handed and base_card else measured["chosen"]
+        record = measured["chosen"].record()
+        system = replace(system, card={
+            "task": job.task.name, "recipe": handed.recipe.name if handed else "base", "scorecard": record,
+        })  # fmt: skip
+    total = sum((t.spent for t in job.race.trials), Spent()) + spent
+    result = output.result(
+        job, finalist=finalist, handed=handed, confirmed=confirmed, cards=cards, measured=measured,
+        baselines=baselines_found, spent=total, wall=time.monotonic() - begun, versions=versions(),
+    )  # fmt: skip
+    details = output.details(job, confirmed, cards, handed)
+    output.write(job.out, system, result, details, self_contained=job.wish.self_contained)
+    return Improvement(system, result, job.out)
+
+
+def _print_plan(job: _Job) -> None:
+    """The plan, before anything is spent."""
+    job.watch.say(f"plan for {clock(job.wish.budget)} (at {job.rates.prefill:.0f} tokens/s read, "
+                  f"{job.rates.train:.0f} trained):")  # fmt: skip
+    for item in job.plan:
+        most = "up to " if item.get("most") else ""
+        job.watch.say(f"  {item['arm']:<44} {most}{item['minutes']:.1f} min")
+    for item in job.skipped:
+        job.watch.say(f"  left out: {item['method']}: {item['why']}")
+    for note in job.notes:
+        job.watch.say(f"  note: {note}")
+
+
+def record_of(trial: Trial, seed: int) -> dict[str, Any]:
+    """A trial as result.json lists it."""
+    card, paired = trial.card, trial.against_base
+    return {
+        "name": trial.name, "recipe": trial.recipe.record, "rung": trial.rung, "seed": seed, "status": trial.status,
+        "why": trial.why, "examples": trial.examples,
+        "select": {"score": card.score, "low": card.low, "high": card.high} if card else None,
+        "difference": asdict(paired) if paired else None, "spent": asdict(trial.spent), "cost_seconds": trial.cost,
+        "verdict": trial.notes.get("verdict"), "latency_ms": None, "size_bytes": None, "memory_bytes": None,
+        "forgetting": None,
+    }  # fmt: skip
+
+
+__all__ = ["Improvement", "MethodError", "improve"]

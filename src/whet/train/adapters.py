@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 
-def add_lora(module: Any, rank: int, alpha: float, seed: int) -> Any:
+def add_lora(module: Any, rank: int, alpha: int, seed: int) -> Any:
     """A peft model with fresh LoRA (Hu et al. 2021) on every linear layer but the output; repeatable by seed."""
     from peft import LoraConfig, get_peft_model
 
@@ -71,7 +71,7 @@ def merged_products(module: Any) -> Iterator[None]:
 
             def forward(x: Tensor, *_: Any, base: Any = base, a: Any = a, b: Any = b, s: float = layer.scaling[name],
                         **__: Any) -> Tensor:  # fmt: skip
-                return _MergedLinear.apply(x, base.weight, base.bias, a.weight, b.weight, s)
+                return cast(Tensor, _MergedLinear.apply(x, base.weight, base.bias, a.weight, b.weight, s))
 
             layer.forward = forward
             changed.append(layer)

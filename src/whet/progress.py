@@ -1,0 +1,181 @@
+"""What a person sees while whet works: a live leader board on a terminal, plain lines elsewhere. Always on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A line of the leader board."""
+
+    name: str
+    status: str
+    score: float | None
+    low: float | None
+    high: float | None
+    examples: int
+    cost: float  # seconds at the calibrated rates
+
+
+class Watch(Protocol):
+    """Is told what happens; never changes it."""
+
+    def say(self, text: str) -> None:
+        """A line worth keeping on the screen."""
+        ...
+
+    def arm(self, name: str, left: float) -> None:
+        """An arm starts; `left` is the budget that remains, in seconds."""
+        ...
+
+    def tell(self, what: str, done: int, of: int) -> None:
+        """How far the arm now running is."""
+        ...
+
+    def board(self, standings: Sequence[Standing]) -> None:
+        """The leader board has changed."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more will be said."""
+        ...
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 1:05 or 1:02:03."""
+    whole = max(0, round(seconds))
+    hours, rest = divmod(whole, 3600)
+    minutes, left = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
+
+
+def figure(value: float | None) -> str:
+    """A score as people read it: 71.2 for 0.712 where it is a share, as it is where it is not."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f}" if 0 <= value <= 1 else f"{value:.2f}"
+
+
+class Silent:
+    """Says nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def arm(self, name: str, left: float) -> None:
+        """Nothing."""
+
+    def tell(self, what: str, done: int, of: int) -> None:
+        """Nothing."""
+
+    def board(self, standings: Sequence[Standing]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+@dataclass
+class Plain:
+    """Lines on stderr, at most one progress line every few seconds."""
+
+    every: float = 10.0
+    _last: float = field(default=0.0, init=False)
+    _arm: str = field(default="", init=False)
+
+    def say(self, text: str) -> None:
+        """Print the line."""
+        print(text, file=sys.stderr, flush=True)
+
+    def arm(self, name: str, left: float) -> None:
+        """Print that the arm starts."""
+        self._arm, self._last = name, time.monotonic()
+        self.say(f"> {name}  (budget left {clock(left)})")
+
+    def tell(self, what: str, done: int, of: int) -> None:
+        """Print progress where the last line is old enough."""
+        if time.monotonic() - self._last >= self.every:
+            self._last = time.monotonic()
+            self.say(f"  {self._arm}: {what} {done}/{of}")
+
+    def board(self, standings: Sequence[Standing]) -> None:
+        """Print the newest standing."""
+        if standings:
+            new = standings[-1]
+            between = f" [{figure(new.low)}, {figure(new.high)}]" if new.low is not None else ""
+            self.say(f"  {new.name}: {figure(new.score)}{between} on {new.examples} examples, {new.status}")
+
+    def close(self) -> None:
+        """Nothing to tidy."""
+
+
+class Live:
+    """A leader board that stays in place, with the arm now running, its progress, and the time left."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.live import Live as RichLive
+
+        self._console = Console(stderr=True)
+        self._standings: Sequence[Standing] = ()
+        self._now, self._what, self._done, self._of = "", "", 0, 0
+        self._begun = self._left = 0.0
+        self._live = RichLive(console=self._console, refresh_per_second=4, transient=False, get_renderable=self._show)
+        self._live.start()
+
+    def _show(self) -> Any:
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for title, side in (("arm", "left"), ("select", "right"), ("95 %", "right"), ("n", "right"), ("cost", "right"),
+                            ("", "left")):  # fmt: skip
+            table.add_column(title, justify=side, no_wrap=title != "arm")  # type: ignore[arg-type]
+        ranked = sorted(self._standings, key=lambda s: (s.score is None, -(s.score or 0)))
+        for n, s in enumerate(ranked):
+            between = f"{figure(s.low)} – {figure(s.high)}" if s.low is not None else ""
+            style = "bold green" if n == 0 else ("dim" if s.status != "done" else "")
+            table.add_row(Text(s.name, style), figure(s.score), between, str(s.examples), clock(s.cost), s.status)
+        lines: list[Any] = [table]
+        if self._now:
+            passed = time.monotonic() - self._begun
+            left = clock(self._left - passed)
+            lines.append(Text(f"\n{self._now}: {self._what}  {self._done}/{self._of}  budget left {left}", "cyan"))
+            lines.append(ProgressBar(total=max(1, self._of), completed=self._done, width=40))
+        return Group(*lines)
+
+    def say(self, text: str) -> None:
+        """Print the line above the board."""
+        self._console.print(text, highlight=False, markup=False)
+
+    def arm(self, name: str, left: float) -> None:
+        """Show the arm that starts."""
+        self._now, self._what, self._done, self._of = name, "starting", 0, 1
+        self._begun, self._left = time.monotonic(), left
+
+    def tell(self, what: str, done: int, of: int) -> None:
+        """Show its progress."""
+        self._what, self._done, self._of = what, done, of
+
+    def board(self, standings: Sequence[Standing]) -> None:
+        """Show the standings."""
+        self._standings = tuple(standings)
+
+    def close(self) -> None:
+        """Leave the last board on the screen."""
+        self._now = ""
+        self._live.stop()
+
+
+def watch(quiet: bool = False) -> Watch:
+    """A live board where stderr is a terminal, plain lines where it is not, nothing when quiet."""
+    if quiet:
+        return Silent()
+    return Live() if sys.stderr.isatty() else Plain()

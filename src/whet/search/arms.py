@@ -1,0 +1,102 @@
+"""Which arms are worth trying for a task, and what is left out for want of what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from whet import embed
+from whet.errors import WhetError
+from whet.methods import Run, lacking, methods
+from whet.progress import clock
+from whet.search.budget import Rates, estimate
+from whet.search.recipe import Recipe, parse, recipe
+from whet.system import System
+from whet.task import Example, Learnable
+
+if TYPE_CHECKING:
+    from whet.search import Wish
+
+Arm = tuple[Recipe, System, str, float]  # recipe, the base it starts from, its model's label, cost in seconds
+
+
+def prompting_recipes(data: Learnable) -> list[Recipe]:
+    """Recipes that leave the weights alone, for this kind of task."""
+    nearest = embed.available()
+    if data.labels:
+        # Many labels: a balanced sample cannot show them all, so the neighbours' labels matter more.
+        k = 16 if len(data.labels) <= 16 else 8
+        found = [
+            recipe("calibrate"),
+            recipe(("fewshot", {"k": k})),
+            recipe(("fewshot", {"k": k}), "calibrate"),
+        ]
+        if nearest:
+            found.append(recipe(("fewshot", {"k": 8, "selection": "nearest"})))
+        return found
+    found = [recipe(("fewshot", {"k": 4}))]
+    if nearest:
+        found.append(recipe(("fewshot", {"k": 4, "selection": "nearest"})))
+    return found
+
+
+def cheap_arms(
+    wish: Wish,
+    bases: Sequence[System],
+    labels: Sequence[str],
+    data: Learnable,
+    select: Sequence[Example],
+    rates: Rates,
+    run: Run,
+    most: float,
+) -> tuple[list[Arm], list[dict[str, str]]]:
+    """Arms without training that this task allows, each with its cost on all of select; those whose first rung costs
+    more than `most` seconds are left out, with the reason."""
+    wanted = [parse(wish.recipe)] if wish.recipe else prompting_recipes(data)
+    wanted = [r for r in wanted if not any("weights" in m.needs for m in r.methods)]
+    if wish.methods:
+        wanted = [r for r in wanted if all(m.name in wish.methods for m in r.methods)]
+    arms: list[Arm] = []
+    skipped: list[dict[str, str]] = []
+    for base, label in zip(bases, labels, strict=True):
+        for one in wanted:
+            if one.lacks(base, data) or not select:
+                continue
+            cost = _cost(one, base, data, select, rates, run)
+            if not wish.recipe and cost * 0.25 > most:
+                why = f"its first quarter alone would take {clock(cost * 0.25)}"
+                skipped.append({"method": f"{one.name}{label}", "why": why})
+            else:
+                arms.append((one, base, label, cost))
+    return arms, skipped
+
+
+def _cost(
+    one: Recipe, base: System, data: Learnable, select: Sequence[Example], rates: Rates, run: Run
+) -> float:
+    """Seconds that an arm would take on all of select: what it shows is known before the model runs."""
+    system = base
+    for method in one.methods:
+        if method.writes == ("demonstrations",):
+            system = method.apply(system, data, run)
+    session = run.session(base.model)
+    cost = rates.price(estimate(system, select, session))
+    for method in one.methods:
+        prompts = getattr(method, "prompts", 0)
+        cost += cost * prompts / max(1, len(select))
+    return cost
+
+
+def left_out(wish: Wish, base: System, data: Learnable) -> list[dict[str, str]]:
+    """Every registered method that cannot run here, and what it lacks."""
+    found = []
+    for name, kind in methods().items():
+        if wish.methods and name not in wish.methods:
+            continue
+        try:
+            why = lacking(kind, base, data)
+        except WhetError as error:
+            why = str(error)
+        if why:
+            found.append({"method": name, "why": f"needs {why}"})
+    return found

@@ -1,0 +1,175 @@
+"""What a run leaves behind: result.json, report.html and system/, written aside and renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from whet import report
+from whet.engine import Spent
+from whet.errors import StoreError
+from whet.evaluate import Scorecard
+from whet.metrics import Outcome
+from whet.system import System
+
+if TYPE_CHECKING:
+    from whet.search import _Job
+    from whet.search.race import Trial
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside and rename it into place. Raises StoreError where that fails; the old file stays."""
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        found = error.strerror or str(error)
+        raise StoreError(f"cannot write {path}", found=found, do="free space, or choose another --out") from error
+
+
+def claim(folder: Path, key: str, task: str) -> None:
+    """Take an out folder for a run: new, empty, or the same run's.
+
+    Raises StoreError where it holds another run or something else, or cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        listed = {p.name for p in folder.iterdir()}
+    except OSError as error:
+        raise StoreError(
+            f"cannot write {folder}", expected="a folder that can be written", found=error.strerror or str(error),
+            do="choose another --out",
+        ) from error  # fmt: skip
+    mark = folder / "run.json"
+    if mark.exists():
+        try:
+            held = json.loads(mark.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            held = {}
+        if held.get("key") != key:
+            raise StoreError(
+                f"{folder} holds another run",
+                expected="the same task, model, budget, seed and methods",
+                found=f"a run of {held.get('task', 'something else')}",
+                do="choose another --out, or remove the folder",
+            )
+    elif listed:
+        raise StoreError(f"{folder} is not empty", expected="a new folder", do="choose another --out")
+    write_text(mark, json.dumps({"key": key, "task": task}) + "\n")
+
+
+def _same(a: Trial | None, b: Trial | None) -> bool:
+    return a is not None and b is not None and a.name == b.name
+
+
+def result(
+    job: _Job,
+    *,
+    finalist: Trial | None,
+    handed: Trial | None,
+    confirmed: dict[str, Any] | None,
+    cards: dict[str, Scorecard],
+    measured: dict[str, Scorecard],
+    baselines: list[dict[str, Any]],
+    spent: Spent,
+    wall: float,
+    versions: dict[str, str],
+) -> dict[str, Any]:
+    """The run as result.json holds it."""
+    from whet.search import record_of
+
+    trials = []
+    for trial in job.race.trials:
+        body = record_of(trial, job.wish.seed)
+        card = measured.get("chosen") if _same(trial, handed) else None
+        card = card or (measured.get("base") if trial is job.race.base else None)
+        if card:
+            body |= {"latency_ms": card.latency_ms, "size_bytes": card.size_bytes, "memory_bytes": card.memory_bytes}
+        trials.append(body)
+    selection = None
+    if finalist and finalist.card and confirmed and "chosen" in cards:
+        on_select, on_confirm = finalist.card.score, cards["chosen"].score
+        selection = {"select": on_select, "confirm": on_confirm, "shrinkage": on_select - on_confirm}
+    card = cards.get("base") or (job.race.base.card if job.race.base else None)
+    truncated = {name: c.truncated for name, c in cards.items() if c.truncated}
+    failed = {name: c.failed for name, c in cards.items() if c.failed}
+    notes = list(job.notes)
+    notes += [f"{n} prompts of {name} were longer than the context window: shortened" for name, n in truncated.items()]
+    notes += [f"the metric failed on {n} examples of {name}" for name, n in failed.items()]
+    return {
+        "task": job.task.name,
+        "model": job.bases[0].model.base if len(job.bases) == 1 else [b.model.base for b in job.bases],
+        "seed": job.wish.seed,
+        "budget_s": job.wish.budget,
+        "metric": {"name": job.metric.name, "higher_is_better": job.metric.higher_is_better},
+        "spent": {**vars(spent), "wall_seconds": wall},
+        "diagnosis": [],
+        "baselines": baselines,
+        "trials": trials,
+        "chosen": {"recipe": handed.recipe.record if handed else [], "name": handed.name if handed else "base",
+                   "gain_by_step": _gains(job, handed)},
+        "confirm": confirmed,
+        "selection": selection,
+        "protocol": card.protocol if card else {},
+        "versions": versions,
+        "rates": vars(job.rates),
+        "plan": job.plan,
+        "left_out": job.skipped,
+        "dropped": {"count": len(job.splits.dropped), "examples": [list(d) for d in job.splits.dropped[:50]]},
+        "notes": notes,
+    }  # fmt: skip
+
+
+def _gains(job: _Job, handed: Trial | None) -> list[dict[str, Any]]:
+    """What each step of the chosen recipe added on select, where its beginnings were tried by themselves."""
+    if handed is None or job.race.base is None or job.race.base.card is None:
+        return []
+    by_recipe = {t.recipe: t for t in job.race.trials if t.card and t.examples == handed.examples}
+    steps, before = [], job.race.base.card.score
+    for n in range(1, len(handed.recipe.methods) + 1):
+        trial = by_recipe.get(type(handed.recipe)(handed.recipe.methods[:n]))
+        if trial and trial.card:
+            steps.append({"method": handed.recipe.methods[n - 1].name, "gain": trial.card.score - before})
+            before = trial.card.score
+    return steps
+
+
+def details(
+    job: _Job, confirmed: dict[str, Any] | None, cards: dict[str, Scorecard], handed: Trial | None
+) -> dict[str, Any]:
+    """What the report shows beside the result: examples, curves, labels."""
+    rows = job.splits.confirm if confirmed else job.race.select
+    base = cards.get("base") or (job.race.base.card if job.race.base else None)
+    chosen = cards.get("chosen") or (handed.card if handed else None) or base
+    examples = []
+    if base and chosen:
+        by_id: dict[str, Outcome] = {o.id: o for o in chosen.outcomes}
+        first = {o.id: o for o in base.outcomes}
+        for row in rows:
+            a, b = first[row.id], by_id[row.id]
+            examples.append({
+                "id": row.id, "prompt": row.prompt or (row.text or "")[:2000], "reference": row.completion,
+                "base": a.answer, "chosen": b.answer, "base_score": a.score, "chosen_score": b.score,
+            })  # fmt: skip
+    curves = [
+        {"name": t.name, "train": t.notes["curves"]["train"], "validation": t.notes["curves"]["validation"]}
+        for t in job.race.trials
+        if t.notes.get("curves") and len(t.recipe.methods) == 1
+    ]
+    return {"examples": examples, "curves": curves, "labels": list(job.task.labels), "curve_unit": "trained tokens"}
+
+
+def write(folder: Path, system: System, body: dict[str, Any], more: dict[str, Any], *, self_contained: bool) -> None:
+    """Write system/, report.html and, last, result.json."""
+    system.save(folder / "system", self_contained=self_contained)
+    report.write(folder / "report.html", body, more)
+    write_text(folder / "result.json", json.dumps(body, indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,210 @@
+"""The race: which recipes are tried, on how many examples, and which of them goes on."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from whet import stats
+from whet.engine import Spent
+from whet.errors import StoreError, WhetError
+from whet.evaluate import Scorecard, evaluate
+from whet.methods import Run
+from whet.metrics import Metric
+from whet.progress import Standing, Watch
+from whet.search.budget import Rates
+from whet.search.recipe import Recipe
+from whet.store import Store
+from whet.system import System, revive
+from whet.task import Example, Learnable
+
+RUNGS = (0.25, 0.5, 1.0)  # shares of select on which the cheap arms are compared
+LEAST = 60  # examples of the first rung, where there are that many
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One recipe at its last rung: the System it made and what that scored on select."""
+
+    recipe: Recipe
+    system: System
+    rung: int
+    status: str  # done | dropped | failed | refused | truncated
+    why: str
+    examples: int
+    card: Scorecard | None
+    spent: Spent
+    cost: float  # seconds at the calibrated rates
+    notes: dict[str, Any]
+    against_base: stats.Paired | None
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """What the trial is called: its recipe, and its model where several are raced."""
+        return f"{self.recipe.name}{self.label}"
+
+    def standing(self) -> Standing:
+        """Its line of the leader board."""
+        card = self.card
+        score, low, high = (card.score, card.low, card.high) if card else (None, None, None)
+        return Standing(self.name, self.status, score, low, high, self.examples, self.cost)
+
+
+def shared_order(rows: Sequence[Example], closed: bool, seed: int) -> list[Example]:
+    """One order of select that every arm is compared in: classes in turn, so that each beginning is balanced."""
+    draw = random.Random(seed)
+    piles: dict[str, list[Example]] = defaultdict(list)
+    for row in rows:
+        piles[row.completion if closed and not row.choices else ""].append(row)
+    for name in sorted(piles):
+        draw.shuffle(piles[name])
+    placed = [
+        ((i + 0.5) / len(pile), draw.random(), row) for _, pile in sorted(piles.items()) for i, row in enumerate(pile)
+    ]
+    return [row for _, _, row in sorted(placed, key=lambda item: item[:2])]
+
+
+@dataclass
+class Race:
+    """Everything the trials of one run share."""
+
+    key: str
+    data: Learnable
+    select: list[Example]
+    metric: Metric
+    store: Store
+    rates: Rates
+    seed: int
+    seconds: float  # that the search may spend, confirm apart
+    watch: Watch
+    run: Run
+    deadline: float = float("inf")
+    trials: list[Trial] = field(default_factory=list)
+    base: Trial | None = None
+
+    @property
+    def spent(self) -> float:
+        """What all trials have cost so far, in seconds at the calibrated rates."""
+        return sum(t.cost for t in self.trials)
+
+    @property
+    def left(self) -> float:
+        """What the search may still spend."""
+        return self.seconds - self.spent
+
+    def record(self, trial: Trial) -> Trial:
+        """Put a trial on the board in place of its earlier rung, whose cost it takes over."""
+        old = next((t for t in self.trials if t.name == trial.name), None)
+        if old is not None:
+            self.trials.remove(old)
+            trial = replace(trial, spent=old.spent + trial.spent, cost=old.cost + trial.cost)
+        self.trials.append(trial)
+        self.watch.board([t.standing() for t in self.trials])
+        return trial
+
+    def enter(
+        self, recipe: Recipe, start: System, *, rung: int = 0, examples: int | None = None, tokens: int | None = None,
+        label: str = "",
+    ) -> Trial:  # fmt: skip
+        """Run a recipe (or take its finished trial from the store) and score it on the first `examples` of select."""
+        rows = self.select[:examples] if examples else self.select
+        key = json.dumps([recipe.record, start.fingerprint, rung, len(rows), tokens], sort_keys=True)
+        self.watch.arm(f"{recipe.name}{label}", self.left)
+        kept = self.store.trial(self.key, key)
+        if time.monotonic() > self.deadline and kept is None:
+            why = "the clock is far past the budget"
+            return self.record(Trial(recipe, start, rung, "truncated", why, 0, None, Spent(), 0.0, {}, None, label))
+        try:
+            system, spent, notes, status, why = (
+                self._revive(kept, start) if kept else self._apply(recipe, start, tokens)
+            )
+            card = self._score(system, rows) if status == "done" and rows else None
+        except StoreError:
+            raise  # a full disk is no property of the arm
+        except WhetError as error:
+            system, spent, notes, status, why, card = start, Spent(), {}, "failed", str(error), None
+        if kept is None:
+            body = {"settings": system.settings, "folders": _folders(system), "spent": asdict(spent), "notes": notes,
+                    "status": status, "why": why}  # fmt: skip
+            self.store.keep_trial(self.key, key, body)
+        total = spent + (card.spent if card else Spent())
+        paired = None
+        if card and self.base and self.base.card:
+            paired = stats.compare(self.base.card.outcomes[: len(rows)], card.outcomes, self.metric, self.seed)
+        n = len(rows) if card else 0
+        return self.record(
+            Trial(recipe, system, rung, status, why, n, card, total, self.rates.price(total), notes, paired, label)
+        )
+
+    def _apply(
+        self, recipe: Recipe, start: System, tokens: int | None
+    ) -> tuple[System, Spent, dict[str, Any], str, str]:
+        run = replace(self.run, trained_tokens=tokens, spent=Spent(), notes={}, tell=self.watch.tell)
+        with counted(run, start) as reading:
+            system = recipe.run(start, self.data, run)
+        return system, reading() + run.spent, run.notes, "done", ""
+
+    def _revive(self, kept: dict[str, Any], start: System) -> tuple[System, Spent, dict[str, Any], str, str]:
+        folders = {k: Path(v) for k, v in kept["folders"].items()}
+        system = revive(kept["settings"], start.model.base, folders, start.card, self.store.home)
+        return system, Spent(**kept["spent"]), kept["notes"], kept["status"], kept["why"]
+
+    def _score(self, system: System, rows: Sequence[Example]) -> Scorecard:
+        session = self.run.session(system.model)
+        tell = self.run.progress("scoring on select")
+        return evaluate(
+            system, rows, self.metric, session=session, split="select", seed=self.seed, store=self.store,
+            progress=tell and (lambda done, of: self.watch.tell("scoring on select", done, of)),
+        )  # fmt: skip
+
+    def halve(self, arms: Sequence[tuple[Recipe, System, str]]) -> list[Trial]:
+        """Successive halving (Jamieson & Talwalkar 2016) on paired differences: the better half goes on, and so does
+        any arm whose difference to the best could still be zero; no more than half the budget of the search is used.
+        """
+        going, trials = list(arms), list[Trial]()
+        for rung, share in enumerate(RUNGS):
+            count = min(len(self.select), max(LEAST, round(share * len(self.select))))
+            trials = [self.enter(r, s, rung=rung, examples=count, label=label) for r, s, label in going]
+            scored = [t for t in trials if t.card]
+            if not scored or count == len(self.select):
+                return scored
+            best = max(scored, key=self.merit)
+            keep = sorted(scored, key=self.merit, reverse=True)[: max(1, len(scored) // 2)]
+            going = []
+            for trial in scored:
+                assert trial.card and best.card
+                paired = stats.compare(best.card.outcomes, trial.card.outcomes, self.metric, self.seed)
+                if trial in keep or (paired.high >= 0 and len(keep) < 2 and trial is not best):
+                    origin = next(a for a in arms if f"{a[0].name}{a[2]}" == trial.name)
+                    going.append(origin)
+                else:
+                    why = f"behind {best.name} by {-100 * paired.difference:.1f} points on {count} examples"
+                    self.trials[self.trials.index(trial)] = replace(trial, status="dropped", why=why)
+            self.watch.board([t.standing() for t in self.trials])
+        return [t for t in trials if t.card]
+
+    def merit(self, trial: Trial) -> float:
+        """Its score on select, greater is better; minus infinity where it has none."""
+        if trial.card is None:
+            return float("-inf")
+        return trial.card.score if self.metric.higher_is_better else -trial.card.score
+
+
+def _folders(system: System) -> dict[str, str]:
+    return {t.fingerprint: str(t.folder) for t in system.model.transforms}
+
+
+@contextmanager
+def counted(run: Run, start: System) -> Iterator[Callable[[], Spent]]:
+    """A reading of what the start model's session spends within the block."""
+    session = run.session(start.model)
+    before = session.spent
+    yield lambda: session.spent - before
