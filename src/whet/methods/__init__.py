@@ -80,7 +80,7 @@ class Method(Protocol):
         ...
 
 
-def methods() -> dict[str, type[Method]]:
+def table() -> dict[str, type[Method]]:
     """All registered Methods by name; the built-in ones enter by the same entry-point group as plugins."""
     found = {point.name: point for point in entry_points(group=GROUP)}
     return {name: cast(type[Method], found[name].load()) for name in sorted(found)}

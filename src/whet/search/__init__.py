@@ -14,11 +14,11 @@ from whet import __version__, baselines, embed, stats
 from whet import task as tasks
 from whet.engine import Session, Spent
 from whet.errors import MethodError, TaskError
-from whet.evaluate import Scorecard, evaluate, measure, versions
 from whet.methods import Run, names
 from whet.metrics import Metric, get, score_all
 from whet.model import DEFAULT, ModelRef, resolve
 from whet.progress import Silent, Watch, clock
+from whet.scorecard import Scorecard, evaluate, measure, versions
 from whet.search import out as output
 from whet.search.arms import cheap_arms, left_out
 from whet.search.budget import Rates, estimate, seconds

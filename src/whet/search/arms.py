@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from whet import embed
 from whet.errors import WhetError
-from whet.methods import Run, lacking, methods
+from whet.methods import Run, lacking, table
 from whet.progress import clock
 from whet.search.budget import Rates, estimate
 from whet.search.recipe import Recipe, parse, recipe
@@ -90,7 +90,7 @@ def _cost(
 def left_out(wish: Wish, base: System, data: Learnable) -> list[dict[str, str]]:
     """Every registered method that cannot run here, and what it lacks."""
     found = []
-    for name, kind in methods().items():
+    for name, kind in table().items():
         if wish.methods and name not in wish.methods:
             continue
         try:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from whet import report
 from whet.engine import Spent
 from whet.errors import StoreError
-from whet.evaluate import Scorecard
 from whet.metrics import Outcome
+from whet.scorecard import Scorecard
 from whet.system import System
 
 if TYPE_CHECKING:

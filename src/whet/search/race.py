@@ -15,10 +15,10 @@ from typing import Any
 from whet import stats
 from whet.engine import Spent
 from whet.errors import StoreError, WhetError
-from whet.evaluate import Scorecard, evaluate
 from whet.methods import Run
 from whet.metrics import Metric
 from whet.progress import Standing, Watch
+from whet.scorecard import Scorecard, evaluate
 from whet.search.budget import Rates
 from whet.search.recipe import Recipe
 from whet.store import Store

@@ -172,7 +172,7 @@ def _step(module: Any, rows: Sequence[Row], loss: Loss) -> tuple[float, int]:
                 whet_plan=pack.plan,
             ).logits[0]
             part = loss(logits, pack.targets) / targets
-            part.backward()  # type: ignore[no-untyped-call]
+            part.backward()
             total += float(part.detach())
             tokens += pack.tokens
     return total, tokens

@@ -1,0 +1,407 @@
+"""The command line: commands, no logic. Results go to stdout, progress to stderr; bad input exits 2 with one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from whet import __version__
+from whet.errors import WhetError, nearest
+
+if TYPE_CHECKING:
+    from whet.progress import Watch
+    from whet.system import System
+
+F = TypeVar("F", bound=Callable[..., Any])
+DEFAULT_MODEL = "smollm2-135m"
+
+
+class Commands(click.Group):
+    """A group that suggests the nearest command, and turns errors into one line and an exit code."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command named first in args."""
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            raise click.UsageError(f"no command {args[0]!r}; {nearest(args[0], self.commands)}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def main(self, *args: Any, **settings: Any) -> Any:
+        """Run; exits 0, 2 on bad input (one line on stderr), 130 on Ctrl-C."""
+        debug = "--debug" in sys.argv
+        try:
+            code = super().main(*args, **{**settings, "standalone_mode": False})
+            sys.exit(code if isinstance(code, int) else 0)
+        except WhetError as error:
+            if debug:
+                raise
+            _fail(str(error), 2)
+        except click.ClickException as error:
+            _fail(error.format_message(), 2)
+        except (click.Abort, KeyboardInterrupt):
+            _fail("stopped; nothing finished is lost: the same command goes on from there", 130)
+        except BrokenPipeError:
+            sys.exit(141)
+        except Exception as error:  # a bug of ours: still one line, unless the trace is asked for
+            if debug:
+                raise
+            _fail(f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]} (--debug shows where)", 1)
+
+
+def _fail(line: str, code: int) -> None:
+    print(f"whet: {line}", file=sys.stderr)
+    sys.exit(code)
+
+
+def common(command: F) -> F:
+    """The options that every command takes."""
+    command = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout, nothing else.")(
+        command
+    )
+    return click.option("--debug", is_flag=True, help="Show a traceback where something goes wrong.")(command)
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Start with:  whet improve examples/helpdesk/tickets --budget 5m",
+)
+@click.version_option(__version__, prog_name="whet")
+def main() -> None:
+    """Make a language model measurably better at your task.
+
+    whet tries the methods that could help, combines what earns its place, confirms it on sealed data and hands over
+    one artifact that scores in service what it scored when measured.
+    """
+
+
+def example(*lines: str) -> str:
+    """An epilog of examples, line by line."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _print(body: Any) -> None:
+    print(json.dumps(body, indent=1, ensure_ascii=False))
+
+
+def _watch(as_json: bool) -> Watch:
+    from whet.progress import watch
+
+    return watch(quiet=False) if not as_json else _plain()
+
+
+def _plain() -> Watch:
+    from whet.progress import Plain
+
+    return Plain()
+
+
+@main.command(epilog=example(
+    "whet improve examples/helpdesk/tickets --budget 5m",
+    "whet improve TASK --model smollm2-135m --model ./my-model --budget 20m",
+    'whet improve TASK --recipe "fewshot(k=8)+calibrate" --out runs/by-hand',
+    "whet improve TASK --model openai:gpt-4o-mini@https://api.openai.com/v1",
+))  # fmt: skip
+@click.argument("task", type=click.Path())
+@click.option("--model", "models", multiple=True, default=(DEFAULT_MODEL,), show_default=True,
+              help="Alias, folder, .gguf file, Hub id, or openai:NAME@URL; several are raced.")  # fmt: skip
+@click.option("--budget", default="10m", show_default=True, help="Time to spend: 90s, 10m, 2h.")
+@click.option("--methods", default="", help="Only these methods, separated by commas.")
+@click.option("--recipe", default=None, help='Only this recipe, like "fewshot(k=8)+calibrate".')
+@click.option("--out", default=None, type=click.Path(path_type=Path), help="Folder for the results [runs/NAME].")
+@click.option("--seed", default=0, show_default=True, help="One seed gives one result.")
+@click.option("--strict", is_flag=True, help="Refuse train rows that stand in held-out data instead of dropping them.")
+@click.option("--trust", is_flag=True, help="Run code that the task brings along (a metric of its own).")
+@click.option("--self-contained", is_flag=True, help="Put the base's weights into system/, too.")
+@common
+def improve(
+    task: str, models: tuple[str, ...], budget: str, methods: str, recipe: str | None, out: Path | None, seed: int,
+    strict: bool, trust: bool, self_contained: bool, as_json: bool, debug: bool,
+) -> None:  # fmt: skip
+    """Make a model better at TASK: the main job."""
+    from whet import report
+    from whet.search import improve as run
+
+    chosen = tuple(m.strip() for m in methods.split(",") if m.strip())
+    made = run(task, model=models, budget=budget, methods=chosen, recipe=recipe, out=out, seed=seed, strict=strict,
+               trust=trust, self_contained=self_contained, watch=_watch(as_json))  # fmt: skip
+    if as_json:
+        _print(made.result)
+        return
+    print(report.verdict(made.result))
+    print(f"\nreport   {made.folder / 'report.html'}\nresult   {made.folder / 'result.json'}")
+    print(f"system   {made.folder / 'system'}\n\nnext:")
+    print(f"  whet chat {made.folder / 'system'}\n  whet evaluate {made.folder / 'system'} {task}")
+
+
+def _system(name: str, task: Any, watch: Watch | None = None) -> System:
+    """A System from a folder, or the base System of a model or server."""
+    from whet.engine import open_session
+    from whet.model import resolve
+    from whet.search import base_system
+    from whet.store import home_folder
+    from whet.system import load
+
+    if (Path(name) / "system.json").exists():
+        return load(name)
+    if Path(name).is_dir() and not (Path(name) / "config.json").exists():
+        return load(name)  # raises, saying what a System's folder holds
+    ref, home = resolve(name), home_folder()
+    return base_system(ref, task, task.split().learnable, open_session(ref, home), home)
+
+
+@main.command(epilog=example("whet evaluate runs/sst2/system TASK", "whet evaluate smollm2-135m TASK --split dev"))
+@click.argument("system")
+@click.argument("task", type=click.Path())
+@click.option("--split", default="test", show_default=True, help="train, dev, select or test.")
+@click.option("--seed", default=0, show_default=True, help="Of the interval's bootstrap.")
+@click.option("--trust", is_flag=True, help="Run code that the task brings along.")
+@click.option("--answers", default=None, type=click.Path(path_type=Path), help="Write every answer to this JSONL file.")
+@common
+def evaluate(
+    system: str, task: str, split: str, seed: int, trust: bool, answers: Path | None, as_json: bool, debug: bool
+) -> None:
+    """Score SYSTEM (a folder, a model or an endpoint) on TASK: one scorecard."""
+    from dataclasses import asdict
+
+    from whet import scorecard
+    from whet.metrics import get
+    from whet.search.out import write_text
+    from whet.task import load
+
+    loaded = load(task, trust=trust)
+    rows = scorecard.rows_of(loaded, split)
+    watch = _watch(as_json)
+    try:
+        watch.arm(f"{system} on {split}", 0.0)
+        opened = _system(system, loaded)
+        metric = get(loaded.metric, loaded.folder, loaded.trusted)
+        card = scorecard.evaluate(opened, rows, metric, split=split, seed=seed,
+                                   progress=lambda done, of: watch.tell("answering", done, of))  # fmt: skip
+        if not opened.model.remote and metric.name != "perplexity":
+            watch.tell("measuring latency and memory", 0, 1)
+            card = scorecard.measure(card, opened, rows)
+    finally:
+        watch.close()
+    if answers:
+        write_text(answers, "".join(json.dumps(asdict(o), ensure_ascii=False) + "\n" for o in card.outcomes))
+    if as_json:
+        _print(card.record())
+        return
+    from whet.progress import figure
+
+    print(f"{card.metric}  {figure(card.score)}  [{figure(card.low)}, {figure(card.high)}]  on {card.n} examples")
+    print(f"{card.seconds:.1f} s of answering" + (f", {card.latency_ms:.0f} ms a prompt" if card.latency_ms else ""))
+    if card.memory_bytes and card.size_bytes:
+        print(f"{card.size_bytes / 1e6:.0f} MB on disk, {card.memory_bytes / 1e6:.0f} MB of memory at most")
+    for count, what in ((card.truncated, "prompts were shortened"), (card.failed, "examples could not be scored")):
+        if count:
+            print(f"{count} {what}")
+
+
+@main.command(epilog=example("whet compare smollm2-135m runs/sst2/system TASK"))
+@click.argument("first")
+@click.argument("second")
+@click.argument("task", type=click.Path())
+@click.option("--split", default="test", show_default=True, help="train, dev, select or test.")
+@click.option("--seed", default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--trust", is_flag=True, help="Run code that the task brings along.")
+@common
+def compare(first: str, second: str, task: str, split: str, seed: int, trust: bool, as_json: bool, debug: bool) -> None:
+    """Compare FIRST and SECOND on the same examples of TASK, in pairs."""
+    from dataclasses import asdict
+
+    from whet.progress import figure
+    from whet.scorecard import compare as run
+    from whet.task import load
+
+    loaded = load(task, trust=trust)
+    watch = _watch(as_json)
+    try:
+        watch.arm(f"{first} against {second}", 0.0)
+        a, b, paired = run(_system(first, loaded), _system(second, loaded), loaded, split=split, seed=seed,
+                           progress=lambda done, of: watch.tell("answering", done, of))  # fmt: skip
+    finally:
+        watch.close()
+    if as_json:
+        _print({"first": a.record(), "second": b.record(), **asdict(paired)})
+        return
+    print(f"{first}: {figure(a.score)}   {second}: {figure(b.score)}   ({a.metric}, {a.n} examples)")
+    between = f"[{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]"
+    print(f"difference {100 * paired.difference:+.1f} points, 95 % {between}, p = {paired.p_value:.2g} ({paired.test})")
+    print(f"the smallest difference this many examples could have shown: {100 * paired.smallest_detectable:.1f} points")
+
+
+@main.command(epilog=example(
+    "whet apply fewshot TASK --set k=16 selection=random --out system/",
+    "whet apply finetune TASK --set epochs=1 --out tuned/",
+    "whet apply calibrate TASK --system tuned/ --out tuned-calibrated/",
+))  # fmt: skip
+@click.argument("method")
+@click.argument("task", type=click.Path())
+@click.option("--system", "system", default=DEFAULT_MODEL, show_default=True, help="What it is applied to.")
+@click.option("--set", "pairs", multiple=True, help="Settings: --set k=16 --set selection=random.")
+@click.argument("more", nargs=-1)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the new System.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--trust", is_flag=True, help="Run code that the task brings along.")
+@common
+def apply(
+    method: str, task: str, system: str, pairs: tuple[str, ...], more: tuple[str, ...], out: Path, seed: int,
+    trust: bool, as_json: bool, debug: bool,
+) -> None:  # fmt: skip
+    """Apply one METHOD to a System by hand. Further key=value words after --set are settings, too."""
+    from dataclasses import asdict
+
+    from whet.errors import MethodError
+    from whet.methods import Run, make
+    from whet.search.recipe import Recipe
+    from whet.store import Store
+    from whet.task import load
+
+    settings = {}
+    for pair in (*pairs, *more):
+        key, sign, value = pair.partition("=")
+        if not sign:
+            raise MethodError(f"cannot read the setting {pair!r}", expected="key=value", do="like --set k=16")
+        settings[key] = value
+    made = make(method, settings)
+    loaded = load(task, trust=trust)
+    watch = _watch(as_json)
+    try:
+        watch.arm(method, 0.0)
+        run = Run(Store(), seed, tell=watch.tell)
+        start = _system(system, loaded)
+        session = run.session(start.model)
+        new = Recipe((made,)).run(start, loaded.split(seed).learnable, run)
+        new.save(out)
+    finally:
+        watch.close()
+    spent = run.spent + session.spent
+    notes = {k: v for k, v in run.notes.items() if k != "curves"}
+    body = {"system": str(out), "fingerprint": new.fingerprint, "spent": asdict(spent), "notes": notes}
+    if as_json:
+        _print(body)
+        return
+    print(f"system   {out}")
+    for key, value in notes.items():
+        print(f"{key:<8} {value}")
+    print(f"next:\n  whet compare {system} {out} {task}")
+
+
+@main.command(epilog=example("whet chat runs/sst2/system", "echo 'a fine film' | whet chat runs/sst2/system"))
+@click.argument("system", type=click.Path())
+@common
+def chat(system: str, as_json: bool, debug: bool) -> None:
+    """Talk to a System, one prompt a line; an empty line or Ctrl-D ends."""
+    from whet.system import load
+
+    opened = load(system)
+    asked = sys.stdin.isatty()
+    if asked:
+        print("One prompt a line; an empty line ends.", file=sys.stderr)
+        _ = opened.session
+    while True:
+        try:
+            line = input("> ") if asked else sys.stdin.readline()
+        except EOFError:
+            return
+        if not line.strip():
+            return
+        answer = opened.answers([line.strip()])[0]
+        scores = dict(zip(opened.decoding.labels, answer.scores, strict=False))
+        print(json.dumps({"answer": answer.text, "scores": scores}, ensure_ascii=False) if as_json else answer.text,
+              flush=True)  # fmt: skip
+
+
+@main.command(epilog=example("whet init reviews.csv --out reviews/", "whet init alpaca.json --name assistant"))
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--out", default=None, type=click.Path(path_type=Path), help="Folder of the new task [DATA's name].")
+@click.option("--name", default=None, help="Name of the task.")
+@common
+def init(data: Path, out: Path | None, name: str | None, as_json: bool, debug: bool) -> None:
+    """Write a task folder from DATA (CSV, JSONL, Parquet, Alpaca, ShareGPT or messages), saying what was guessed."""
+    from whet.convert import init as run
+
+    folder = out or Path(data.stem)
+    guess = run(data, folder, name=name)
+    if as_json:
+        _print({"task": str(folder), "kind": guess.kind, "rows": guess.rows, "metric": guess.metric,
+                "labels": list(guess.labels), "guessed": list(guess.lines)})  # fmt: skip
+        return
+    print(f"task     {folder}")
+    for line in guess.lines:
+        print(f"         {line}")
+    print(f"next:\n  whet improve {folder}")
+
+
+@main.command("methods", epilog=example("whet methods", "whet methods finetune"))
+@click.argument("name", required=False)
+@common
+def list_methods(name: str | None, as_json: bool, debug: bool) -> None:
+    """What the registered methods are, need and take."""
+    import inspect
+    from dataclasses import MISSING, fields
+
+    from whet.methods import make, table
+
+    if name:
+        make(name)
+    body: list[dict[str, Any]] = []
+    for key, kind in table().items():
+        if name in (None, key):
+            settings = {f.name: f.default for f in fields(kind) if f.default is not MISSING}  # type: ignore[arg-type]
+            about = " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
+            body.append({"name": key, "family": kind.family, "needs": list(kind.needs), "writes": list(kind.writes),
+                         "settings": settings, "about": about})  # fmt: skip
+    if as_json:
+        _print(body)
+        return
+    for item in body:
+        print(f"{item['name']}  ({item['family']})\n  {item['about']}\n  needs: {', '.join(item['needs'])}")
+        print("  settings: " + ", ".join(f"{k}={v!r}" for k, v in item["settings"].items()) + "\n")
+
+
+@main.command(epilog=example("whet doctor", "whet doctor --model ./my-model"))
+@click.option("--model", "models", multiple=True, help="Open this model and say whether beginnings can be shared.")
+@common
+def doctor(models: tuple[str, ...], as_json: bool, debug: bool) -> None:
+    """What this machine has, what is missing, and the command that mends it."""
+    from whet.doctor import examine, record
+
+    found = examine(models)
+    if as_json:
+        _print(record(found))
+        return
+    for item in found:
+        mend = f"   →  {item.mend}" if item.mend else ""
+        print(f"{'ok ' if item.ok else 'NO '} {item.what:<26} {item.found}{mend}")
+
+
+@main.command("report", epilog=example("whet report runs/sst2"))
+@click.argument("folder", type=click.Path(path_type=Path))
+@common
+def show_report(folder: Path, as_json: bool, debug: bool) -> None:
+    """What a run found: the verdict, the arms, and where the report lies."""
+    from whet import report
+    from whet.errors import StoreError
+    from whet.progress import figure
+
+    file = folder / "result.json"
+    if not file.exists():
+        raise StoreError(f"{folder} holds no result", expected="result.json", found="none", do="run `whet improve`")
+    result = json.loads(file.read_text(encoding="utf-8"))
+    if as_json:
+        _print(result)
+        return
+    print(report.verdict(result) + "\n")
+    for trial in result["trials"]:
+        score = trial["select"] or {}
+        print(f"  {trial['name']:<44} {figure(score.get('score')):>6}  {trial['status']}  {trial['why']}")
+    print(f"\nreport   {folder / 'report.html'}")
