@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -163,7 +165,8 @@ def _from_gguf(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with aside(folder) as work:
+    # The converter's own progress bar ignores transformers' switch for bars.
+    with aside(folder) as work, contextlib.redirect_stderr(io.StringIO()):
         unpack = GgufConfig(gguf_file=file.name, dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, quantization_config=unpack, dtype=torch.bfloat16
@@ -185,6 +188,12 @@ def local_folder(ref: ModelRef, home: Path) -> Path:
             quiet(_from_gguf, file, folder)
         return folder
     return file if file.is_dir() else _download(name)
+
+
+def loaded_before(ref: ModelRef, home: Path) -> bool:
+    """Whether a model opens without unpacking its weights first."""
+    packed = ref.base in EMBEDDED or ref.base.endswith(".gguf")
+    return not packed or (home / "models" / ref.content).exists()
 
 
 def quiet(call: Any, *args: Any, **settings: Any) -> Any:

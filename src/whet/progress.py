@@ -87,6 +87,7 @@ class Plain:
     every: float = 10.0
     _last: float = field(default=0.0, init=False)
     _arm: str = field(default="", init=False)
+    _said: set[tuple[str, str, int]] = field(default_factory=set, init=False)
 
     def say(self, text: str) -> None:
         """Print the line."""
@@ -104,11 +105,13 @@ class Plain:
             self.say(f"  {self._arm}: {what} {done}/{of}")
 
     def board(self, standings: Sequence[Standing]) -> None:
-        """Print the newest standing."""
-        if standings:
-            new = standings[-1]
-            between = f" [{figure(new.low)}, {figure(new.high)}]" if new.low is not None else ""
-            self.say(f"  {new.name}: {figure(new.score)}{between} on {new.examples} examples, {new.status}")
+        """Print every standing that is new or has changed."""
+        for new in standings:
+            mark = (new.name, new.status, new.examples)
+            if mark not in self._said:
+                self._said.add(mark)
+                between = f" [{figure(new.low)}, {figure(new.high)}]" if new.low is not None else ""
+                self.say(f"  {new.name}: {figure(new.score)}{between} on {new.examples} examples, {new.status}")
 
     def close(self) -> None:
         """Nothing to tidy."""

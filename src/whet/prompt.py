@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from whet.engine import Chat, Message, Prompt
+from whet.errors import EngineError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +27,8 @@ def escape(text: str, tokens: Iterable[str] = ()) -> str:
     text = MARKERS.sub(lambda found: found[0][0] + BREAK + found[0][1:], text)
     for token in tokens:
         if len(token) > 1 and token in text:
-            text = text.replace(token, token[0] + BREAK + token[1:])
+            # Where a token can overlap with itself, replacing it whole would leave every second one.
+            text = re.sub(f"{re.escape(token[0])}(?={re.escape(token[1:])})", token[0] + BREAK, text)
     return text
 
 
@@ -73,14 +75,23 @@ def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
 def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, system: bool = True) -> str:
     """A chat as the model's own template writes it, the answer's turn opened; raw text stays as it is.
 
-    Templates render in transformers' sandbox. Used alike for scoring, generation and training.
+    Templates render in transformers' sandbox. Used alike for scoring, generation and training. Raises EngineError
+    where the template refuses the turns.
     """
+    from jinja2 import TemplateError
+
     if isinstance(prompt, str):
         return prompt
     chat = prompt if system else _fold_system(prompt)
     specials = specials_of(tokenizer)
     turns = [{"role": role, "content": escape(content, specials)} for role, content in chat]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        raise EngineError(
+            "the model's chat template refuses a prompt", expected="turns it knows, in an order it knows",
+            found=f"{', '.join(role for role, _ in chat)}: {error}", do="change the row's turns or take another model",
+        ) from error  # fmt: skip
 
 
 def specials_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
@@ -103,8 +114,9 @@ def shorten(chat: Chat, excess: int, count: Callable[[Chat], int]) -> Chat:
         if longest is None:
             break
         role, text = turns[longest]
-        # Characters per token differ by language: cut by the measured share, and look again.
-        share = min(0.9, max(0.05, 1.05 * (count(tuple(turns)) - limit) / max(1, count(((role, text),)))))
+        # Characters per token differ by language: cut by the measured share, and look again. (Measured as a user's
+        # turn, the only kind that every template takes alone.)
+        share = min(0.9, max(0.05, 1.05 * (count(tuple(turns)) - limit) / max(1, count((("user", text),)))))
         keep = max(4, int(len(text) * (1 - share) / 2))
         whole = 2 * keep + 3 >= len(text)
         turns[longest] = (role, text[: len(text) // 2] if whole else f"{text[:keep]} … {text[-keep:]}")

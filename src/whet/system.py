@@ -39,16 +39,22 @@ class Demonstrations:
     k: int = 0
     selection: str = "fixed"
 
-    def choose(self, questions: Sequence[str], embedder: Embedder | None) -> list[tuple[Pair, ...]]:
-        """The demonstrations for each question, in the order they are shown."""
+    def choose(
+        self, questions: Sequence[str], embedder: Embedder | None, *, blind: bool = False
+    ) -> list[tuple[Pair, ...]]:
+        """The demonstrations for each question, in the order they are shown; with `blind`, never the question's own."""
+        hidden = list(questions) if blind else [None] * len(questions)
         if self.selection == "fixed" or not self.pool or embedder is None:
-            return [self.pool] * len(questions)
+            return [tuple(pair for pair in self.pool if pair[0] != own) for own in hidden]
         import numpy as np
 
         pool = embedder([q for q, _ in self.pool])
         near = embedder(list(questions)) @ pool.T
-        order = np.argsort(-near, axis=1, kind="stable")[:, : self.k]
-        return [tuple(self.pool[i] for i in row[::-1]) for row in order]
+        order = np.argsort(-near, axis=1, kind="stable")
+        if not blind:
+            order = order[:, : self.k]
+        shown = [[self.pool[i] for i in row if self.pool[i][0] != own] for row, own in zip(order, hidden, strict=True)]
+        return [tuple(reversed(row[: self.k])) for row in shown]
 
 
 @dataclass(frozen=True)
@@ -119,19 +125,22 @@ class System:
 
         return Embedder(self.home)
 
-    def prompts(self, examples: Sequence[Example]) -> list[Prompt]:
-        """What the model is sent for each example. Plain text rows are raw text, outside any template."""
-        shown = self.demonstrations.choose([e.prompt for e in examples], self.embedder)
+    def prompts(self, examples: Sequence[Example], *, blind: bool = False) -> list[Prompt]:
+        """What the model is sent for each example; with `blind`, none is shown its own answer as a demonstration.
+
+        Plain text rows are raw text, outside any template.
+        """
+        shown = self.demonstrations.choose([e.prompt for e in examples], self.embedder, blind=blind)
         return [
             "" if e.text is not None else messages(self.instruction, demos, e.prompt, e.history)
             for e, demos in zip(examples, shown, strict=True)
         ]
 
     def fitting(
-        self, examples: Sequence[Example], session: Session, room: Sequence[int]
+        self, examples: Sequence[Example], session: Session, room: Sequence[int], *, blind: bool = False
     ) -> tuple[list[Prompt], list[bool]]:
         """Prompts that leave `room` tokens of the context window each, and which of them had to be shortened."""
-        prompts = self.prompts(examples)
+        prompts = self.prompts(examples, blind=blind)
         cut = [False] * len(prompts)
         for n, size in enumerate(session.count(prompts)):
             excess = size + room[n] - session.context
@@ -203,7 +212,8 @@ class System:
         Raises StoreError where the folder holds something else or cannot be written.
         """
         target = Path(folder)
-        if target.exists() and not (target / "system.json").exists() and any(target.iterdir()):
+        ours = target.is_dir() and ((target / "system.json").exists() or not any(target.iterdir()))
+        if target.exists() and not ours:
             raise StoreError(f"{target} holds something else", expected="an empty or new folder", do="name another")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -310,16 +320,16 @@ def load(folder: str | Path, home: Path | None = None) -> System:
         if not all(isinstance(f, str) and f.isalnum() for f in prints):
             raise ValueError("a transform is named by its hash")
         folders = {f: path / "transforms" / f for f in prints}
-        base = str(path / "base") if body.get("self_contained") and (path / "base").is_dir() else body["base"]
-        system = revive(body, base, folders, body["card"], home or home_folder())
+        base = str(path / "base") if "base_hash" in body else body["base"]
+        system, written = revive(body, base, folders, body["card"], home or home_folder()), str(body["fingerprint"])
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise ArtifactError(
             f"{file} cannot be read", expected="a System that whet wrote", found=str(error)[:160], do="write it again"
         ) from error
-    if system.fingerprint != body["fingerprint"]:
+    if system.fingerprint != written:
         raise ArtifactError(
             f"{file} was changed by hand",
-            expected=f"fingerprint {body['fingerprint'][:12]}", found=system.fingerprint[:12],
+            expected=f"fingerprint {written[:12]}", found=system.fingerprint[:12],
             do="restore it, or build the System anew",
         )  # fmt: skip
     _check_base(system, body)
@@ -329,14 +339,18 @@ def load(folder: str | Path, home: Path | None = None) -> System:
 def _check_base(system: System, body: dict[str, Any]) -> None:
     """Raise ArtifactError where the base is not the one the System was measured with."""
     base = Path(system.model.base)
-    if not body.get("self_contained") and not system.model.remote:
+    if "base_hash" in body and not base.is_dir():
+        raise ArtifactError(
+            f"the System in {base.parent} is incomplete", expected="its base", found="none", do="copy all of it"
+        )
+    if "base_hash" not in body and not system.model.remote:
         found = resolve(system.model.base).content
         if found != system.model.content:
             raise ArtifactError(
                 f"the model {system.model.base!r} is not the one this System was made with",
                 expected=system.model.content[:12], found=found[:12], do="install the same version of it",
             )  # fmt: skip
-    if "base_hash" in body and base.is_dir():
+    if "base_hash" in body:
         found = hash_files([p for p in base.iterdir() if p.is_file()])
         if found != body["base_hash"]:
             raise ArtifactError(

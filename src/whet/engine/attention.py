@@ -64,9 +64,14 @@ class Decode:
     kept: dict[int, dict[int, KeysValues]]
 
 
+def _has_kernel(q: Tensor) -> bool:
+    """Whether torch has a kernel that returns the log-sum-exp, for both directions, on this tensor's device."""
+    return q.device.type == "cpu"
+
+
 def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float) -> KeysValues:
     """Output [n, heads, queries, size] and log-sum-exp [n, heads, queries]; keys may have fewer (grouped) heads."""
-    if q.device.type == "cpu":
+    if _has_kernel(q):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=mask, scale=scale
         )
@@ -106,7 +111,7 @@ def _flash_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one part, given the merged output and log-sum-exp."""
-    if q.device.type == "cpu":
+    if _has_kernel(q):
         return cast(
             tuple[Tensor, Tensor, Tensor],
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -340,9 +345,11 @@ def packed(forest: Forest, batch: Batch, device: torch.device) -> tuple[Tensor, 
 def window(model: torch.nn.Module) -> int | None:
     """How long rows may be for tree attention: None without bound, 0 where the model's attention cannot be shared."""
     config = cast(Any, model).config.get_text_config()
-    if not getattr(model, "_supports_attention_backend", False):
+    if not getattr(model, "_supports_attention_backend", False) or getattr(model, "_is_stateful", False):
         return 0
-    if getattr(config, "attn_logit_softcapping", None) or getattr(config, "alibi", False):
+    # What changes the softmax, lets tokens look ahead, or gives values a size of their own is not in `_flash`.
+    odd = ("attn_logit_softcapping", "alibi", "use_bidirectional_attention", "v_head_dim")
+    if any(getattr(config, name, None) for name in odd) or any(hasattr(m, "sinks") for m in model.modules()):
         return 0
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not kinds <= {"full_attention", "sliding_attention"}:
@@ -352,3 +359,9 @@ def window(model: torch.nn.Module) -> int | None:
         getattr(config, "layer_types", None) is None and getattr(config, "use_sliding_window", True)
     )
     return int(sliding) if sliding and used else None
+
+
+def shares(model: torch.nn.Module, longest: int) -> bool:
+    """Whether rows of at most `longest` tokens can run under tree attention."""
+    bound = window(model)
+    return bound is None or longest <= bound

@@ -29,7 +29,7 @@ from whet.engine import (
 )
 from whet.engine.prefix import Row, Tokens
 from whet.errors import EngineError
-from whet.prompt import render, takes_system
+from whet.prompt import escape, render, specials_of, takes_system
 
 BATCH_TOKENS = 2048  # packed tokens per forward pass: larger ones fall out of the caches and gain nothing
 KEY_TOKENS = 65_536  # keys and values held at once while generating, in tokens
@@ -82,6 +82,7 @@ class TorchSession:
         longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
         self.context = int(longest or 2048)
         self.system = takes_system(tokenizer)
+        self.specials = specials_of(tokenizer)
         self.stop_ids = self._stop_ids()
         self.encode_text = lru_cache(maxsize=65_536)(self._encode_text)
         self.protocol = {
@@ -104,7 +105,8 @@ class TorchSession:
 
     # --- text to tokens -------------------------------------------------------------------------------------------
 
-    def _encode_text(self, text: str) -> Tokens:
+    def _encode_text(self, text: str, raw: bool) -> Tokens:
+        text = text if raw else escape(text, self.specials)
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Tokens]:
@@ -119,9 +121,9 @@ class TorchSession:
             for p, t in zip(prompts, ids, strict=True)
         ]
 
-    def encode_answer(self, text: str, end: bool) -> Tokens:
-        """Token ids of an answer; with `end`, the end of the turn follows."""
-        tokens = self.encode_text(text)
+    def encode_answer(self, text: str, end: bool, raw: bool = False) -> Tokens:
+        """Token ids of an answer; with `end`, the end of the turn follows. Markers in it are only text unless `raw`."""
+        tokens = self.encode_text(text, raw)
         return (*tokens, self.tokenizer.eos_token_id) if end else tokens
 
     def count(self, prompts: Sequence[Prompt]) -> list[int]:
@@ -149,27 +151,27 @@ class TorchSession:
 
         Raw text longer than the context window is scored in windows of it.
         """
-        rows, owners = [], []
+        rows: list[Row] = []
+        owners: list[tuple[int, int]] = []  # of each row: its prompt, and its first continuation
         for n, (prompt, texts) in enumerate(zip(self.encode(prompts), continuations, strict=True)):
-            answers = tuple(self.encode_answer(t, end) for t in texts)
-            if isinstance(prompts[n], str) and any(len(prompt) + len(a) > self.context for a in answers):
-                pieces = [piece for a in answers for piece in self._windows(prompt, a)]
+            raw = isinstance(prompts[n], str)
+            answers = tuple(self.encode_answer(t, end, raw) for t in texts)
+            if raw and any(len(prompt) + len(a) > self.context for a in answers):
+                pieces = [(c, piece) for c, a in enumerate(answers) for piece in self._windows(prompt, a)]
             else:
-                pieces = [Row(prompt, answers)]
-            rows += pieces
-            owners += [n] * len(pieces)
-        logprobs = self.score_rows(rows, progress)
-        results: list[tuple[Score, ...]] = [()] * len(prompts)
-        for owner, row, values in zip(owners, rows, logprobs, strict=True):
-            scores = tuple(Score(sum(v), len(c)) for v, c in zip(values, row.continuations, strict=True))
-            old = results[owner]
-            if old and isinstance(prompts[owner], str):  # windows of one text add up
-                scores = (Score(old[0].logprob + scores[0].logprob, old[0].tokens + scores[0].tokens),)
-            results[owner] = scores
-        return results
+                pieces = [(0, Row(prompt, answers))]
+            rows += [piece for _, piece in pieces]
+            owners += [(n, c) for c, _ in pieces]
+        results = [[Score(0.0, 0)] * len(texts) for texts in continuations]
+        for (n, first), scored in zip(owners, self.score_rows(rows, progress), strict=True):
+            for c, values in enumerate(scored, first):  # windows of one text add up
+                old = results[n][c]
+                results[n][c] = Score(old.logprob + sum(values), old.tokens + len(values))
+        return [tuple(row) for row in results]
 
     def _windows(self, prompt: Tokens, text: Tokens) -> Iterator[Row]:
         """Consecutive windows over a long text; each one's first token is predicted from the one before it."""
+        self._fits(len(prompt) + 1)
         size = self.context - len(prompt)
         for at in range(0, len(text), size):
             yield Row(prompt if at == 0 else (text[at - 1],), (text[at : at + size],))
@@ -179,11 +181,10 @@ class TorchSession:
         begun = time.monotonic()
         longest = max((len(r.prompt) + max(map(len, r.continuations), default=0) for r in rows), default=0)
         self._fits(longest)
-        bound = attention.window(self.module)
-        if bound is not None and longest > bound:
-            results, tokens = _score_unshared(self.module, rows, self.batch_tokens, progress)
-        else:
+        if attention.shares(self.module, longest):
             results, tokens = self._score_shared(rows, progress)
+        else:
+            results, tokens = _score_unshared(self.module, rows, self.batch_tokens, progress)
         self.spent += Spent(seconds=time.monotonic() - begun, prefilled_tokens=tokens)
         return results
 
@@ -220,15 +221,14 @@ class TorchSession:
         """`sampling.n` answers per prompt; greedy at temperature 0. Sampling is repeatable by seed and prompt."""
         begun = time.monotonic()
         encoded = self.encode(prompts)
-        self._fits(max(map(len, encoded), default=0) + sampling.max_tokens)
+        longest = max(map(len, encoded), default=0) + sampling.max_tokens
+        self._fits(longest)
         copies = sampling.n if sampling.temperature > 0 else 1
         rows = [Row(tokens) for tokens in encoded for _ in range(copies)]
-        bound = attention.window(self.module)
-        longest = max(map(len, encoded), default=0) + sampling.max_tokens
-        if bound is not None and longest > bound:
-            answers, prefilled = _generate_unshared(self, rows, sampling, progress)
-        else:
+        if attention.shares(self.module, longest):
             answers, prefilled = self._generate_shared(rows, sampling, progress)
+        else:
+            answers, prefilled = _generate_unshared(self, rows, sampling, progress)
         made = [self._finish(tokens, sampling) for tokens in answers]
         generated = sum(len(tokens) for tokens in answers)
         self.spent += Spent(time.monotonic() - begun, 0.0, 0, prefilled, generated)
@@ -363,15 +363,17 @@ class TorchSession:
 
 
 @contextmanager
-def using_tree(module: Any, *, train: bool = False) -> Iterator[None]:
-    """Run a module with tree attention, its own implementation and mode restored afterwards."""
+def using_tree(module: Any, *, train: bool = False, shared: bool = True) -> Iterator[None]:
+    """Run a module with tree attention (its own unless `shared`); implementation and mode are restored afterwards."""
     before, training = module.config._attn_implementation, module.training
-    module.set_attn_implementation(attention.NAME)
-    module.train(train)
     try:
+        if shared:
+            module.set_attn_implementation(attention.NAME)
+        module.train(train)
         yield
     finally:
-        module.set_attn_implementation(before)
+        if shared:
+            module.set_attn_implementation(before)
         module.train(training)
 
 
@@ -491,7 +493,7 @@ def _score_unshared(
             ids[i, : len(sequence)] = torch.tensor(sequence)
             mask[i, : len(sequence)] = 1
         keep = max(size for _, _, _, size in part) + width - min(len(item[2]) for item in part) + 1
-        with torch.inference_mode():
+        with using_tree(module, shared=False), torch.inference_mode():
             out = module(
                 input_ids=ids.to(module.device), attention_mask=mask.to(module.device), use_cache=False,
                 logits_to_keep=min(keep, width),
@@ -516,7 +518,7 @@ def _generate_unshared(
     draw = _sampler(sampling, [(r.prompt, n) for n, r in enumerate(rows)], session.module.device)
     for n, row in enumerate(rows):
         past, ids, made = None, torch.tensor([row.prompt], device=session.module.device), list[int]()
-        with torch.inference_mode():
+        with using_tree(session.module, shared=False), torch.inference_mode():
             while not made or not session._ended(made, sampling):
                 out = session.module(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
                 past = out.past_key_values

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from whet.errors import MethodError
 from whet.methods import Need, Run
 from whet.system import System
 from whet.task import Learnable
@@ -59,6 +60,11 @@ class Calibrate:
         if system.demonstrations.selection == "fixed":
             rows = [e for e in rows if e.prompt not in shown]
         sample = random.Random(run.seed).sample(rows, min(self.prompts, len(rows)))
+        if not sample:
+            raise MethodError(
+                "nothing to calibrate on", expected="train prompts that are not shown as demonstrations", found="none",
+                do="show fewer",
+            )  # fmt: skip
         plain = replace(system, decoding=replace(system.decoding, prior=()))
         if system.demonstrations.selection == "nearest":
             plain = replace(plain, demonstrations=_without(system, [e.prompt for e in sample]))

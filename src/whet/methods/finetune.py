@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,14 +13,13 @@ from whet.engine import Spent
 from whet.errors import MethodError
 from whet.methods import Need, Run
 from whet.model import Transform, aside, hash_files
-from whet.model import load as load_model
 from whet.system import System
 from whet.task import Example, Learnable
 
 if TYPE_CHECKING:
     from whet.engine.prefix import Row
     from whet.engine.torch import TorchSession
-    from whet.train.loop import Curves
+    from whet.train.loop import Beat, Curves
 
 
 def verdict(curves: Curves) -> str:
@@ -91,51 +90,54 @@ class FineTune:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _train(self, system: System, data: Learnable, run: Run, made: Path) -> None:
+        """Train on the session's own module, so that no second copy of the weights is held, and keep the adapter."""
         from whet.engine.torch import TorchSession
-        from whet.train.adapters import add_lora, merged_products
+        from whet.train.adapters import adapted, merged_products
         from whet.train.batches import steps, tokens_per_row
-        from whet.train.loop import Beat, Schedule, Settings, train
+        from whet.train.loop import Schedule, Settings, train
         from whet.train.losses import next_token
 
-        module, tokenizer = load_model(system.model, run.home)
-        session = TorchSession(module, tokenizer)
+        session = run.session(system.model)
+        if not isinstance(session, TorchSession):
+            raise MethodError("finetune needs the weights", expected="a local model", found=system.model.base)
         fit, held = data.validation(seed=run.seed, most=128)
         rows, cut = render_rows(system, fit, session)
         checks, _ = render_rows(system, held, session)
         if not rows:
             raise MethodError("nothing to train on", expected="train rows with completions", found="none")
-        tuned = add_lora(module, self.rank, 2 * self.rank, run.seed)
-        live = TorchSession(tuned, tokenizer)
-        per_row = tokens_per_row(rows, self.batch, run.seed)
         wanted = self.epochs * run.fidelity * len(rows)
         if run.trained_tokens is not None:
-            wanted = min(wanted, run.trained_tokens / per_row)
-        count = max(1, round(wanted / self.batch))
+            wanted = min(wanted, run.trained_tokens / tokens_per_row(rows, self.batch, run.seed))
+        settings = Settings(Schedule(self.learning_rate, max(1, round(wanted / self.batch))))
+        source = steps(rows, self.batch, run.seed)
+        with adapted(session.module, self.rank, 2 * self.rank, run.seed) as tuned, merged_products(tuned):
+            live = TorchSession(tuned, session.tokenizer)
+            validate = (lambda: _mean_loss(live, checks)) if checks else None
+            curves = train(tuned, source, next_token, settings, validate, _told(run))
+            notes = {
+                "verdict": verdict(curves),
+                "curves": {"train": curves.train, "validation": curves.validation, "best": curves.best},
+                "steps": curves.steps,
+                "epochs": round(curves.steps * self.batch / len(rows), 2),
+                "rows": len(rows),
+                "shortened": cut,
+            }
+            spent = Spent(training_seconds=curves.seconds, trained_tokens=curves.tokens) + live.spent
+            _keep(tuned, made, {"notes": notes, "spent": asdict(spent), "settings": asdict(self)})
 
-        def beat(at: Beat) -> None:
-            if run.tell:
-                run.tell(f"loss {at.loss:.3f}, {at.tokens / max(at.seconds, 1e-9):.0f} tokens/s", at.step, at.steps)
 
-        def validate() -> float:
-            with merged_products(tuned):
-                scored = live.score_rows(checks)
-            found = [v for row in scored for c in row for v in c]
-            return -sum(found) / len(found)
+def _mean_loss(live: TorchSession, rows: Sequence[Row]) -> float:
+    """Mean negative log-likelihood per target token, in nats."""
+    values = [v for row in live.score_rows(rows) for continuation in row for v in continuation]
+    return -sum(values) / len(values)
 
-        settings = Settings(Schedule(self.learning_rate, count))
-        with merged_products(tuned):
-            source = steps(rows, self.batch, run.seed)
-            curves = train(tuned, source, next_token, settings, validate if checks else None, beat)
-        notes = {
-            "verdict": verdict(curves),
-            "curves": {"train": curves.train, "validation": curves.validation, "best": curves.best},
-            "steps": curves.steps,
-            "epochs": round(curves.steps * self.batch / len(rows), 2),
-            "rows": len(rows),
-            "shortened": cut,
-        }
-        spent = Spent(training_seconds=curves.seconds, trained_tokens=curves.tokens) + live.spent
-        _keep(tuned, made, {"notes": notes, "spent": asdict(spent), "settings": asdict(self)})
+
+def _told(run: Run) -> Callable[[Beat], None] | None:
+    """What tells each step of the loop as progress."""
+    tell = run.tell
+    if tell is None:
+        return None
+    return lambda at: tell(f"loss {at.loss:.3f}, {at.tokens / max(at.seconds, 1e-9):.0f} tokens/s", at.step, at.steps)
 
 
 def _keep(tuned: Any, made: Path, body: dict[str, Any]) -> None:
@@ -161,6 +163,7 @@ def render_rows(system: System, examples: Sequence[Example], session: TorchSessi
 
     usable = [e for e in examples if e.completion and e.text is None]
     answers = [session.encode_answer(e.completion, end=True) for e in usable]
-    prompts, cut = system.fitting(usable, session, [len(a) for a in answers])
+    # Demonstrations may come from the same rows: whoever sees its own answer only learns to copy.
+    prompts, cut = system.fitting(usable, session, [len(a) for a in answers], blind=True)
     encoded = session.encode(prompts)
     return [Row(p, (a,)) for p, a in zip(encoded, answers, strict=True)], sum(cut)

@@ -16,7 +16,7 @@ from whet.engine import Session, Spent
 from whet.errors import MethodError, TaskError
 from whet.methods import Run, names
 from whet.metrics import Metric, get, score_all
-from whet.model import DEFAULT, ModelRef, resolve
+from whet.model import DEFAULT, ModelRef, loaded_before, resolve
 from whet.progress import Silent, Watch, clock
 from whet.scorecard import Scorecard, evaluate, measure, versions
 from whet.search import out as output
@@ -145,7 +145,8 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
               f"{len(splits.confirm)} confirm; metric {metric.name}")  # fmt: skip
     bases = []
     for ref in refs:
-        watch.say(f"opening {ref.base}")
+        first = "" if loaded_before(ref, store.home) else " (the first time, its weights are unpacked: half a minute)"
+        watch.say(f"opening {ref.base}{first}")
         bases.append(base_system(ref, task, splits.learnable, run.session(ref), store.home))
     rates = measure_rates(bases[0], run.session(refs[0]), store)
     confirm = rates.price(estimate(bases[0], splits.confirm, run.session(refs[0])))

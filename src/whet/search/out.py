@@ -169,7 +169,13 @@ def details(
 
 
 def write(folder: Path, system: System, body: dict[str, Any], more: dict[str, Any], *, self_contained: bool) -> None:
-    """Write system/, report.html and, last, result.json."""
-    system.save(folder / "system", self_contained=self_contained)
-    report.write(folder / "report.html", body, more)
+    """Write system/, report.html and, last, result.json. Raises StoreError where the disk is full."""
+    try:
+        system.save(folder / "system", self_contained=self_contained)
+        report.write(folder / "report.html", body, more)
+    except OSError as error:
+        raise StoreError(
+            f"cannot write into {folder}", found=error.strerror or str(error),
+            do="free space and give the same command again: finished trials are kept",
+        ) from error  # fmt: skip
     write_text(folder / "result.json", json.dumps(body, indent=1, ensure_ascii=False) + "\n")

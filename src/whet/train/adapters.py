@@ -23,6 +23,19 @@ def add_lora(module: Any, rank: int, alpha: int, seed: int) -> Any:
         torch.random.set_rng_state(state)
 
 
+@contextmanager
+def adapted(module: Any, rank: int, alpha: int, seed: int) -> Iterator[Any]:
+    """A module with fresh LoRA on it for the length of the block; afterwards it is as it was."""
+    tuned = add_lora(module, rank, alpha, seed)
+    try:
+        yield tuned
+    finally:
+        tuned.unload()
+        for leftover in ("peft_config", "_hf_peft_config_loaded"):
+            if hasattr(module, leftover):
+                delattr(module, leftover)
+
+
 class _MergedLinear(torch.autograd.Function):
     """y = x (W + s·B·A)ᵀ + bias, with gradients for x, A and B only.
 
@@ -32,16 +45,16 @@ class _MergedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        merged = torch.addmm(weight, b, a, alpha=scale)
-        ctx.save_for_backward(x, merged, a, b)
+        ctx.save_for_backward(x, weight, a, b)
         ctx.scale = scale
-        return torch.nn.functional.linear(x, merged, bias)
+        return torch.nn.functional.linear(x, torch.addmm(weight, b, a, alpha=scale), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, merged, a, b = ctx.saved_tensors
+        x, weight, a, b = ctx.saved_tensors
         grad = grads[0]
-        to_x = grad @ merged if ctx.needs_input_grad[0] else None
+        # Added again rather than kept: kept, the sums of all layers would be a second copy of the model.
+        to_x = grad @ torch.addmm(weight, b, a, alpha=ctx.scale) if ctx.needs_input_grad[0] else None
         flat, inputs = grad.flatten(0, -2), x.flatten(0, -2)
         to_a = ctx.scale * ((flat @ b).T @ inputs)
         to_b = ctx.scale * (flat.T @ (inputs @ a.T))
@@ -65,7 +78,7 @@ def merged_products(module: Any) -> Iterator[None]:
     """Within it, every LoRA layer that allows it runs as one matrix product; outputs and gradients are the same."""
     changed = []
     for layer in module.modules():
-        if hasattr(layer, "lora_A") and _mergeable(layer):
+        if hasattr(layer, "lora_A") and "forward" not in vars(layer) and _mergeable(layer):
             name = layer.active_adapters[0]
             base, a, b = layer.get_base_layer(), layer.lora_A[name], layer.lora_B[name]
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from whet.engine import attention
 from whet.engine.prefix import Row
 from whet.engine.torch import using_tree
 from whet.errors import MethodError
-from whet.train.batches import packs
+from whet.train.batches import packs, singles
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -160,16 +161,18 @@ def train(
 def _step(module: Any, rows: Sequence[Row], loss: Loss) -> tuple[float, int]:
     """Forward and backward over one step's rows; returns the mean loss per target token and the tokens computed."""
     total, tokens = 0.0, 0
-    made = packs(rows, module.dtype, module.device)
+    shared = attention.shares(module, max(len(r.prompt) + max(map(len, r.continuations)) for r in rows))
+    made = packs(rows, module.dtype, module.device) if shared else singles(rows, module.device)
     targets = sum(len(pack.targets) for pack in made)
-    with using_tree(module, train=True):
+    with using_tree(module, train=True, shared=shared):
         for pack in made:
+            plan = {"whet_plan": pack.plan} if shared else {}
             logits = module(
                 input_ids=pack.ids,
                 position_ids=pack.positions,
                 use_cache=False,
                 logits_to_keep=pack.places,
-                whet_plan=pack.plan,
+                **plan,
             ).logits[0]
             part = loss(logits, pack.targets) / targets
             part.backward()

@@ -1,0 +1,163 @@
+"""The command line as a contract: exit codes, one-line errors, JSON on stdout and nothing else there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_search import write_task
+
+from whet.cli import main
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WHET_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> str:
+    return str(write_task(tmp_path / "toy", train=120, test=40))
+
+
+def whet(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    """Run a command; returns exit code, stdout and stderr."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(args))
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+def one_line(err: str) -> str:
+    """The error: the one line that starts with whet:."""
+    lines = [line for line in err.splitlines() if line.startswith("whet: ")]
+    assert len(lines) == 1 and "Traceback" not in err, err
+    return lines[0]
+
+
+def test_improve_prints_json_and_nothing_else(capsys: pytest.CaptureFixture[str], task: str) -> None:
+    code, out, err = whet(capsys, "improve", task, "--model", "fake:keyword", "--budget", "1m", "--json")
+    assert code == 0 and json.loads(out)["confirm"]["n"] == 40
+    assert "plan for 1:00" in err and (Path("runs/toy/result.json")).exists()
+    code, out, _ = whet(capsys, "report", "runs/toy")
+    assert code == 0 and "confirmed on 40" in out
+    code, out, _ = whet(capsys, "evaluate", "runs/toy/system", task, "--json")
+    card = json.loads(out)
+    wanted = {"score", "low", "high", "n", "metric", "seconds", "latency_ms", "size_bytes", "memory_bytes", "protocol"}
+    assert code == 0 and wanted <= set(card)
+    measured = json.loads(Path("runs/toy/result.json").read_text())["confirm"]
+    assert card["score"] == max(measured["chosen"]["score"] if measured["improved"] else measured["base"]["score"], 0)
+    code, out, _ = whet(capsys, "compare", "fake:keyword", "runs/toy/system", task, "--json")
+    assert code == 0 and json.loads(out)["difference"] == pytest.approx(measured["difference"])
+
+
+def test_apply_writes_a_system_that_answers(
+    capsys: pytest.CaptureFixture[str], task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = whet(capsys, "apply", "fewshot", task, "--system", "fake:keyword", "--set", "k=8",
+                        "selection=random", "--out", "made", "--json")  # fmt: skip
+    assert code == 0 and {"system", "spent"} <= set(json.loads(out))
+    assert len(json.loads(Path("made/system.json").read_text())["demonstrations"]["pool"]) == 8
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("the film 3 was grim, poor\n\n"))
+    code, out, _ = whet(capsys, "chat", "made")
+    assert (code, out.strip()) == (0, "bad")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["imprve", "x"], "did you mean 'improve'"),
+        (["improve", "nowhere"], "nowhere"),
+        (["improve", "TASK", "--budget", "soon"], "budget"),
+        (["improve", "TASK", "--methods", "finetun"], "did you mean 'finetune'"),
+        (["improve", "TASK", "--model", "fake:nosuch"], "nosuch"),
+        (["improve", "TASK", "--model", "no/such/model"], "cannot find the model"),
+        (["apply", "fewshot", "TASK", "--system", "fake:hash", "--set", "kk=3", "--out", "o"], "did you mean 'k'"),
+        (["apply", "fewshot", "TASK", "--system", "fake:hash", "--set", "k", "--out", "o"], "key=value"),
+        (["apply", "finetune", "TASK", "--system", "fake:hash", "--out", "o"], "weights"),
+        (["evaluate", "TASK", "TASK"], "no System"),
+        (["evaluate", "fake:hash", "TASK", "--split", "nosuch"], "no split"),
+        (["evaluate", "fake:hash", "TASK", "--split", "dev"], "is empty"),
+        (["report", "nowhere"], "holds no result"),
+        (["init", "nowhere.csv"], "nowhere.csv"),
+        (["methods", "fewshots"], "did you mean 'fewshot'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], task: str, args: list[str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, out, err = whet(capsys, *[task if a == "TASK" else a for a in args])
+    assert code == 2 and out == "" and says in one_line(err)
+
+
+def test_a_metric_that_is_code_needs_trust(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "own", train=120, test=40, metric="mine.py:f")
+    lines = ["def f(answer, example):", "    if example.id == 'test3':", "        raise KeyError('odd')",
+             "    return float(answer == example.completion)"]  # fmt: skip
+    (folder / "mine.py").write_text("\n".join(lines) + "\n")
+    code, _, err = whet(capsys, "evaluate", "fake:keyword", str(folder))
+    assert code == 2 and "--trust" in one_line(err)
+    code, out, _ = whet(capsys, "evaluate", "fake:keyword", str(folder), "--trust", "--json", "--answers", "a.jsonl")
+    assert code == 0 and json.loads(out)["failed"] == 1
+    rows = [json.loads(line) for line in Path("a.jsonl").read_text().splitlines()]
+    assert [r["id"] for r in rows if r["error"]] == ["test3"]
+
+
+def test_strict_names_the_leak(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "leaky", train=120, test=40)
+    first = (folder / "test.jsonl").read_text().splitlines()[0]
+    with (folder / "train.jsonl").open("a") as stream:
+        stream.write(json.dumps({**json.loads(first), "id": "copied"}) + "\n")
+    code, _, err = whet(capsys, "improve", str(folder), "--model", "fake:keyword", "--strict")
+    assert code == 2 and "copied" in one_line(err)
+    code, out, _ = whet(capsys, "improve", str(folder), "--model", "fake:keyword", "--budget", "1m", "--json")
+    assert code == 0 and json.loads(out)["dropped"]["examples"][0][0] == "copied"
+
+
+def test_long_prompts_are_counted_and_shortened(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "long", train=0, test=10)
+    with (folder / "test.jsonl").open("a") as stream:
+        stream.write(json.dumps({"prompt": "great " * 3000, "completion": "good"}) + "\n")
+    code, out, _ = whet(capsys, "evaluate", "fake:keyword", str(folder), "--json")
+    assert code == 0 and json.loads(out)["truncated"] == 1
+
+
+def test_init_then_improve(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    lines = ["text,label"]
+    said = (("great", "good"), ("poor", "bad"))
+    lines += [f"the film number {n} was {said[n % 2][0]} indeed,{said[n % 2][1]}" for n in range(60)]
+    (tmp_path / "reviews.csv").write_text("\n".join(lines) + "\n")
+    code, out, _ = whet(capsys, "init", "reviews.csv")
+    assert code == 0 and "text" in out and "label" in out
+    code, out, _ = whet(capsys, "evaluate", "fake:keyword", "reviews", "--json")
+    assert code == 0 and json.loads(out)["metric"] == "accuracy"
+
+
+def test_help_and_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = ["improve", "evaluate", "compare", "apply", "chat", "init", "methods", "doctor", "report"]
+    for name in commands:
+        code, out, _ = whet(capsys, name, "--help")
+        assert code == 0 and "Examples" in out and f"whet {name}" in out
+    code, out, _ = whet(capsys, "methods", "--json")
+    assert {m["name"] for m in json.loads(out)} >= {"fewshot", "calibrate", "finetune"}
+
+
+def test_doctor_says_what_mends(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = whet(capsys, "doctor", "--json")
+    body = json.loads(out)
+    assert code == 0 and all(f["ok"] or f["mend"] for f in body["findings"])
+
+
+def test_heavy_libraries_wait_until_they_are_needed() -> None:
+    import subprocess
+    import sys
+
+    heavy = ("torch", "transformers", "sklearn", "plotly", "numpy")
+    probe = f"import sys, whet, whet.cli; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,262 @@
+"""The main job on the fake engine: the whole route, its result, its resumption and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from whet import improve
+from whet.engine import Spent
+from whet.errors import MethodError, StoreError, TaskError, WhetError
+from whet.progress import Silent
+from whet.search.budget import Rates, seconds
+from whet.search.race import shared_order
+from whet.search.recipe import Recipe, parse, recipe
+from whet.system import load
+from whet.task import Example
+
+WORDS = {"good": ["fine", "great", "lovely", "bright"], "bad": ["awful", "poor", "dull", "grim"]}
+THINGS = ["film", "book", "play", "song", "meal", "hotel", "train", "game", "car", "house"]
+TIMES = ("seconds", "training_seconds", "wall_seconds", "latency_ms", "memory_bytes", "rates", "plan", "versions")
+
+
+def write_task(folder: Path, train: int = 240, test: int = 80, **header: object) -> Path:
+    """A small sentiment task whose labels follow from the words that stand in the prompts."""
+    draw = random.Random(7)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"name": "toy", "instruction": "Say whether it is good or bad.", "metric": "accuracy",
+                "labels": ["good", "bad"], **header}  # fmt: skip
+    (folder / "task.yaml").write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
+    for name, count, start in (("train", train, 0), ("test", test, 5000)):
+        rows = []
+        for i in range(count):
+            label = draw.choice(sorted(WORDS))
+            text = f"the {draw.choice(THINGS)} {start + i} was {draw.choice(WORDS[label])}, {draw.choice(WORDS[label])}"
+            rows.append(json.dumps({"id": f"{name}{i}", "prompt": text, "completion": label}))
+        if rows:
+            (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    return write_task(tmp_path / "toy")
+
+
+def timeless(body: object) -> object:
+    """A result without what the clock says."""
+    if isinstance(body, dict):
+        return {k: timeless(v) for k, v in body.items() if k not in TIMES}
+    return [timeless(v) for v in body] if isinstance(body, list) else body
+
+
+def test_the_whole_route(task: Path, tmp_path: Path) -> None:
+    made = improve(task, model="fake:keyword", budget="2m", out=tmp_path / "out", home=tmp_path / "home")
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result == json.loads(json.dumps(made.result))
+    named = {"task", "model", "seed", "budget_s", "spent", "diagnosis", "baselines", "trials", "chosen", "confirm"}
+    assert named <= set(result)
+    assert {t["name"] for t in result["trials"]} >= {"base", "calibrate", "fewshot", "fewshot+calibrate"}
+    assert result["confirm"]["improved"] and result["confirm"]["low"] > 0 and result["confirm"]["n"] == 80
+    assert result["confirm"]["chosen"]["score"] > result["confirm"]["base"]["score"]
+    assert result["selection"]["shrinkage"] == pytest.approx(
+        result["selection"]["select"] - result["selection"]["confirm"]
+    )
+    assert {b["name"] for b in result["baselines"]} >= {"majority", "tfidf_logistic"}
+    assert [t for t in result["left_out"] if t["method"] == "finetune"]  # a fake model has no weights to tune
+    assert (tmp_path / "out" / "report.html").read_text().startswith("<!doctype html>")
+    again = load(tmp_path / "out" / "system", tmp_path / "other")
+    assert again.fingerprint == made.system.fingerprint
+    assert again.answer("the film 9 was great, lovely") == "good"
+
+
+def test_one_seed_gives_one_result(task: Path, tmp_path: Path) -> None:
+    first, second = (
+        improve(task, model="fake:keyword", budget="2m", out=tmp_path / n, home=tmp_path / f"home-{n}") for n in "ab"
+    )
+    assert timeless(first.result) == timeless(second.result)
+
+
+def test_finished_trials_are_not_run_again(task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"model": "fake:keyword", "budget": "2m", "out": tmp_path / "out", "home": tmp_path / "home"}
+    first = improve(task, **settings)  # type: ignore[arg-type]
+
+    from whet.system import System
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("answered again")
+
+    (tmp_path / "out" / "result.json").unlink()
+    monkeypatch.setattr(System, "answers", refuse)
+    second = improve(task, **settings)  # type: ignore[arg-type]
+    assert timeless(first.result) == timeless(second.result)
+
+
+@pytest.mark.parametrize("moment", [0, 2, 4])
+def test_a_killed_run_goes_on_and_ends_the_same(task: Path, tmp_path: Path, moment: int) -> None:
+    whole = improve(task, model="fake:keyword", budget="2m", out=tmp_path / "whole", home=tmp_path / "h1")
+    command = [sys.executable, "-m", "whet", "improve", str(task), "--model", "fake:keyword", "--budget", "2m", "--out",
+               str(tmp_path / "out"), "--json"]  # fmt: skip
+    environment = {**os.environ, "WHET_HOME": str(tmp_path / "h2")}
+    begun = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    assert begun.stderr is not None
+    seen = 0
+    for line in begun.stderr:  # killed after so many arms have started
+        seen += line.startswith(">")
+        if seen > moment:
+            break
+    begun.send_signal(signal.SIGKILL)
+    begun.wait()
+    begun.stderr.close()
+    assert not (tmp_path / "out" / "result.json").exists()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert timeless(json.loads(done.stdout)) == timeless(json.loads(json.dumps(whole.result)))
+
+
+def test_several_models_are_raced(task: Path, tmp_path: Path) -> None:
+    made = improve(task, model=["fake:hash", "fake:keyword"], budget="2m", out=tmp_path / "o", home=tmp_path / "h")
+    assert made.system.model.base == "fake:keyword"
+    assert {"base [fake:hash]", "base [fake:keyword]"} <= {t["name"] for t in made.result["trials"]}
+
+
+def test_a_recipe_by_name_and_a_choice_of_methods(task: Path, tmp_path: Path) -> None:
+    by_recipe = improve(task, model="fake:keyword", budget="2m", recipe="fewshot(k=4)+calibrate", out=tmp_path / "a",
+                        home=tmp_path / "h")  # fmt: skip
+    assert {t["name"] for t in by_recipe.result["trials"]} == {"base", "fewshot(k=4)+calibrate"}
+    by_method = improve(task, model="fake:keyword", budget="2m", methods=["calibrate"], out=tmp_path / "b",
+                        home=tmp_path / "h")  # fmt: skip
+    assert {t["name"] for t in by_method.result["trials"]} == {"base", "calibrate"}
+
+
+def test_nothing_that_helps_hands_over_the_base(tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "t")
+    made = improve(folder, model="fake:hash", budget="2m", methods=["calibrate"], out=tmp_path / "o",
+                   home=tmp_path / "h")  # fmt: skip
+    assert made.result["confirm"]["improved"] is False and made.result["chosen"]["recipe"] == []
+    assert made.system.decoding.prior == ()
+
+
+def test_tasks_with_parts_missing(tmp_path: Path) -> None:
+    only_test = write_task(tmp_path / "a", train=0)
+    made = improve(only_test, model="fake:keyword", budget="2m", out=tmp_path / "oa", home=tmp_path / "h")
+    assert made.result["trials"] == [] and made.result["confirm"]["n"] == 80
+    only_train = write_task(tmp_path / "b", test=0)
+    made = improve(only_train, model="fake:keyword", budget="2m", out=tmp_path / "ob", home=tmp_path / "h")
+    assert made.result["confirm"] is None and made.result["chosen"]["recipe"]
+
+
+def test_free_text_and_own_choices(tmp_path: Path) -> None:
+    free = write_task(tmp_path / "free", labels=None, metric="token_f1")
+    made = improve(free, model="fake:keyword", budget="2m", out=tmp_path / "of", home=tmp_path / "h")
+    assert {t["name"] for t in made.result["trials"]} >= {"base", "fewshot(k=4)"}
+    folder = tmp_path / "choices"
+    folder.mkdir()
+    (folder / "task.yaml").write_text("metric: accuracy\ninstruction: Answer.\n")
+    row = {"prompt": "red or what", "completion": "red", "choices": ["red", "blue"]}
+    lines = [json.dumps({**row, "prompt": f"{row['prompt']} {n} {n * n}"}) for n in range(40)]
+    (folder / "test.jsonl").write_text("\n".join(lines) + "\n")
+    made = improve(folder, model="fake:keyword", budget="2m", out=tmp_path / "oc", home=tmp_path / "h")
+    assert made.result["confirm"]["n"] == 40
+
+
+def test_the_out_folder_of_another_run_is_refused(task: Path, tmp_path: Path) -> None:
+    improve(task, model="fake:keyword", budget="2m", out=tmp_path / "o", home=tmp_path / "h", methods=["calibrate"])
+    before = (tmp_path / "o" / "result.json").read_text()
+    with pytest.raises(StoreError, match="holds another run"):
+        improve(task, model="fake:keyword", budget="3m", out=tmp_path / "o", home=tmp_path / "h")
+    assert (tmp_path / "o" / "result.json").read_text() == before
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("years of work")
+    with pytest.raises(StoreError, match="is not empty"):
+        improve(task, model="fake:keyword", budget="2m", out=tmp_path / "full", home=tmp_path / "h")
+
+
+def test_an_out_folder_that_cannot_be_written(task: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot write"):
+        improve(task, model="fake:keyword", budget="2m", out=tmp_path / "file" / "out", home=tmp_path / "h")
+
+
+def test_a_full_disk_keeps_what_is_finished(task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"model": "fake:keyword", "budget": "2m", "out": tmp_path / "o", "home": tmp_path / "h"}
+    import whet.search.out as out
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(out.report, "write", full)
+        with pytest.raises(StoreError, match="No space"):
+            improve(task, **settings)  # type: ignore[arg-type]
+    assert not (tmp_path / "o" / "result.json").exists()
+    made = improve(task, **settings)  # type: ignore[arg-type]
+    assert made.result["confirm"]["improved"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("fewshot+nosuch", "no method 'nosuch'"), ("fewshot(kk=3)", "did you mean 'k'"), ("fewshot(k=x)", "k takes int"),
+     ("fewshot(k=2", "cannot read"), ("calibrate+fewshot", "undoes calibrate"), ("fewshot+fewshot", "stands twice"),
+     ("fewshot(selection=rnd)", "is none of")],
+)  # fmt: skip
+def test_recipes_that_make_no_sense(text: str, says: str) -> None:
+    with pytest.raises(MethodError, match=says.replace("(", r"\(")):
+        parse(text)
+
+
+def test_recipes_read_and_shown() -> None:
+    made = parse("fewshot(k=4, selection=nearest) + calibrate")
+    assert made.name == "fewshot(k=4,selection=nearest)+calibrate"
+    assert parse(made.name) == made
+    assert made.families == {"few-/zero-shot"} and Recipe().name == "base"
+    assert recipe("fewshot", "calibrate").record[0]["method"] == "fewshot"
+
+
+@pytest.mark.parametrize(("text", "value"), [("90s", 90), ("10m", 600), ("2h", 7200), ("3", 180), (" 1.5 m ", 90)])
+def test_budgets(text: str, value: float) -> None:
+    assert seconds(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "ten", "-5m", "0m", "5d"])
+def test_budgets_that_cannot_be_read(text: str) -> None:
+    with pytest.raises(WhetError, match="budget"):
+        seconds(text)
+
+
+def test_work_is_priced_by_kind() -> None:
+    rates = Rates(prefill=100, generate=10, train=50)
+    assert rates.price(Spent(prefilled_tokens=200, generated_tokens=20, trained_tokens=100)) == 2 + 2 + 2
+
+
+def test_every_beginning_of_the_shared_order_is_balanced() -> None:
+    rows = [Example(str(i), f"p{i}", "a" if i % 4 else "b") for i in range(80)]
+    order = shared_order(rows, True, 0)
+    assert sorted(e.id for e in order) == sorted(e.id for e in rows)
+    for cut in (8, 20, 40):
+        assert abs(sum(e.completion == "b" for e in order[:cut]) - cut / 4) <= 1
+    assert order == shared_order(rows, True, 0) != shared_order(rows, True, 1)
+
+
+def test_bad_input_is_refused_before_anything_is_spent(task: Path, tmp_path: Path) -> None:
+    begun = time.monotonic()
+    with pytest.raises(MethodError, match="did you mean 'fewshot'"):
+        improve(task, model="fake:keyword", methods=["fewshots"], out=tmp_path / "o", home=tmp_path / "h")
+    with pytest.raises(TaskError):
+        improve(tmp_path / "nowhere", model="fake:keyword", out=tmp_path / "o", home=tmp_path / "h")
+    with pytest.raises(WhetError, match="budget"):
+        improve(task, model="fake:keyword", budget="soon", out=tmp_path / "o", home=tmp_path / "h")
+    assert not (tmp_path / "o").exists() and time.monotonic() - begun < 20
+
+
+def test_silence_is_silent(capfd: pytest.CaptureFixture[str], task: Path, tmp_path: Path) -> None:
+    improve(task, model="fake:keyword", budget="2m", methods=["calibrate"], out=tmp_path / "o", home=tmp_path / "h",
+            watch=Silent())  # fmt: skip
+    assert capfd.readouterr() == ("", "")
