@@ -40,6 +40,8 @@ def test_small_sets_are_not_worth_it() -> None:
     assert not worth([])
     assert not worth([[(n, 1, 2) for n in range(10)]])
     assert worth([[(n, 1, 2) for n in range(20)]])
+    # A few long choices are read at once; a search would lose patience within one of them.
+    assert not worth([[(n,) * 40 for n in range(4)]])
     # Leaves are predicted, never read: what counts is the tokens inside.
     assert not worth([[(n,) for n in range(500)]])
 
@@ -172,6 +174,14 @@ def test_unshared_models_score_everything(tokenizer: Any, family: str) -> None:
     session = TorchSession(make_model(family), tokenizer)
     found = session.choose(PROMPTS[:2], [LABELS[:30]] * 2)
     for mine, wanted in zip(found, scores_of(session, PROMPTS[:2], [LABELS[:30]] * 2, False, ()), strict=True):
+        assert list(mine) == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_few_long_choices_are_scored_exactly(session: TorchSession, whole: bool) -> None:
+    sets = [["the movie was " * 6 + end for end in ("great", "bad")] + ["negative", "x y z"]] * len(PROMPTS)
+    found = session.choose(PROMPTS, sets, whole=whole)
+    for mine, wanted in zip(found, scores_of(session, PROMPTS, sets, whole, ()), strict=True):
         assert list(mine) == pytest.approx(wanted, abs=1e-4)
 
 

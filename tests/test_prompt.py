@@ -14,7 +14,8 @@ from whet.prompt import BREAK, MARKERS, escape, messages, render, shorten, speci
 
 TOKENIZER = make_tokenizer()
 OTHERS = ("</s>", "<s>", "[INST]", "[/INST]", "<<SYS>>", "<start_of_turn>", "<end_of_turn>", "<|eot_id|>", "<eos>")
-pieces = [*SPECIALS, *OTHERS, "<|", "|>", "<", ">", "|", "__", "mask", "im_end", "<|im_", "start|>", "[", "/", "s", " ", "\n"]
+PARTS = ("<|", "|>", "<", ">", "|", "__", "mask", "im_end", "<|im_", "start|>", "[", "/", "s", " ", "\n")
+pieces = [*SPECIALS, *OTHERS, *PARTS]
 nasty = st.lists(st.sampled_from(pieces), max_size=10).map("".join)
 any_text = st.one_of(st.text(max_size=40), nasty)
 harmless = any_text.filter(lambda t: not MARKERS.search(t) and not any(s in t for s in SPECIALS))
@@ -60,15 +61,19 @@ def test_markers_of_other_models_are_broken_up_too(text: str) -> None:
     assert escape(f"a{text}b") == f"a{text[0]}{BREAK}{text[1:]}b"
 
 
-@pytest.mark.parametrize("text", ["a < b > c", "x<y|z>w", "<b>bold</b>", "list[0]", "if a || b", "안녕 <3", "<| spaced |>", ""])
+@pytest.mark.parametrize(
+    "text", ["a < b > c", "x<y|z>w", "<b>bold</b>", "list[0]", "if a || b", "안녕 <3", "<| spaced |>", ""]
+)
 def test_ordinary_text_with_such_signs_stays(text: str) -> None:
     assert escape(text, SPECIALS) == text
 
 
-def test_tokens_that_overlap_with_themselves() -> None:
-    safe = escape("__mask__mask__", ["__mask__"])
-    assert "__mask__" not in safe
-    assert safe.replace(BREAK, "") == "__mask__mask__"
+@pytest.mark.parametrize("text", ["__mask__mask__", "<|[INST]|>", "<|__mask__|>", "<<s>s>", "<<|im_end|>"])
+def test_markers_within_and_across_markers(text: str) -> None:
+    safe = escape(text, SPECIALS)
+    assert not MARKERS.search(safe)
+    assert not any(token in safe for token in SPECIALS)
+    assert safe.replace(BREAK, "") == text
 
 
 def test_specials_of() -> None:
@@ -112,7 +117,7 @@ def test_templates_render_in_a_sandbox() -> None:
         render(evil, (("user", "a"),))
 
 
-# --- templates without a system turn ------------------------------------------------------------------------------------
+# --- templates without a system turn ----------------------------------------------------------------------------------
 
 
 def test_takes_system() -> None:
@@ -140,7 +145,7 @@ def test_turns_that_a_template_refuses_are_named() -> None:
         render(strict, (("user", "a"), ("user", "b")))
 
 
-# --- messages -----------------------------------------------------------------------------------------------------------
+# --- messages ---------------------------------------------------------------------------------------------------------
 
 
 def test_messages() -> None:
@@ -157,14 +162,15 @@ def test_messages() -> None:
     assert messages("", (), "q", history[:1]) == (("system", "own"), ("user", "q"))
 
 
-# --- shortening ---------------------------------------------------------------------------------------------------------
+# --- shortening -------------------------------------------------------------------------------------------------------
 
 
 def count(chat: Chat) -> int:
     return len(ids(render(TOKENIZER, chat)))
 
 
-words = st.lists(st.sampled_from(["the movie", "was", "great", "안녕하세요", "🙂🙂", "x" * 30, "\n\n"]), max_size=60).map(" ".join)
+WORDS = ["the movie", "was", "great", "안녕하세요", "🙂🙂", "x" * 30, "\n\n"]
+words = st.lists(st.sampled_from(WORDS), max_size=60).map(" ".join)
 
 
 @given(st.lists(words, min_size=1, max_size=5), st.floats(0, 0.9))

@@ -27,7 +27,7 @@ from whet.store import Store
 from whet.system import Decoding, Demonstrations, System
 from whet.task import Example, Learnable
 from whet.train import batches
-from whet.train.adapters import _MergedLinear, add_lora, merged_products
+from whet.train.adapters import _MergedLinear, adapted, add_lora, merged_products
 from whet.train.batches import packs, singles, steps, tokens_per_row
 from whet.train.loop import Curves, Masters, Schedule, Settings, _step, train
 from whet.train.losses import next_token
@@ -234,6 +234,32 @@ def test_fresh_lora_changes_nothing() -> None:
     tuned = add_lora(make_model("llama").requires_grad_(False), 4, 8, 0)
     assert torch.equal(tuned(input_ids=ids).logits, wanted)
     assert {n.split(".")[-3] for n, p in tuned.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_module_is_as_it_was_after_an_adapter(family: str) -> None:
+    model = make_model(family).requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    kinds = [type(m) for m in model.modules()]
+    attributes = set(vars(model))
+    rows = learnable(0)
+
+    def training(seed: int) -> Curves:
+        with adapted(model, 4, 8, seed) as tuned, merged_products(tuned):
+            return train(tuned, steps(rows, 6, 0), next_token, Settings(Schedule(1e-2, 3)))
+
+    first = training(0)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [type(m) for m in model.modules()] == kinds
+    assert set(vars(model)) == attributes
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    assert training(0).train == first.train  # nothing of the first is left in the second
+    assert training(1).train != first.train
+    with pytest.raises(RuntimeError, match="halt"), adapted(model, 4, 8, 0):
+        raise RuntimeError("halt")
+    assert [type(m) for m in model.modules()] == kinds
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------

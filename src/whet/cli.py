@@ -140,7 +140,7 @@ def improve(
     print(f"  whet chat {made.folder / 'system'}\n  whet evaluate {made.folder / 'system'} {task}")
 
 
-def _system(name: str, task: Any, watch: Watch | None = None) -> System:
+def _system(name: str, task: Any, trust: bool) -> System:
     """A System from a folder, or the base System of a model or server."""
     from whet.engine import open_session
     from whet.model import resolve
@@ -148,10 +148,9 @@ def _system(name: str, task: Any, watch: Watch | None = None) -> System:
     from whet.store import home_folder
     from whet.system import load
 
-    if (Path(name) / "system.json").exists():
-        return load(name)
-    if Path(name).is_dir() and not (Path(name) / "config.json").exists():
-        return load(name)  # raises, saying what a System's folder holds
+    is_system = (Path(name) / "system.json").exists()
+    if is_system or (Path(name).is_dir() and not (Path(name) / "config.json").exists()):
+        return load(name, trust=trust)  # raises where the folder is no System, saying what one holds
     ref, home = resolve(name), home_folder()
     return base_system(ref, task, task.split().learnable, open_session(ref, home), home)
 
@@ -161,7 +160,7 @@ def _system(name: str, task: Any, watch: Watch | None = None) -> System:
 @click.argument("task", type=click.Path())
 @click.option("--split", default="test", show_default=True, help="train, dev, select or test.")
 @click.option("--seed", default=0, show_default=True, help="Of the interval's bootstrap.")
-@click.option("--trust", is_flag=True, help="Run code that the task brings along.")
+@click.option("--trust", is_flag=True, help="Run code that the task brings; let a System reach its server.")
 @click.option("--answers", default=None, type=click.Path(path_type=Path), help="Write every answer to this JSONL file.")
 @common
 def evaluate(
@@ -180,7 +179,7 @@ def evaluate(
     watch = _watch(as_json)
     try:
         watch.arm(f"{system} on {split}", 0.0)
-        opened = _system(system, loaded)
+        opened = _system(system, loaded, trust)
         metric = get(loaded.metric, loaded.folder, loaded.trusted)
         card = scorecard.evaluate(opened, rows, metric, split=split, seed=seed,
                                    progress=lambda done, of: watch.tell("answering", done, of))  # fmt: skip
@@ -211,7 +210,7 @@ def evaluate(
 @click.argument("task", type=click.Path())
 @click.option("--split", default="test", show_default=True, help="train, dev, select or test.")
 @click.option("--seed", default=0, show_default=True, help="Of the bootstrap.")
-@click.option("--trust", is_flag=True, help="Run code that the task brings along.")
+@click.option("--trust", is_flag=True, help="Run code that the task brings; let a System reach its server.")
 @common
 def compare(first: str, second: str, task: str, split: str, seed: int, trust: bool, as_json: bool, debug: bool) -> None:
     """Compare FIRST and SECOND on the same examples of TASK, in pairs."""
@@ -225,7 +224,8 @@ def compare(first: str, second: str, task: str, split: str, seed: int, trust: bo
     watch = _watch(as_json)
     try:
         watch.arm(f"{first} against {second}", 0.0)
-        a, b, paired = run(_system(first, loaded), _system(second, loaded), loaded, split=split, seed=seed,
+        opened = (_system(first, loaded, trust), _system(second, loaded, trust))
+        a, b, paired = run(*opened, loaded, split=split, seed=seed,
                            progress=lambda done, of: watch.tell("answering", done, of))  # fmt: skip
     finally:
         watch.close()
@@ -250,7 +250,7 @@ def compare(first: str, second: str, task: str, split: str, seed: int, trust: bo
 @click.argument("more", nargs=-1)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the new System.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--trust", is_flag=True, help="Run code that the task brings along.")
+@click.option("--trust", is_flag=True, help="Run code that the task brings; let a System reach its server.")
 @common
 def apply(
     method: str, task: str, system: str, pairs: tuple[str, ...], more: tuple[str, ...], out: Path, seed: int,
@@ -277,7 +277,7 @@ def apply(
     try:
         watch.arm(method, 0.0)
         run = Run(Store(), seed, tell=watch.tell)
-        start = _system(system, loaded)
+        start = _system(system, loaded, trust)
         session = run.session(start.model)
         new = Recipe((made,)).run(start, loaded.split(seed).learnable, run)
         new.save(out)
@@ -297,12 +297,13 @@ def apply(
 
 @main.command(epilog=example("whet chat runs/sst2/system", "echo 'a fine film' | whet chat runs/sst2/system"))
 @click.argument("system", type=click.Path())
+@click.option("--trust", is_flag=True, help="Let a System reach the server it names.")
 @common
-def chat(system: str, as_json: bool, debug: bool) -> None:
+def chat(system: str, trust: bool, as_json: bool, debug: bool) -> None:
     """Talk to a System, one prompt a line; an empty line or Ctrl-D ends."""
     from whet.system import load
 
-    opened = load(system)
+    opened = load(system, trust=trust)
     asked = sys.stdin.isatty()
     if asked:
         print("One prompt a line; an empty line ends.", file=sys.stderr)

@@ -215,7 +215,7 @@ def compute_dtype() -> Any:
     """bf16 where the machine multiplies it in hardware, else fp32 (where emulated, bf16 was 5 times slower)."""
     import torch
 
-    if torch.cuda.is_available() or torch.backends.mps.is_available():
+    if torch.cuda.is_available():
         return torch.bfloat16
     fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else torch.float32

@@ -16,15 +16,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Turn markers of the common templates; a model's own special tokens are added when its tokenizer is at hand.
+# Each match is a marker's first character, so that markers within or across one another are all found.
 MARKERS = re.compile(
-    r"<\|[^<>|\s]{1,40}\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|<(?:bos|eos|pad|unk)>|<｜[^<>｜\s]{1,40}｜>"
+    r"(?=<\|[^<>|\s]{1,40}\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|<(?:bos|eos|pad|unk)>"
+    r"|<｜[^<>｜\s]{1,40}｜>)."
 )
 BREAK = "\u200b"  # a zero-width space: invisible to people, and no marker's spelling
 
 
 def escape(text: str, tokens: Iterable[str] = ()) -> str:
     """Break up every chat-control marker and every special token of `tokens` in text, so that it is only text."""
-    text = MARKERS.sub(lambda found: found[0][0] + BREAK + found[0][1:], text)
+    text = MARKERS.sub(lambda first: first[0] + BREAK, text)
     for token in tokens:
         if len(token) > 1 and token in text:
             # Where a token can overlap with itself, replacing it whole would leave every second one.

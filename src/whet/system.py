@@ -303,10 +303,11 @@ def revive(
     )
 
 
-def load(folder: str | Path, home: Path | None = None) -> System:
+def load(folder: str | Path, home: Path | None = None, *, trust: bool = False) -> System:
     """Read a System from its folder; its transforms' hashes are checked when the model is opened.
 
-    Raises ArtifactError where the folder is no System, is incomplete or has been changed.
+    A System may come from a stranger: one that answers through a server would send prompts and OPENAI_API_KEY there,
+    and needs `trust`. Raises ArtifactError where the folder is no System, is incomplete or has been changed.
     """
     from whet.store import home_folder
 
@@ -331,6 +332,11 @@ def load(folder: str | Path, home: Path | None = None) -> System:
             f"{file} was changed by hand",
             expected=f"fingerprint {written[:12]}", found=system.fingerprint[:12],
             do="restore it, or build the System anew",
+        )  # fmt: skip
+    if system.model.base.startswith("openai:") and not trust:
+        raise ArtifactError(
+            f"{path} answers through a server", expected="--trust (in Python: trust=True)", found=system.model.base,
+            do="give it if that server may have your prompts and your key",
         )  # fmt: skip
     _check_base(system, body)
     return system

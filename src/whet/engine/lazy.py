@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from whet.engine.torch import TorchSession
 
 SMALL = 24  # tokens of a tree of choices up to which it is scored whole: that takes one pass, a search several
+FEW = 16  # choices up to which all are scored: few but long ones are soon read, and outlast a search's patience
 PATIENCE = 16  # expansions per prompt before the search only follows the best branch to its end
 EXPECTED = 14  # expansions per prompt, for estimates
 
@@ -58,7 +59,7 @@ def tree(choices: Sequence[Tokens]) -> list[Node]:
 
 def worth(sets: Sequence[Sequence[Tokens]]) -> bool:
     """Whether searching beats scoring whole trees, judged by the largest of the first few sets."""
-    return any(len(tree(s)) - 1 - len(s) > SMALL for s in sets[:4])
+    return any(len(s) > FEW and len(tree(s)) - 1 - len(s) > SMALL for s in sets[:4])
 
 
 class _Search:

@@ -121,6 +121,8 @@ def _read(name: str, key: str, value: Any, default: Any) -> Any:
         if kind is bool:
             words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
             return words[str(value).lower()]
+        if kind is tuple and isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
         if kind is tuple:
             return tuple(tuple(v) if isinstance(v, list) else v for v in value)
         return kind(value)

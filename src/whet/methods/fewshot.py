@@ -17,7 +17,7 @@ SELECTIONS = ("random", "nearest", "fixed")
 ORDERS = ("mixed", "grouped")
 
 
-def balanced(rows: Sequence[Example], k: int, seed: int) -> list[Example]:
+def balanced(rows: Sequence[Example], k: int, seed: int | str) -> list[Example]:
     """k rows, as many of each completion as can be, chosen and ordered by the seed."""
     draw = random.Random(seed)
     by_answer: dict[str, list[Example]] = defaultdict(list)
@@ -38,7 +38,8 @@ def balanced(rows: Sequence[Example], k: int, seed: int) -> list[Example]:
 class FewShot:
     """k demonstrations: chosen at random (balanced over a closed set), by nearest neighbour, or given (`fixed`).
 
-    `ids` names the rows of `fixed`. `order` of random ones: mixed by the seed, or grouped by answer.
+    `ids` names the rows of `fixed`. `order` of random ones: mixed by the seed, or grouped by answer. `draw` numbers
+    the random draw: what sixteen examples do to a small model differs much from draw to draw, so several are raced.
     """
 
     name: ClassVar[str] = "fewshot"
@@ -51,6 +52,7 @@ class FewShot:
     selection: str = "random"
     order: str = "mixed"
     ids: tuple[str, ...] = ()
+    draw: int = 0
 
     def __post_init__(self) -> None:
         for value, known in ((self.selection, SELECTIONS), (self.order, ORDERS)):
@@ -63,7 +65,7 @@ class FewShot:
 
     def space(self) -> Mapping[str, Sequence[Any]]:
         """The settings worth trying."""
-        return {"k": (4, 8, 16), "selection": ("random", "nearest")}
+        return {"k": (4, 8, 16), "selection": ("random", "nearest"), "draw": (0, 1, 2)}
 
     def apply(self, system: System, data: Learnable, run: Run) -> System:
         """The System with demonstrations from train; its calibration, if any, is dropped."""
@@ -72,11 +74,11 @@ class FewShot:
             pool = tuple((e.prompt, e.completion) for e in usable)
             shown = Demonstrations(pool, self.k, "nearest")
         else:
-            shown = Demonstrations(tuple(self._pick(usable, data, run.seed)), 0, "fixed")
+            shown = Demonstrations(tuple(self._pick(usable, data, f"{run.seed}/{self.draw}")), 0, "fixed")
         decoding = replace(system.decoding, prior=())
         return replace(system, demonstrations=shown, decoding=decoding)
 
-    def _pick(self, usable: Sequence[Example], data: Learnable, seed: int) -> list[Pair]:
+    def _pick(self, usable: Sequence[Example], data: Learnable, seed: str) -> list[Pair]:
         if self.selection == "fixed":
             by_id = {e.id: e for e in usable}
             missing = [i for i in self.ids if i not in by_id]

@@ -30,7 +30,9 @@ from whet.system import Decoding, System
 from whet.task import Example, Learnable, Splits, Task
 
 FIXED = 30.0  # seconds for loading, baselines and measuring latency, which no token count tells
-LEAST_STEPS = 8  # a fine-tuning that would take fewer steps is not worth starting
+LEAST_TOKENS = 6_000  # a fine-tuning on fewer tokens (some eight steps of short rows) is not worth starting
+VALIDATED_ROWS = 6 * 128  # a fine-tuning's validations
+CALIBRATED_ROWS = 128
 ANSWER_TOKENS = (16, 256)  # bounds of how long a generated answer may be
 
 
@@ -208,23 +210,26 @@ def _train_and_combine(job: _Job, tuned: Recipe, each: float) -> None:
     first = _train(job, tuned, start, each)
     if first is None or first.card is None:
         return
-    if job.task.labels and (not job.wish.methods or "calibrate" in job.wish.methods):
-        cost = 128 / max(1, len(race.select)) * each + each
-        if cost <= max(race.left, 0.05 * race.seconds):
-            race.enter(recipe("finetune", "calibrate"), start, tokens=first.notes.get("allowed"))
-        else:
-            why = f"would take {clock(cost)} of {clock(race.left)}"
-            job.skipped.append({"method": "finetune+calibrate", "why": why})
+    if _calibrates(job):
+        race.enter(recipe("finetune", "calibrate"), start, tokens=first.notes.get("allowed"))
     if first.cost < 0.8 * race.left:
         _train(job, recipe(("finetune", {"learning_rate": 3e-4})), start, each)
 
 
+def _calibrates(job: _Job) -> bool:
+    """Whether what is trained is to be calibrated, too."""
+    return bool(job.task.labels) and (not job.wish.methods or "calibrate" in job.wish.methods)
+
+
 def _train(job: _Job, wanted: Recipe, start: System, each: float) -> Trial | None:
-    """Run a recipe that trains, with all tokens that the search has left."""
+    """Run a recipe that trains, with all tokens that the search has left once scoring what comes of it is set aside."""
     race = job.race
-    allowed = int((race.left - 1.5 * each) * job.rates.train)
+    row = each / max(1, len(race.select))
+    # Scoring on select, the validations, and calibrating afterwards with its own scoring.
+    after = each + VALIDATED_ROWS * row + (each + CALIBRATED_ROWS * row if _calibrates(job) else 0.0)
+    allowed = int((race.left - after) * job.rates.train)
     trains = any("weights" in m.needs for m in wanted.methods)
-    if trains and allowed < LEAST_STEPS * 32 * 24:
+    if trains and allowed < LEAST_TOKENS:
         why = f"only {clock(race.left)} of the budget would be left for it"
         job.skipped.append({"method": wanted.name, "why": why})
         return None

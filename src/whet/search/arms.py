@@ -29,7 +29,7 @@ def prompting_recipes(data: Learnable) -> list[Recipe]:
         found = [
             recipe("calibrate"),
             recipe(("fewshot", {"k": k})),
-            recipe(("fewshot", {"k": k}), "calibrate"),
+            *(recipe(("fewshot", {"k": k, "draw": draw}), "calibrate") for draw in range(3)),
         ]
         if nearest:
             found.append(recipe(("fewshot", {"k": 8, "selection": "nearest"})))

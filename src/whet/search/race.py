@@ -166,8 +166,8 @@ class Race:
         )  # fmt: skip
 
     def halve(self, arms: Sequence[tuple[Recipe, System, str]]) -> list[Trial]:
-        """Successive halving (Jamieson & Talwalkar 2016) on paired differences: the better half goes on, and so does
-        any arm whose difference to the best could still be zero; no more than half the budget of the search is used.
+        """Successive halving (Jamieson & Talwalkar 2016) on paired differences: the better half goes on, less those
+        that the paired interval already shows to be behind the best. Returns the trials of the last rung.
         """
         going, trials = list(arms), list[Trial]()
         for rung, share in enumerate(RUNGS):
@@ -182,7 +182,7 @@ class Race:
             for trial in scored:
                 assert trial.card and best.card
                 paired = stats.compare(best.card.outcomes, trial.card.outcomes, self.metric, self.seed)
-                if trial in keep or (paired.high >= 0 and len(keep) < 2 and trial is not best):
+                if trial in keep and paired.high >= 0:
                     origin = next(a for a in arms if f"{a[0].name}{a[2]}" == trial.name)
                     going.append(origin)
                 else:

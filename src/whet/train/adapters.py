@@ -26,14 +26,14 @@ def add_lora(module: Any, rank: int, alpha: int, seed: int) -> Any:
 @contextmanager
 def adapted(module: Any, rank: int, alpha: int, seed: int) -> Iterator[Any]:
     """A module with fresh LoRA on it for the length of the block; afterwards it is as it was."""
+    training = module.training
     tuned = add_lora(module, rank, alpha, seed)
     try:
         yield tuned
     finally:
-        tuned.unload()
-        for leftover in ("peft_config", "_hf_peft_config_loaded"):
-            if hasattr(module, leftover):
-                delattr(module, leftover)
+        tuned.unload().train(training)
+        for leftover in {"peft_config", "_hf_peft_config_loaded"} & set(vars(module)):
+            delattr(module, leftover)
 
 
 class _MergedLinear(torch.autograd.Function):

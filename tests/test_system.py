@@ -1,0 +1,624 @@
+"""Systems: identity, life on disk, demonstrations, calibration, and how answers are read off."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+import shutil
+from collections import Counter
+from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import save_model
+
+from whet import model as models
+from whet import system as systems
+from whet.engine import Sampling, Session
+from whet.errors import ArtifactError, MethodError, ModelError, StoreError
+from whet.methods import Run
+from whet.methods.calibrate import Calibrate, batch_prior
+from whet.methods.fewshot import FewShot, balanced
+from whet.methods.finetune import FineTune
+from whet.model import ModelRef, Transform
+from whet.prompt import messages
+from whet.store import Store
+from whet.system import Decoding, Demonstrations, System
+from whet.task import Example, Learnable
+
+FAKE = ModelRef("fake:test", "fake:test")
+LABELS = ("positive", "negative")
+POOL = (("great film", "positive"), ("dull film", "negative"), ("안녕", "positive"))
+FULL = System(
+    FAKE, "Say which.", Demonstrations(POOL, 2, "nearest"),
+    Decoding(LABELS, True, "sum", (-0.25, -1.5), 8, 0.5, ("\n", "###")), card={"task": "tiny", "recipe": "fewshot"},
+)  # fmt: skip
+
+
+@pytest.fixture
+def tiny(model_folder: str, home: Path, fp32: None) -> System:
+    """A System over the tiny model, with its own home."""
+    ref = models.resolve(model_folder)
+    return System(ref, "what is the review?", decoding=Decoding(LABELS, True), home=home)
+
+
+@pytest.fixture
+def tuned(tiny: System, home: Path) -> System:
+    """The same with one adapter."""
+    rows = tuple(Example(str(n), f"movie {n}", LABELS[n % 2]) for n in range(12))
+    data = Learnable("tiny", "", "accuracy", LABELS, rows)
+    return FineTune(rank=2, epochs=1, batch=4, learning_rate=1e-2).apply(tiny, data, Run(Store(home)))
+
+
+# --- identity ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_system_is_frozen_and_hashable() -> None:
+    with pytest.raises(FrozenInstanceError):
+        FULL.instruction = "other"  # type: ignore[misc]
+    assert len({FULL, replace(FULL), replace(FULL, instruction="x")}) == 2
+
+
+def test_the_fingerprint_is_a_hash_of_the_settings() -> None:
+    text = json.dumps(FULL.settings, sort_keys=True, ensure_ascii=False)
+    assert FULL.fingerprint == hashlib.sha256(text.encode()).hexdigest()
+    assert FULL.fingerprint == replace(FULL, card={"a": 1}, home=Path("elsewhere")).fingerprint
+    assert FULL.settings["model"] == {"content": "fake:test", "transforms": []}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        replace(FULL, instruction="Say which!"),
+        replace(FULL, model=ModelRef("fake:other", "fake:other")),
+        replace(FULL, model=FAKE.add(Transform("adapter", "ab"))),
+        replace(FULL, demonstrations=replace(FULL.demonstrations, k=3)),
+        replace(FULL, demonstrations=replace(FULL.demonstrations, selection="fixed")),
+        replace(FULL, demonstrations=replace(FULL.demonstrations, pool=POOL[::-1])),
+        *(
+            replace(FULL, decoding=replace(FULL.decoding, **change))
+            for change in (
+                {"labels": LABELS[::-1]}, {"closed": False}, {"normalise": "mean"}, {"prior": (-0.25, -1.6)},
+                {"prior": ()}, {"max_tokens": 9}, {"temperature": 0.0}, {"stop": ()},
+            )  # fmt: skip
+        ),
+    ],
+)
+def test_every_setting_changes_the_fingerprint(changed: System) -> None:
+    assert changed.fingerprint != FULL.fingerprint
+    assert changed != FULL
+
+
+def test_the_fingerprint_is_of_contents_not_paths(tmp_path: Path) -> None:
+    first = save_model(tmp_path / "a")
+    shutil.copytree(first, tmp_path / "b" / "renamed")
+    one, two = models.resolve(first), models.resolve(str(tmp_path / "b" / "renamed"))
+    assert System(one).fingerprint == System(two).fingerprint
+    moved = [System(one.add(Transform("adapter", "ab", folder))) for folder in (None, tmp_path)]
+    assert moved[0].fingerprint == moved[1].fingerprint
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"):
+        file = tmp_path / "b" / "renamed" / name
+        kept = file.read_bytes()
+        file.write_bytes(kept + b" ")
+        assert models.resolve(str(file.parent)).content != one.content, name
+        file.write_bytes(kept)
+    assert models.resolve(str(tmp_path / "b" / "renamed")).content == one.content
+
+
+def test_the_order_of_transforms_counts() -> None:
+    a, b = Transform("adapter", "aa"), Transform("adapter", "bb")
+    assert System(FAKE.add(a).add(b)).fingerprint != System(FAKE.add(b).add(a)).fingerprint
+
+
+# --- on disk ----------------------------------------------------------------------------------------------------------
+
+
+def test_round_trip(tmp_path: Path, home: Path) -> None:
+    card = {"task": "tiny", "recipe": "fewshot", "scorecard": {"score": 0.5, "metric": "accuracy"}}
+    system = replace(FULL, card=card)
+    folder = system.save(tmp_path / "made" / "system")
+    loaded = systems.load(folder)
+    assert loaded == system
+    assert loaded.fingerprint == system.fingerprint
+    assert loaded.card == card
+    assert loaded.decoding == system.decoding
+    assert loaded.demonstrations.pool == POOL
+    assert loaded.home == home
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert "fake:test" in text and "2 (nearest)" in text and "calibration: yes" in text and '"score": 0.5' in text
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["system"]  # nothing left beside it
+
+
+@given(
+    st.text(),
+    st.lists(st.tuples(st.text(), st.text())).map(tuple),
+    st.lists(st.floats(-1e9, 1e9), min_size=2, max_size=2).map(tuple),
+    st.lists(st.text()).map(tuple),
+)
+def test_any_text_and_any_numbers_survive(instruction: str, pool: Any, prior: Any, stop: Any) -> None:
+    system = System(FAKE, instruction, Demonstrations(pool), Decoding(LABELS, True, prior=prior, stop=stop))
+    body = json.loads(json.dumps({**system.settings}))
+    again = systems.revive(body, FAKE.base, {}, {}, Path())
+    assert again == system
+    assert again.fingerprint == system.fingerprint
+
+
+def test_saving_again_replaces(tmp_path: Path, home: Path) -> None:
+    folder = FULL.save(tmp_path / "system")
+    (folder / "left over").write_text("old")
+    other = replace(FULL, instruction="Other.")
+    other.save(folder)
+    assert systems.load(folder) == other
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "system.json"]
+    assert list(tmp_path.glob(".system*")) == []
+    (empty := tmp_path / "empty").mkdir()
+    FULL.save(empty)
+    assert systems.load(empty) == FULL
+
+
+def test_saving_never_destroys_something_else(tmp_path: Path) -> None:
+    (busy := tmp_path / "busy").mkdir()
+    (busy / "thesis.txt").write_text("years of work")
+    (file := tmp_path / "file").write_text("a file")
+    for place in (busy, file):
+        with pytest.raises(StoreError, match="holds something else"):
+            FULL.save(place)
+    assert (busy / "thesis.txt").read_text() == "years of work"
+    assert file.read_text() == "a file"
+    with pytest.raises(StoreError, match="cannot write"):
+        FULL.save(file / "system")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["busy", "file"]
+
+
+def test_a_failed_save_keeps_the_old_system(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = FULL.save(tmp_path / "system")
+
+    def full(*_: Any) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(systems, "_card_text", full)
+    with pytest.raises(StoreError, match="No space left"):
+        replace(FULL, instruction="Other.").save(folder)
+    assert systems.load(folder) == FULL
+    assert [p.name for p in tmp_path.iterdir() if p.name != "home"] == ["system"]
+
+
+def test_saving_without_the_transform_at_hand(tmp_path: Path) -> None:
+    lost = replace(FULL, model=FAKE.add(Transform("adapter", "ab" * 32)))
+    with pytest.raises(ArtifactError, match="not at hand"):
+        lost.save(tmp_path / "system")
+    assert list(tmp_path.iterdir()) == []
+
+
+def edit(folder: Path, change: Any) -> None:
+    file = folder / "system.json"
+    body = json.loads(file.read_text(encoding="utf-8"))
+    change(body)
+    file.write_text(json.dumps(body), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda b: b.update(instruction="Say yes."),
+        lambda b: b["decoding"].update(prior=[0.0, 0.0]),
+        lambda b: b["demonstrations"]["pool"].pop(),
+        lambda b: b["decoding"]["labels"].reverse(),
+        lambda b: b.update(fingerprint="0" * 64),
+        lambda b: b["model"].update(content="fake:other"),
+    ],
+)
+def test_a_changed_system_is_refused(change: Any, tmp_path: Path) -> None:
+    folder = FULL.save(tmp_path / "system")
+    edit(folder, change)
+    with pytest.raises(ArtifactError, match="was changed by hand"):
+        systems.load(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda b: b.pop("decoding"),
+        lambda b: b.pop("fingerprint"),
+        lambda b: b.pop("base"),
+        lambda b: b.pop("card"),
+        lambda b: b.update(model=None),
+        lambda b: b.update(demonstrations=[1]),
+        lambda b: b["decoding"].update(prior=[0.0]),
+        lambda b: b["decoding"].update(prior=[0.0, math.nan]),
+        lambda b: b["decoding"].update(surprise=1),
+        lambda b: b["model"].update(transforms=[["adapter", "../../elsewhere"]]),
+        lambda b: b["model"].update(transforms=[["adapter", 5]]),
+        lambda b: b["model"].update(transforms=["adapter"]),
+    ],
+)
+def test_a_broken_system_is_one_line(change: Any, tmp_path: Path) -> None:
+    folder = FULL.save(tmp_path / "system")
+    edit(folder, change)
+    with pytest.raises(ArtifactError, match="cannot be read") as caught:
+        systems.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", '"text"', "null", "\0"])
+def test_a_file_that_is_no_system(text: str, tmp_path: Path) -> None:
+    (tmp_path / "system.json").write_text(text)
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        systems.load(tmp_path)
+
+
+def test_a_folder_that_is_no_system(tmp_path: Path) -> None:
+    (file := tmp_path / "file").write_text("x")
+    for place in (tmp_path, tmp_path / "nowhere", file):
+        with pytest.raises(ArtifactError, match="is no System"):
+            systems.load(place)
+
+
+def scores_of(system: System) -> list[Any]:
+    """Label scores on the CPU, whatever the machine has."""
+    module, tokenizer = models.load(system.model, system.home, device="cpu")
+    from whet.engine.torch import TorchSession
+
+    session = TorchSession(module, tokenizer)
+    return [a.scores for a in system.answers(["movie 1", "movie 2"], session)]
+
+
+def test_adapters_travel_with_the_system(tuned: System, tmp_path: Path, home: Path) -> None:
+    folder = tuned.save(tmp_path / "system")
+    wanted = scores_of(tuned)
+    shutil.rmtree(home / "artifacts")
+    loaded = systems.load(folder, tmp_path / "another")
+    assert loaded == tuned
+    assert scores_of(loaded) == wanted
+    assert wanted != scores_of(replace(tuned, model=replace(tuned.model, transforms=())))
+
+
+def test_a_system_saved_over_itself(tuned: System, tmp_path: Path) -> None:
+    folder = tuned.save(tmp_path / "system")
+    loaded = systems.load(folder)
+    replace(loaded, card={"task": "again"}).save(folder)
+    again = systems.load(folder)
+    assert again.card == {"task": "again"}
+    assert models.check_transform(again.model.transforms[0]).is_dir()
+
+
+def test_missing_or_changed_adapters(tuned: System, tmp_path: Path, home: Path) -> None:
+    folder = tuned.save(tmp_path / "system")
+    [place] = (folder / "transforms").iterdir()
+    config = place / "adapter_config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"lora_alpha": 4', '"lora_alpha": 400'))
+    assert config.read_text() != text
+    with pytest.raises(ModelError, match="has changed since it was written"):
+        models.load(systems.load(folder).model, home)
+    config.write_text(text)
+    (place / "extra.safetensors").write_text("x")
+    with pytest.raises(ModelError, match="has changed"):
+        models.load(systems.load(folder).model, home)
+    shutil.rmtree(place)
+    with pytest.raises(ModelError, match="not at hand"):
+        models.load(systems.load(folder).model, home)
+
+
+def test_a_base_that_changed_is_refused(tmp_path: Path, home: Path) -> None:
+    base = save_model(tmp_path / "base")
+    folder = System(models.resolve(base), home=home).save(tmp_path / "system")
+    assert systems.load(folder).model.content == models.resolve(base).content
+    save_model(tmp_path / "base", seed=1)
+    with pytest.raises(ArtifactError, match="is not the one this System was made with"):
+        systems.load(folder)
+    shutil.rmtree(base)
+    with pytest.raises(ModelError, match="cannot find the model"):
+        systems.load(folder)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that are no folder are looked up in the Hub: never over a network here."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def test_self_contained(tuned: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = save_model(tmp_path / "base")
+    tuned = replace(tuned, model=replace(tuned.model, base=own))  # the same contents, in a place we may remove
+    folder = tuned.save(tmp_path / "system", self_contained=True)
+    wanted = scores_of(tuned)
+    shutil.rmtree(own)
+    shutil.rmtree(tuned.home)
+    moved = shutil.move(folder, tmp_path / "moved")
+    loaded = systems.load(moved, tmp_path / "another home")
+    assert loaded.fingerprint == tuned.fingerprint
+    assert Path(loaded.model.base).is_relative_to(moved)
+    assert scores_of(loaded) == wanted
+    again = systems.load(loaded.save(tmp_path / "again", self_contained=True))
+    assert scores_of(again) == wanted
+    with (Path(moved) / "base" / "model.safetensors").open("r+b") as stream:
+        stream.seek(-1, 2)
+        stream.write(b"\x7f")
+    with pytest.raises(ArtifactError, match="base has changed"):
+        systems.load(moved)
+    shutil.rmtree(Path(moved) / "base")
+    with pytest.raises(ArtifactError, match="is incomplete"):
+        systems.load(moved)
+
+
+def test_self_contained_needs_no_base_where_the_model_is_a_server(tmp_path: Path) -> None:
+    folder = FULL.save(tmp_path / "system", self_contained=True)
+    assert not (folder / "base").exists()
+    assert systems.load(folder) == FULL
+
+
+# --- demonstrations ---------------------------------------------------------------------------------------------------
+
+
+class Stub:
+    """An embedder by hand: a text's vector is looked up."""
+
+    def __init__(self, vectors: dict[str, tuple[float, float]]) -> None:
+        self.vectors = vectors
+
+    def __call__(self, texts: Any) -> Any:
+        found = np.array([self.vectors[t] for t in texts], np.float32).reshape(len(texts), 2)
+        return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+
+EAST, NORTH, WEST = ("east", "1"), ("north", "2"), ("west", "3")
+STUB = Stub({"east": (1, 0), "north": (0, 1), "west": (-1, 0.1), "northeast": (1, 0.9), "far west": (-5, 0)})
+
+
+def test_nearest_demonstrations() -> None:
+    demos = Demonstrations((EAST, NORTH, WEST), 2, "nearest")
+    found = demos.choose(["northeast", "far west"], STUB)  # type: ignore[arg-type]
+    assert found == [(NORTH, EAST), (NORTH, WEST)]  # the nearest last
+    assert replace(demos, k=1).choose(["far west"], STUB) == [(WEST,)]  # type: ignore[arg-type]
+    assert replace(demos, k=9).choose(["northeast"], STUB) == [(WEST, NORTH, EAST)]  # type: ignore[arg-type]
+    assert replace(demos, pool=()).choose(["northeast"], STUB) == [()]  # type: ignore[arg-type]
+
+
+def test_equally_near_ones_keep_the_order_of_the_pool() -> None:
+    stub = Stub({"a": (1, 0), "b": (1, 0), "c": (1, 0), "q": (1, 0)})
+    demos = Demonstrations((("a", "1"), ("b", "2"), ("c", "3")), 2, "nearest")
+    assert demos.choose(["q"], stub) == [(("b", "2"), ("a", "1"))]  # type: ignore[arg-type]
+
+
+def test_fixed_demonstrations() -> None:
+    demos = Demonstrations((EAST, NORTH), 0, "fixed")
+    assert demos.choose(["east", "x"], None) == [(EAST, NORTH)] * 2
+
+
+def test_blind_demonstrations_never_show_the_questions_own_answer() -> None:
+    pool = (EAST, NORTH, ("east", "another"), WEST)
+    near = Demonstrations(pool, 2, "nearest")
+    assert near.choose(["east", "northeast"], STUB, blind=True) == [  # type: ignore[arg-type]
+        (WEST, NORTH), (("east", "another"), EAST),
+    ]  # fmt: skip
+    assert near.choose(["east"], STUB)[0][-1] == EAST  # type: ignore[arg-type]
+    assert Demonstrations(pool).choose(["east", "x"], None, blind=True) == [(NORTH, WEST), pool]
+
+
+some_rows = st.lists(st.sampled_from("abcd"), min_size=1, max_size=30).map(
+    lambda answers: [Example(str(n), f"q{n}", a) for n, a in enumerate(answers)]
+)
+
+
+@given(some_rows, st.integers(1, 35), st.integers(0, 5))
+def test_balanced(rows: list[Example], k: int, seed: int) -> None:
+    chosen = balanced(rows, k, seed)
+    assert len(chosen) == min(k, len(rows))
+    assert len({e.id for e in chosen}) == len(chosen)
+    assert balanced(rows, k, seed) == chosen
+    there, taken = Counter(e.completion for e in rows), Counter(e.completion for e in chosen)
+    # As even as the rows allow: whoever has fewer than the most has given all it has.
+    most = max(taken.values())
+    assert all(taken[a] >= most - 1 or taken[a] == there[a] for a in there)
+
+
+def test_balanced_is_a_matter_of_the_seed() -> None:
+    rows = [Example(str(n), f"q{n}", "ab"[n % 2]) for n in range(20)]
+    picks = {tuple(e.id for e in balanced(rows, 3, seed)) for seed in range(20)}
+    assert len(picks) > 15
+    assert len({Counter(e.completion for e in balanced(rows, 3, s))["a"] for s in range(20)}) == 2
+
+
+ROWS = tuple(Example(f"r{n}", f"movie number {n}", LABELS[n % 2]) for n in range(10))
+DATA = Learnable("tiny", "Say which.", "accuracy", LABELS, ROWS)
+
+
+def test_few_shot(home: Path) -> None:
+    run = Run(Store(home))
+    got = FewShot(k=4).apply(FULL, DATA, run)
+    assert Counter(a for _, a in got.demonstrations.pool) == {"positive": 2, "negative": 2}
+    assert got.demonstrations.selection == "fixed"
+    assert got.decoding.prior == ()  # calibration was of other prompts
+    assert FULL.decoding.prior
+    assert got == FewShot(k=4).apply(FULL, DATA, run)
+    assert got != FewShot(k=4).apply(FULL, DATA, Run(Store(home), seed=1))
+    grouped = FewShot(k=4, order="grouped").apply(FULL, DATA, run)
+    assert [a for _, a in grouped.demonstrations.pool] == ["negative"] * 2 + ["positive"] * 2
+    assert sorted(grouped.demonstrations.pool) == sorted(got.demonstrations.pool)
+    near = FewShot(k=3, selection="nearest").apply(FULL, DATA, run)
+    assert near.demonstrations == Demonstrations(tuple((e.prompt, e.completion) for e in ROWS), 3, "nearest")
+    fixed = FewShot(selection="fixed", ids=("r3", "r0")).apply(FULL, DATA, run)
+    assert [q for q, _ in fixed.demonstrations.pool] == ["movie number 3", "movie number 0"]
+    with pytest.raises(MethodError, match="no such demonstrations.*r99"):
+        FewShot(selection="fixed", ids=("r99",)).apply(FULL, DATA, run)
+    free = replace(DATA, labels=())
+    assert len(FewShot(k=4).apply(FULL, free, run).demonstrations.pool) == 4
+
+
+@pytest.mark.parametrize(
+    "settings", [{"k": 0}, {"selection": "diverse?"}, {"order": "x"}, {"selection": "fixed"}, {"ids": ("a",)}]
+)
+def test_wrong_settings_of_few_shot(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        FewShot(**settings)
+
+
+# --- calibration ------------------------------------------------------------------------------------------------------
+
+
+def test_batch_prior_closed_form() -> None:
+    # softmax of (0, 0) is (1/2, 1/2); of (log 3, 0) it is (3/4, 1/4); their mean is (5/8, 3/8).
+    assert batch_prior([(0.0, 0.0), (math.log(3), 0.0)]) == pytest.approx((math.log(5 / 8), math.log(3 / 8)))
+    assert batch_prior([(-1e4, -1e4 - math.log(3))]) == pytest.approx((math.log(3 / 4), math.log(1 / 4)))
+    assert batch_prior([(0.0, -1e5)]) == pytest.approx((0.0, math.log(1e-12)))  # never minus infinity
+
+
+@given(st.lists(st.tuples(*[st.floats(-50, 50)] * 3), min_size=1, max_size=8), st.floats(-50, 50))
+def test_batch_prior_properties(rows: list[tuple[float, ...]], shift: float) -> None:
+    prior = batch_prior(rows)
+    assert sum(map(math.exp, prior)) == pytest.approx(1.0, abs=1e-9)
+    assert batch_prior([tuple(s + shift for s in row) for row in rows]) == pytest.approx(prior, abs=1e-6)
+    assert batch_prior(rows[::-1]) == pytest.approx(prior)
+    turned = batch_prior([row[1:] + row[:1] for row in rows])
+    assert turned == pytest.approx(prior[1:] + prior[:1])
+
+
+def test_calibrate(tiny: System, home: Path) -> None:
+    run = Run(Store(home))
+    got = Calibrate(prompts=8).apply(tiny, DATA, run)
+    session = run.session(tiny.model)
+    sampled = {}
+    for e in ROWS:
+        [scores], _ = tiny.label_scores([e], session)
+        sampled[e.id] = scores
+    sample = random.Random(0).sample(ROWS, 8)
+    assert got.decoding.prior == pytest.approx(batch_prior([sampled[e.id] for e in sample]), abs=1e-4)
+    assert got == Calibrate(prompts=8).apply(got, DATA, run)  # an old prior leaves no trace
+    # It looks at prompts only.
+    swapped = replace(DATA, train=tuple(replace(e, completion=LABELS[0]) for e in ROWS))
+    assert Calibrate(prompts=8).apply(tiny, swapped, run) == got
+    # Answers are the scores minus the prior.
+    [plain], [shifted] = tiny.answers([ROWS[0]], session), got.answers([ROWS[0]], session)
+    assert shifted.scores == pytest.approx([s - p for s, p in zip(plain.scores, got.decoding.prior, strict=True)])
+    assert shifted.text == LABELS[int(np.argmax(shifted.scores))]
+
+
+def test_calibration_hides_the_prompts_that_are_shown(tiny: System, home: Path) -> None:
+    run = Run(Store(home))
+    pool = tuple((e.prompt, e.completion) for e in ROWS[:7])
+    shown = replace(tiny, demonstrations=Demonstrations(pool))
+    asked: list[str] = []
+    session = run.session(tiny.model)
+    score = session.score
+
+    def watch(prompts: Any, *args: Any, **settings: Any) -> Any:
+        asked.extend(chat[-1][1] for chat in prompts)
+        return score(prompts, *args, **settings)
+
+    session.score = watch  # type: ignore[method-assign]
+    Calibrate().apply(shown, DATA, run)
+    assert sorted(asked) == [e.prompt for e in ROWS[7:]]
+    everything = replace(tiny, demonstrations=Demonstrations(tuple((e.prompt, e.completion) for e in ROWS)))
+    with pytest.raises(MethodError, match="nothing to calibrate on"):
+        Calibrate().apply(everything, DATA, run)
+    with pytest.raises(ValueError):
+        Calibrate(prompts=1)
+    with pytest.raises(ValueError):
+        Calibrate(kind="contextual")
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def session(tiny: System) -> Session:
+    return tiny.session
+
+
+def chat(system: System, question: str) -> Any:
+    return messages(system.instruction, (), question)
+
+
+@pytest.mark.parametrize("normalise", ["mean", "sum"])
+def test_answers_of_a_closed_set(tiny: System, session: Session, normalise: str) -> None:
+    system = replace(tiny, decoding=replace(tiny.decoding, normalise=normalise))
+    questions = ["movie 1", "was it great and funny?", "a review of the film"]
+    answers = system.answers(questions, session)
+    scored = session.score([chat(tiny, q) for q in questions], [LABELS] * 3, end=normalise == "sum")
+    for answer, row in zip(answers, scored, strict=True):
+        wanted = [s.logprob if normalise == "sum" else s.mean for s in row]
+        assert answer.scores == pytest.approx(wanted, abs=1e-4)
+        assert answer.text == LABELS[int(np.argmax(wanted))]
+        assert not answer.truncated
+    assert system.answer(questions, session) == [a.text for a in answers]
+    assert system.answer(questions[0], session) == answers[0].text
+    assert system.answers([], session) == []
+
+
+def test_the_prior_decides(tiny: System, session: Session) -> None:
+    for n, label in enumerate(LABELS):
+        prior = tuple(-1e3 if i == n else 0.0 for i in range(2))
+        system = replace(tiny, decoding=replace(tiny.decoding, prior=prior))
+        assert system.answer(["a", "b"], session) == [label] * 2
+
+
+def test_rows_with_choices_of_their_own(tiny: System, session: Session) -> None:
+    biased = replace(tiny, decoding=replace(tiny.decoding, prior=(-1e3, 0.0)))
+    own = (("red", "green", "blue"), ("yes", "no"), ())
+    rows = [Example(str(n), "a", choices=choices) for n, choices in enumerate(own)]
+    answers = biased.answers(rows, session)
+    assert [len(a.scores) for a in answers] == [3, 2, 2]
+    assert all(a.text in (e.choices or LABELS) for a, e in zip(answers, rows, strict=True))
+    scored = session.score([chat(tiny, "a")] * 3, [e.choices or LABELS for e in rows])
+    for answer, row in zip(answers, scored, strict=True):  # the prior is of the labels: it is left out
+        assert answer.scores == pytest.approx([s.mean for s in row], abs=1e-4)
+    open_labels = replace(tiny, decoding=Decoding((), True))
+    assert [a.text for a in open_labels.answers(rows[:2], session)] == [a.text for a in answers[:2]]
+
+
+def test_answers_by_generation(tiny: System, session: Session) -> None:
+    for closed in (False, True):  # closed, but of a row without any set: generated, too
+        system = replace(tiny, decoding=Decoding((), closed, max_tokens=7, stop=("zzz",)))
+        found = system.answers(["movie 1", "a review"], session)
+        wanted = session.generate([chat(tiny, q) for q in ("movie 1", "a review")], Sampling(7, stop=("zzz",)))
+        assert [a.text for a in found] == [g[0].text.strip() for g in wanted]
+        assert all(a.scores == () for a in found)
+
+
+def test_history_and_demonstrations_are_sent(tiny: System) -> None:
+    system = replace(tiny, demonstrations=Demonstrations((EAST,)))
+    row = Example("1", "and now?", history=(("user", "before"), ("assistant", "said")))
+    assert system.prompts([row, Example("2", "", text="raw")]) == [
+        messages(tiny.instruction, [EAST], "and now?", row.history), "",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_prompts_that_do_not_fit_are_shortened_and_counted(tiny: System, session: Session, closed: bool) -> None:
+    labels = ("positive " * 20, "negative")
+    system = replace(tiny, decoding=Decoding(labels, True) if closed else Decoding(max_tokens=180))
+    long = "start " + "the movie was great " * 200 + "end"
+    short, cut, again = system.answers(["short", long, "short"], session)
+    assert (short.truncated, cut.truncated, again.truncated) == (False, True, False)
+    assert short == again
+    room = 180
+    [prompt], [was_cut] = system.fitting([Example("1", long)], session, [room])
+    assert was_cut
+    assert session.count([prompt])[0] + room <= session.context
+    assert prompt[0] == ("system", tiny.instruction)
+    text = prompt[1][1]
+    assert text.startswith("start ") and text.endswith("end") and " … " in text
+    assert session.count([prompt])[0] > session.context - room - 100  # no more than needed
+    if closed:
+        scores, who = system.label_scores([Example("1", long), Example("2", "short")], session)
+        assert who == [True, False]
+        assert scores == [pytest.approx(cut.scores, abs=1e-4), pytest.approx(short.scores, abs=1e-4)]
+
+
+def test_the_whole_as_a_user_would(tmp_path: Path, home: Path, fp32: None) -> None:
+    import whet
+
+    folder = save_model(tmp_path / "model", "qwen2")
+    system = System(models.resolve(folder), "Say.", decoding=Decoding(LABELS, True), home=home)
+    answer = system.answer("was it great?")
+    assert answer in LABELS
+    assert whet.load(system.save(tmp_path / "system")).answer("was it great?") == answer
+    assert torch.is_grad_enabled()
