@@ -14,6 +14,7 @@ from whet.cli import main
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WHET_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("whet.embed.available", lambda: False)  # loading it takes seconds
     monkeypatch.chdir(tmp_path)
 
 

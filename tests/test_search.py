@@ -25,7 +25,7 @@ from whet.task import Example
 
 WORDS = {"good": ["fine", "great", "lovely", "bright"], "bad": ["awful", "poor", "dull", "grim"]}
 THINGS = ["film", "book", "play", "song", "meal", "hotel", "train", "game", "car", "house"]
-TIMES = ("seconds", "training_seconds", "wall_seconds", "latency_ms", "memory_bytes", "rates", "plan", "versions")
+TIMES = ("seconds", "cost_seconds", "training_seconds", "wall_seconds", "latency_ms", "memory_bytes", "rates", "plan")
 
 
 def write_task(folder: Path, train: int = 240, test: int = 80, **header: object) -> Path:
@@ -46,6 +46,13 @@ def write_task(folder: Path, train: int = 240, test: int = 80, **header: object)
     return folder
 
 
+@pytest.fixture(autouse=True)
+def without_embedder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading the sentence embedder takes seconds: only the tests that ask for it have it."""
+    if "embedder" not in request.keywords:
+        monkeypatch.setattr("whet.embed.available", lambda: False)
+
+
 @pytest.fixture
 def task(tmp_path: Path) -> Path:
     return write_task(tmp_path / "toy")
@@ -58,6 +65,7 @@ def timeless(body: object) -> object:
     return [timeless(v) for v in body] if isinstance(body, list) else body
 
 
+@pytest.mark.embedder
 def test_the_whole_route(task: Path, tmp_path: Path) -> None:
     made = improve(task, model="fake:keyword", budget="2m", out=tmp_path / "out", home=tmp_path / "home")
     result = json.loads((tmp_path / "out" / "result.json").read_text())
@@ -100,7 +108,8 @@ def test_finished_trials_are_not_run_again(task: Path, tmp_path: Path, monkeypat
     assert timeless(first.result) == timeless(second.result)
 
 
-@pytest.mark.parametrize("moment", [0, 2, 4])
+@pytest.mark.embedder
+@pytest.mark.parametrize("moment", [0, 4])
 def test_a_killed_run_goes_on_and_ends_the_same(task: Path, tmp_path: Path, moment: int) -> None:
     whole = improve(task, model="fake:keyword", budget="2m", out=tmp_path / "whole", home=tmp_path / "h1")
     command = [sys.executable, "-m", "whet", "improve", str(task), "--model", "fake:keyword", "--budget", "2m", "--out",

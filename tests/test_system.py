@@ -622,3 +622,11 @@ def test_the_whole_as_a_user_would(tmp_path: Path, home: Path, fp32: None) -> No
     assert answer in LABELS
     assert whet.load(system.save(tmp_path / "system")).answer("was it great?") == answer
     assert torch.is_grad_enabled()
+
+
+def test_a_server_needs_trust(tmp_path: Path) -> None:
+    name = "openai:model@http://127.0.0.1:9/v1"
+    folder = replace(FULL, model=ModelRef(name, name)).save(tmp_path / "system")
+    with pytest.raises(ArtifactError, match=r"--trust.*127\.0\.0\.1"):
+        systems.load(folder)
+    assert systems.load(folder, trust=True).model.base == name
