@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from whet.train.loop import Beat, Curves
 
 
+ROW_TOKENS = 32  # of a short row, to size the validation before the rows are looked at
+
+
 def verdict(curves: Curves) -> str:
     """overfitting, underfitting or well fitted, drawn from the two curves.
 
@@ -89,6 +92,11 @@ class FineTune:
         parts = [asdict(self), system.fingerprint, rows_hash(data.train), run.seed, run.fidelity, run.trained_tokens]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
+    def _held(self, run: Run) -> int:
+        """Rows to validate on: fewer where the budget is short, so that looking does not cost more than learning."""
+        rows = 128 if run.trained_tokens is None else run.trained_tokens // ROW_TOKENS // 20
+        return max(32, min(128, rows))
+
     def _train(self, system: System, data: Learnable, run: Run, made: Path) -> None:
         """Train on the session's own module, so that no second copy of the weights is held, and keep the adapter."""
         from whet.engine.torch import TorchSession
@@ -100,7 +108,7 @@ class FineTune:
         session = run.session(system.model)
         if not isinstance(session, TorchSession):
             raise MethodError("finetune needs the weights", expected="a local model", found=system.model.base)
-        fit, held = data.validation(seed=run.seed, most=128)
+        fit, held = data.validation(seed=run.seed, most=self._held(run))
         rows, cut = render_rows(system, fit, session)
         checks, _ = render_rows(system, held, session)
         if not rows:

@@ -31,7 +31,7 @@ from whet.task import Example, Learnable, Splits, Task
 
 FIXED = 30.0  # seconds for loading, baselines and measuring latency, which no token count tells
 LEAST_TOKENS = 6_000  # a fine-tuning on fewer tokens (some eight steps of short rows) is not worth starting
-VALIDATED_ROWS = 6 * 128  # a fine-tuning's validations
+VALIDATED_ROWS = 5 * 96  # about what a fine-tuning's validations look at
 CALIBRATED_ROWS = 128
 ANSWER_TOKENS = (16, 256)  # bounds of how long a generated answer may be
 
@@ -170,9 +170,11 @@ def _race(job: _Job) -> None:
     several = len(job.bases) > 1
     labels = [f" [{b.model.base}]" if several else "" for b in job.bases]
     each = job.rates.price(estimate(job.bases[0], race.select, session))
-    arms, too_dear = cheap_arms(job.wish, job.bases, labels, data, race.select, job.rates, job.run, 0.12 * race.seconds)
-    job.skipped += left_out(job.wish, job.bases[0], data) + too_dear
     tuned = _training(job)
+    # Where training is possible it needs most of the budget; without it the cheap arms may have it.
+    most = (0.15 if tuned else 0.5) * race.seconds
+    arms, too_dear = cheap_arms(job.wish, job.bases, labels, data, race.select, job.rates, job.run, most)
+    job.skipped += left_out(job.wish, job.bases[0], data) + too_dear
     job.plan.append({"arm": "base", "minutes": len(job.bases) * each / 60})
     job.plan += [{"arm": f"{r.name}{label}", "minutes": cost / 60} for r, _, label, cost in arms]
     if tuned is not None and race.select:

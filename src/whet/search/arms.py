@@ -17,6 +17,7 @@ from whet.task import Example, Learnable
 if TYPE_CHECKING:
     from whet.search import Wish
 
+FIRST_RUNG = 0.25  # share of select that the first rung looks at
 Arm = tuple[Recipe, System, str, float]  # recipe, the base it starts from, its model's label, cost in seconds
 
 
@@ -50,23 +51,27 @@ def cheap_arms(
     run: Run,
     most: float,
 ) -> tuple[list[Arm], list[dict[str, str]]]:
-    """Arms without training that this task allows, each with its cost on all of select; those whose first rung costs
-    more than `most` seconds are left out, with the reason."""
+    """Arms without training that this task allows, each with its cost on all of select.
+
+    Once the first rungs of those before it take `most` seconds, an arm is left out, with the reason.
+    """
     wanted = [parse(wish.recipe)] if wish.recipe else prompting_recipes(data)
     wanted = [r for r in wanted if not any("weights" in m.needs for m in r.methods)]
     if wish.methods:
         wanted = [r for r in wanted if all(m.name in wish.methods for m in r.methods)]
     arms: list[Arm] = []
+    first_rungs = 0.0
     skipped: list[dict[str, str]] = []
     for base, label in zip(bases, labels, strict=True):
         for one in wanted:
             if one.lacks(base, data) or not select:
                 continue
             cost = _cost(one, base, data, select, rates, run)
-            if not wish.recipe and cost * 0.25 > most:
-                why = f"its first quarter alone would take {clock(cost * 0.25)}"
+            if not wish.recipe and first_rungs + FIRST_RUNG * cost > most:
+                why = f"its first quarter would take {clock(FIRST_RUNG * cost)} of {clock(most - first_rungs)} left for it"
                 skipped.append({"method": f"{one.name}{label}", "why": why})
             else:
+                first_rungs += FIRST_RUNG * cost
                 arms.append((one, base, label, cost))
     return arms, skipped
 

@@ -44,7 +44,7 @@ class Settings:
     schedule: Schedule
     clip: float = 1.0
     weight_decay: float = 0.0
-    validations: int = 5
+    validations: int = 4
     patience: int = 3
 
 
