@@ -68,7 +68,8 @@ def cheap_arms(
                 continue
             cost = _cost(one, base, data, select, rates, run)
             if not wish.recipe and first_rungs + FIRST_RUNG * cost > most:
-                why = f"its first quarter would take {clock(FIRST_RUNG * cost)} of {clock(most - first_rungs)} left for it"
+                left = clock(most - first_rungs)
+                why = f"its first quarter would take {clock(FIRST_RUNG * cost)}, and {left} is left for such arms"
                 skipped.append({"method": f"{one.name}{label}", "why": why})
             else:
                 first_rungs += FIRST_RUNG * cost
