@@ -141,6 +141,26 @@ def choose_by_scores(
     return [tuple(s - o for s, o in zip(row, offsets, strict=True)) for row in plain] if offsets else plain
 
 
+class ByScores:
+    """`choose` and `cost` for sessions that score every choice."""
+
+    def choose(
+        self: Session,
+        prompts: Sequence[Prompt],
+        choices: Sequence[Sequence[str]],
+        *,
+        whole: bool = False,
+        offsets: Sequence[float] = (),
+        progress: Progress | None = None,
+    ) -> list[tuple[float, ...]]:
+        """Scores of every choice, less the offsets."""
+        return choose_by_scores(self, prompts, choices, whole, offsets, progress)
+
+    def cost(self: Session, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]]) -> int:
+        """The prompts' tokens; what they share is not known here."""
+        return sum(self.count(prompts))
+
+
 class Engine(Protocol):
     """Opens models. `name` stands in every protocol."""
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from whet.engine import Chat, Generation, Progress, Prompt, Sampling, Score, Session, Spent, choose_by_scores
+from whet.engine import ByScores, Chat, Generation, Progress, Prompt, Sampling, Score, Session, Spent
 from whet.errors import EngineError, ModelError, nearest
 from whet.model import ModelRef
 
@@ -162,29 +162,13 @@ def _cut(text: str, sampling: Sampling) -> _Cut:
     return _Cut("".join(words[: sampling.max_tokens]).rstrip(), sampling.max_tokens, False)
 
 
-class FakeSession:
+class FakeSession(ByScores):
     """A session without a model; a token is a word, and the context window has 1024 of them."""
 
     def __init__(self, kind: str) -> None:
         self.say, self.rate = KINDS[kind]
         self.context, self.spent = CONTEXT, Spent()
         self.protocol = {"engine": "fake", "dtype": "none", "kind": kind}
-
-    def choose(
-        self,
-        prompts: Sequence[Prompt],
-        choices: Sequence[Sequence[str]],
-        *,
-        whole: bool = False,
-        offsets: Sequence[float] = (),
-        progress: Progress | None = None,
-    ) -> list[tuple[float, ...]]:
-        """Scores of every choice, less the offsets."""
-        return choose_by_scores(self, prompts, choices, whole, offsets, progress)
-
-    def cost(self, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]]) -> int:
-        """The prompts' tokens; what servers share among them is not known here."""
-        return sum(self.count(prompts))
 
     def close(self) -> None:
         """Nothing is held."""

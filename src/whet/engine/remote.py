@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from whet.engine import Generation, Progress, Prompt, Sampling, Score, Session, Spent, choose_by_scores
+from whet.engine import ByScores, Generation, Progress, Prompt, Sampling, Score, Session, Spent
 from whet.errors import EngineError, ModelError, RemoteError
 from whet.model import ModelRef
 from whet.prompt import escape
@@ -451,7 +451,7 @@ class RemoteEngine:
             raise
 
 
-class RemoteSession:
+class RemoteSession(ByScores):
     """A session with a model on a server, for one calling thread.
 
     `protocol["scoring"]` says how closed sets behind chats are scored, `protocol["scoring_raw"]` the same behind raw
@@ -471,22 +471,6 @@ class RemoteSession:
         begun = time.monotonic()
         self.protocol |= {"scoring": self._probe_chat(), "scoring_raw": self._probe_raw()}
         self.spent += Spent(seconds=time.monotonic() - begun)
-
-    def choose(
-        self,
-        prompts: Sequence[Prompt],
-        choices: Sequence[Sequence[str]],
-        *,
-        whole: bool = False,
-        offsets: Sequence[float] = (),
-        progress: Progress | None = None,
-    ) -> list[tuple[float, ...]]:
-        """Scores of every choice, less the offsets."""
-        return choose_by_scores(self, prompts, choices, whole, offsets, progress)
-
-    def cost(self, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]]) -> int:
-        """The prompts' tokens; what servers share among them is not known here."""
-        return sum(self.count(prompts))
 
     def close(self) -> None:
         """Close the connections."""

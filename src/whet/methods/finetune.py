@@ -81,7 +81,8 @@ class FineTune:
             self._train(system, data, run, made)
         body = json.loads((made / "done.json").read_text(encoding="utf-8"))
         run.spent += Spent(**body["spent"])
-        run.notes.update(body["notes"])
+        # Named, so that recipes that begin with the same training pay for it once.
+        run.notes.update(body["notes"], artifact=key, trained=body["spent"])
         transform = Transform("adapter", body["fingerprint"], made / "adapter")
         return replace(system, model=system.model.add(transform), decoding=decoding)
 

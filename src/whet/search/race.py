@@ -135,7 +135,7 @@ class Race:
             body = {"settings": system.settings, "folders": _folders(system), "spent": asdict(spent), "notes": notes,
                     "status": status, "why": why}  # fmt: skip
             self.store.keep_trial(self.key, key, body)
-        total = spent + (card.spent if card else Spent())
+        total = spent - self._paid(notes) + (card.spent if card else Spent())
         paired = None
         if card and self.base and self.base.card:
             paired = stats.compare(self.base.card.outcomes[: len(rows)], card.outcomes, self.metric, self.seed)
@@ -143,6 +143,12 @@ class Race:
         return self.record(
             Trial(recipe, system, rung, status, why, n, card, total, self.rates.price(total), notes, paired, label)
         )
+
+    def _paid(self, notes: dict[str, Any]) -> Spent:
+        """What another trial has paid for already: recipes with a common beginning share its training."""
+        artifact = notes.get("artifact")
+        shared = artifact is not None and any(t.notes.get("artifact") == artifact for t in self.trials)
+        return Spent(**notes["trained"]) if shared else Spent()
 
     def _apply(
         self, recipe: Recipe, start: System, tokens: int | None
