@@ -121,6 +121,16 @@ def evaluate(
     return Scorecard(score, low, high, metric.name, outcomes, extra["seconds"], extra["truncated"], spent, rules)
 
 
+def join(first: Scorecard, second: Scorecard, metric: Metric, seed: int) -> Scorecard:
+    """One scorecard of two on different rows; what it spent and took is the second's, the first being paid for."""
+    outcomes = (*first.outcomes, *second.outcomes)
+    low, high = stats.bootstrap_interval(outcomes, metric, seed)
+    return replace(
+        second, score=metric.aggregate(outcomes), low=low, high=high, outcomes=outcomes,
+        truncated=first.truncated + second.truncated,
+    )  # fmt: skip
+
+
 def _outcomes(
     system: System, examples: Sequence[Example], metric: Metric, session: Session, progress: Progress | None
 ) -> tuple[tuple[Outcome, ...], int]:

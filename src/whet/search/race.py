@@ -18,7 +18,7 @@ from whet.errors import StoreError, WhetError
 from whet.methods import Run
 from whet.metrics import Metric
 from whet.progress import Standing, Watch
-from whet.scorecard import Scorecard, evaluate
+from whet.scorecard import Scorecard, evaluate, join
 from whet.search.budget import Rates
 from whet.search.recipe import Recipe
 from whet.store import Store
@@ -89,6 +89,8 @@ class Race:
     deadline: float = float("inf")
     trials: list[Trial] = field(default_factory=list)
     base: Trial | None = None
+    made: dict[str, tuple[System, dict[str, Any]]] = field(default_factory=dict)  # what recipes have made so far
+    scored: dict[str, Scorecard] = field(default_factory=dict)  # by fingerprint: the beginning of select so far
 
     @property
     def spent(self) -> float:
@@ -123,10 +125,12 @@ class Race:
             why = "the clock is far past the budget"
             return self.record(Trial(recipe, start, rung, "truncated", why, 0, None, Spent(), 0.0, {}, None, label))
         try:
-            system, spent, notes, status, why = (
-                self._revive(kept, start) if kept else self._apply(recipe, start, tokens)
-            )
-            card = self._score(system, rows) if status == "done" and rows else None
+            if kept:
+                system, spent, notes, status, why = self._revive(kept, start)
+            else:
+                system, spent, notes, status, why = self._apply(recipe, start, tokens)
+            self.made[_made(recipe, start, tokens)] = (system, notes)
+            card = self._score(system, len(rows)) if status == "done" and rows else None
         except StoreError:
             raise  # a full disk is no property of the arm
         except WhetError as error:
@@ -153,6 +157,9 @@ class Race:
     def _apply(
         self, recipe: Recipe, start: System, tokens: int | None
     ) -> tuple[System, Spent, dict[str, Any], str, str]:
+        before = self.made.get(_made(recipe, start, tokens))
+        if before is not None:  # a later rung scores the same System on more examples
+            return before[0], Spent(), before[1], "done", ""
         run = replace(self.run, trained_tokens=tokens, spent=Spent(), notes={}, tell=self.watch.tell)
         with counted(run, start) as reading:
             system = recipe.run(start, self.data, run)
@@ -163,13 +170,21 @@ class Race:
         system = revive(kept["settings"], start.model.base, folders, start.card, self.store.home)
         return system, Spent(**kept["spent"]), kept["notes"], kept["status"], kept["why"]
 
-    def _score(self, system: System, rows: Sequence[Example]) -> Scorecard:
-        session = self.run.session(system.model)
-        tell = self.run.progress("scoring on select")
-        return evaluate(
-            system, rows, self.metric, session=session, split="select", seed=self.seed, store=self.store,
-            progress=tell and (lambda done, of: self.watch.tell("scoring on select", done, of)),
+    def _score(self, system: System, count: int) -> Scorecard:
+        """Score a System on the first `count` of select; what was scored at an earlier rung is not run again."""
+        before = self.scored.get(system.fingerprint)
+        fresh = self.select[before.n if before else 0 : count]
+        if before and not fresh:
+            part = before.outcomes[:count]
+            low, high = stats.bootstrap_interval(part, self.metric, self.seed)
+            score = self.metric.aggregate(part)
+            return replace(before, score=score, low=low, high=high, outcomes=part, spent=Spent(), seconds=0.0)
+        card = evaluate(
+            system, fresh, self.metric, session=self.run.session(system.model), split="select", seed=self.seed,
+            store=self.store, progress=lambda done, of: self.watch.tell("scoring on select", done, of),
         )  # fmt: skip
+        self.scored[system.fingerprint] = join(before, card, self.metric, self.seed) if before else card
+        return self.scored[system.fingerprint]
 
     def halve(self, arms: Sequence[tuple[Recipe, System, str]]) -> list[Trial]:
         """Successive halving (Jamieson & Talwalkar 2016) on paired differences: the better half goes on, less those
@@ -202,6 +217,11 @@ class Race:
         if trial.card is None:
             return float("-inf")
         return trial.card.score if self.metric.higher_is_better else -trial.card.score
+
+
+def _made(recipe: Recipe, start: System, tokens: int | None) -> str:
+    """Under which the System that a recipe made is remembered within a race."""
+    return json.dumps([recipe.record, start.fingerprint, tokens], sort_keys=True)
 
 
 def _folders(system: System) -> dict[str, str]:
