@@ -307,7 +307,7 @@ def test_training_lowers_the_loss() -> None:
     assert curves.train[-1][1] < 0.5 * curves.train[0][1]
     assert curves.validation[-1][1] < 0.7 * curves.validation[0][1]
     assert len(curves.train) == curves.steps == 12
-    assert len(curves.validation) == 6  # before the first step, and five times
+    assert len(curves.validation) == 5  # before the first step, and four times
     assert curves.tokens == curves.train[-1][0] == curves.validation[-1][0]
     assert [t for t, _ in curves.train] == sorted(t for t, _ in curves.train)
     assert curves.validation[0][0] == 0
