@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -18,7 +19,9 @@ def add_lora(module: Any, rank: int, alpha: int, seed: int) -> Any:
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     try:
-        return get_peft_model(module, config, autocast_adapter_dtype=False)
+        with warnings.catch_warnings():  # peft uses a name that transformers has deprecated
+            warnings.simplefilter("ignore", FutureWarning)
+            return get_peft_model(module, config, autocast_adapter_dtype=False)
     finally:
         torch.random.set_rng_state(state)
 
