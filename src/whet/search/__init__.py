@@ -13,7 +13,7 @@ from typing import Any
 from whet import __version__, baselines, embed, stats
 from whet import task as tasks
 from whet.engine import Session, Spent
-from whet.errors import MethodError, TaskError
+from whet.errors import TaskError
 from whet.methods import Run, names
 from whet.metrics import Metric, get, score_all
 from whet.model import DEFAULT, ModelRef, loaded_before, resolve
@@ -393,4 +393,4 @@ def record_of(trial: Trial, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-__all__ = ["Improvement", "MethodError", "improve"]
+__all__ = ["Improvement", "improve"]

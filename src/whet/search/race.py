@@ -6,8 +6,7 @@ import json
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -139,7 +138,7 @@ class Race:
             body = {"settings": system.settings, "folders": _folders(system), "spent": asdict(spent), "notes": notes,
                     "status": status, "why": why}  # fmt: skip
             self.store.keep_trial(self.key, key, body)
-        total = spent - self._paid(notes) + (card.spent if card else Spent())
+        total = spent - self._paid(spent, notes) + (card.spent if card else Spent())
         paired = None
         if card and self.base and self.base.card:
             paired = stats.compare(self.base.card.outcomes[: len(rows)], card.outcomes, self.metric, self.seed)
@@ -148,11 +147,11 @@ class Race:
             Trial(recipe, system, rung, status, why, n, card, total, self.rates.price(total), notes, paired, label)
         )
 
-    def _paid(self, notes: dict[str, Any]) -> Spent:
+    def _paid(self, spent: Spent, notes: dict[str, Any]) -> Spent:
         """What another trial has paid for already: recipes with a common beginning share its training."""
         artifact = notes.get("artifact")
         shared = artifact is not None and any(t.notes.get("artifact") == artifact for t in self.trials)
-        return Spent(**notes["trained"]) if shared else Spent()
+        return Spent(**notes["trained"]) if shared and spent.trained_tokens else Spent()
 
     def _apply(
         self, recipe: Recipe, start: System, tokens: int | None
@@ -161,9 +160,10 @@ class Race:
         if before is not None:  # a later rung scores the same System on more examples
             return before[0], Spent(), before[1], "done", ""
         run = replace(self.run, trained_tokens=tokens, spent=Spent(), notes={}, tell=self.watch.tell)
-        with counted(run, start) as reading:
-            system = recipe.run(start, self.data, run)
-        return system, reading() + run.spent, run.notes, "done", ""
+        session = run.session(start.model)
+        spent = session.spent
+        system = recipe.run(start, self.data, run)
+        return system, session.spent - spent + run.spent, run.notes, "done", ""
 
     def _revive(self, kept: dict[str, Any], start: System) -> tuple[System, Spent, dict[str, Any], str, str]:
         folders = {k: Path(v) for k, v in kept["folders"].items()}
@@ -226,11 +226,3 @@ def _made(recipe: Recipe, start: System, tokens: int | None) -> str:
 
 def _folders(system: System) -> dict[str, str]:
     return {t.fingerprint: str(t.folder) for t in system.model.transforms}
-
-
-@contextmanager
-def counted(run: Run, start: System) -> Iterator[Callable[[], Spent]]:
-    """A reading of what the start model's session spends within the block."""
-    session = run.session(start.model)
-    before = session.spent
-    yield lambda: session.spent - before
