@@ -269,3 +269,16 @@ def test_silence_is_silent(capfd: pytest.CaptureFixture[str], task: Path, tmp_pa
     improve(task, model="fake:keyword", budget="2m", methods=["calibrate"], out=tmp_path / "o", home=tmp_path / "h",
             watch=Silent())  # fmt: skip
     assert capfd.readouterr() == ("", "")
+
+
+def test_training_takes_part_and_is_paid_for_once(task: Path, tmp_path: Path, model_folder: str) -> None:
+    settings = {"model": model_folder, "budget": "2m", "methods": ["finetune", "calibrate"], "home": tmp_path / "h"}
+    made = improve(task, out=tmp_path / "o", **settings)  # type: ignore[arg-type]
+    trials = {t["name"]: t for t in made.result["trials"]}
+    assert trials["finetune"]["status"] == "done" and trials["finetune"]["spent"]["trained_tokens"] > 0
+    assert trials["finetune+calibrate"]["status"] == "done"
+    assert trials["finetune+calibrate"]["spent"]["trained_tokens"] == 0
+    total = sum(t["spent"]["trained_tokens"] for t in trials.values())
+    assert made.result["spent"]["trained_tokens"] == total
+    again = improve(task, out=tmp_path / "again", **settings)  # type: ignore[arg-type]
+    assert timeless(again.result["trials"]) == timeless(made.result["trials"])
