@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,7 +31,7 @@ REMOTE = ("openai:", "fake:")
 class Transform:
     """One change to the weights, known by the hash of its files; `folder` only says where they lie now."""
 
-    kind: str  # "adapter"
+    kind: str  # "adapter" (peft's format) or "weights" (all of them)
     fingerprint: str
     folder: Path | None = field(default=None, compare=False)
 
@@ -274,14 +275,31 @@ def load(
     return model.to(device).eval(), tokenizer
 
 
+def save_weights(module: Any, folder: Path) -> None:
+    """All weights of a module as bf16 safetensors, as the base keeps them; shared ones are written once."""
+    import torch
+    from safetensors.torch import save_model
+
+    dtype = module.dtype
+    save_model(module.to(torch.bfloat16), str(folder / "model.safetensors"))
+    module.to(dtype)
+
+
 def _apply(model: PreTrainedModel, transform: Transform) -> PreTrainedModel:
     """Apply one transform to loaded weights."""
     folder = check_transform(transform)
+    if transform.kind == "weights":
+        from safetensors.torch import load_model
+
+        load_model(model, folder / "model.safetensors")
+        return model
     if transform.kind != "adapter":
-        raise ModelError(f"unknown transform {transform.kind!r}", expected="adapter", do="update whet")
+        raise ModelError(f"unknown transform {transform.kind!r}", expected="adapter or weights", do="update whet")
     from peft import PeftModel
 
     # Merged in fp32: rounding the sum once loses less than rounding the update first.
     dtype = model.dtype
-    merged = PeftModel.from_pretrained(model.float(), str(folder)).merge_and_unload()
+    with warnings.catch_warnings():  # peft uses a name that transformers has deprecated
+        warnings.simplefilter("ignore", FutureWarning)
+        merged = PeftModel.from_pretrained(model.float(), str(folder)).merge_and_unload()
     return merged.to(dtype)  # type: ignore[no-any-return]

@@ -19,8 +19,8 @@ from whet.engine import Progress, Session, Spent
 from whet.errors import TaskError
 from whet.metrics import Metric, Outcome, get, score_all
 from whet.model import local_folder
-from whet.store import Store
-from whet.system import System
+from whet.store import Scores, Store
+from whet.system import Answer, System
 from whet.task import Example, Task, rows_hash
 
 
@@ -106,12 +106,12 @@ def evaluate(
     kept = store.outcomes(key) if store else None
     if kept is None:
         begun, before = time.monotonic(), session.spent
-        outcomes, truncated = _outcomes(system, examples, metric, session, progress)
+        outcomes, truncated, scores = _outcomes(system, examples, metric, session, store, progress)
         extra: dict[str, Any] = {
             "seconds": time.monotonic() - begun, "truncated": truncated, "spent": asdict(session.spent - before)
         }  # fmt: skip
         if store:
-            store.keep_outcomes(key, outcomes, extra)
+            store.keep_outcomes(key, outcomes, extra, scores)
     else:
         outcomes, extra = kept
     score = metric.aggregate(outcomes)
@@ -131,12 +131,48 @@ def join(first: Scorecard, second: Scorecard, metric: Metric, seed: int) -> Scor
     )  # fmt: skip
 
 
+def reads_scores(system: System, examples: Sequence[Example], session: Session) -> bool:
+    """Whether every label is scored to answer these, so that the scores serve the System calibrated or not."""
+    labels = system.decoding.labels if system.decoding.closed else ()
+    return bool(labels) and not any(e.choices for e in examples) and session.scores_all(labels, system.decoding.normalise == "sum")
+
+
+def uncalibrated(system: System) -> System:
+    """The same System before calibration: both read their answers off the same scores."""
+    return replace(system, decoding=replace(system.decoding, prior=()))
+
+
+def _answers(
+    system: System, examples: Sequence[Example], metric: Metric, session: Session, store: Store, progress: Progress | None
+) -> tuple[list[Answer], Scores]:
+    """Answers read off scores over the labels, and those scores that are new.
+
+    The scores are kept: calibration changes how they are read, not what they are.
+    """
+    plain = uncalibrated(system)
+    rules = {k: v for k, v in protocol(system, [], metric, session, "").items() if k not in ("data", "metric")}
+    key = hashlib.sha256(json.dumps([plain.fingerprint, rules], sort_keys=True).encode()).hexdigest()
+    names = [rows_hash([e]) for e in examples]
+    kept = store.scores(key)
+    fresh = [e for e, name in zip(examples, names, strict=True) if name not in kept]
+    # Behind the scores stands whether the prompt had to be shortened.
+    made = plain.answers(fresh, session, progress) if fresh else []
+    scored = {rows_hash([e]): (*a.scores, float(a.truncated)) for e, a in zip(fresh, made, strict=True)}
+    kept |= scored
+    return [system.decide(kept[name][:-1], bool(kept[name][-1])) for name in names], (key, scored)
+
+
 def _outcomes(
-    system: System, examples: Sequence[Example], metric: Metric, session: Session, progress: Progress | None
-) -> tuple[tuple[Outcome, ...], int]:
+    system: System, examples: Sequence[Example], metric: Metric, session: Session, store: Store | None,
+    progress: Progress | None,
+) -> tuple[tuple[Outcome, ...], int, Scores | None]:  # fmt: skip
     if metric.name != "perplexity":
-        answers = system.answers(examples, session, progress)
-        return score_all(metric, [a.text for a in answers], examples), sum(a.truncated for a in answers)
+        scores = None
+        if store and reads_scores(system, examples, session):
+            answers, scores = _answers(system, examples, metric, session, store, progress)
+        else:
+            answers = system.answers(examples, session, progress)
+        return score_all(metric, [a.text for a in answers], examples), sum(a.truncated for a in answers), scores
     texts = [e.text if e.text is not None else e.completion for e in examples]
     scored = session.score(system.prompts(examples), [[t] for t in texts], progress=progress)
     outcomes = []
@@ -145,7 +181,7 @@ def _outcomes(
         outcomes.append(
             Outcome(example.id, "", -row[0].mean, "", example.group, error, weight=float(max(1, row[0].tokens)))
         )
-    return tuple(outcomes), 0
+    return tuple(outcomes), 0, None
 
 
 def size_bytes(system: System) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +20,13 @@ create table if not exists trials (
     run text not null, trial text not null, body text not null, primary key (run, trial)
 );
 create table if not exists rates (key text primary key, body text not null);
+create table if not exists scores (
+    key text not null, row text not null, body text not null, primary key (key, row)
+);
 """
+
+
+Scores = tuple[str, dict[str, tuple[float, ...]]]  # their key, and by the hash of the row its uncalibrated scores
 
 
 def home_folder() -> Path:
@@ -54,9 +60,12 @@ class Store:
         return base
 
     def _put(self, sql: str, values: Sequence[str]) -> None:
+        self._write(lambda base: base.execute(sql, values))
+
+    def _write(self, change: Callable[[sqlite3.Connection], object]) -> None:
         try:
             with closing(self._open()) as base, base:
-                base.execute(sql, values)
+                change(base)
         except sqlite3.Error as error:
             raise StoreError(f"cannot write {self.file}", found=str(error), do="free space, then run again") from error
 
@@ -70,10 +79,27 @@ class Store:
         body = self._get("select body from outcomes where key = ?", [key])
         return None if body is None else (tuple(_outcome(o) for o in body["outcomes"]), body["extra"])
 
-    def keep_outcomes(self, key: str, outcomes: Sequence[Outcome], extra: dict[str, Any]) -> None:
-        """Keep outcomes under their key; kept ones are never replaced."""
+    def keep_outcomes(
+        self, key: str, outcomes: Sequence[Outcome], extra: dict[str, Any], scores: Scores | None = None
+    ) -> None:
+        """Keep outcomes under their key, and the scores they were read off; kept ones are never replaced.
+
+        Both in one transaction: what was spent on the scores stands with the outcomes.
+        """
         body = json.dumps({"outcomes": [asdict(o) for o in outcomes], "extra": extra}, ensure_ascii=False)
-        self._put("insert or ignore into outcomes values (?, ?)", [key, body])
+        rows = [(scores[0], row, json.dumps(values)) for row, values in scores[1].items()] if scores else []
+
+        def change(base: sqlite3.Connection) -> None:
+            base.execute("insert or ignore into outcomes values (?, ?)", [key, body])
+            base.executemany("insert or ignore into scores values (?, ?, ?)", rows)
+
+        self._write(change)
+
+    def scores(self, key: str) -> dict[str, tuple[float, ...]]:
+        """Uncalibrated scores of closed sets, by the hash of the row."""
+        with closing(self._open()) as base:
+            found = base.execute("select row, body from scores where key = ?", [key]).fetchall()
+        return {row: tuple(json.loads(body)) for row, body in found}
 
     def trial(self, run: str, trial: str) -> dict[str, Any] | None:
         """A finished trial of a run."""

@@ -84,6 +84,12 @@ class Answer:
     truncated: bool = False
 
 
+def _greatest(choices: Sequence[str], scores: tuple[float, ...], truncated: bool) -> Answer:
+    """The choice with the greatest score, the first of equals."""
+    best = max(range(len(choices)), key=lambda i: (scores[i], -i))
+    return Answer(choices[best], scores, truncated)
+
+
 @dataclass(frozen=True)
 class System:
     """Model, prompt, demonstrations, sources and decoding. Its fingerprint, of contents, is its identity."""
@@ -191,11 +197,13 @@ class System:
         offsets = self.decoding.prior if not any(e.choices for e in examples) else ()
         whole = self.decoding.normalise == "sum"
         rows = session.choose(prompts, sets, whole=whole, offsets=offsets, progress=progress)
-        answers = []
-        for choices, row, short in zip(sets, rows, cut, strict=True):
-            best = max(range(len(choices)), key=lambda i: (row[i], -i))
-            answers.append(Answer(choices[best], row, short))
-        return answers
+        return [_greatest(c, row, short) for c, row, short in zip(sets, rows, cut, strict=True)]
+
+    def decide(self, scores: Sequence[float], truncated: bool = False) -> Answer:
+        """The answer that uncalibrated scores of the labels lead to."""
+        prior = self.decoding.prior or (0.0,) * len(scores)
+        calibrated = tuple(s - p for s, p in zip(scores, prior, strict=True))
+        return _greatest(self.decoding.labels, calibrated, truncated)
 
     def _generate(self, examples: Sequence[Example], session: Session, progress: Progress | None) -> list[Answer]:
         decoding = self.decoding

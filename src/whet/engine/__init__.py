@@ -122,6 +122,10 @@ class Session(Protocol):
         """About how many tokens choosing would compute."""
         ...
 
+    def scores_all(self, choices: Sequence[str], whole: bool = False) -> bool:
+        """Whether choosing among these gives the score of each of them, not only that of the greatest."""
+        ...
+
     def close(self) -> None:
         """Release what the session holds."""
         ...
@@ -159,6 +163,10 @@ class ByScores:
     def cost(self: Session, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]]) -> int:
         """The prompts' tokens; what they share is not known here."""
         return sum(self.count(prompts))
+
+    def scores_all(self: Session, choices: Sequence[str], whole: bool = False) -> bool:
+        """Every choice is scored."""
+        return True
 
 
 class Engine(Protocol):

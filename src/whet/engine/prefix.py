@@ -18,10 +18,14 @@ LEAST_SAVED = 24  # tokens a trunk must save: below it, the extra kernel calls o
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt and the continuations to be scored behind it, as token ids."""
+    """A prompt and the continuations to be scored behind it, as token ids.
+
+    `facts[c]` are numbers about continuation c that a training loss needs; arranging pays no heed to them.
+    """
 
     prompt: Tokens
     continuations: tuple[Tokens, ...] = ()
+    facts: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True)

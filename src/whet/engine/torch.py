@@ -157,7 +157,7 @@ class TorchSession:
             raw = isinstance(prompts[n], str)
             answers = tuple(self.encode_answer(t, end, raw) for t in texts)
             if raw and any(len(prompt) + len(a) > self.context for a in answers):
-                pieces = [(c, piece) for c, a in enumerate(answers) for piece in self._windows(prompt, a)]
+                pieces = [(c, piece) for c, a in enumerate(answers) for piece in self.windows(prompt, a, self.context)]
             else:
                 pieces = [(0, Row(prompt, answers))]
             rows += [piece for _, piece in pieces]
@@ -169,10 +169,10 @@ class TorchSession:
                 results[n][c] = Score(old.logprob + sum(values), old.tokens + len(values))
         return [tuple(row) for row in results]
 
-    def _windows(self, prompt: Tokens, text: Tokens) -> Iterator[Row]:
-        """Consecutive windows over a long text; each one's first token is predicted from the one before it."""
+    def windows(self, prompt: Tokens, text: Tokens, most: int) -> Iterator[Row]:
+        """Consecutive windows of at most `most` tokens; each one's first token is predicted from the one before it."""
         self._fits(len(prompt) + 1)
-        size = self.context - len(prompt)
+        size = min(most, self.context) - len(prompt)
         for at in range(0, len(text), size):
             yield Row(prompt if at == 0 else (text[at - 1],), (text[at : at + size],))
 
@@ -351,6 +351,11 @@ class TorchSession:
         results, tokens = lazy.choose(self, rows, sets, whole, offsets, progress)
         self.spent += Spent(seconds=time.monotonic() - begun, prefilled_tokens=tokens)
         return results
+
+    def scores_all(self, choices: Sequence[str], whole: bool = False) -> bool:
+        """Whether the set is so small (or the model's attention such) that all of it is scored."""
+        searched = lazy.worth([[self.encode_answer(c, whole) for c in choices]])
+        return not searched or attention.window(self.module) is not None
 
     def cost(self, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]]) -> int:
         """About how many tokens choosing would compute; what all prompts share counts once."""

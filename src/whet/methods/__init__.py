@@ -17,7 +17,7 @@ from whet.task import Learnable
 
 GROUP = "whet.methods"
 Need = Literal[
-    "weights", "examples", "documents", "knowledge", "feedback", "earlier", "limits", "closed set", "labels"
+    "weights", "rows", "examples", "documents", "knowledge", "feedback", "earlier", "limits", "closed set", "labels"
 ]
 Tell = Callable[[str, int, int], None]  # (what is going on, done, of)
 
@@ -26,14 +26,17 @@ Tell = Callable[[str, int, int], None]  # (what is going on, done, of)
 class Run:
     """What a Method is given to work with: sessions, seed, fidelity, budget, store and progress.
 
-    `fidelity` is the share of data and steps to use; `trained_tokens` bounds training. What the method spends and
+    `fidelity` is the share of data and steps to use, `previous` names the training of a lower fidelity to go on from;
+    `trained_tokens` bounds training; `report_to` names trackers (tensorboard, wandb, mlflow). What the method spends and
     what it wants to be reported (`notes`: curves, verdicts) is collected here; nothing else in it changes.
     """
 
     store: Store
     seed: int = 0
     fidelity: float = 1.0
+    previous: str | None = None
     trained_tokens: int | None = None
+    report_to: tuple[str, ...] = ()
     tell: Tell | None = None
     spent: Spent = field(default_factory=Spent)
     notes: dict[str, Any] = field(default_factory=dict)
@@ -137,6 +140,7 @@ def lacking(method: Method | type[Method], system: System, data: Learnable) -> s
     """What a Method needs and the task or the model lacks, in words; empty where nothing is missing."""
     have: dict[str, bool] = {
         "weights": not system.model.remote,
+        "rows": bool(data.train),
         "examples": any(e.completion for e in data.train),
         "documents": data.documents is not None,
         "knowledge": data.knowledge is not None or data.glossary is not None,
@@ -148,6 +152,7 @@ def lacking(method: Method | type[Method], system: System, data: Learnable) -> s
     }
     words = {
         "weights": "the model's weights (a server keeps them)",
+        "rows": "train rows",
         "examples": "train rows with completions",
         "closed set": "a closed set of answers",
         "labels": "labels in task.yaml",

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from whet.engine import Spent
 from whet.errors import MethodError
 from whet.methods import Need, Run
-from whet.model import Transform, aside, hash_files
 from whet.system import System
-from whet.task import Example, Learnable
+from whet.task import Learnable
 
 if TYPE_CHECKING:
-    from whet.engine.prefix import Row
     from whet.engine.torch import TorchSession
-    from whet.train.loop import Beat, Curves
+    from whet.train.lesson import Lesson
+    from whet.train.loop import Curves
 
-
-ROW_TOKENS = 32  # of a short row, to size the validation before the rows are looked at
+LEAST_STEPS = 64  # where the budget allows fewer steps of `batch` rows, a step takes fewer rows
+LEAST_BATCH = 8
+SAMPLED = 256  # rows looked at to tell how many tokens a row costs
+CHECKED = 0.06  # rows to validate on as a share of the rows trained on: looking must not cost more than learning
 
 
 def verdict(curves: Curves) -> str:
@@ -47,132 +45,80 @@ def verdict(curves: Curves) -> str:
 
 @dataclass(frozen=True)
 class FineTune:
-    """LoRA fine-tuning with completion-only loss, early stopping on a validation cut from train, best weights kept.
+    """Fine-tuning with completion-only loss, early stopping on a validation cut from train, best weights kept.
 
-    Defaults: rank 16 and alpha 2·rank (as in the LoRA literature), learning rate 1e-3 and 32 rows a step (measured in
-    LOG.md). `epochs` is what is wanted; the budget may allow less.
+    Defaults: LoRA of rank 16 and alpha 2·rank (as in the LoRA literature), learning rate 1e-3 and 32 rows a step
+    (measured in LOG.md; full training wants a tenth of that). `epochs` is what is wanted; the budget may allow less,
+    and a short training takes smaller steps, so that there are enough of them.
     """
 
     name: ClassVar[str] = "finetune"
     family: ClassVar[str] = "fine-tuning"
-    needs: ClassVar[tuple[Need, ...]] = ("examples", "weights")
+    needs: ClassVar[tuple[Need, ...]] = ("rows", "weights")
     writes: ClassVar[tuple[str, ...]] = ("model", "decoding")
     invalidates: ClassVar[tuple[str, ...]] = ("calibration",)
 
+    adapter: str = "lora"
     rank: int = 16
     learning_rate: float = 1e-3
     epochs: float = 3.0
     batch: int = 32
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.batch < 1 or self.learning_rate <= 0 or self.epochs <= 0:
             raise ValueError("rank, batch, learning_rate and epochs are positive")
+        if self.adapter not in ("lora", "rslora", "dora", "full"):
+            raise ValueError(f"adapter is {self.adapter!r}; one of lora, rslora, dora, full")
 
     def space(self) -> Mapping[str, Sequence[Any]]:
         """The settings worth trying."""
-        return {"learning_rate": (3e-4, 1e-3, 2e-3), "rank": (8, 16, 32)}
+        return {
+            "learning_rate": (3e-4, 1e-3, 2e-3), "rank": (8, 16, 32), "batch": (8, 16, 32), "epochs": (1.0, 3.0),
+            "adapter": ("lora", "dora", "full"),
+        }  # fmt: skip
 
     def apply(self, system: System, data: Learnable, run: Run) -> System:
         """The System with one more adapter; a closed set is scored as whole answers from here on."""
-        decoding = replace(system.decoding, prior=(), normalise="sum")
-        key = self._key(system, data, run)
-        made = run.store.artifact(key)
-        if not (made / "done.json").exists():
-            self._train(system, data, run, made)
-        body = json.loads((made / "done.json").read_text(encoding="utf-8"))
-        run.spent += Spent(**body["spent"])
-        # Named, so that recipes that begin with the same training pay for it once.
-        run.notes.update(body["notes"], artifact=key, trained=body["spent"])
-        transform = Transform("adapter", body["fingerprint"], made / "adapter")
-        return replace(system, model=system.model.add(transform), decoding=decoding)
-
-    def _key(self, system: System, data: Learnable, run: Run) -> str:
-        """What the adapter depends on: settings, System, data, seed and bounds."""
         from whet.task import rows_hash
+        from whet.train.adapters import Adapter
+        from whet.train.lesson import key, teach
 
-        parts = [asdict(self), system.fingerprint, rows_hash(data.train), run.seed, run.fidelity, run.trained_tokens]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        name = key(asdict(self), system.fingerprint, rows_hash(data.train), run.seed, run.fidelity, run.trained_tokens,
+                   run.previous)  # fmt: skip
+        adapter = Adapter(self.adapter, self.rank, 2 * self.rank)
+        taught = teach(system, run, name, adapter, lambda live: self._lesson(system, data, run, live))
+        return replace(taught, decoding=replace(system.decoding, prior=(), normalise="sum"))
 
-    def _held(self, run: Run) -> int:
-        """Rows to validate on: fewer where the budget is short, so that looking does not cost more than learning."""
-        rows = 128 if run.trained_tokens is None else run.trained_tokens // ROW_TOKENS // 20
-        return max(32, min(128, rows))
-
-    def _train(self, system: System, data: Learnable, run: Run, made: Path) -> None:
-        """Train on the session's own module, so that no second copy of the weights is held, and keep the adapter."""
-        from whet.engine.torch import TorchSession
-        from whet.train.adapters import adapted, merged_products
+    def _lesson(self, system: System, data: Learnable, run: Run, live: TorchSession) -> Lesson:
         from whet.train.batches import steps, tokens_per_row
-        from whet.train.loop import Schedule, Settings, train
-        from whet.train.losses import next_token
+        from whet.train.lesson import Lesson, mean_loss, render_rows
+        from whet.train.loop import Schedule, Settings
+        from whet.train.losses import NextToken
 
-        session = run.session(system.model)
-        if not isinstance(session, TorchSession):
-            raise MethodError("finetune needs the weights", expected="a local model", found=system.model.base)
-        fit, held = data.validation(seed=run.seed, most=self._held(run))
-        rows, cut = render_rows(system, fit, session)
-        checks, _ = render_rows(system, held, session)
-        if not rows:
-            raise MethodError("nothing to train on", expected="train rows with completions", found="none")
-        wanted = self.epochs * run.fidelity * len(rows)
+        usable = [e for e in data.train if e.completion or e.text]
+        if not usable:
+            raise MethodError("nothing to train on", expected="train rows with completions or text", found="none")
+        some, _ = render_rows(system, random.Random(run.seed).sample(usable, min(SAMPLED, len(usable))), live)
+        # How much is wanted at full fidelity decides everything but the number of steps, so that it can be continued.
+        wanted, batch = self.epochs * len(usable), self.batch
         if run.trained_tokens is not None:
-            wanted = min(wanted, run.trained_tokens / tokens_per_row(rows, self.batch, run.seed))
-        settings = Settings(Schedule(self.learning_rate, max(1, round(wanted / self.batch))))
-        source = steps(rows, self.batch, run.seed)
-        with adapted(session.module, self.rank, 2 * self.rank, run.seed) as tuned, merged_products(tuned):
-            live = TorchSession(tuned, session.tokenizer)
-            validate = (lambda: _mean_loss(live, checks)) if checks else None
-            curves = train(tuned, source, next_token, settings, validate, _told(run))
-            notes = {
-                "verdict": verdict(curves),
-                "curves": {"train": curves.train, "validation": curves.validation, "best": curves.best},
-                "steps": curves.steps,
-                "epochs": round(curves.steps * self.batch / len(rows), 2),
-                "rows": len(rows),
-                "shortened": cut,
-            }
-            spent = Spent(training_seconds=curves.seconds, trained_tokens=curves.tokens) + live.spent
-            _keep(tuned, made, {"notes": notes, "spent": asdict(spent), "settings": asdict(self)})
+            wanted = min(wanted, run.trained_tokens / tokens_per_row(some, batch, run.seed))
+            batch = max(min(LEAST_BATCH, batch), min(batch, round(wanted / LEAST_STEPS)))
+            wanted = min(wanted, run.trained_tokens / tokens_per_row(some, batch, run.seed))  # smaller steps share less
+        fit, held = data.validation(seed=run.seed, most=max(24, min(128, round(CHECKED * wanted))))
+        rows, cut = render_rows(system, fit, live)
+        checks, _ = render_rows(system, held, live)
+        count = max(1, round(run.fidelity * wanted / batch))
 
+        def after(curves: Curves) -> dict[str, Any]:
+            return {"verdict": verdict(curves), "epochs": round(curves.steps * batch / len(rows), 2)}
 
-def _mean_loss(live: TorchSession, rows: Sequence[Row]) -> float:
-    """Mean negative log-likelihood per target token, in nats."""
-    values = [v for row in live.score_rows(rows) for continuation in row for v in continuation]
-    return -sum(values) / len(values)
-
-
-def _told(run: Run) -> Callable[[Beat], None] | None:
-    """What tells each step of the loop as progress."""
-    tell = run.tell
-    if tell is None:
-        return None
-    return lambda at: tell(f"loss {at.loss:.3f}, {at.tokens / max(at.seconds, 1e-9):.0f} tokens/s", at.step, at.steps)
-
-
-def _keep(tuned: Any, made: Path, body: dict[str, Any]) -> None:
-    """Write adapter and record aside and rename them into place together."""
-    with aside(made) as work:
-        tuned.save_pretrained(work / "adapter", safe_serialization=True)
-        (work / "adapter" / "README.md").unlink(missing_ok=True)  # peft's template; the System has its own card
-        config = work / "adapter" / "adapter_config.json"
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        # A path of this machine is no part of an adapter's identity; the System names the base by content.
-        settings["base_model_name_or_path"] = None
-        config.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        body["fingerprint"] = hash_files([p for p in (work / "adapter").iterdir() if p.is_file()])
-        (work / "done.json").write_text(json.dumps(body), encoding="utf-8")
-
-
-def render_rows(system: System, examples: Sequence[Example], session: TorchSession) -> tuple[list[Row], int]:
-    """Training rows as the System renders its prompts, the completion and the end of turn behind them.
-
-    Returns the rows and how many prompts had to be shortened to fit the context window.
-    """
-    from whet.engine.prefix import Row
-
-    usable = [e for e in examples if e.completion and e.text is None]
-    answers = [session.encode_answer(e.completion, end=True) for e in usable]
-    # Demonstrations may come from the same rows: whoever sees its own answer only learns to copy.
-    prompts, cut = system.fitting(usable, session, [len(a) for a in answers], blind=True)
-    encoded = session.encode(prompts)
-    return [Row(p, (a,)) for p, a in zip(encoded, answers, strict=True)], sum(cut)
+        return Lesson(
+            steps(rows, batch, run.seed),
+            NextToken(),
+            Settings(Schedule(self.learning_rate, count), validations=4 if count >= 24 else 2, recompute=self.recompute),
+            (lambda: mean_loss(live, checks)) if checks else None,
+            {"rows": len(rows), "batch": batch, "shortened": cut},
+            after,
+        )

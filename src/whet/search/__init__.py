@@ -18,7 +18,7 @@ from whet.methods import Run, names
 from whet.metrics import Metric, get, score_all
 from whet.model import DEFAULT, ModelRef, loaded_before, resolve
 from whet.progress import Silent, Watch, clock
-from whet.scorecard import Scorecard, evaluate, measure, versions
+from whet.scorecard import Scorecard, evaluate, measure, reads_scores, versions
 from whet.search import out as output
 from whet.search.arms import cheap_arms, left_out
 from whet.search.budget import Rates, estimate, seconds
@@ -31,7 +31,7 @@ from whet.task import Example, Learnable, Splits, Task
 
 FIXED = 30.0  # seconds for loading, baselines and measuring latency, which no token count tells
 LEAST_TOKENS = 6_000  # a fine-tuning on fewer tokens (some eight steps of short rows) is not worth starting
-VALIDATED_ROWS = 5 * 96  # about what a fine-tuning's validations look at
+VALIDATED = 0.15  # of a fine-tuning's time, about, goes to its validations
 CALIBRATED_ROWS = 128
 ANSWER_TOKENS = (16, 256)  # bounds of how long a generated answer may be
 
@@ -152,8 +152,8 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
         bases.append(base_system(ref, task, splits.learnable, run.session(ref), store.home))
     rates = measure_rates(bases[0], run.session(refs[0]), store)
     confirm = rates.price(estimate(bases[0], splits.confirm, run.session(refs[0])))
-    # Base, finalist, and the best single-family arm; but the search always gets half.
-    reserve = min(2.5 * confirm + FIXED, 0.5 * wish.budget)
+    # Base and finalist, and a share of the best single-family arm; but the search always gets half.
+    reserve = min(2.2 * confirm + FIXED, 0.5 * wish.budget)
     select = shared_order(splits.select, task.closed, wish.seed)
     race = Race(key, splits.learnable, select, metric, store, rates, wish.seed, wish.budget - reserve, watch, run,
                 deadline=time.monotonic() + 3 * wish.budget)  # fmt: skip
@@ -227,9 +227,10 @@ def _train(job: _Job, wanted: Recipe, start: System, each: float) -> Trial | Non
     """Run a recipe that trains, with all tokens that the search has left once scoring what comes of it is set aside."""
     race = job.race
     row = each / max(1, len(race.select))
-    # Scoring on select, the validations, and calibrating afterwards with its own scoring.
-    after = each + VALIDATED_ROWS * row + (each + CALIBRATED_ROWS * row if _calibrates(job) else 0.0)
-    allowed = int((race.left - after) * job.rates.train)
+    # Scoring on select, and calibrating afterwards; calibrated answers are read off the same scores where all are had.
+    again = 0.0 if reads_scores(start, race.select, job.run.session(start.model)) else each
+    after = each + (again + CALIBRATED_ROWS * row if _calibrates(job) else 0.0)
+    allowed = int((race.left - after) * (1 - VALIDATED) * job.rates.train)
     trains = any("weights" in m.needs for m in wanted.methods)
     if trains and allowed < LEAST_TOKENS:
         why = f"only {clock(race.left)} of the budget would be left for it"

@@ -10,6 +10,7 @@ from whet.errors import WhetError
 from whet.methods import Run, lacking, table
 from whet.progress import clock
 from whet.search.budget import Rates, estimate
+from whet.scorecard import reads_scores, uncalibrated
 from whet.search.recipe import Recipe, parse, recipe
 from whet.system import System
 from whet.task import Example, Learnable
@@ -61,12 +62,13 @@ def cheap_arms(
         wanted = [r for r in wanted if all(m.name in wish.methods for m in r.methods)]
     arms: list[Arm] = []
     first_rungs = 0.0
+    scored = {uncalibrated(base).fingerprint for base in bases}
     skipped: list[dict[str, str]] = []
     for base, label in zip(bases, labels, strict=True):
         for one in wanted:
             if one.lacks(base, data) or not select:
                 continue
-            cost = _cost(one, base, data, select, rates, run)
+            cost = _cost(one, base, data, select, rates, run, scored)
             if not wish.recipe and first_rungs + FIRST_RUNG * cost > most:
                 left = clock(most - first_rungs)
                 why = f"its first quarter would take {clock(FIRST_RUNG * cost)}, and {left} is left for such arms"
@@ -78,19 +80,22 @@ def cheap_arms(
 
 
 def _cost(
-    one: Recipe, base: System, data: Learnable, select: Sequence[Example], rates: Rates, run: Run
+    one: Recipe, base: System, data: Learnable, select: Sequence[Example], rates: Rates, run: Run, scored: set[str]
 ) -> float:
-    """Seconds that an arm would take on all of select: what it shows is known before the model runs."""
+    """Seconds that an arm would take on all of select: what it shows is known before the model runs.
+
+    Calibrated arms read the scores of the same arm uncalibrated; `scored` holds those that are (or will be) at hand.
+    """
     system = base
     for method in one.methods:
         if method.writes == ("demonstrations",):
             system = method.apply(system, data, run)
     session = run.session(base.model)
-    cost = rates.price(estimate(system, select, session))
-    for method in one.methods:
-        prompts = getattr(method, "prompts", 0)
-        cost += cost * prompts / max(1, len(select))
-    return cost
+    whole = rates.price(estimate(system, select, session))
+    known = system.fingerprint in scored and reads_scores(system, select, session)
+    scored.add(system.fingerprint)
+    prompts = sum(getattr(method, "prompts", 0) for method in one.methods)
+    return (0.0 if known else whole) + whole * prompts / max(1, len(select))
 
 
 def left_out(wish: Wish, base: System, data: Learnable) -> list[dict[str, str]]:

@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+KINDS = ("lora", "rslora", "dora", "full")
 
-def add_lora(module: Any, rank: int, alpha: int, seed: int) -> Any:
-    """A peft model with fresh LoRA (Hu et al. 2021) on every linear layer but the output; repeatable by seed."""
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is trained: LoRA on every linear layer but the output, one of its kin, or all weights.
+
+    lora: Hu et al. 2021. rslora: the same scaled by alpha/√rank (Kalajdzievski 2023). dora: magnitude and direction
+    apart (Liu et al. 2024). full: every weight.
+    """
+
+    kind: str = "lora"
+    rank: int = 16
+    alpha: int = 32
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"adapter is {self.kind!r}; one of {', '.join(KINDS)}")
+        if self.rank < 1:
+            raise ValueError(f"rank is {self.rank}; at least 1")
+
+
+def add_lora(module: Any, adapter: Adapter, seed: int) -> Any:
+    """A peft model with a fresh adapter; repeatable by seed."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0)
+    config = LoraConfig(
+        r=adapter.rank, lora_alpha=adapter.alpha, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0,
+        use_dora=adapter.kind == "dora", use_rslora=adapter.kind == "rslora",
+    )  # fmt: skip
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     try:
@@ -27,12 +53,19 @@ def add_lora(module: Any, rank: int, alpha: int, seed: int) -> Any:
 
 
 @contextmanager
-def adapted(module: Any, rank: int, alpha: int, seed: int) -> Iterator[Any]:
-    """A module with fresh LoRA on it for the length of the block; afterwards it is as it was."""
+def adapted(module: Any, adapter: Adapter, seed: int) -> Iterator[Any]:
+    """A trainable module for the length of the block; afterwards the given one is as it was.
+
+    An adapter is put on the module itself, so that no second copy of the weights is held; for full training a copy is.
+    """
+    if adapter.kind == "full":
+        yield copy.deepcopy(module).requires_grad_(True)
+        return
     training = module.training
-    tuned = add_lora(module, rank, alpha, seed)
+    tuned = add_lora(module, adapter, seed)
     try:
-        yield tuned
+        with merged_products(tuned):
+            yield tuned
     finally:
         tuned.unload().train(training)
         for leftover in {"peft_config", "_hf_peft_config_loaded"} & set(vars(module)):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -19,68 +20,96 @@ PACK_TARGETS = 1024  # tokens with logits per backward pass: the vocabulary is w
 
 @dataclass(frozen=True)
 class Pack:
-    """One packed forward pass: ids and positions [1, T], the places whose logits are needed, and what follows them.
+    """One forward pass: ids and positions [B, T], the places whose logits are needed, and what follows them.
 
-    Without a plan it is one plain sequence, for models whose attention cannot be shared.
+    With a plan, B is 1 and the rows are packed; without, a row's continuations stand padded beneath each other, for
+    models whose attention cannot be shared. A sequence is one continuation of one row; those of a row stand together.
     """
 
     ids: Tensor
     positions: Tensor
     plan: attention.Plan | None
-    places: Tensor  # [P] indices into the packed sequence
+    places: Tensor  # [K] columns whose logits are computed
+    pick: Tensor | None  # [P] which of the B·K logits are wanted; None: all of them
     targets: Tensor  # [P] the token that follows each place
-    rows: Tensor  # [P] the row of the step that each target belongs to
+    sequences: Tensor  # [P] which of the S sequences each target belongs to
+    owners: Tensor  # [S] the row of the step that each sequence belongs to
+    facts: Tensor  # [S, F] what the loss knows about each sequence
     tokens: int  # tokens computed
 
 
-def packs(rows: Sequence[Row], dtype: torch.dtype, device: torch.device) -> list[Pack]:
-    """Pack the rows of one optimizer step into as few forward passes as the bounds allow."""
+def packs(rows: Sequence[Row], dtype: torch.dtype, device: torch.device, most: int = PACK_TOKENS) -> list[Pack]:
+    """Pack the rows of one optimizer step into as few forward passes of about `most` tokens as can be."""
     forest = prefix.arrange(rows)
     made = []
     # Packs of like size: a small last one would compute the shared beginnings for a few rows only.
-    wanted = math.ceil(forest.unique_tokens / PACK_TOKENS)
-    most = math.ceil(1.1 * forest.unique_tokens / wanted) if wanted > 1 else PACK_TOKENS
-    for batch in prefix.batches(forest, most, most_targets=PACK_TARGETS, keep=False):
+    wanted = math.ceil(forest.unique_tokens / most)
+    size = math.ceil(1.1 * forest.unique_tokens / wanted) if wanted > 1 else most
+    for batch in prefix.batches(forest, size, most_targets=PACK_TARGETS, keep=False):
         ids, positions = attention.packed(forest, batch, device)
-        found = [
-            (at + before, token, unit.row)
+        places = [
+            at + before
             for unit, at in zip(batch.units, batch.unit_at, strict=True)
             for target in unit.targets
-            for before, token in target
+            for before, _ in target
         ]
-        places, targets, owners = (torch.tensor(column, device=device) for column in zip(*found, strict=True))
         made.append(
-            Pack(ids, positions, attention.plan(forest, batch, dtype, device), places, targets, owners, batch.length)
-        )
+            Pack(
+                ids, positions, attention.plan(forest, batch, dtype, device), torch.tensor(places, device=device), None,
+                *_wanted(rows, [unit.row for unit in batch.units], device), batch.length,
+            )
+        )  # fmt: skip
     return made
 
 
-def singles(rows: Sequence[Row], device: torch.device) -> list[Pack]:
-    """One pass for every continuation of every row, nothing shared."""
+def padded(rows: Sequence[Row], device: torch.device) -> list[Pack]:
+    """One pass per row, nothing shared: padding stands behind what a causal model reads, so that it needs no mask."""
     made = []
     for n, row in enumerate(rows):
-        for target in row.continuations:
-            ids = torch.tensor([(*row.prompt, *target[:-1])], device=device)
-            size = ids.shape[1]
-            places = torch.arange(len(row.prompt) - 1, size, device=device)
-            positions, owners = torch.arange(size, device=device)[None], torch.full_like(places, n)
-            made.append(Pack(ids, positions, None, places, torch.tensor(target, device=device), owners, size))
+        first, most = len(row.prompt) - 1, max(map(len, row.continuations))
+        whole = [(*row.prompt, *c[:-1], *[0] * (most - len(c))) for c in row.continuations]
+        ids = torch.tensor(whole, device=device)
+        places = torch.arange(first, ids.shape[1], device=device)
+        pick = [b * most + i for b, c in enumerate(row.continuations) for i in range(len(c))]
+        positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
+        made.append(Pack(ids, positions, None, places, torch.tensor(pick, device=device), *_wanted(rows, [n], device),
+                         ids.numel()))  # fmt: skip
     return made
 
 
-def steps(rows: Sequence[Row], size: int, seed: int) -> Iterator[list[Row]]:
-    """Endless steps of `size` rows: every row once per epoch, in an order that depends on seed and epoch only."""
-    epoch = 0
-    while True:
-        order = list(range(len(rows)))
-        random.Random(f"{seed}/{epoch}").shuffle(order)
-        for at in range(0, len(order), size):
-            yield [rows[i] for i in order[at : at + size]]
-        epoch += 1
+def _wanted(rows: Sequence[Row], some: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Targets, their sequences, owners and facts of the chosen rows."""
+    sequences = [(n, c, target) for n in some for c, target in enumerate(rows[n].continuations)]
+    targets = [token for _, _, target in sequences for token in target]
+    of = [s for s, (_, _, target) in enumerate(sequences) for _ in target]
+    facts = [rows[n].facts[c] if rows[n].facts else () for n, c, _ in sequences]
+    return (
+        torch.tensor(targets, device=device),
+        torch.tensor(of, device=device),
+        torch.tensor([n for n, _, _ in sequences], device=device),
+        torch.tensor(facts, dtype=torch.float32, device=device).reshape(len(sequences), -1),
+    )
+
+
+def steps(rows: Sequence[Row], size: int, seed: int) -> Callable[[int], list[Row]]:
+    """The rows of each step (from 0): every row once per epoch, in an order that depends on seed and epoch only."""
+    each = math.ceil(len(rows) / size)
+
+    @lru_cache(maxsize=2)
+    def order(epoch: int) -> list[int]:
+        drawn = list(range(len(rows)))
+        random.Random(f"{seed}/{epoch}").shuffle(drawn)
+        return drawn
+
+    def step(number: int) -> list[Row]:
+        epoch, at = divmod(number, each)
+        return [rows[i] for i in order(epoch)[at * size : (at + 1) * size]]
+
+    return step
 
 
 def tokens_per_row(rows: Sequence[Row], size: int, seed: int, looked_at: int = 8) -> float:
     """Tokens that training computes per row, shared beginnings counted once per step; from a few sample steps."""
     source = steps(rows, size, seed)
-    sampled = [next(source) for _ in range(looked_at)]
+    sampled = [source(n) for n in range(looked_at)]
     return sum(prefix.arrange(s).unique_tokens for s in sampled) / max(1, sum(map(len, sampled)))

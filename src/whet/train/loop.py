@@ -1,11 +1,14 @@
-"""The one visible training loop: it takes the packed batches and the loss as arguments, and any causal LM."""
+"""The one visible training loop: it takes the rows of each step and the loss as arguments, and any causal LM."""
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +18,13 @@ from whet.engine import attention
 from whet.engine.prefix import Row
 from whet.engine.torch import using_tree
 from whet.errors import MethodError
-from whet.train.batches import packs, singles
+from whet.train.batches import PACK_TOKENS, Pack, packs, padded
+from whet.train.losses import Loss
+from whet.train.team import Alone
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Source = Callable[[int], Sequence[Row]]
+LEAST_TOKENS = 64  # a pack smaller than this is not worth another try where memory is short
+KEEP_EVERY = 60.0  # seconds between checkpoints, at least; and twenty times what writing one takes
 
 
 @dataclass(frozen=True)
@@ -26,31 +33,41 @@ class Schedule:
 
     learning_rate: float
     steps: int
-    warmup: float = 0.06  # share of the steps
+    warmup: int = 8  # steps, so that a longer schedule begins like a shorter one
     decay: float = 0.3
+
+    @property
+    def decays(self) -> int:
+        """The first step of the decay, from 0."""
+        return self.steps - max(1, round(self.decay * self.steps))
 
     def at(self, step: int) -> float:
         """Learning rate of a step (from 0)."""
-        rise = max(1, round(self.warmup * self.steps))
-        fall = max(1, round(self.decay * self.steps))
-        share = min(1.0, (step + 1) / rise, (self.steps - step) / fall)
+        rise = max(1, min(self.warmup, self.steps // 4))
+        share = min(1.0, (step + 1) / rise, (self.steps - step) / (self.steps - self.decays))
         return self.learning_rate * max(0.0, share)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a module is trained. `patience` validations without a new best end the training early."""
+    """How a module is trained. `patience` validations without a new best end the training early.
+
+    `recompute` keeps one activation per layer and computes the rest again (gradient checkpointing, Chen et al. 2016).
+    `peak` is the machine's matmul peak in operations per second, to tell what share of it is reached; 0: unknown.
+    """
 
     schedule: Schedule
     clip: float = 1.0
     weight_decay: float = 0.0
     validations: int = 4
     patience: int = 3
+    recompute: bool = False
+    peak: float = 0.0
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Both curves as (tokens trained, loss per target token in nats), and which validation was kept."""
+    """Both curves as (tokens trained, loss), and which validation was kept."""
 
     train: tuple[tuple[int, float], ...]
     validation: tuple[tuple[int, float], ...]
@@ -62,13 +79,15 @@ class Curves:
 
 @dataclass(frozen=True)
 class Beat:
-    """One step, as progress is told."""
+    """One step, as progress is told; `share` of the machine's peak is 0 where the peak is unknown."""
 
     step: int
     steps: int
     loss: float
+    learning_rate: float
     tokens: int
     seconds: float
+    share: float = 0.0
 
 
 class Masters:
@@ -102,80 +121,240 @@ class Masters:
                 live.copy_(saved)
 
 
+@dataclass
+class _State:
+    """Where a training stands: all that a checkpoint must hold beside weights and optimizer."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best_at: int = 0
+    train: list[tuple[int, float]] = field(default_factory=list)
+    checks: list[tuple[int, float]] = field(default_factory=list)
+    pack_tokens: int = PACK_TOKENS  # not kept: how much fits depends on the machine
+
+
 def train(
     module: Any,
-    source: Iterator[list[Row]],
+    source: Source,
     loss: Loss,
     settings: Settings,
+    *,
     validate: Callable[[], float] | None = None,
     beat: Callable[[Beat], None] | None = None,
+    keep: Path | None = None,
+    since: Path | None = None,
+    team: Alone | None = None,
+    continued: bool = False,
 ) -> Curves:
     """Train a module's trainable weights in place; the weights of the best validation are kept.
 
-    `source` yields the rows of each step; `loss` maps logits [P, vocabulary] and targets [P] to a sum over targets.
-    Raises MethodError when the loss is not finite; the module then holds the last good validated weights.
+    `source(n)` gives the rows of step n. `keep` is where checkpoints go: a training that was killed goes on from
+    there and ends with the same weights. Where it is to be `continued`, a second file, with `.stable` behind its name,
+    holds the state before the decay; `since` is such a file of a shorter training, from which this one goes on. Raises MethodError when the
+    loss is not finite or explodes (the module then holds the best validated weights), or when memory does not suffice.
     """
+    team = team or Alone()
     masters, schedule = Masters(module), settings.schedule
     optimizer = torch.optim.AdamW(
         masters.copies, lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
     )
-    train_curve: list[tuple[int, float]] = []
-    checks: list[tuple[int, float]] = []
-    best, best_at, tokens, begun = masters.snapshot(), 0, 0, time.monotonic()
+    wrapped, per_token = team.wrap(module), operations(module)
+    state, best = _State(), masters.snapshot()
     due = {math.ceil(schedule.steps * (i + 1) / settings.validations) for i in range(settings.validations)}
-    if validate:
-        checks.append((0, validate()))
-    step = 0
-    for step in range(1, schedule.steps + 1):
+    begin = next((p for p in (keep, since) if p and p.exists()), None)
+    if begin:
+        best = _resume(begin, state, masters, optimizer, continuing=begin is since)
+    if validate and not state.checks:
+        state.checks.append((0, validate()))
+    saved, interval, before, begun = time.monotonic(), KEEP_EVERY, state.seconds, time.monotonic()
+    while state.step < schedule.steps and not _tired(state, settings):
+        if keep and continued and state.step == schedule.decays and team.first:
+            _keep(keep.with_name(keep.name + ".stable"), state, masters, optimizer, best)
         for group in optimizer.param_groups:
-            group["lr"] = schedule.at(step - 1)
-        value, used = _step(module, next(source), loss)
-        if not math.isfinite(value):
+            group["lr"] = schedule.at(state.step)
+        value, used = _fitting_step(module, wrapped, source(state.step), loss, state, settings, team)
+        state.step += 1
+        if not math.isfinite(value) or _explodes(state.train, value):
             masters.restore(best)
-            raise MethodError(
-                f"the loss is not finite at step {step}",
-                expected="a finite loss",
-                found=str(value),
-                do=f"set learning_rate={schedule.learning_rate / 4:.2g}",
-            )
+            raise _diverged(state.step, value, schedule.learning_rate)
         masters.take_gradients()
         torch.nn.utils.clip_grad_norm_(masters.copies, settings.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         masters.give_weights()
-        tokens += used
-        train_curve.append((tokens, value))
+        state.tokens += used
+        state.train.append((state.tokens, value))
+        state.seconds = before + time.monotonic() - begun
         if beat:
-            beat(Beat(step, schedule.steps, value, tokens, time.monotonic() - begun))
-        if validate and step in due:
-            checks.append((tokens, validate()))
-            if checks[-1][1] <= min(c for _, c in checks):
-                best, best_at = masters.snapshot(), len(checks) - 1
-            elif len(checks) - 1 - best_at >= settings.patience:
-                break
+            share = state.tokens * per_token / state.seconds / settings.peak if settings.peak else 0.0
+            beat(Beat(state.step, schedule.steps, value, schedule.at(state.step - 1), state.tokens, state.seconds, share))
+        if validate and state.step in due:
+            state.checks.append((state.tokens, validate()))
+            if state.checks[-1][1] <= min(c for _, c in state.checks):
+                best, state.best_at = masters.snapshot(), len(state.checks) - 1
+        if keep and team.first and time.monotonic() - saved > interval:
+            at = time.monotonic()
+            _keep(keep, state, masters, optimizer, best)
+            saved, interval = time.monotonic(), max(KEEP_EVERY, 20 * (time.monotonic() - at))
     if validate:
         masters.restore(best)
-    return Curves(tuple(train_curve), tuple(checks), best_at, step, tokens, time.monotonic() - begun)
+    return Curves(tuple(state.train), tuple(state.checks), state.best_at, state.step, state.tokens, state.seconds)
 
 
-def _step(module: Any, rows: Sequence[Row], loss: Loss) -> tuple[float, int]:
-    """Forward and backward over one step's rows; returns the mean loss per target token and the tokens computed."""
-    total, tokens = 0.0, 0
+def _tired(state: _State, settings: Settings) -> bool:
+    """Whether `patience` validations have passed without a new best."""
+    return len(state.checks) - 1 - state.best_at >= settings.patience
+
+
+def _explodes(curve: Sequence[tuple[int, float]], value: float) -> bool:
+    """Whether this loss and the two before it lie far above all that the first five steps have shown."""
+    if len(curve) < 7:
+        return False
+    most = 3 * max(abs(v) for _, v in curve[:5]) + 3
+    return min(value, curve[-1][1], curve[-2][1]) > most
+
+
+def _diverged(step: int, value: float, learning_rate: float) -> MethodError:
+    finite = math.isfinite(value)
+    return MethodError(
+        f"the loss {'explodes' if finite else 'is not finite'} at step {step}",
+        expected="a loss that falls" if finite else "a finite loss",
+        found=f"{value:.4g}",
+        do=f"set learning_rate={learning_rate / 4:.2g}",
+    )
+
+
+def operations(module: torch.nn.Module) -> float:
+    """Operations per trained token: 4 per weight outside the embedding, 2 more for each that is itself trained."""
+    layers = [m for m in module.modules() if not isinstance(m, torch.nn.Embedding)]
+    tied = {id(p) for m in module.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters(recurse=False)}
+    weights = {id(p): p for m in layers for p in m.parameters(recurse=False) if p.ndim == 2 and id(p) not in tied}
+    return sum(p.numel() * (6 if p.requires_grad else 4) for p in weights.values())
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    words = ("not enough memory", "can't allocate memory", "out of memory")
+    named = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return named or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
+
+
+def _fitting_step(
+    module: Any, wrapped: Any, rows: Sequence[Row], loss: Loss, state: _State, settings: Settings, team: Alone
+) -> tuple[float, int]:
+    """One step; where memory does not suffice it is run again in smaller packs, which changes nothing else."""
+    while True:
+        try:
+            return _step(module, wrapped, rows, loss, state.pack_tokens, settings.recompute, team)
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            state.pack_tokens //= 2
+            if state.pack_tokens < LEAST_TOKENS:
+                longest = max(len(r.prompt) + sum(map(len, r.continuations)) for r in rows)
+                raise MethodError(
+                    "too little memory to train", expected=f"room for one row of {longest} tokens",
+                    found=f"none, even in packs of {2 * state.pack_tokens}", do="shorten the rows or set recompute=true",
+                ) from error  # fmt: skip
+            module.zero_grad(set_to_none=True)
+
+
+def _step(
+    module: Any,
+    wrapped: Any,
+    rows: Sequence[Row],
+    loss: Loss,
+    most: int = PACK_TOKENS,
+    recompute: bool = False,
+    team: Alone | None = None,
+) -> tuple[float, int]:
+    """Forward and backward over one step's rows; returns the mean loss and the tokens computed, of the whole team."""
+    team = team or Alone()
+    mine = team.share(rows)
     shared = attention.shares(module, max(len(r.prompt) + max(map(len, r.continuations)) for r in rows))
-    made = packs(rows, module.dtype, module.device) if shared else singles(rows, module.device)
-    targets = sum(len(pack.targets) for pack in made)
-    with using_tree(module, train=True, shared=shared):
-        for pack in made:
-            plan = {"whet_plan": pack.plan} if shared else {}
-            logits = module(
-                input_ids=pack.ids,
-                position_ids=pack.positions,
-                use_cache=False,
-                logits_to_keep=pack.places,
-                **plan,
-            ).logits[0]
-            part = loss(logits, pack.targets) / targets
-            part.backward()
+    # A process without rows makes its passes, too: the others wait for it when gradients are exchanged.
+    some = mine or rows[:1]
+    made = packs(some, module.dtype, module.device, most) if shared else padded(some, module.device)
+    count, own = loss.count(rows), len(made) if mine else 0
+    total, tokens, passes = 0.0, 0, team.most(len(made))
+    with using_tree(module, train=True, shared=shared), _recomputing(module, recompute):
+        for n in range(passes):
+            pack, real = (made[n], 1.0) if n < own else (made[0], 0.0)
+            with team.accumulating(wrapped, last=n == passes - 1):
+                part = loss(_logits(wrapped, pack), pack) * real / count
+                (part * team.size).backward()
             total += float(part.detach())
-            tokens += pack.tokens
-    return total, tokens
+            tokens += pack.tokens if real else 0
+    return team.sum(total), round(team.sum(tokens))
+
+
+def _logits(module: Any, pack: Pack) -> Tensor:
+    """Logits [P, vocabulary] of a pack's targets."""
+    plan = {} if pack.plan is None else {"whet_plan": pack.plan}
+    out = module(
+        input_ids=pack.ids, position_ids=pack.positions, use_cache=False, logits_to_keep=pack.places, **plan
+    ).logits.flatten(0, 1)
+    kept: Tensor = out if pack.pick is None else out[pack.pick]
+    return kept
+
+
+class _recomputing:
+    """Within it, a module computes activations again in the backward pass rather than keeping them."""
+
+    def __init__(self, module: Any, on: bool) -> None:
+        self.module, self.on = module, on and not module.is_gradient_checkpointing
+
+    def __enter__(self) -> None:
+        if self.on:
+            self.module.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def __exit__(self, *_: object) -> None:
+        if self.on:
+            self.module.gradient_checkpointing_disable()
+
+
+def _keep(
+    file: Path, state: _State, masters: Masters, optimizer: torch.optim.Optimizer, best: Sequence[Tensor]
+) -> None:
+    """Write everything that goes on from here into one file, aside and then renamed."""
+    from safetensors.torch import save_file
+
+    tensors = {f"best.{i}": t for i, t in enumerate(best)}
+    for i, weight in enumerate(masters.copies):
+        tensors[f"weight.{i}"] = weight.detach()
+        tensors |= {f"{name}.{i}": value for name, value in optimizer.state[weight].items()}
+    tensors["random"] = torch.get_rng_state()
+    body = {k: v for k, v in vars(state).items() if k != "pack_tokens"}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    work = file.with_name(f".{file.name}-{os.getpid()}")
+    try:
+        # Contiguous copies: safetensors refuses tensors that share memory.
+        save_file({k: t.detach().clone().contiguous() for k, t in tensors.items()}, work, {"state": json.dumps(body)})
+        os.replace(work, file)
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def _resume(
+    file: Path, state: _State, masters: Masters, optimizer: torch.optim.Optimizer, *, continuing: bool
+) -> list[Tensor]:
+    """Put a checkpoint back; returns the best weights so far. A continued training forgets the old validations."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        tensors = {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118 - not a mapping
+        body = json.loads((opened.metadata() or {})["state"])
+    for name, value in body.items():
+        setattr(state, name, [tuple(v) for v in value] if isinstance(value, list) else value)
+    torch.set_rng_state(tensors["random"])
+    with torch.no_grad():
+        for i, weight in enumerate(masters.copies):
+            weight.copy_(tensors[f"weight.{i}"])
+            names = [k.rpartition(".")[0] for k in tensors if k.rpartition(".")[2] == str(i)]
+            optimizer.state[weight] = {n: tensors[f"{n}.{i}"].to(weight.device) if n != "step" else tensors[f"{n}.{i}"]
+                                       for n in names if n not in ("best", "weight")}  # fmt: skip
+    masters.give_weights()
+    if continuing:
+        state.checks, state.best_at = [], 0
+        return masters.snapshot()
+    return [tensors[f"best.{i}"].to(p.device) for i, p in enumerate(masters.live)]

@@ -1,0 +1,144 @@
+"""Teaching a System's model: what every method that trains has in common, from opening to keeping the outcome."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from whet.engine import Spent
+from whet.engine.prefix import Row
+from whet.engine.torch import TorchSession
+from whet.errors import MethodError
+from whet.methods import Run
+from whet.model import Transform, aside, hash_files, save_weights
+from whet.system import System
+from whet.task import Example
+from whet.train.adapters import Adapter, adapted
+from whet.train.loop import Beat, Curves, Settings, Source, train
+from whet.train.losses import Loss
+from whet.train.peak import matmul_peak
+from whet.train.team import team
+from whet.train.trackers import trackers
+
+TEXT_TOKENS = 1024  # plain text is trained in windows of at most this many tokens
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a live module is to learn: the rows of each step, the loss, the settings, and how it is validated."""
+
+    source: Source
+    loss: Loss
+    settings: Settings
+    validate: Callable[[], float] | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    after: Callable[[Curves], Mapping[str, Any]] = lambda _: {}  # notes that are known only afterwards
+
+
+def key(*parts: Any) -> str:
+    """The identity of a training: the hash of all that it depends on."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def teach(
+    system: System, run: Run, name: str, adapter: Adapter, prepare: Callable[[TorchSession], Lesson]
+) -> System:
+    """The System with what the lesson taught as one more transform; a lesson that was finished before is not repeated.
+
+    `prepare` is given a session over the live module, before its first step. A training that was killed goes on from
+    its last checkpoint. Raises MethodError for a model whose weights are out of reach.
+    """
+    made, crew = run.store.artifact(name), team()
+    if not (made / "done.json").exists():
+        session = run.session(system.model)
+        if not isinstance(session, TorchSession):
+            raise MethodError("training needs the weights", expected="a local model", found=system.model.base)
+        checkpoint = run.home / "checkpoints" / name
+        before = checkpoint.with_name(f"{run.previous}.stable") if run.previous else None
+        with adapted(session.module, adapter, run.seed) as tuned:
+            live = TorchSession(tuned, session.tokenizer)
+            lesson = prepare(live)
+            peak = matmul_peak(tuned.dtype, tuned.device)
+            with trackers(run.report_to, run.home / "logs" / name) as track:
+                curves = train(
+                    tuned, lesson.source, lesson.loss, replace(lesson.settings, peak=peak), validate=lesson.validate,
+                    beat=_told(run, track), keep=checkpoint, since=before, team=crew, continued=run.fidelity < 1,
+                )  # fmt: skip
+            notes = {
+                **lesson.notes,
+                "curves": {"train": curves.train, "validation": curves.validation, "best": curves.best},
+                "steps": curves.steps,
+                **lesson.after(curves),
+            }
+            spent = Spent(training_seconds=curves.seconds, trained_tokens=curves.tokens) + live.spent
+            if crew.first:
+                _keep(tuned, adapter, made, {"notes": notes, "spent": asdict(spent)})
+                checkpoint.unlink(missing_ok=True)
+            crew.wait()
+    body = json.loads((made / "done.json").read_text(encoding="utf-8"))
+    run.spent += Spent(**body["spent"])
+    # Named, so that recipes that begin with the same training pay for it once.
+    run.notes.update(body["notes"], artifact=name, trained=body["spent"])
+    return replace(system, model=system.model.add(Transform(body["kind"], body["fingerprint"], made / "weights")))
+
+
+def _told(run: Run, track: Callable[[Beat], None]) -> Callable[[Beat], None]:
+    """What tells each step of the loop as progress, and to the trackers."""
+
+    def told(at: Beat) -> None:
+        track(at)
+        if run.tell is not None:
+            share = f", {100 * at.share:.0f} % of peak" if at.share else ""
+            left = at.seconds / at.step * (at.steps - at.step)
+            rate = at.tokens / max(at.seconds, 1e-9)
+            run.tell(f"loss {at.loss:.3f}, {rate:.0f} tokens/s{share}, {left:.0f} s left", at.step, at.steps)
+
+    return told
+
+
+def _keep(tuned: Any, adapter: Adapter, made: Path, body: dict[str, Any]) -> None:
+    """Write weights and record aside and rename them into place together."""
+    with aside(made) as work:
+        folder = work / "weights"
+        if adapter.kind == "full":
+            folder.mkdir()
+            save_weights(tuned, folder)
+        else:
+            tuned.save_pretrained(folder, safe_serialization=True)
+            (folder / "README.md").unlink(missing_ok=True)  # peft's template; the System has its own card
+            config = folder / "adapter_config.json"
+            settings = json.loads(config.read_text(encoding="utf-8"))
+            # A path of this machine is no part of an adapter's identity; the System names the base by content.
+            settings["base_model_name_or_path"] = None
+            config.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        body["kind"] = "weights" if adapter.kind == "full" else "adapter"
+        body["fingerprint"] = hash_files([p for p in folder.iterdir() if p.is_file()])
+        (work / "done.json").write_text(json.dumps(body), encoding="utf-8")
+
+
+def render_rows(system: System, examples: Sequence[Example], session: TorchSession) -> tuple[list[Row], int]:
+    """Training rows as the System renders its prompts, the completion and the end of turn behind them.
+
+    Plain text becomes rows of its own, in windows. Returns the rows and how many prompts had to be shortened to fit
+    the context window.
+    """
+    usable = [e for e in examples if e.completion and e.text is None]
+    answers = [session.encode_answer(e.completion, end=True) for e in usable]
+    # Demonstrations may come from the same rows: whoever sees its own answer only learns to copy.
+    prompts, cut = system.fitting(usable, session, [len(a) for a in answers], blind=True)
+    encoded = session.encode(prompts)
+    rows = [Row(p, (a,)) for p, a in zip(encoded, answers, strict=True)]
+    texts = [session.encode_answer(e.text, end=False, raw=True) for e in examples if e.text]
+    [start] = session.encode([""]) if texts else [()]
+    rows += [piece for text in texts if text for piece in session.windows(start, text, TEXT_TOKENS)]
+    return rows, sum(cut)
+
+
+def mean_loss(live: TorchSession, rows: Sequence[Row]) -> float:
+    """Mean negative log-likelihood per target token, in nats."""
+    values = [v for row in live.score_rows(rows) for continuation in row for v in continuation]
+    return -sum(values) / len(values)

@@ -1,0 +1,88 @@
+"""Training alone or as one of several processes: the same loop either way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from whet.engine.prefix import Row
+
+
+class Alone:
+    """One process; what a team of processes does differently is overridden in Team."""
+
+    size = 1
+    first = True
+
+    def wrap(self, module: Any) -> Any:
+        """The module to call."""
+        return module
+
+    def share(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """This process's part of a step's rows; it may be empty."""
+        return rows
+
+    def most(self, count: int) -> int:
+        """The greatest of all processes' counts."""
+        return count
+
+    def sum(self, value: float) -> float:
+        """The sum of all processes' values."""
+        return value
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+
+    def accumulating(self, wrapped: Any, last: bool) -> AbstractContextManager[Any]:
+        """What a pass runs in: gradients are exchanged in the last one only."""
+        return nullcontext()
+
+
+class Team(Alone):
+    """Several processes through accelerate, which reads from the environment how it was launched (DDP, FSDP)."""
+
+    def __init__(self) -> None:
+        from accelerate import Accelerator
+
+        # whet places its modules itself; without a GPU the processes talk through gloo.
+        self.accelerator = Accelerator(cpu=not _gpu())
+        self.size, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.first = self.accelerator.is_main_process
+
+    def wrap(self, module: Any) -> Any:
+        return self.accelerator.prepare(module)
+
+    def share(self, rows: Sequence[Row]) -> Sequence[Row]:
+        return rows[self.rank :: self.size]
+
+    def most(self, count: int) -> int:
+        return int(max(self._all(count)))
+
+    def sum(self, value: float) -> float:
+        return float(sum(self._all(value)))
+
+    def wait(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def _all(self, value: float) -> list[float]:
+        import torch
+
+        mine = torch.tensor([float(value)], dtype=torch.float64, device=self.accelerator.device)
+        return [float(v) for v in self.accelerator.gather(mine)]
+
+    def accumulating(self, wrapped: Any, last: bool) -> AbstractContextManager[Any]:
+        kept: AbstractContextManager[Any] = nullcontext() if last else self.accelerator.no_sync(wrapped)
+        return kept
+
+
+def _gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def team() -> Alone:
+    """The team this process belongs to: several where `accelerate launch` or torchrun started it, else alone."""
+    return Team() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Alone()

@@ -1,0 +1,58 @@
+"""Training curves in TensorBoard, Weights & Biases or MLflow, through accelerate's trackers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from whet.errors import MethodError
+
+if TYPE_CHECKING:
+    from whet.train.loop import Beat
+
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+
+
+@contextmanager
+def trackers(names: Sequence[str], folder: Path) -> Iterator[Callable[[Beat], None]]:
+    """A function that tells each step to the named trackers; what they write lies in `folder`.
+
+    Raises MethodError for an unknown tracker, or one whose package is missing.
+    """
+    opened = [_open(name, folder) for name in names]
+
+    def track(at: Beat) -> None:
+        values = {"loss": at.loss, "learning_rate": at.learning_rate, "tokens": at.tokens,
+                  "tokens_per_second": at.tokens / max(at.seconds, 1e-9), "share_of_peak": at.share}  # fmt: skip
+        for tracker in opened:
+            tracker.log(values, step=at.step)
+
+    try:
+        yield track
+    finally:
+        for tracker in opened:
+            tracker.finish()
+
+
+def _open(name: str, folder: Path) -> Any:
+    from accelerate import tracking
+
+    if name not in PACKAGES:
+        raise MethodError(f"no tracker {name!r}", expected=", ".join(PACKAGES), found=name, do="name one of them")
+    if not getattr(tracking, f"is_{name}_available")():
+        raise MethodError(
+            f"{name} is not installed", expected=f"the package {PACKAGES[name]}", found="none",
+            do=f"pip install {PACKAGES[name]}",
+        )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    if name == "tensorboard":
+        tracker: Any = tracking.TensorBoardTracker(run_name=folder.name[:16], logging_dir=str(folder.parent))
+    elif name == "wandb":
+        tracker = tracking.WandBTracker("whet", dir=str(folder))
+    else:
+        tracker = tracking.MLflowTracker(experiment_name="whet", logging_dir=str(folder))
+    if hasattr(tracker, "start"):
+        tracker.start()
+    return tracker
