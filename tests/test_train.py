@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,16 @@ from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession
 from whet.errors import MethodError, ModelError
 from whet.methods import Run
-from whet.methods.finetune import FineTune, render_rows, verdict
+from whet.methods.finetune import FineTune, verdict
 from whet.store import Store
 from whet.system import Decoding, Demonstrations, System
 from whet.task import Example, Learnable
-from whet.train import batches
-from whet.train.adapters import _MergedLinear, adapted, add_lora, merged_products
-from whet.train.batches import packs, singles, steps, tokens_per_row
-from whet.train.loop import Curves, Masters, Schedule, Settings, _step, train
-from whet.train.losses import next_token
+from whet.train import batches, loop
+from whet.train.adapters import Adapter, _MergedLinear, adapted, add_lora, merged_products
+from whet.train.batches import Pack, packs, padded, steps, tokens_per_row
+from whet.train.lesson import render_rows
+from whet.train.loop import Curves, Masters, Schedule, Settings, _step, operations, train
+from whet.train.losses import NextToken
 
 HEAD = tuple(range(10, 45))
 ROWS = [
@@ -59,6 +61,10 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def step(module: Any, rows: list[Row], most: int = batches.PACK_TOKENS, **settings: Any) -> tuple[float, int]:
+    return _step(module, module, rows, NextToken(), most, **settings)
+
+
 def equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], within: float = 1e-4) -> None:
     assert found.keys() == wanted.keys()
     for name in wanted:
@@ -71,9 +77,11 @@ def equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], withi
 
 def test_next_token_is_cross_entropy() -> None:
     logits = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0]], dtype=torch.bfloat16)
-    found = next_token(logits.float(), torch.tensor([0, 0]))
+    [pack] = padded([Row((3,), ((0, 0),))], torch.device("cpu"))
+    found = NextToken()(logits.float(), pack)
     assert float(found) == pytest.approx(math.log(2) + math.log(4 / 3), abs=1e-3)
-    assert next_token(logits, torch.tensor([0, 0])).dtype == torch.float32
+    assert NextToken()(logits, pack).dtype == torch.float32
+    assert NextToken().count(ROWS) == 3 + 2 + 2 + 4 + 2 + 1
 
 
 @pytest.mark.parametrize("family", [*SHARED, "gemma2", "mistral"])
@@ -83,11 +91,12 @@ def test_a_step_has_transformers_loss_and_gradients(family: str) -> None:
     wanted.backward()
     theirs = gradients(model)
     model.zero_grad()
-    value, tokens = _step(model, ROWS, next_token)
+    value, tokens = step(model, ROWS)
     assert value == pytest.approx(float(wanted.detach()), abs=1e-4)
     equal(gradients(model), theirs)
     shared = family in SHARED
-    assert tokens == (prefix.arrange(ROWS).unique_tokens if shared else sum(p.tokens for p in singles(ROWS, "cpu")))
+    apart = sum(p.tokens for p in padded(ROWS, torch.device("cpu")))
+    assert tokens == (prefix.arrange(ROWS).unique_tokens if shared else apart)
     assert not model.training
 
 
@@ -97,7 +106,7 @@ def test_short_rows_of_a_windowed_model_are_packed() -> None:
     wanted.backward()
     theirs = gradients(model)
     model.zero_grad()
-    value, tokens = _step(model, rows, next_token)
+    value, tokens = step(model, rows)
     assert value == pytest.approx(float(wanted.detach()), abs=1e-4)
     assert tokens == prefix.arrange(rows).unique_tokens
     equal(gradients(model), theirs)
@@ -105,15 +114,15 @@ def test_short_rows_of_a_windowed_model_are_packed() -> None:
 
 @pytest.mark.parametrize(("most", "targets"), [(2048, 1024), (40, 1024), (2048, 3), (1, 1)])
 def test_packs_cover_each_target_once(most: int, targets: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "PACK_TOKENS", most)
     monkeypatch.setattr(batches, "PACK_TARGETS", targets)
-    made = packs(ROWS, torch.float32, torch.device("cpu"))
+    made = packs(ROWS, torch.float32, torch.device("cpu"), most)
     assert len(made) == 1 if most == 2048 and targets == 1024 else len(made) > 1
     found: Counter[tuple[int, int, int]] = Counter()
     for pack in made:
         assert pack.ids.shape == pack.positions.shape == (1, pack.tokens)
-        assert len(pack.places) == len(pack.targets) == len(pack.rows)
-        for place, token, row in zip(pack.places.tolist(), pack.targets.tolist(), pack.rows.tolist(), strict=True):
+        assert len(pack.places) == len(pack.targets) == len(pack.sequences)
+        rows = pack.owners[pack.sequences].tolist()
+        for place, token, row in zip(pack.places.tolist(), pack.targets.tolist(), rows, strict=True):
             before = int(pack.ids[0, place])
             found[row, before, token] += 1
     wanted: Counter[tuple[int, int, int]] = Counter()
@@ -124,26 +133,26 @@ def test_packs_cover_each_target_once(most: int, targets: int, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("most", [1, 40])
-def test_cutting_a_step_into_passes_changes_nothing(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cutting_a_step_into_passes_changes_nothing(most: int) -> None:
     model = make_model("llama")
-    whole, _ = _step(model, ROWS, next_token)
+    whole, _ = step(model, ROWS)
     wanted = gradients(model)
     model.zero_grad()
-    monkeypatch.setattr(batches, "PACK_TOKENS", most)
-    value, _ = _step(model, ROWS, next_token)
+    value, _ = step(model, ROWS, most)
     assert value == pytest.approx(whole, abs=1e-5)
     equal(gradients(model), wanted)
 
 
 def test_steps() -> None:
     rows = [Row((n,), ((1,),)) for n in range(1, 11)]
-    epochs = list(islice(steps(rows, 4, 7), 9))
+    epochs = [steps(rows, 4, 7)(n) for n in range(9)]
     assert [len(s) for s in epochs] == [4, 4, 2] * 3
     orders = [sum(epochs[i : i + 3], []) for i in (0, 3, 6)]
     assert all(sorted(o, key=lambda r: r.prompt) == rows for o in orders)
     assert orders[0] != orders[1] != orders[2]
-    assert epochs == list(islice(steps(rows, 4, 7), 9))
-    assert epochs != list(islice(steps(rows, 4, 8), 9))
+    backwards = [steps(rows, 4, 7)(n) for n in reversed(range(9))]  # a step's rows depend on its number alone
+    assert epochs == backwards[::-1]
+    assert epochs != [steps(rows, 4, 8)(n) for n in range(9)]
 
 
 def test_tokens_per_row() -> None:
@@ -164,11 +173,11 @@ def test_merged_linear_by_autograd() -> None:
         assert torch.autograd.gradcheck(lambda x, a, b, one=one: _MergedLinear.apply(x, w, one, a, b, 0.7), (x, a, b))
 
 
-def lora(family: str, seed: int = 0) -> Any:
+def lora(family: str, seed: int = 0, kind: str = "lora") -> Any:
     """A tiny model with an adapter whose B is not zero, as after some training."""
     model = make_model(family)
     model.requires_grad_(False)
-    tuned = add_lora(model, 4, 8, seed)
+    tuned = add_lora(model, Adapter(kind, 4, 8), seed)
     torch.manual_seed(1)
     with torch.no_grad():
         for name, value in tuned.named_parameters():
@@ -180,7 +189,7 @@ def lora(family: str, seed: int = 0) -> Any:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])  # without bias, with bias, with transposed weights
 def test_merged_products_equal_peft(family: str) -> None:
     tuned = lora(family)
-    value, _ = _step(tuned, ROWS, next_token)
+    value, _ = step(tuned, ROWS)
     wanted = gradients(tuned)
     assert wanted and all("lora_" in name for name in wanted)
     tuned.zero_grad()
@@ -188,7 +197,7 @@ def test_merged_products_equal_peft(family: str) -> None:
     with merged_products(tuned):
         changed = [m for m in tuned.modules() if "forward" in vars(m)]
         assert len(changed) - len(own) == (0 if family == "gpt2" else 2 * 7)
-        found, _ = _step(tuned, ROWS, next_token)
+        found, _ = step(tuned, ROWS)
         ids = torch.tensor([HEAD])
         merged = tuned(input_ids=ids).logits
     assert [m for m in tuned.modules() if "forward" in vars(m)] == own
@@ -210,7 +219,7 @@ def test_merged_products_nest_and_survive_exceptions() -> None:
 
 def test_bf16_layers_are_left_to_peft() -> None:
     model = make_model("llama", dtype=torch.bfloat16)
-    tuned = add_lora(model.requires_grad_(False), 4, 8, 0)
+    tuned = add_lora(model.requires_grad_(False), Adapter("lora", 4, 8), 0)
     with merged_products(tuned):
         assert not any("forward" in vars(m) for m in tuned.modules())
 
@@ -224,20 +233,22 @@ def test_add_lora_is_repeatable_and_leaves_the_generator() -> None:
     assert all(torch.equal(one[n], two[n]) for n in names)
     assert not any(torch.equal(one[n], other[n]) for n in names)
     torch.random.set_rng_state(state)
-    add_lora(make_model("llama"), 4, 8, 0)
+    add_lora(make_model("llama"), Adapter("lora", 4, 8), 0)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_fresh_lora_changes_nothing() -> None:
     ids = torch.tensor([HEAD])
     wanted = make_model("llama")(input_ids=ids).logits
-    tuned = add_lora(make_model("llama").requires_grad_(False), 4, 8, 0)
+    tuned = add_lora(make_model("llama").requires_grad_(False), Adapter("lora", 4, 8), 0)
     assert torch.equal(tuned(input_ids=ids).logits, wanted)
     assert {n.split(".")[-3] for n, p in tuned.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_module_is_as_it_was_after_an_adapter(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "kind"), [("llama", "lora"), ("gpt2", "lora"), ("llama", "dora"), ("llama", "rslora"), ("llama", "full")]
+)
+def test_a_module_is_as_it_was_after_an_adapter(family: str, kind: str) -> None:
     model = make_model(family).requires_grad_(False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     kinds = [type(m) for m in model.modules()]
@@ -245,8 +256,8 @@ def test_a_module_is_as_it_was_after_an_adapter(family: str) -> None:
     rows = learnable(0)
 
     def training(seed: int) -> Curves:
-        with adapted(model, 4, 8, seed) as tuned, merged_products(tuned):
-            return train(tuned, steps(rows, 6, 0), next_token, Settings(Schedule(1e-2, 3)))
+        with adapted(model, Adapter(kind, 4, 8), seed) as tuned:
+            return train(tuned, steps(rows, 6, 0), NextToken(), Settings(Schedule(1e-2, 3)))
 
     first = training(0)
     assert model.state_dict().keys() == before.keys()
@@ -256,8 +267,8 @@ def test_a_module_is_as_it_was_after_an_adapter(family: str) -> None:
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
     assert training(0).train == first.train  # nothing of the first is left in the second
-    assert training(1).train != first.train
-    with pytest.raises(RuntimeError, match="halt"), adapted(model, 4, 8, 0):
+    assert kind == "full" or training(1).train != first.train  # full training draws no fresh weights
+    with pytest.raises(RuntimeError, match="halt"), adapted(model, Adapter(kind, 4, 8), 0):
         raise RuntimeError("halt")
     assert [type(m) for m in model.modules()] == kinds
 
@@ -266,16 +277,17 @@ def test_a_module_is_as_it_was_after_an_adapter(family: str) -> None:
 
 
 def test_schedule_closed_form() -> None:
-    schedule = Schedule(1.0, 100)
+    schedule = Schedule(1.0, 100, warmup=5)
     rates = [schedule.at(n) for n in range(101)]
-    assert rates[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0])  # 6 steps of warm-up
-    assert rates[6:71] == [1.0] * 65
+    assert rates[:5] == pytest.approx([1 / 5, 2 / 5, 3 / 5, 4 / 5, 1.0])
+    assert rates[5:71] == [1.0] * 66
+    assert schedule.decays == 70
     assert rates[71:] == pytest.approx([n / 30 for n in range(29, -1, -1)])  # 30 steps of decay
     assert Schedule(2e-3, 100).at(50) == 2e-3
     assert [Schedule(1.0, 1).at(n) for n in (0, 1)] == [1.0, 0.0]
-    assert [Schedule(1.0, 4, warmup=0.5, decay=0.5).at(n) for n in range(4)] == [0.5, 1.0, 1.0, 0.5]
+    assert [Schedule(1.0, 8, warmup=4, decay=0.5).at(n) for n in (0, 1, 4, 7)] == [0.5, 1.0, 1.0, 0.25]
     # It can be continued: a longer run differs only once the shorter one decays.
-    longer = Schedule(1.0, 200, warmup=0.03, decay=0.15)
+    longer = Schedule(1.0, 200, warmup=5)
     assert [longer.at(n) for n in range(71)] == pytest.approx(rates[:71])
 
 
@@ -290,6 +302,7 @@ def fit(seed: int, validate: bool = True, **settings: Any) -> tuple[Any, Curves]
     model = make_model("llama")
     rows, held = learnable(0), learnable(1)[:8]
     schedule = Schedule(settings.pop("learning_rate", 1e-2), settings.pop("steps", 12))
+    more = {name: settings.pop(name) for name in ("keep", "since", "continued", "beat") if name in settings}
     session = TorchSession(model, make_tokenizer())
 
     def check() -> float:
@@ -297,7 +310,8 @@ def fit(seed: int, validate: bool = True, **settings: Any) -> tuple[Any, Curves]
         return -sum(found) / len(found)
 
     curves = train(
-        model, steps(rows, 6, seed), next_token, Settings(schedule, **settings), check if validate else None
+        model, steps(rows, 6, seed), NextToken(), Settings(schedule, **settings), validate=check if validate else None,
+        **more,
     )
     return model, curves
 
@@ -331,7 +345,7 @@ def scripted(losses: list[float], patience: int, count: int = 8) -> tuple[list[l
         return next(told)
 
     settings = Settings(Schedule(1e-2, count), validations=count, patience=patience)
-    curves = train(model, steps(learnable(0), 6, 0), next_token, settings, check)
+    curves = train(model, steps(learnable(0), 6, 0), NextToken(), settings, validate=check)
     return seen, model, curves
 
 
@@ -371,9 +385,10 @@ def test_without_validation_the_last_weights_are_kept() -> None:
 def test_a_loss_that_is_not_finite(bad: float, dtype: torch.dtype) -> None:
     model, calls, good = make_model("llama", dtype=dtype), [0], []
 
-    def breaking(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        calls[0] += 1
-        return next_token(logits, targets) * (bad if calls[0] == 6 else 1.0)
+    class Breaking(NextToken):
+        def __call__(self, logits: torch.Tensor, pack: Pack) -> torch.Tensor:
+            calls[0] += 1
+            return super().__call__(logits, pack) * (bad if calls[0] == 6 else 1.0)
 
     def check() -> float:
         good.append([p.detach().clone() for p in model.parameters()])
@@ -381,7 +396,7 @@ def test_a_loss_that_is_not_finite(bad: float, dtype: torch.dtype) -> None:
 
     settings = Settings(Schedule(4e-3, 10), validations=5)
     with pytest.raises(MethodError, match=r"not finite at step 6.*learning_rate=0\.001$"):
-        train(model, steps(learnable(0), 6, 0), breaking, settings, check)
+        train(model, steps(learnable(0), 6, 0), Breaking(), settings, validate=check)
     assert len(good) == 3  # before the first step, and after the second and the fourth
     assert same(model.parameters(), good[-1])
 
@@ -389,7 +404,7 @@ def test_a_loss_that_is_not_finite(bad: float, dtype: torch.dtype) -> None:
 def test_gradients_are_clipped() -> None:
     model = make_model("llama")
     before = [p.detach().clone() for p in model.parameters()]
-    train(model, steps(learnable(0), 6, 0), next_token, Settings(Schedule(1e-3, 1), clip=0.0))
+    train(model, steps(learnable(0), 6, 0), NextToken(), Settings(Schedule(1e-3, 1), clip=0.0))
     # With every gradient clipped to nothing, AdamW moves nothing.
     assert max(float((a - b).detach().abs().max()) for a, b in zip(model.parameters(), before, strict=True)) < 1e-5
 
@@ -397,9 +412,116 @@ def test_gradients_are_clipped() -> None:
 def test_beats_tell_every_step() -> None:
     told: list[Any] = []
     model = make_model("llama")
-    curves = train(model, steps(learnable(0), 6, 0), next_token, Settings(Schedule(1e-3, 4)), beat=told.append)
+    curves = train(model, steps(learnable(0), 6, 0), NextToken(), Settings(Schedule(1e-3, 4)), beat=told.append)
     assert [(b.step, b.steps) for b in told] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert [(b.tokens, b.loss) for b in told] == list(curves.train)
+
+
+def test_a_killed_training_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "KEEP_EVERY", 0.0)
+    monkeypatch.setattr(loop, "WRITING_SHARE", float("inf"))
+    whole, wanted = fit(0)
+    for last in (1, 5, 7, 11):
+        keep = tmp_path / f"at{last}"
+
+        def halt(at: Any, last: int = last) -> None:
+            if at.step == last:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            fit(0, keep=keep, beat=halt)
+        told: list[int] = []
+        model, curves = fit(0, keep=keep, beat=lambda at, told=told: told.append(at.step))
+        # The step that was told last was not kept any more: it is done again.
+        assert told == list(range(last, 13)) if last > 1 else told == list(range(1, 13))
+        assert same(model.parameters(), whole.parameters())
+        assert (curves.train, curves.validation, curves.best) == (wanted.train, wanted.validation, wanted.best)
+        assert [p.name for p in tmp_path.glob(f".at{last}*")] == []
+
+
+def test_a_short_training_is_continued_as_if_it_had_been_long(tmp_path: Path) -> None:
+    keep = tmp_path / "short"
+    whole, wanted = fit(0, validate=False, steps=60)
+    _, short = fit(0, validate=False, steps=40, keep=keep, continued=True)
+    told: list[int] = []
+    model, curves = fit(
+        0, validate=False, steps=60, since=tmp_path / "short.stable", beat=lambda at: told.append(at.step)
+    )
+    assert told[0] == 29  # the short one decays from its 29th step on
+    assert curves.train == wanted.train
+    assert short.train[:28] == wanted.train[:28]
+    assert same(model.parameters(), whole.parameters())
+
+
+def test_a_loss_that_explodes() -> None:
+    class Exploding(NextToken):
+        calls = 0
+
+        def __call__(self, logits: torch.Tensor, pack: Pack) -> torch.Tensor:
+            Exploding.calls += 1
+            return super().__call__(logits, pack) * (1.0 if Exploding.calls < 9 else 50.0)
+
+    model = make_model("llama")
+    with pytest.raises(MethodError, match=r"explodes at step 11.*learning_rate=0\.00025$"):
+        train(model, steps(learnable(0), 6, 0), Exploding(), Settings(Schedule(1e-3, 20)))
+
+
+def test_short_memory_only_makes_packs_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, wanted = fit(0, validate=False)
+    seen: list[int] = []
+
+    def short(rows: Any, dtype: Any, device: Any, most: int) -> Any:
+        seen.append(most)
+        if most > 256:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        return packs(rows, dtype, device, most)
+
+    monkeypatch.setattr(loop, "packs", short)
+    model, curves = fit(0, validate=False)
+    assert seen == [1024, 512] + [256] * 12
+    assert [v for _, v in curves.train] == pytest.approx([v for _, v in wanted.train], abs=1e-4)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+    monkeypatch.setattr(loop, "packs", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MethodError, match="too little memory to train"):
+        fit(0, validate=False)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_recomputing_changes_nothing(family: str) -> None:
+    model = make_model(family)
+    value, _ = step(model, ROWS)
+    wanted = gradients(model)
+    model.zero_grad()
+    found, _ = step(model, ROWS, recompute=True)
+    assert found == pytest.approx(value, abs=1e-6)
+    equal(gradients(model), wanted)
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
+def test_operations_per_token() -> None:
+    model = make_model("llama")
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    head = model.lm_head.weight.numel() if model.config.tie_word_embeddings else 0
+    assert operations(model) == 6 * (weights - head)
+    assert operations(model.requires_grad_(False)) == 4 * (weights - head)
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """DDP over gloo: the same losses and weights as one process, also where a process has no row in a step."""
+    script = Path(__file__).parent / "distributed.py"
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517", str(script),
+         str(tmp_path / "out.json")],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    body = json.loads((tmp_path / "out.json").read_text())
+    model = make_model("llama")
+    rows = learnable(0)
+    alone = train(model, steps(rows, 23, 0), NextToken(), Settings(Schedule(1e-3, 6)))
+    assert body["processes"] == 2
+    assert body["train"] == [pytest.approx(v, abs=1e-4) for _, v in alone.train]
+    assert body["sum"] == pytest.approx(float(sum(p.detach().double().sum() for p in model.parameters())), abs=1e-2)
 
 
 # --- fp32 masters of bf16 weights -------------------------------------------------------------------------------------
@@ -437,8 +559,8 @@ def test_bf16_trains_through_masters() -> None:
     def end(dtype: torch.dtype) -> tuple[Any, Curves]:
         model = make_model("llama")
         model.to(torch.bfloat16).to(dtype)  # both start from the rounded weights
-        schedule = Schedule(1e-4, 40, warmup=0.0, decay=0.0)
-        return model, train(model, steps(learnable(0), 6, 0), next_token, Settings(schedule))
+        schedule = Schedule(1e-4, 40, warmup=0, decay=0.0)
+        return model, train(model, steps(learnable(0), 6, 0), NextToken(), Settings(schedule))
 
     start = make_model("llama").to(torch.bfloat16)
     (full, _), (half, curves) = end(torch.float32), end(torch.bfloat16)
@@ -521,7 +643,8 @@ def test_finetune(system: System, data: Learnable, home: Path) -> None:
     made = transform.folder.parent
     assert made.parent == home / "artifacts"
     assert list(made.parent.iterdir()) == [made]
-    assert sorted(p.name for p in made.iterdir()) == ["adapter", "done.json"]
+    assert sorted(p.name for p in made.iterdir()) == ["done.json", "weights"]
+    assert list((home / "checkpoints").glob("*")) == []
     assert models.check_transform(transform) == transform.folder
     config = json.loads((transform.folder / "adapter_config.json").read_text())
     assert (config["r"], config["base_model_name_or_path"]) == (4, None)
@@ -531,13 +654,13 @@ def test_finetune(system: System, data: Learnable, home: Path) -> None:
     assert run.notes["steps"] == round(2 * run.notes["rows"] / 8)
     assert run.notes["rows"] == len(data.validation(seed=3, most=128)[0]) == 36
     curve = [loss for _, loss in run.notes["curves"]["train"]]
-    assert curve[-1] < 0.5 * curve[0]
+    assert curve[-1] < 0.6 * curve[0]
 
 
 def test_finetune_trains_nothing_twice(system: System, data: Learnable, home: Path, monkeypatch: Any) -> None:
     first, second = Run(Store(home), seed=3), Run(Store(home), seed=3)
     tuned = METHOD.apply(system, data, first)
-    monkeypatch.setattr("whet.train.loop.train", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr("whet.train.lesson.train", lambda *a, **k: pytest.fail("trained again"))
     again = METHOD.apply(system, data, second)
     assert again == tuned
     assert again.fingerprint == tuned.fingerprint
@@ -617,7 +740,7 @@ def test_a_crash_leaves_nothing_behind(system: System, data: Learnable, home: Pa
     def fails(*_: Any) -> str:
         raise RuntimeError("halt")
 
-    monkeypatch.setattr("whet.methods.finetune.hash_files", fails)
+    monkeypatch.setattr("whet.train.lesson.hash_files", fails)
     with pytest.raises(RuntimeError, match="halt"):
         METHOD.apply(system, data, Run(Store(home)))
     assert list((home / "artifacts").iterdir()) == []
@@ -633,6 +756,8 @@ def test_finetune_without_completions(system: System, home: Path) -> None:
 def test_wrong_settings(setting: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="positive"):
         FineTune(**setting)
+    with pytest.raises(ValueError, match="one of lora"):
+        FineTune(adapter="lorra")
 
 
 def test_rows_are_rendered_as_the_system_renders_them(system: System, home: Path) -> None:
@@ -644,8 +769,10 @@ def test_rows_are_rendered_as_the_system_renders_them(system: System, home: Path
         assert row.prompt == session.encode(system.prompts([example]))[0]
         assert row.continuations == ((*tokenizer(example.completion)["input_ids"], tokenizer.eos_token_id),)
     long = Example("x", "movie " * 400, "positive")
-    [row], cut = render_rows(system, [long, Example("y", "no completion"), Example("z", "", text="raw")], session)
+    [row, raw], cut = render_rows(system, [long, Example("y", "no completion"), Example("z", "", text="raw")], session)
     assert cut == 1
+    # Plain text stands outside the template, behind the token that begins a text; no turn ends behind it.
+    assert raw == Row(session.encode([""])[0], (session.encode_answer("raw", end=False, raw=True),))
     assert len(row.prompt) + len(row.continuations[0]) <= session.context
 
 
@@ -700,5 +827,5 @@ def test_progress_is_told(system: System, data: Learnable, home: Path) -> None:
 
 
 def test_steps_never_end() -> None:
-    source: Iterator[list[Row]] = steps([Row((1,), ((2,),))], 5, 0)
-    assert [len(s) for s in islice(source, 5)] == [1] * 5
+    source = steps([Row((1,), ((2,),))], 5, 0)
+    assert [len(source(n)) for n in range(5)] == [1] * 5

@@ -134,7 +134,8 @@ def join(first: Scorecard, second: Scorecard, metric: Metric, seed: int) -> Scor
 def reads_scores(system: System, examples: Sequence[Example], session: Session) -> bool:
     """Whether every label is scored to answer these, so that the scores serve the System calibrated or not."""
     labels = system.decoding.labels if system.decoding.closed else ()
-    return bool(labels) and not any(e.choices for e in examples) and session.scores_all(labels, system.decoding.normalise == "sum")
+    whole = system.decoding.normalise == "sum"
+    return bool(labels) and not any(e.choices for e in examples) and session.scores_all(labels, whole)
 
 
 def uncalibrated(system: System) -> System:
@@ -143,8 +144,9 @@ def uncalibrated(system: System) -> System:
 
 
 def _answers(
-    system: System, examples: Sequence[Example], metric: Metric, session: Session, store: Store, progress: Progress | None
-) -> tuple[list[Answer], Scores]:
+    system: System, examples: Sequence[Example], metric: Metric, session: Session, store: Store,
+    progress: Progress | None,
+) -> tuple[list[Answer], Scores]:  # fmt: skip
     """Answers read off scores over the labels, and those scores that are new.
 
     The scores are kept: calibration changes how they are read, not what they are.

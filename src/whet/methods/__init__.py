@@ -27,8 +27,8 @@ class Run:
     """What a Method is given to work with: sessions, seed, fidelity, budget, store and progress.
 
     `fidelity` is the share of data and steps to use, `previous` names the training of a lower fidelity to go on from;
-    `trained_tokens` bounds training; `report_to` names trackers (tensorboard, wandb, mlflow). What the method spends and
-    what it wants to be reported (`notes`: curves, verdicts) is collected here; nothing else in it changes.
+    `trained_tokens` bounds training; `report_to` names trackers (tensorboard, wandb, mlflow). What the method spends
+    and what it wants to be reported (`notes`: curves, verdicts) is collected here; nothing else in it changes.
     """
 
     store: Store

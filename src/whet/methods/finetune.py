@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 LEAST_STEPS = 64  # where the budget allows fewer steps of `batch` rows, a step takes fewer rows
 LEAST_BATCH = 8
+MANY_STEPS = 24  # from here on there are four validations, else two
 SAMPLED = 256  # rows looked at to tell how many tokens a row costs
 CHECKED = 0.06  # rows to validate on as a share of the rows trained on: looking must not cost more than learning
 
@@ -109,7 +110,8 @@ class FineTune:
         fit, held = data.validation(seed=run.seed, most=max(24, min(128, round(CHECKED * wanted))))
         rows, cut = render_rows(system, fit, live)
         checks, _ = render_rows(system, held, live)
-        count = max(1, round(run.fidelity * wanted / batch))
+        count = max(1, round(run.fidelity * min(wanted, self.epochs * len(rows)) / batch))
+        validations = 4 if count >= MANY_STEPS else 2
 
         def after(curves: Curves) -> dict[str, Any]:
             return {"verdict": verdict(curves), "epochs": round(curves.steps * batch / len(rows), 2)}
@@ -117,7 +119,7 @@ class FineTune:
         return Lesson(
             steps(rows, batch, run.seed),
             NextToken(),
-            Settings(Schedule(self.learning_rate, count), validations=4 if count >= 24 else 2, recompute=self.recompute),
+            Settings(Schedule(self.learning_rate, count), validations=validations, recompute=self.recompute),
             (lambda: mean_loss(live, checks)) if checks else None,
             {"rows": len(rows), "batch": batch, "shortened": cut},
             after,

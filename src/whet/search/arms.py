@@ -9,8 +9,8 @@ from whet import embed
 from whet.errors import WhetError
 from whet.methods import Run, lacking, table
 from whet.progress import clock
-from whet.search.budget import Rates, estimate
 from whet.scorecard import reads_scores, uncalibrated
+from whet.search.budget import Rates, estimate
 from whet.search.recipe import Recipe, parse, recipe
 from whet.system import System
 from whet.task import Example, Learnable

@@ -76,9 +76,15 @@ def teach(
             }
             spent = Spent(training_seconds=curves.seconds, trained_tokens=curves.tokens) + live.spent
             if crew.first:
-                _keep(tuned, adapter, made, {"notes": notes, "spent": asdict(spent)})
+                keep(tuned, adapter, made, {"notes": notes, "spent": asdict(spent)})
                 checkpoint.unlink(missing_ok=True)
             crew.wait()
+    return kept(system, run, name)
+
+
+def kept(system: System, run: Run, name: str) -> System:
+    """The System with a finished artifact as one more transform; its cost and notes go to the Run."""
+    made = run.store.artifact(name)
     body = json.loads((made / "done.json").read_text(encoding="utf-8"))
     run.spent += Spent(**body["spent"])
     # Named, so that recipes that begin with the same training pay for it once.
@@ -100,8 +106,8 @@ def _told(run: Run, track: Callable[[Beat], None]) -> Callable[[Beat], None]:
     return told
 
 
-def _keep(tuned: Any, adapter: Adapter, made: Path, body: dict[str, Any]) -> None:
-    """Write weights and record aside and rename them into place together."""
+def keep(tuned: Any, adapter: Adapter, made: Path, body: dict[str, Any]) -> None:
+    """Write weights and record (notes, and spent) aside and rename them into place together."""
     with aside(made) as work:
         folder = work / "weights"
         if adapter.kind == "full":

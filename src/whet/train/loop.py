@@ -6,7 +6,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from whet.train.team import Alone
 
 Source = Callable[[int], Sequence[Row]]
 LEAST_TOKENS = 64  # a pack smaller than this is not worth another try where memory is short
-KEEP_EVERY = 60.0  # seconds between checkpoints, at least; and twenty times what writing one takes
+KEEP_EVERY = 60.0  # seconds between checkpoints, at least
+WRITING_SHARE = 0.05  # of the time may go to writing them
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Settings:
 
     `recompute` keeps one activation per layer and computes the rest again (gradient checkpointing, Chen et al. 2016).
     `peak` is the machine's matmul peak in operations per second, to tell what share of it is reached; 0: unknown.
+    `penalty` is a scalar of the weights, minimised together with the loss; once per step, and not told as part of it.
+    It reads whole weights, so that it goes with DDP, not with FSDP.
     """
 
     schedule: Schedule
@@ -63,6 +67,7 @@ class Settings:
     patience: int = 3
     recompute: bool = False
     peak: float = 0.0
+    penalty: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -151,8 +156,9 @@ def train(
 
     `source(n)` gives the rows of step n. `keep` is where checkpoints go: a training that was killed goes on from
     there and ends with the same weights. Where it is to be `continued`, a second file, with `.stable` behind its name,
-    holds the state before the decay; `since` is such a file of a shorter training, from which this one goes on. Raises MethodError when the
-    loss is not finite or explodes (the module then holds the best validated weights), or when memory does not suffice.
+    holds the state before the decay; `since` is such a file of a shorter training, from which this one goes on.
+    Raises MethodError when the loss is not finite or explodes (the module then holds the best validated weights), or
+    when memory does not suffice.
     """
     team = team or Alone()
     masters, schedule = Masters(module), settings.schedule
@@ -188,7 +194,8 @@ def train(
         state.seconds = before + time.monotonic() - begun
         if beat:
             share = state.tokens * per_token / state.seconds / settings.peak if settings.peak else 0.0
-            beat(Beat(state.step, schedule.steps, value, schedule.at(state.step - 1), state.tokens, state.seconds, share))
+            rate = schedule.at(state.step - 1)
+            beat(Beat(state.step, schedule.steps, value, rate, state.tokens, state.seconds, share))
         if validate and state.step in due:
             state.checks.append((state.tokens, validate()))
             if state.checks[-1][1] <= min(c for _, c in state.checks):
@@ -196,7 +203,7 @@ def train(
         if keep and team.first and time.monotonic() - saved > interval:
             at = time.monotonic()
             _keep(keep, state, masters, optimizer, best)
-            saved, interval = time.monotonic(), max(KEEP_EVERY, 20 * (time.monotonic() - at))
+            saved, interval = time.monotonic(), max(KEEP_EVERY, (time.monotonic() - at) / WRITING_SHARE)
     if validate:
         masters.restore(best)
     return Curves(tuple(state.train), tuple(state.checks), state.best_at, state.step, state.tokens, state.seconds)
@@ -245,7 +252,7 @@ def _fitting_step(
     """One step; where memory does not suffice it is run again in smaller packs, which changes nothing else."""
     while True:
         try:
-            return _step(module, wrapped, rows, loss, state.pack_tokens, settings.recompute, team)
+            return _step(module, wrapped, rows, loss, state.pack_tokens, settings.recompute, team, settings.penalty)
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
@@ -254,7 +261,8 @@ def _fitting_step(
                 longest = max(len(r.prompt) + sum(map(len, r.continuations)) for r in rows)
                 raise MethodError(
                     "too little memory to train", expected=f"room for one row of {longest} tokens",
-                    found=f"none, even in packs of {2 * state.pack_tokens}", do="shorten the rows or set recompute=true",
+                    found=f"none, even in packs of {2 * state.pack_tokens}",
+                    do="shorten the rows or set recompute=true",
                 ) from error  # fmt: skip
             module.zero_grad(set_to_none=True)
 
@@ -267,6 +275,7 @@ def _step(
     most: int = PACK_TOKENS,
     recompute: bool = False,
     team: Alone | None = None,
+    penalty: Callable[[], Tensor] | None = None,
 ) -> tuple[float, int]:
     """Forward and backward over one step's rows; returns the mean loss and the tokens computed, of the whole team."""
     team = team or Alone()
@@ -282,7 +291,9 @@ def _step(
             pack, real = (made[n], 1.0) if n < own else (made[0], 0.0)
             with team.accumulating(wrapped, last=n == passes - 1):
                 part = loss(_logits(wrapped, pack), pack) * real / count
-                (part * team.size).backward()
+                whole = part * team.size  # gradients are averaged over the team
+                # In the same pass as the last exchange of gradients, and the same in every process.
+                (whole + penalty() if penalty and n == passes - 1 else whole).backward()
             total += float(part.detach())
             tokens += pack.tokens if real else 0
     return team.sum(total), round(team.sum(tokens))
@@ -298,19 +309,20 @@ def _logits(module: Any, pack: Pack) -> Tensor:
     return kept
 
 
-class _recomputing:
+@contextmanager
+def _recomputing(module: Any, on: bool) -> Iterator[None]:
     """Within it, a module computes activations again in the backward pass rather than keeping them."""
-
-    def __init__(self, module: Any, on: bool) -> None:
-        self.module, self.on = module, on and not module.is_gradient_checkpointing
-
-    def __enter__(self) -> None:
-        if self.on:
-            self.module.gradient_checkpointing_enable({"use_reentrant": False})
-
-    def __exit__(self, *_: object) -> None:
-        if self.on:
-            self.module.gradient_checkpointing_disable()
+    if not on:
+        yield
+        return
+    # transformers 5.2x renamed what peft still forwards by its old name.
+    new = hasattr(module, "activation_checkpointing_enable")
+    name = "activation_checkpointing" if new else "gradient_checkpointing"
+    getattr(module, f"{name}_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        getattr(module, f"{name}_disable")()
 
 
 def _keep(

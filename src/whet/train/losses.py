@@ -77,9 +77,9 @@ class NextToken(PerTarget):
 class DPO(PerRow):
     """Direct preference optimisation (Rafailov et al. 2023) over rows whose continuations are (chosen, rejected).
 
-    facts: (log-probability under the reference,). With `normalise`, log-ratios are per token (as in Meng et al. 2024,
-    SimPO, but with the reference kept). `sft` adds the chosen answer's mean negative log-likelihood, which keeps its
-    probability from falling (Pang et al. 2024).
+    facts: (log-probability under the reference, weight of the pair where there are weights). With `normalise`,
+    log-ratios are per token (Lambert et al. 2024, Tülu 3). `sft` adds the chosen answer's mean negative log-likelihood,
+    which keeps its probability from falling (Pang et al. 2024).
     """
 
     beta: float = 0.1
@@ -92,9 +92,10 @@ class DPO(PerRow):
         ratios = found - pack.facts[:, 0]
         if self.normalise:
             ratios = ratios / lengths(pack)
-        chosen, rejected = ratios[0::2], ratios[1::2]
-        loss = -logsigmoid(self.beta * (chosen - rejected)).sum()
-        return loss - self.sft * (found / lengths(pack))[0::2].sum() if self.sft else loss
+        each = -logsigmoid(self.beta * (ratios[0::2] - ratios[1::2]))
+        if self.sft:
+            each = each - self.sft * (found / lengths(pack))[0::2]
+        return (_weights(pack, 1) * each).sum()
 
 
 @dataclass(frozen=True)
@@ -117,12 +118,20 @@ class KTO(PerRow):
 
 @dataclass(frozen=True)
 class Reward(PerRow):
-    """Bradley–Terry loss of a reward model over (chosen, rejected); the one logit of the last place is the reward."""
+    """Bradley–Terry loss of a reward model over (chosen, rejected); the one logit of the last place is the reward.
+
+    facts: (weight of the pair,) where there are weights.
+    """
 
     def __call__(self, logits: Tensor, pack: Pack) -> Tensor:
         """Summed over pairs."""
         found = rewards(logits, pack)
-        return -logsigmoid(found[0::2] - found[1::2]).sum()
+        return -(_weights(pack, 0) * logsigmoid(found[0::2] - found[1::2])).sum()
+
+
+def _weights(pack: Pack, column: int) -> Tensor | float:
+    """Weights of a pack's pairs out of a column of facts; 1 where there is none."""
+    return pack.facts[0::2, column] if pack.facts.shape[1] > column else 1.0
 
 
 def rewards(logits: Tensor, pack: Pack) -> Tensor:

@@ -1,0 +1,169 @@
+"""What a System knows already: the tasks it must not lose, how each of them is asked, and rows of it.
+
+A System holds one instruction and one set of labels. The model beneath serves several tasks, each asked in its own way:
+the instruction is part of the prompt. The tasks come from `earlier:` folders and from the System's own card, where an
+update leaves a few rows of what it taught.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from whet.engine import Sampling, Session
+from whet.errors import ArtifactError
+from whet.splits import without
+from whet.system import System, revive
+from whet.task import Example, Learnable, Task, load, rows_hash
+
+if TYPE_CHECKING:
+    from whet.engine.torch import TorchSession
+
+KEPT, HELD = 256, 128  # rows of a task that a System carries: to learn from again, and to measure by
+MADE = 128  # rows that a System makes up for a task that none are kept of
+MADE_TOKENS = 96  # of a made-up prompt, at most
+MARK = "whet-here"
+
+
+@dataclass(frozen=True)
+class Known:
+    """A task that a System knows: how it is asked, rows to learn from again, and rows that were never learnt from.
+
+    `asked` is a System whose model does not matter: `on` puts another beneath.
+    """
+
+    name: str
+    metric: str
+    asked: System
+    rows: tuple[Example, ...] = ()
+    held: tuple[Example, ...] = ()
+    folder: Path = Path()
+
+    def on(self, system: System) -> System:
+        """The model of a System, asked this task."""
+        return replace(self.asked, model=system.model)
+
+    @property
+    def key(self) -> str:
+        """sha256 of what learning it again depends on."""
+        settings = {k: v for k, v in self.asked.settings.items() if k != "model"}
+        return hashlib.sha256(json.dumps([settings, rows_hash(self.rows)], sort_keys=True).encode()).hexdigest()
+
+
+def as_task(system: System, task: Task, session: Session | None = None) -> System:
+    """The same model asked another task: that task's instruction, labels and length of answers, no demonstrations.
+
+    Labels are read off as the System reads its own (as whole answers once it was trained).
+    """
+    from whet.search import base_system
+
+    base = base_system(system.model, task, task.split().learnable, session or system.session, system.home)
+    return replace(base, decoding=replace(base.decoding, normalise=system.decoding.normalise))
+
+
+def carried(system: System) -> tuple[Known, ...]:
+    """The tasks in a System's card, oldest first. Raises ArtifactError where it does not hold what whet wrote there."""
+    try:
+        return tuple(_known(entry, system) for entry in system.card.get("memory", ()))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(
+            "the System's memory cannot be read", expected="tasks and rows that whet wrote", found=str(error)[:160],
+            do="restore system.json",
+        ) from error  # fmt: skip
+
+
+def _known(entry: dict[str, Any], system: System) -> Known:
+    plain = {"model": {"content": system.model.content, "transforms": []}}
+    asked = revive({**entry["asked"], **plain}, system.model.base, {}, {"task": entry["name"]}, system.home)
+    rows, held = (tuple(_example(row) for row in entry[part]) for part in ("rows", "held"))
+    return Known(str(entry["name"]), str(entry["metric"]), replace(asked, model=system.model), rows, held)
+
+
+def _example(row: dict[str, Any]) -> Example:
+    def frozen(value: Any) -> Any:
+        return tuple(map(frozen, value)) if isinstance(value, list) else value
+
+    return Example(**{key: frozen(value) for key, value in row.items()})
+
+
+def known(
+    system: System, data: Learnable, session: Session, *, split: str = "select", seed: int = 0
+) -> tuple[Known, ...]:
+    """The tasks to be kept: those in the System's card, and those of the task's `earlier:` folders, which have more rows.
+
+    Rows to learn from come from a folder's train alone; `split` (select or test) says which ones are held to measure
+    by. Rows that the new ones contradict or repeat (the same question, or one of the same group) are left out.
+    """
+    found = {one.name: one for one in carried(system)}
+    for folder in data.earlier:
+        # Trusted to be read only: a metric in it runs where it is scored, and is trusted or not there.
+        task = load(folder, trust=True)
+        splits = task.split(seed)
+        rows = splits.learnable.train
+        # Plain text and rows without answers teach and measure nothing here.
+        held = splits.confirm if split == "test" else splits.select
+        asked = found[task.name].asked if task.name in found else as_task(system, task, session)
+        found[task.name] = Known(task.name, task.metric, asked, rows, held, folder)
+    return tuple(replace(one, rows=_undisputed(one, data)) for one in found.values())
+
+
+def _undisputed(one: Known, data: Learnable) -> tuple[Example, ...]:
+    return without(one.rows, data.train)[0] if one.asked.instruction == data.instruction else one.rows
+
+
+def remember(
+    system: System, data: Learnable, tasks: Sequence[Known], held: Sequence[Example] = (), *, keep: int = KEPT,
+    seed: int = 0,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """What a System that was just taught a task is to carry in its card, as plain data: that task and all before it.
+
+    At most `keep` rows a task, as many of each answer as can be. Where the task was known already, half of them are
+    its older rows. `held` are rows of the task that nothing learnt from.
+    """
+    from whet.methods.fewshot import balanced
+
+    def some(rows: Sequence[Example], most: int) -> tuple[Example, ...]:
+        return tuple(rows) if len(rows) <= most else tuple(balanced(rows, most, seed))
+
+    metric = data.metric if ".py:" not in data.metric else "accuracy" if data.closed else "token_f1"
+    before = {one.name: one for one in tasks}
+    older = some(before[data.name].rows, keep // 2) if data.name in before else ()
+    rows = (*older, *some(data.train, keep - len(older)))
+    everything = {**before, data.name: Known(data.name, metric, replace(system, card={}), rows, tuple(held))}
+    return [
+        {
+            "name": one.name, "metric": one.metric,
+            "asked": {k: v for k, v in one.asked.settings.items() if k != "model"},
+            "rows": [_plain(e) for e in some(one.rows, keep)], "held": [_plain(e) for e in some(one.held, HELD)],
+        }
+        for one in everything.values()
+    ]  # fmt: skip
+
+
+def _plain(example: Example) -> dict[str, Any]:
+    body: dict[str, Any] = json.loads(json.dumps(asdict(example)))
+    return {key: value for key, value in body.items() if key in ("id", "prompt") or value not in (None, "", [])}
+
+
+def made_up(one: Known, system: System, session: TorchSession, spare: Sequence[str], seed: int) -> tuple[Example, ...]:
+    """Rows for a task that none are kept of: prompts that the model writes, with the System's own answers.
+
+    The model goes on from where a user's turn opens behind the task's instruction (as in Magpie, Xu et al. 2024). What
+    it fails to write is filled up from `spare` prompts, of the new task: asked the old way, their answers keep the old
+    manner (as in learning without forgetting, Li & Hoiem 2016).
+    """
+    from whet.prompt import messages, render
+
+    chat = messages(one.asked.instruction, (), MARK)
+    opening = render(session.tokenizer, chat, system=session.system).split(MARK)[0]
+    sampling = Sampling(MADE_TOKENS, temperature=1.0, top_p=0.95, n=MADE, seed=seed)
+    [written] = session.generate([opening], sampling)
+    whole = [g.text.strip() for g in written if g.finish == "stop" and g.text.strip()]
+    prompts = list(dict.fromkeys([*whole, *spare]))[:MADE]
+    asked = [Example(f"made-{n}", prompt) for n, prompt in enumerate(prompts)]
+    answers = one.on(system).answers(asked, session)
+    return tuple(replace(e, completion=a.text) for e, a in zip(asked, answers, strict=True) if a.text)

@@ -1,0 +1,144 @@
+"""What is kept and what is lost: the matrix of tasks and times, points lost per earlier task, and drift."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from whet import stats
+from whet.errors import TaskError
+from whet.memory import Known
+from whet.methods import Run
+from whet.metrics import get
+from whet.scorecard import evaluate
+from whet.system import System
+
+if TYPE_CHECKING:
+    from whet.engine.prefix import Row
+    from whet.engine.torch import TorchSession
+
+ALLOWED = 1.0  # points that an earlier task may lose where `limits.forgetting` says nothing
+
+
+@dataclass(frozen=True)
+class Retention:
+    """A stream in figures, each in the units of its scores.
+
+    `average`: of all tasks at the end. `forgetting`: mean drop of the earlier tasks from their best (Chaudhry et al.
+    2018). `backward` and `forward` transfer: what learning others did to a task after it was learnt, and before,
+    against the start (Lopez-Paz & Ranzato 2017). `newest`: mean score of each task when it was just learnt.
+    """
+
+    average: float
+    forgetting: float
+    backward: float
+    forward: float
+    newest: float
+
+
+def retention(matrix: Sequence[Sequence[float]]) -> Retention:
+    """The figures of a stream of T tasks from its matrix [T + 1, T]: the score on each task at the start and after each.
+
+    Raises TaskError for a stream of one task, which can forget nothing, and for a matrix of another shape.
+    """
+    count = len(matrix) - 1
+    if count < 2 or any(len(row) != count for row in matrix):
+        shape = f"{len(matrix)} by {', '.join(str(n) for n in sorted({len(row) for row in matrix}))}"
+        raise TaskError("no stream of tasks", expected="T + 1 rows of T scores, of two tasks or more", found=shape)
+    start, *after = matrix
+    end, earlier = after[-1], range(count - 1)
+    return Retention(
+        fmean(end),
+        fmean(max(row[k] for row in after[k:]) - end[k] for k in earlier),
+        fmean(end[k] - after[k][k] for k in earlier),
+        fmean(after[k - 1][k] - start[k] for k in range(1, count)),
+        fmean(after[k][k] for k in range(count)),
+    )
+
+
+@dataclass(frozen=True)
+class Lost:
+    """What one earlier task lost, in points (hundredths of its metric; of perplexity, percent); negative: it gained.
+
+    `low`..`high` is the paired 95 % interval. `ok` by `stats.not_worse`: the loss is within `allowed`, and its
+    one-sided bound within that plus what so many rows can show.
+    """
+
+    task: str
+    n: int
+    before: float
+    after: float
+    lost: float
+    low: float
+    high: float
+    allowed: float
+    ok: bool
+
+    def __str__(self) -> str:
+        return (f"{self.task} loses {self.lost:.1f} points [{self.low:.1f}, {self.high:.1f}] on {self.n} rows "
+                f"({self.before:.3g} to {self.after:.3g}); {self.allowed:g} allowed")  # fmt: skip
+
+
+def forgetting(
+    before: System, after: System, tasks: Sequence[Known], run: Run, *, allowed: float | None = None, trust: bool = False
+) -> tuple[Lost, ...]:
+    """What each earlier task lost from one System to another, on the rows held for measuring; both asked the same way.
+
+    `allowed` is `limits.forgetting`, in points. Empty where the weights are the same: nothing is forgotten then. Tasks
+    without held rows are left out. Scores are kept in the Run's store. Raises TaskError for a metric that is code and
+    not trusted.
+    """
+    if before.model == after.model:
+        return ()
+    margin = ALLOWED if allowed is None else allowed
+    found = []
+    for one in tasks:
+        if not one.held:
+            continue
+        metric = get(one.metric, one.folder, trust)
+        cards = [
+            evaluate(one.on(system), one.held, metric, session=run.session(system.model), split=f"earlier {one.name}",
+                     seed=run.seed, store=run.store, progress=run.progress(f"scoring {one.name}"))
+            for system in (before, after)
+        ]  # fmt: skip
+        outcomes = [card.outcomes for card in cards]
+        unit = 100.0 if metric.higher_is_better else 100.0 / cards[0].score
+        paired = stats.compare(*outcomes, metric, run.seed)
+        kept = stats.not_worse(*outcomes, metric, margin / unit, run.seed)
+        found.append(Lost(one.name, paired.n, cards[0].score, cards[1].score, -unit * paired.difference,
+                          -unit * paired.high, -unit * paired.low, margin, kept.ok))  # fmt: skip
+    return tuple(found)
+
+
+def refused(lost: Sequence[Lost]) -> str:
+    """Why a candidate is refused; empty where no earlier task lost more than is allowed."""
+    return "; ".join(str(one) for one in lost if not one.ok)
+
+
+def drift(before: TorchSession, after: TorchSession, rows: Sequence[Row]) -> float:
+    """Mean KL divergence, in nats per target token, of the model after from the model before, over all the vocabulary.
+
+    KL(before || after) on rows of the new task: a cheap forecast of forgetting, which needs no earlier task (Shenfeld
+    et al. 2025).
+    """
+    import torch
+
+    from whet.engine import attention
+    from whet.engine.torch import using_tree
+    from whet.train.batches import packs, padded
+    from whet.train.loop import _logits
+
+    total, count = 0.0, 0
+    longest = max(len(r.prompt) + max(map(len, r.continuations)) for r in rows)
+    shared = all(attention.shares(s.module, longest) for s in (before, after))
+    device, dtype = after.module.device, after.module.dtype
+    for pack in packs(rows, dtype, device) if shared else padded(rows, device):
+        logs = []
+        for session in (before, after):
+            with using_tree(session.module, shared=shared), torch.inference_mode():
+                logs.append(_logits(session.module, pack).float().log_softmax(-1))
+        total += float((logs[0].exp() * (logs[0] - logs[1])).sum())
+        count += len(pack.targets)
+    return total / count
