@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -23,13 +24,14 @@ from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession
 from whet.errors import MethodError, ModelError
 from whet.methods import Run
-from whet.methods.finetune import FineTune, verdict
+from whet.methods.finetune import FineTune
 from whet.store import Store
 from whet.system import Decoding, Demonstrations, System
 from whet.task import Example, Learnable
 from whet.train import batches, loop
 from whet.train.adapters import Adapter, _MergedLinear, adapted, add_lora, merged_products
 from whet.train.batches import Pack, packs, padded, steps, tokens_per_row
+from whet.train.fit import twice_the_data, verdict
 from whet.train.lesson import render_rows
 from whet.train.loop import Curves, Masters, Schedule, Settings, _step, operations, train
 from whet.train.losses import NextToken
@@ -600,7 +602,27 @@ def curves_of(training: list[float], checks: list[float]) -> Curves:
     ],
 )
 def test_verdict(training: list[float], checks: list[float], wanted: str) -> None:
-    assert verdict(curves_of(training, checks) if checks else curves_of(training, [1.0])) == wanted
+    found = verdict(curves_of(training, checks) if checks else curves_of(training, [1.0]))
+    assert found.verdict == wanted
+    if wanted != "too short to tell":
+        assert (found.best, found.last) == (min(checks), checks[-1])
+        assert found.train_after == pytest.approx(sum(training[-2:]) / 2)
+
+
+def test_twice_the_data_follows_a_power_law() -> None:
+    draw = random.Random(0)
+    truth = [2.0 * (n + 0.5) ** -0.5 + 0.3 for n in range(400)]
+    found = twice_the_data([v + draw.gauss(0, 0.02) for v in truth[:100]], 8)
+    assert found is not None
+    assert found.rows == 800
+    assert found.now == pytest.approx(2.0 * 100**-0.5 + 0.3, abs=0.02)
+    assert found.low <= 2.0 * 200**-0.5 + 0.3 <= found.high
+    assert found.twice == pytest.approx(2.0 * 200**-0.5 + 0.3, abs=0.03)
+    assert found.high - found.low < 0.1
+    flat = twice_the_data([1.0 + draw.gauss(0, 0.01) for _ in range(60)], 8)
+    assert flat is not None
+    assert flat.twice == pytest.approx(1.0, abs=0.03)  # a curve that has ended promises nothing
+    assert twice_the_data([1.0] * 10, 8) is None
 
 
 # --- fine-tuning as a Method ------------------------------------------------------------------------------------------

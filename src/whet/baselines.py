@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from whet.task import Example
 
 Embed = Callable[[Sequence[str]], NDArray[Any]]
+Classify = Callable[[Sequence[str], Sequence[str], Sequence[str]], tuple[str, ...]]
 
 RANKED = 100  # documents named by a ranking
 
@@ -34,10 +35,12 @@ def run(
     embed: Embed | None,
     seed: int = 0,
     documents: Mapping[str, str] | None = None,
+    encoder: Classify | None = None,
 ) -> tuple[Baseline, ...]:
     """The baselines that fit the examples, each with one answer per example.
 
-    A closed set: majority class, logistic regression on TF-IDF and on embeddings, nearest neighbour. Rows with their
+    A closed set: majority class, logistic regression on TF-IDF and on embeddings, nearest neighbour, and `encoder`
+    (texts, labels, wanted texts → labels). Rows with their
     own choices: the longest choice, the choice nearest to the prompt. Free text: the nearest train row's completion
     and, with `documents` (id → text) and evidence, the best sentence of the best document by BM25. Rows with evidence
     and no completion: BM25's ranking. What needs train or `embed` (texts → vectors, shape (n, d)) and has none is left
@@ -46,7 +49,12 @@ def run(
     if not examples or not all(e.prompt for e in examples):
         return ()
     if labels:
-        return _closed([e for e in train if e.completion in labels], examples, embed, seed)
+        known = [e for e in train if e.completion in labels]
+        found = _closed(known, examples, embed, seed)
+        if encoder is None or len(found) < 2:  # a single class needs no classifier
+            return found
+        answers = encoder([e.prompt for e in known], [e.completion for e in known], [e.prompt for e in examples])
+        return (*found, Baseline("encoder_finetuned", answers))
     if all(e.choices for e in examples):
         return _choices(examples, embed)
     if documents and all(e.evidence and not e.completion and not e.answers for e in examples):
@@ -67,7 +75,7 @@ def _closed(
     majority = Baseline("majority", (str(names[counts.argmax()]),) * len(examples))
     if len(names) == 1:
         return (majority,)
-    rows, asked = _tfidf([e.prompt for e in train], [e.prompt for e in examples])
+    rows, asked = tfidf([e.prompt for e in train], [e.prompt for e in examples])
     words = Baseline("tfidf_logistic", _logistic(rows, truth, asked, seed))
     if embed is None:
         return majority, words
@@ -92,7 +100,7 @@ def _neighbour(train: Sequence[Example], examples: Sequence[Example], embed: Emb
     if not train:
         return ()
     known, asked = [e.prompt for e in train], [e.prompt for e in examples]
-    rows, wanted = _tfidf(known, asked) if embed is None else (_vectors(embed, known), _vectors(embed, asked))
+    rows, wanted = tfidf(known, asked) if embed is None else (_vectors(embed, known), _vectors(embed, asked))
     name = "tfidf_neighbour" if embed is None else "embedding_neighbour"
     return (Baseline(name, tuple(train[i].completion for i in _nearest(rows, wanted))),)
 
@@ -139,7 +147,7 @@ def bm25(documents: Sequence[str], queries: Sequence[str], k1: float = 1.2, b: f
     return scores
 
 
-def _tfidf(train: Sequence[str], examples: Sequence[str]) -> tuple[Any, Any]:
+def tfidf(train: Sequence[str], examples: Sequence[str]) -> tuple[Any, Any]:
     """Sparse rows of words and pairs of words, and of pieces of words, which carry languages without spaces."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.pipeline import make_union

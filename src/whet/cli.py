@@ -241,6 +241,7 @@ def compare(first: str, second: str, task: str, split: str, seed: int, trust: bo
 @main.command(epilog=example(
     "whet apply fewshot TASK --set k=16 selection=random --out system/",
     "whet apply finetune TASK --set epochs=1 --out tuned/",
+    "whet apply finetune TASK --budget 10m --report-to tensorboard --out tuned/",
     "whet apply calibrate TASK --system tuned/ --out tuned-calibrated/",
 ))  # fmt: skip
 @click.argument("method")
@@ -248,19 +249,27 @@ def compare(first: str, second: str, task: str, split: str, seed: int, trust: bo
 @click.option("--system", "system", default=DEFAULT_MODEL, show_default=True, help="What it is applied to.")
 @click.option("--set", "pairs", multiple=True, help="Settings: --set k=16 --set selection=random.")
 @click.argument("more", nargs=-1)
+@click.option("--budget", default=None, help="For a method that trains: race its learning rates within this time.")
+@click.option("--report-to", multiple=True, help="Also tell each step to tensorboard, wandb or mlflow.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the new System.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--trust", is_flag=True, help="Run code that the task brings; let a System reach its server.")
 @common
 def apply(
-    method: str, task: str, system: str, pairs: tuple[str, ...], more: tuple[str, ...], out: Path, seed: int,
-    trust: bool, as_json: bool, debug: bool,
+    method: str, task: str, system: str, pairs: tuple[str, ...], more: tuple[str, ...], budget: str | None,
+    report_to: tuple[str, ...], out: Path, seed: int, trust: bool, as_json: bool, debug: bool,
 ) -> None:  # fmt: skip
-    """Apply one METHOD to a System by hand. Further key=value words after --set are settings, too."""
+    """Apply one METHOD to a System by hand. Further key=value words after --set are settings, too.
+
+    With --budget, a method that trains races its learning rates unless one is set: after 15 and 40 % of the training
+    the better half goes on.
+    """
     from dataclasses import asdict
 
     from whet.errors import MethodError
     from whet.methods import Run, make
+    from whet.search import tune
+    from whet.search.budget import measure, seconds
     from whet.search.recipe import Recipe
     from whet.store import Store
     from whet.task import load
@@ -276,10 +285,18 @@ def apply(
     watch = _watch(as_json)
     try:
         watch.arm(method, 0.0)
-        run = Run(Store(), seed, tell=watch.tell)
+        run = Run(Store(), seed, tell=watch.tell, report_to=report_to)
         start = _system(system, loaded, trust)
-        session = run.session(start.model)
-        new = Recipe((made,)).run(start, loaded.split(seed).learnable, run)
+        session, data = run.session(start.model), loaded.split(seed).learnable
+        if budget is None:
+            new = Recipe((made,)).run(start, data, run)
+        else:
+            raced = "learning_rate" in made.space() and "learning_rate" not in settings
+            arms = tune.candidates(made) if raced else [made]
+            each = seconds(budget) / (tune.COST if len(arms) > 1 else 1.0)
+            run.trained_tokens = int(each * measure(start, session, run.store).train)
+            new, ended = tune.race(arms, start, data, run, watch.say)
+            run.notes["raced"] = tune.named(ended)
         new.save(out)
     finally:
         watch.close()

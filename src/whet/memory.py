@@ -104,7 +104,6 @@ def known(
         task = load(folder, trust=True)
         splits = task.split(seed)
         rows = splits.learnable.train
-        # Plain text and rows without answers teach and measure nothing here.
         held = splits.confirm if split == "test" else splits.select
         asked = found[task.name].asked if task.name in found else as_task(system, task, session)
         found[task.name] = Known(task.name, task.metric, asked, rows, held, folder)

@@ -480,8 +480,12 @@ def _load(name: str, folder: Path | None, trusted: bool) -> Callable[[str, Examp
 def score_all(metric: Metric, answers: Sequence[str], examples: Sequence[Example]) -> tuple[Outcome, ...]:
     """Score answers one by one; an example on which the metric raises or is not finite is a failed outcome, score 0.
 
-    A TaskError (the metric cannot score answers at all) passes through. Raises ValueError if lengths differ.
+    A TaskError (the metric cannot score answers at all) passes through. Raises ValueError if lengths differ. A metric
+    that scores answers together (a judge's) has `outcomes(answers, examples)`.
     """
+    together: Callable[..., tuple[Outcome, ...]] | None = getattr(metric, "outcomes", None)
+    if together is not None:
+        return together(answers, examples)
     return tuple(_score_one(metric, a, e) for a, e in zip(answers, examples, strict=True))
 
 

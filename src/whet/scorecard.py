@@ -68,6 +68,7 @@ def protocol(
         "decoding": "closed set" if system.decoding.closed else "greedy generation",
         "whet": __version__,
         "python": platform.python_version(),
+        **getattr(metric, "rules", {}),
         **session.protocol,
     }
 
@@ -96,7 +97,7 @@ def evaluate(
     """
     if not examples:
         raise TaskError("nothing to score", expected=f"rows in {split}", found="none", do=f"add {split}.jsonl")
-    if metric.name.startswith(("recall@", "ndcg@")) or metric.name == "win_rate":
+    if metric.name.startswith(("recall@", "ndcg@")) or (metric.name == "win_rate" and not hasattr(metric, "outcomes")):
         raise TaskError(
             f"{metric.name} cannot be scored by this version",
             expected="a metric of answers", found=metric.name, do="see `whet methods` for what is at hand",

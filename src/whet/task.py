@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -20,30 +20,12 @@ from whet.errors import TaskError, nearest
 from whet.rows import FIELDS, SUFFIXES, Row, decode, read, short
 from whet.splits import cut, without
 
-KEYS = (
-    "name",
-    "instruction",
-    "metric",
-    "labels",
-    "documents",
-    "knowledge",
-    "glossary",
-    "feedback",
-    "earlier",
-    "limits",
-)
-METRICS = (
-    "accuracy",
-    "macro_f1",
-    "exact_match",
-    "token_f1",
-    "contains",
-    "rouge_l",
-    "bleu",
-    "chrf",
-    "perplexity",
-    "win_rate",
-)
+if TYPE_CHECKING:
+    from whet.feedback import Judged
+
+KEYS = ("name", "instruction", "metric", "labels", "documents", "knowledge", "glossary", "feedback", "earlier", "limits")
+METRICS = ("accuracy", "macro_f1", "exact_match", "token_f1", "contains", "rouge_l", "bleu", "chrf", "perplexity",
+           "win_rate")  # fmt: skip
 SPLIT_FILES = {"train": ("train",), "dev": ("dev", "valid", "validation"), "test": ("test",)}
 SELECT_MOST, SELECT_SHARE = 400, 0.2
 
@@ -93,6 +75,8 @@ class Learnable:
     earlier: tuple[Path, ...] = ()
     limits: Limits = field(default_factory=Limits)
     folder: Path = Path()
+    judged: tuple[Judged, ...] = ()
+    trusted: bool = False
 
     @property
     def closed(self) -> bool:
@@ -109,12 +93,16 @@ class Learnable:
 
 @dataclass(frozen=True)
 class Splits:
-    """The three parts of a task that measurement keeps apart, and the rows dropped for leaking as (id, why)."""
+    """The three parts of a task that measurement keeps apart, and the rows dropped for leaking as (id, why).
+
+    `judging` are the judgements set aside for the judge of a win rate: no Method learns from them.
+    """
 
     learnable: Learnable
     select: tuple[Example, ...]
     confirm: tuple[Example, ...]
     dropped: tuple[tuple[str, str], ...] = ()
+    judging: tuple[Judged, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,6 +125,7 @@ class Task:
     limits: Limits = field(default_factory=Limits)
     trusted: bool = False
     notes: tuple[str, ...] = ()
+    judged: tuple[Judged, ...] = ()
 
     @property
     def closed(self) -> bool:
@@ -161,14 +150,23 @@ class Task:
         """Train, select and confirm, disjoint by prompt (nearly the same counts) and by group.
 
         select is dev, else min(400, 20 %) of train, stratified by answer where the set is closed; confirm is test.
-        Rows of train or dev that leak are dropped and named; `strict` raises TaskError instead.
+        Rows of train, dev or feedback that leak are dropped and named; `strict` raises TaskError instead. A task of
+        feedback alone learns from the chosen answers.
         """
+        from whet.feedback import divide, pairs, without_held
+
         select, leaks = without(self.dev, (*self.test,))
-        train, more = without(self.train, (*self.test, *select))
+        judged, spoilt = without_held(self.judged, (*self.test, *select))
+        judging: tuple[Judged, ...] = ()
+        if self.metric == "win_rate":
+            judged, judging = divide(judged, seed=seed)
+        alone = self.metric == "win_rate" and not self.train
+        train, more = without(self.train or tuple(r.example for r in pairs(judged) if alone), (*self.test, *select))
+        leaks += spoilt
         if leaks and strict or more and strict:
             row, why = (leaks + more)[0]
             raise TaskError(
-                f"{len(leaks) + len(more)} rows of train or dev leak into held-out data; the first, {row}, {why}",
+                f"{len(leaks) + len(more)} learnable rows leak into held-out data; the first, {row}, {why}",
                 expected="none",
                 do="remove them, or go on without --strict to have them dropped",
             )
@@ -176,6 +174,8 @@ class Task:
             wanted = min(SELECT_MOST, max(1, round(SELECT_SHARE * len(train))))
             kept, held = cut(train, wanted, seed=seed, closed=self.closed, near=True)
             train, select = tuple(train[i] for i in kept), tuple(train[i] for i in held)
+            judged, spoilt = without_held(judged, select)
+            leaks += () if alone else spoilt
         learnable = Learnable(
             name=self.name,
             instruction=self.instruction,
@@ -189,8 +189,10 @@ class Task:
             earlier=self.earlier,
             limits=self.limits,
             folder=self.folder,
+            judged=judged,
+            trusted=self.trusted,
         )
-        return Splits(learnable, select, self.test, leaks + more)
+        return Splits(learnable, select, self.test, leaks + more, judging)
 
 
 _HELD_OUT = (*SPLIT_FILES["dev"], *SPLIT_FILES["test"])
@@ -239,6 +241,12 @@ def load(folder: str | Path, *, trust: bool = False) -> Task:
     for key in _SOURCES:
         for file in sorted(folder.glob(f"{key}.*")) if sources[key] is None else ():
             notes.append(f"{file.name} lies in the folder, but task.yaml does not name it ({key}: {file.name})")
+    judged: tuple[Judged, ...] = ()
+    if sources["feedback"] is not None:
+        from whet import feedback
+
+        judged, said = feedback.load(folder, sources["feedback"])
+        notes += said
     if _RANKED.fullmatch(metric) and sources["documents"] is None:
         notes.append(f"{metric} scores a retriever, and the task names no documents")
     return Task(
@@ -251,6 +259,7 @@ def load(folder: str | Path, *, trust: bool = False) -> Task:
         limits=_limits(header.get("limits")),
         trusted=trust,
         notes=tuple(notes),
+        judged=judged,
         train=splits.get("train", ()),
         dev=splits.get("dev", ()),
         test=splits.get("test", ()),

@@ -24,26 +24,6 @@ SAMPLED = 256  # rows looked at to tell how many tokens a row costs
 CHECKED = 0.06  # rows to validate on as a share of the rows trained on: looking must not cost more than learning
 
 
-def verdict(curves: Curves) -> str:
-    """overfitting, underfitting or well fitted, drawn from the two curves.
-
-    Overfitting: validation rose at least 5 % above its best while training still fell. Underfitting: over the last
-    quarter of the tokens both curves still fell, validation by at least 5 %, and the last validation is the best.
-    """
-    checks, train = curves.validation, curves.train
-    if len(checks) < 3 or len(train) < 4:
-        return "too short to tell"
-    best = min(loss for _, loss in checks)
-    quarter = max(1, len(train) // 4)
-    before = sum(loss for _, loss in train[-2 * quarter : -quarter]) / quarter
-    after = sum(loss for _, loss in train[-quarter:]) / quarter
-    if checks[-1][1] > 1.05 * best and after < before:
-        return "overfitting"
-    if checks[-1][1] == best and checks[-1][1] < 0.95 * checks[-2][1] and after < 0.95 * before:
-        return "underfitting"
-    return "well fitted"
-
-
 @dataclass(frozen=True)
 class FineTune:
     """Fine-tuning with completion-only loss, early stopping on a validation cut from train, best weights kept.
@@ -73,9 +53,10 @@ class FineTune:
             raise ValueError(f"adapter is {self.adapter!r}; one of lora, rslora, dora, full")
 
     def space(self) -> Mapping[str, Sequence[Any]]:
-        """The settings worth trying."""
+        """The settings worth trying; every kind of adapter gets as many learning rates."""
+        tenth = 0.1 if self.adapter == "full" else 1.0
         return {
-            "learning_rate": (3e-4, 1e-3, 2e-3), "rank": (8, 16, 32), "batch": (8, 16, 32), "epochs": (1.0, 3.0),
+            "learning_rate": (3e-4 * tenth, 1e-3 * tenth, 2e-3 * tenth), "rank": (8, 16, 32), "batch": (8, 16, 32), "epochs": (1.0, 3.0),
             "adapter": ("lora", "dora", "full"),
         }  # fmt: skip
 
@@ -93,6 +74,7 @@ class FineTune:
 
     def _lesson(self, system: System, data: Learnable, run: Run, live: TorchSession) -> Lesson:
         from whet.train.batches import steps, tokens_per_row
+        from whet.train.fit import twice_the_data, verdict
         from whet.train.lesson import Lesson, mean_loss, render_rows
         from whet.train.loop import Schedule, Settings
         from whet.train.losses import NextToken
@@ -114,7 +96,11 @@ class FineTune:
         validations = 4 if count >= MANY_STEPS else 2
 
         def after(curves: Curves) -> dict[str, Any]:
-            return {"verdict": verdict(curves), "epochs": round(curves.steps * batch / len(rows), 2)}
+            fit = verdict(curves)
+            first = [loss for _, loss in curves.train[: len(rows) // batch]]
+            more = twice_the_data(first, batch, run.seed)
+            return {"verdict": fit.verdict, "fit": asdict(fit), "epochs": round(curves.steps * batch / len(rows), 2),
+                    "twice_the_data": asdict(more) if more else None}  # fmt: skip
 
         return Lesson(
             steps(rows, batch, run.seed),

@@ -12,6 +12,7 @@ from typing import Any
 
 from whet import __version__, baselines, embed, stats
 from whet import task as tasks
+from whet.encoder import Encoder
 from whet.engine import Session, Spent
 from whet.errors import TaskError
 from whet.methods import Run, names
@@ -30,6 +31,8 @@ from whet.system import Decoding, System
 from whet.task import Example, Learnable, Splits, Task
 
 FIXED = 30.0  # seconds for loading, baselines and measuring latency, which no token count tells
+ENCODED = 0.04  # of the budget may go to fine-tuning an encoder, as a baseline
+ENCODER_SPEED = 6.0  # MiniLM has a tenth of the default model's weights, all of them trained: measured in LOG.md
 LEAST_TOKENS = 6_000  # a fine-tuning on fewer tokens (some eight steps of short rows) is not worth starting
 VALIDATED = 0.15  # of a fine-tuning's time, about, goes to its validations
 CALIBRATED_ROWS = 128
@@ -153,7 +156,7 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
     rates = measure_rates(bases[0], run.session(refs[0]), store)
     confirm = rates.price(estimate(bases[0], splits.confirm, run.session(refs[0])))
     # Base and finalist, and a share of the best single-family arm; but the search always gets half.
-    reserve = min(2.2 * confirm + FIXED, 0.5 * wish.budget)
+    reserve = min(2.2 * confirm + FIXED + ENCODED * wish.budget, 0.5 * wish.budget)
     select = shared_order(splits.select, task.closed, wish.seed)
     race = Race(key, splits.learnable, select, metric, store, rates, wish.seed, wish.budget - reserve, watch, run,
                 deadline=time.monotonic() + 3 * wish.budget)  # fmt: skip
@@ -323,7 +326,10 @@ def _run_baselines(job: _Job) -> list[dict[str, Any]]:
     job.watch.arm("non-LLM baselines", job.reserve)
     embedder = embed.Embedder(job.store.home) if embed.available() else None
     try:
-        found = baselines.run(train, rows, job.task.labels, embed=embedder, seed=job.wish.seed)
+        encoder = Encoder(round(ENCODED * job.wish.budget * ENCODER_SPEED * job.rates.train), job.wish.seed)
+        found = baselines.run(
+            train, rows, job.task.labels, embed=embedder, seed=job.wish.seed, encoder=encoder if embedder else None
+        )
     except ValueError as error:  # sklearn, on data that no classifier can be fitted to
         job.notes.append(f"baselines could not be fitted: {error}")
         return []

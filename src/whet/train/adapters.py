@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+from whet.train.head import headed
 
 KINDS = ("lora", "rslora", "dora", "full")
 
@@ -20,18 +22,21 @@ class Adapter:
     """What is trained: LoRA on every linear layer but the output, one of its kin, or all weights.
 
     lora: Hu et al. 2021. rslora: the same scaled by alpha/√rank (Kalajdzievski 2023). dora: magnitude and direction
-    apart (Liu et al. 2024). full: every weight.
+    apart (Liu et al. 2024). full: every weight. `head`: a reward model, whose output is one trained number per place.
     """
 
     kind: str = "lora"
     rank: int = 16
     alpha: int = 32
+    head: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"adapter is {self.kind!r}; one of {', '.join(KINDS)}")
         if self.rank < 1:
             raise ValueError(f"rank is {self.rank}; at least 1")
+        if self.head and self.kind == "full":
+            raise ValueError("a reward model is an adapter and a head; full training has no head")
 
 
 def add_lora(module: Any, adapter: Adapter, seed: int) -> Any:
@@ -62,14 +67,17 @@ def adapted(module: Any, adapter: Adapter, seed: int) -> Iterator[Any]:
         yield copy.deepcopy(module).requires_grad_(True)
         return
     training = module.training
-    tuned = add_lora(module, adapter, seed)
-    try:
-        with merged_products(tuned):
-            yield tuned
-    finally:
-        tuned.unload().train(training)
-        for leftover in {"peft_config", "_hf_peft_config_loaded"} & set(vars(module)):
-            delattr(module, leftover)
+    with headed(module, seed) if adapter.head else nullcontext():
+        tuned = add_lora(module, adapter, seed)
+        if adapter.head:
+            module.get_output_embeddings().requires_grad_(True)  # peft has frozen all but the adapter
+        try:
+            with merged_products(tuned):
+                yield tuned
+        finally:
+            tuned.unload().train(training)
+            for leftover in {"peft_config", "_hf_peft_config_loaded"} & set(vars(module)):
+                delattr(module, leftover)
 
 
 class _MergedLinear(torch.autograd.Function):

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from whet.engine import attention, prefix
 from whet.engine.prefix import Row
 
+T = TypeVar("T")
 PACK_TOKENS = 1024  # packed tokens per backward pass: activations take 1.7 MB a token on a 135M model
 PACK_TARGETS = 1024  # tokens with logits per backward pass: the vocabulary is what fills memory
 
@@ -91,7 +93,7 @@ def _wanted(rows: Sequence[Row], some: Sequence[int], device: torch.device) -> t
     )
 
 
-def steps(rows: Sequence[Row], size: int, seed: int) -> Callable[[int], list[Row]]:
+def steps(rows: Sequence[T], size: int, seed: int) -> Callable[[int], list[T]]:
     """The rows of each step (from 0): every row once per epoch, in an order that depends on seed and epoch only."""
     each = math.ceil(len(rows) / size)
 
@@ -101,7 +103,7 @@ def steps(rows: Sequence[Row], size: int, seed: int) -> Callable[[int], list[Row
         random.Random(f"{seed}/{epoch}").shuffle(drawn)
         return drawn
 
-    def step(number: int) -> list[Row]:
+    def step(number: int) -> list[T]:
         epoch, at = divmod(number, each)
         return [rows[i] for i in order(epoch)[at * size : (at + 1) * size]]
 

@@ -18,6 +18,7 @@ from whet.model import Transform, aside, hash_files, save_weights
 from whet.system import System
 from whet.task import Example
 from whet.train.adapters import Adapter, adapted
+from whet.train.head import save_head
 from whet.train.loop import Beat, Curves, Settings, Source, train
 from whet.train.losses import Loss
 from whet.train.peak import matmul_peak
@@ -121,6 +122,8 @@ def keep(tuned: Any, adapter: Adapter, made: Path, body: dict[str, Any]) -> None
             # A path of this machine is no part of an adapter's identity; the System names the base by content.
             settings["base_model_name_or_path"] = None
             config.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            if adapter.head:
+                save_head(tuned, folder)
         body["kind"] = "weights" if adapter.kind == "full" else "adapter"
         body["fingerprint"] = hash_files([p for p in folder.iterdir() if p.is_file()])
         (work / "done.json").write_text(json.dumps(body), encoding="utf-8")

@@ -1,0 +1,503 @@
+"""Human judgements: reading them, weighing annotators, judges made of them, and the win rate by such a judge."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+
+from whet import stats
+from whet.convert import as_text, standard
+from whet.engine import Sampling, Session
+from whet.errors import MethodError, TaskError, nearest
+from whet.metrics import Additive, Mean, Outcome, WinRate
+from whet.rows import Row, read, short
+from whet.splits import Leaks, cut, without
+from whet.task import Example, places
+
+if TYPE_CHECKING:
+    from whet.embed import Embedder
+    from whet.system import System
+
+UP, DOWN = ("true", "1", "up", "yes", "good"), ("false", "0", "down", "no", "bad")
+JUDGING = 1 / 3  # of the pairs are set aside for the judge that reports the win rate
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One judgement: a pair where both sides are given, a thumb up (`chosen` alone) or down (`rejected` alone)."""
+
+    id: str
+    prompt: str
+    chosen: str | None = None
+    rejected: str | None = None
+    annotator: str = ""
+    time: str = ""
+    group: str | None = None
+    history: tuple[tuple[str, str], ...] = ()
+    weight: float = 1.0
+
+    @property
+    def example(self) -> Example:
+        """The judgement as a row of a task: the wanted answer is its completion."""
+        good = self.chosen or ""
+        return Example(self.id, self.prompt, good, (good,) if good else (), (), self.group, history=self.history,
+                       rejected=self.rejected)  # fmt: skip
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def load(folder: Path, source: str) -> tuple[tuple[Judged, ...], tuple[str, ...]]:
+    """The judgements of a task's feedback, and notes on what was converted or left out.
+
+    Raises TaskError, naming file and line, for sides that are equal or missing and judgements that cannot be read.
+    """
+    rows: list[Judged] = []
+    notes: list[str] = []
+    for place in places(folder, source):
+        if not isinstance(place, Path) or place.is_dir():
+            raise TaskError(f"feedback: {short(str(place))} cannot be read", expected="a file such as feedback.jsonl")
+        rated: list[tuple[Judged, float]] = []
+        for row in read(place):
+            found = _judged(row, f"{place.stem}-{row.number}")
+            if isinstance(found, tuple):
+                rated.append(found)
+            else:
+                rows.append(found)
+        made = _of_ratings(rated)
+        rows += made
+        if rated:
+            sides = sum(bool(m.chosen and m.rejected) for m in made)
+            notes.append(f"{place.name}: {len(rated)} ratings made into {sides} pairs and {len(made) - sides} thumbs")
+    return tuple(rows), tuple(notes)
+
+
+def _judged(row: Row, name: str) -> Judged | tuple[Judged, float]:
+    """A row as a judgement, or as an answer with its rating."""
+    where, raw = row.where, row.values
+    values, _ = standard(row)
+
+    def refuse(what: str, expected: str, found: object = sorted(raw), do: str = "") -> TaskError:
+        return TaskError(f"{where}: {what}", expected=expected, found=short(found), do=do)
+
+    if not (values.get("prompt") or "").strip():
+        raise refuse("a judgement without a prompt", "prompt")
+    common: dict[str, Any] = {
+        "id": values.get("id", name), "prompt": values["prompt"], "group": values.get("group"),
+        "annotator": as_text(raw.get("annotator"), where, "annotator") or "",
+        "time": as_text(raw.get("time"), where, "time") or "", "history": values.get("history", ()),
+    }  # fmt: skip
+    answer, worse = values.get("completion"), values.get("rejected")
+    if "rejected" in raw or "chosen" in raw:
+        if answer is None or worse is None:
+            raise refuse("half a pair", "chosen and rejected")
+        if answer.strip() == worse.strip():
+            raise refuse("both sides of the pair are equal", "two answers", answer, "remove the row")
+        return Judged(**common, chosen=answer, rejected=worse)
+    if answer is None:
+        raise refuse("nothing is judged", "chosen and rejected, or completion and label or rating")
+    if raw.get("label") is not None:
+        said = str(raw["label"]).strip().lower().removesuffix(".0")
+        if said not in (*UP, *DOWN):
+            raise refuse("the label is no judgement", "true or false", raw["label"])
+        return Judged(**common, **{"chosen" if said in UP else "rejected": answer})
+    try:
+        rating = float(raw["rating"])
+        if not math.isfinite(rating):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        wanted = "label (true or false) or rating (a number)"
+        raise refuse("an answer without a judgement", wanted, raw.get("rating", sorted(raw))) from None
+    return Judged(**common, chosen=answer), rating
+
+
+def _of_ratings(rated: Sequence[tuple[Judged, float]]) -> list[Judged]:
+    """Ratings as pairs, where an annotator rated two answers to one prompt differently, else as thumbs.
+
+    A thumb is up above the annotator's own mean and down below it, since people use scales differently; what lies on
+    the mean says nothing and is left out.
+    """
+    by_prompt: dict[tuple[Any, ...], list[tuple[Judged, float]]] = defaultdict(list)
+    scales: dict[str, list[float]] = defaultdict(list)
+    for row, rating in rated:
+        by_prompt[row.annotator, row.prompt, row.history].append((row, rating))
+        scales[row.annotator].append(rating)
+    made = []
+    for group in by_prompt.values():
+        pairs = [
+            replace(good, rejected=bad.chosen, id=f"{good.id}>{bad.id}")
+            for good, high in group
+            for bad, low in group
+            if high > low and (good.chosen or "").strip() != (bad.chosen or "").strip()
+        ]
+        made += pairs
+        for row, rating in group if not pairs else ():
+            middle = statistics.fmean(scales[row.annotator])
+            if rating != middle:
+                made.append(row if rating > middle else replace(row, chosen=None, rejected=row.chosen))
+    return made
+
+
+def without_held(rows: Sequence[Judged], held: Sequence[Example]) -> tuple[tuple[Judged, ...], Leaks]:
+    """Judgements whose prompts neither repeat (or nearly so) nor share a group with held-out rows; and the others."""
+    kept, dropped = without(tuple(replace(r.example, id=str(n)) for n, r in enumerate(rows)), tuple(held))
+    return tuple(rows[int(e.id)] for e in kept), tuple((rows[int(n)].id, why) for n, why in dropped)
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------------
+
+
+def pairs(rows: Sequence[Judged]) -> tuple[Judged, ...]:
+    """Pairs, and those that a thumb up and a thumb down on answers to the same prompt make."""
+    whole = [r for r in rows if r.chosen is not None and r.rejected is not None]
+    bad: dict[tuple[Any, ...], list[Judged]] = defaultdict(list)
+    for row in rows:
+        if row.chosen is None:
+            bad[row.prompt, row.history].append(row)
+    made = [
+        replace(up, rejected=down.rejected, id=f"{up.id}>{down.id}", weight=min(up.weight, down.weight))
+        for up in rows
+        if up.rejected is None
+        for down in bad[up.prompt, up.history]
+        if (up.chosen or "").strip() != (down.rejected or "").strip()
+    ]
+    return (*whole, *made)
+
+
+def thumbs(rows: Sequence[Judged]) -> tuple[Judged, ...]:
+    """Single judged answers: thumbs as they are, and both sides of each pair."""
+    found: list[Judged] = []
+    for row in rows:
+        if row.chosen is None or row.rejected is None:
+            found.append(row)
+        else:
+            found += [replace(row, rejected=None, id=f"{row.id}+"), replace(row, chosen=None, id=f"{row.id}-")]
+    return tuple(found)
+
+
+def weighted(rows: Sequence[Judged], weights: Sequence[str]) -> tuple[Judged, ...]:
+    """Judgements under weights of annotators, written "name=weight"; weight 0 leaves an annotator out.
+
+    Raises MethodError for an annotator that no judgement names, or a weight that is no number from 0 up.
+    """
+    known = {r.annotator for r in rows}
+    factor: dict[str, float] = {}
+    for entry in weights:
+        name, sign, number = entry.rpartition("=")
+        try:
+            value = float(number) if sign else math.nan
+        except ValueError:
+            value = math.nan
+        if not 0 <= value < math.inf:
+            raise MethodError(f"cannot read the weight {entry!r}", expected="annotator=number", do="like kit=0.5")
+        if name not in known:
+            raise MethodError(f"no judgement is by {name!r}", do=nearest(name, known))
+        factor[name] = value
+    found = (replace(r, weight=r.weight * factor.get(r.annotator, 1.0)) for r in rows)
+    return tuple(r for r in found if r.weight > 0)
+
+
+def divide(
+    rows: Sequence[Judged], share: float = JUDGING, seed: int = 0
+) -> tuple[tuple[Judged, ...], tuple[Judged, ...]]:
+    """(for learning, for the judge): the judge gets an annotator of its own, else prompts and groups of its own.
+
+    Where all judgements are signed by two annotators or more, it is the one (first by name) who made nearest to `share`
+    of them.
+    """
+    counts = Counter(r.annotator for r in rows)
+    if len(counts) > 1 and "" not in counts:
+        name = min(sorted(counts), key=lambda a: abs(counts[a] - share * len(rows)))
+        held = [i for i, r in enumerate(rows) if r.annotator == name]
+    else:
+        _, held = cut([r.example for r in rows], round(share * len(rows)), seed=seed, closed=False)
+    mine = set(held)
+    return tuple(r for i, r in enumerate(rows) if i not in mine), tuple(rows[i] for i in held)
+
+
+def digest(rows: Sequence[Judged]) -> str:
+    """sha256 of judgements, in their order."""
+    return hashlib.sha256(json.dumps([list(asdict(r).values()) for r in rows]).encode()).hexdigest()
+
+
+# --- judges -----------------------------------------------------------------------------------------------------------
+
+
+class Judge(Protocol):
+    """Scores answers to examples, higher is better; only differences on one example mean anything."""
+
+    @property
+    def name(self) -> str:
+        """Which judge this is, for the protocol: equal names score equally."""
+        ...
+
+    def __call__(self, asked: Sequence[tuple[Example, str]]) -> list[float]:
+        """One finite number for each (example, answer), in their order."""
+        ...
+
+
+class EmbeddingJudge:
+    """The rival baseline: logistic regression on the difference of MiniLM embeddings of two answers.
+
+    Its strength of regularisation is chosen by cross-validation on the pairs it learns from.
+    """
+
+    def __init__(self, rows: Sequence[Judged], embedder: Embedder) -> None:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.model_selection import GridSearchCV
+
+        self.embedder, self.name = embedder, f"embedding regression {digest(rows)[:12]}"
+        found = pairs(rows)
+        gap = embedder([r.chosen or "" for r in found]) - embedder([r.rejected or "" for r in found])
+        signs = np.where(np.arange(len(found)) % 2, 1, -1)  # without an intercept, either order teaches the same
+        plain = LogisticRegression(C=10.0, fit_intercept=False, max_iter=2000)
+        model = GridSearchCV(plain, {"C": [0.1, 1.0, 10.0, 100.0]}, cv=5) if len(found) >= 20 else plain
+        model.fit(gap * signs[:, None], signs, sample_weight=[r.weight for r in found])
+        self.weights = getattr(model, "best_estimator_", model).coef_[0]
+
+    def __call__(self, asked: Sequence[tuple[Example, str]]) -> list[float]:
+        """Log-odds against an answer of score 0."""
+        return [float(v) for v in self.embedder([answer for _, answer in asked]) @ self.weights]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a judge agrees with pairs that people judged, each figure with its 95 % interval.
+
+    `accuracy`: how often it prefers the chosen side. `brier`: mean squared error of its probability of that, 0.25 for a
+    coin. `ece`: expected calibration error (Guo et al. 2017), in five bins of confidence from one half up.
+    """
+
+    n: int
+    accuracy: tuple[float, float, float]
+    brier: tuple[float, float, float]
+    ece: float
+    judge: str
+
+
+def agreement(judge: Judge, rows: Sequence[Judged], seed: int = 0) -> Agreement:
+    """Accuracy and calibration of a judge on pairs that it did not learn from. Raises MethodError without pairs."""
+    found = pairs(rows)
+    if not found:
+        raise MethodError("no pairs to check the judge on", expected="some held out", found="none", do="judge more")
+    asked = [(r.example, side or "") for r in found for side in (r.chosen, r.rejected)]
+    scores = np.asarray(judge(asked)).reshape(-1, 2)
+    gap = scores[:, 0] - scores[:, 1]
+    right = np.where(gap == 0, 0.5, gap > 0)
+    chance = 1 / (1 + np.exp(-np.clip(gap, -60, 60)))
+    sure = np.maximum(chance, 1 - chance)
+    bins = np.minimum(((sure - 0.5) * 10).astype(int), 4)
+    ece = sum(abs(float((right - sure)[bins == b].sum())) for b in range(5)) / len(found)
+    groups = [r.group or r.prompt for r in found]
+    return Agreement(len(found), _mean(right, groups, seed), _mean((1 - chance) ** 2, groups, seed), ece, judge.name)
+
+
+def _mean(values: Sequence[float], groups: Sequence[str | None], seed: int) -> tuple[float, float, float]:
+    """A mean and its 95 % interval, groups drawn whole."""
+    outcomes = [Outcome(str(n), "", float(v), "", g) for n, (v, g) in enumerate(zip(values, groups, strict=True))]
+    return (WinRate().aggregate(outcomes), *stats.bootstrap_interval(outcomes, WinRate(), seed))
+
+
+# --- win rate ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Versus(Mean):
+    """win_rate as a metric: answers against those of a base, by a judge; equal answers tie, and a tie counts half.
+
+    The base answers each example once. `rules` name judge and base for the protocol of every score.
+    """
+
+    name: ClassVar[str] = "win_rate"
+    judge: Judge
+    base: System
+    session: Session
+    known: dict[Example, str] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def rules(self) -> dict[str, str]:
+        """What scores depend on beside the answers."""
+        return {"judge": self.judge.name, "against": self.base.fingerprint[:16]}
+
+    def against(self, examples: Sequence[Example]) -> list[str]:
+        """The base's answers."""
+        new = [e for e in dict.fromkeys(examples) if e not in self.known]
+        if new:
+            self.known.update(zip(new, [a.text for a in self.base.answers(new, self.session)], strict=True))
+        return [self.known[e] for e in examples]
+
+    def score(self, answer: str, example: Example) -> float:
+        """1 for a win, 0.5 for a tie, 0 for a loss."""
+        return self.outcomes([answer], [example])[0].score
+
+    def outcomes(self, answers: Sequence[str], examples: Sequence[Example]) -> tuple[Outcome, ...]:
+        """All at once; `Outcome.weight` holds how much longer the answer is than the base's, in words."""
+        theirs = self.against(examples)
+        asked = [(e, text) for e, a, b in zip(examples, answers, theirs, strict=True) for text in (a, b)]
+        scores = np.asarray(self.judge(asked), dtype=float).reshape(-1, 2)
+        made = []
+        for example, mine, other, (high, low) in zip(examples, answers, theirs, scores, strict=True):
+            same = mine.strip() == other.strip() or high == low
+            longer = len(mine.split()) - len(other.split())
+            made.append(Outcome(example.id, mine, 0.5 if same else float(high > low), example.completion or other,
+                                example.group, weight=float(longer)))  # fmt: skip
+        return tuple(made)
+
+
+@dataclass(frozen=True)
+class Controlled(Additive):
+    """Win rate at equal length: the intercept of a regression of wins on tanh(difference in words / its spread).
+
+    After Dubois et al. 2024 (AlpacaEval 2), but linear, so that it is a function of sums and resampled exactly.
+    """
+
+    name: ClassVar[str] = "length-controlled win rate"
+    spread: float = 1.0
+
+    def statistics(self, outcomes: Sequence[Outcome]) -> Any:
+        """Rows of (1, x, x², y, x·y)."""
+        x = np.tanh(np.array([o.weight for o in outcomes]) / self.spread)
+        y = np.array([o.score for o in outcomes])
+        return np.stack([np.ones(len(x)), x, x * x, y, x * y], axis=1)
+
+    def finish(self, totals: Any) -> Any:
+        """The intercept, within 0 and 1; the plain mean where all lengths differ alike."""
+        n, x, xx, y, xy = np.moveaxis(np.asarray(totals, dtype=float), -1, 0)
+        within = n * xx - x * x
+        flat = within < 1e-9 * np.maximum(n * n, 1)
+        return np.clip(np.where(flat, y / np.maximum(n, 1), (y * xx - x * xy) / np.where(flat, 1, within)), 0, 1)
+
+
+@dataclass(frozen=True)
+class Wins:
+    """A System against its base: each figure with its 95 % interval. Lengths are mean words; `judge` is its name.
+
+    `prefers`: how often the System itself prefers the chosen side of the rows that are pairs, by log-probability per
+    token; None where no row is one.
+    """
+
+    n: int
+    rate: tuple[float, float, float]
+    controlled: tuple[float, float, float]
+    prefers: tuple[float, float, float] | None
+    length: float
+    base_length: float
+    judge: str
+    outcomes: tuple[Outcome, ...] = field(repr=False)
+
+
+def win_rate(
+    system: System, base: System, judge: Judge, rows: Sequence[Example], session: Session | None = None,
+    base_session: Session | None = None, seed: int = 0,
+) -> Wins:  # fmt: skip
+    """Win rate of a System's answers over its base's on the same rows, by a judge that neither learnt from."""
+    session = session or system.session
+    answers = [a.text for a in system.answers(rows, session)]
+    return wins(answers, Versus(judge, base, base_session or base.session), rows, prefers(system, rows, session), seed)
+
+
+def wins(
+    answers: Sequence[str], metric: Versus, rows: Sequence[Example], sides: Sequence[float] = (), seed: int = 0
+) -> Wins:
+    """The figures of answers that are at hand."""
+    outcomes = metric.outcomes(answers, rows)
+    even = Controlled(max(1.0, float(np.std([o.weight for o in outcomes]))))
+    groups = [e.group for e in rows if e.rejected is not None]
+    length = statistics.fmean(len(a.split()) for a in answers)
+    return Wins(
+        len(rows),
+        (metric.aggregate(outcomes), *stats.bootstrap_interval(outcomes, metric, seed)),
+        (even.aggregate(outcomes), *stats.bootstrap_interval(outcomes, even, seed)),
+        _mean(sides, groups, seed) if sides else None,
+        length,
+        length - statistics.fmean(o.weight for o in outcomes),
+        metric.judge.name,
+        outcomes,
+    )
+
+
+def prefers(system: System, rows: Sequence[Example], session: Session) -> list[float]:
+    """1 for each row whose chosen side is likelier per token (its end included) than the rejected one, else 0."""
+    found = [e for e in rows if e.rejected is not None]
+    sides = [(e.completion, e.rejected or "") for e in found]
+    scored = session.score(system.prompts(found), sides, end=True)
+    return [0.5 if a.mean == b.mean else float(a.mean > b.mean) for a, b in scored]
+
+
+# --- collecting -------------------------------------------------------------------------------------------------------
+
+
+def collect(
+    system: System, examples: Sequence[Example], out: Path, ask: Callable[[Example, tuple[str, str]], str], *,
+    annotator: str = "", temperature: float = 0.8, seed: int = 0,
+) -> dict[str, int]:  # fmt: skip
+    """Show two sampled answers to each prompt, ask which is better, and append each judgement to a JSONL file at once.
+
+    `ask` is given the prompt and both answers in the order they are shown, and says "1", "2", "s" (skip) or "q" (quit).
+    That order is the seed's, and it is kept with the judgement, as are System, time and seed. Prompts that this
+    annotator judged in the file before are not asked again. Returns counts: judged, skipped, same, before.
+    """
+    kept = read(out) if out.exists() else []
+    before = {(r.values.get("prompt"), r.values.get("annotator") or "") for r in kept}
+    counts = Counter[str](judged=0, skipped=0, same=0, before=0)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a", encoding="utf-8") as file:
+        for example, shown in _sampled(system, examples, before, annotator, counts, temperature, seed):
+            said = ask(example, shown)
+            if said == "q":
+                break
+            if said not in ("1", "2"):
+                counts["skipped"] += 1
+                continue
+            chosen, rejected = shown if said == "1" else shown[::-1]
+            row = {
+                "prompt": example.prompt, "chosen": chosen, "rejected": rejected, "annotator": annotator,
+                "time": datetime.now(UTC).isoformat(timespec="seconds"), "shown_first": chosen == shown[0],
+                "system": system.fingerprint[:16], "seed": seed, "temperature": temperature,
+            }  # fmt: skip
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            counts["judged"] += 1
+    return dict(counts)
+
+
+def _sampled(
+    system: System, examples: Sequence[Example], before: set[tuple[Any, str]], annotator: str, counts: Counter[str],
+    temperature: float, seed: int,
+) -> Iterator[tuple[Example, tuple[str, str]]]:  # fmt: skip
+    """Each prompt not judged before with two different answers, in the order that the seed decides."""
+    for example in examples:
+        if (example.prompt, annotator) in before:
+            counts["before"] += 1
+            continue
+        prompts, _ = system.fitting([example], system.session, [system.decoding.max_tokens])
+        drawn = Sampling(system.decoding.max_tokens, temperature, n=2, stop=system.decoding.stop, seed=seed)
+        first, second = (g.text.strip() for g in system.session.generate(prompts, drawn)[0])
+        if first == second:
+            counts["same"] += 1
+            continue
+        swap = random.Random(f"{seed}/{example.prompt}").random() < 0.5
+        yield example, (second, first) if swap else (first, second)
+
+
+def prompts_of(path: Path) -> list[Example]:
+    """The prompts of a file of rows (any form that whet reads), or of plain text, one a paragraph."""
+    rows = [(row, standard(row)[0]) for row in read(path)]
+    texts = [(row, values, (values.get("prompt") or values.get("text") or "").strip()) for row, values in rows]
+    found = {text: Example(str(row.number), text, history=v.get("history", ())) for row, v, text in texts if text}
+    if not found:
+        raise TaskError(f"{path.name} holds no prompts", expected="rows with a prompt", found="none")
+    return list(found.values())

@@ -1,0 +1,174 @@
+"""Continual learning: a new task, newer data or changed facts, without losing what the System knew."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from whet.errors import MethodError
+from whet.methods import Need, Run
+from whet.methods.finetune import FineTune
+from whet.system import System
+from whet.task import Learnable
+
+if TYPE_CHECKING:
+    from whet.engine.prefix import Row
+    from whet.engine.torch import TorchSession
+    from whet.memory import Known
+    from whet.train.lesson import Lesson
+
+STRATEGIES = ("replay", "sequential", "ewc", "orthogonal", "merge")
+STRENGTH = {"ewc": 1000.0, "orthogonal": 0.5}  # orthogonal: as in the scripts released with O-LoRA
+CHECKS = 24  # rows of each earlier task that every validation looks at
+INFORMED = 64  # rows of each earlier task that the Fisher information is taken from
+# What merging tries: weights of what was learnt earlier, and of what is new.
+WEIGHTS = tuple((old, new) for old in (1.0, 0.75, 0.5) for new in (1.0, 0.75, 0.5))
+
+
+@dataclass(frozen=True)
+class Continual(FineTune):
+    """Fine-tuning on the new rows with one of five ways to keep what was known; settings as in finetune, and:
+
+    `strategy`: replay (a `share` of each step's rows are earlier ones, Chaudhry et al. 2019; where none are kept, the
+    System makes some up), sequential (no protection: the baseline), ewc (elastic weight consolidation), orthogonal
+    (O-LoRA), merge (trained from the base apart, then merged: `merging` is linear or ties). `strength` weighs the
+    penalty of ewc (1000) and orthogonal (0.5); 0 takes these.
+    """
+
+    name: ClassVar[str] = "continual"
+    family: ClassVar[str] = "continual learning"
+    needs: ClassVar[tuple[Need, ...]] = ("rows", "weights", "earlier")
+
+    strategy: str = "replay"
+    share: float = 0.5
+    strength: float = 0.0
+    merging: str = "linear"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"strategy is {self.strategy!r}; one of {', '.join(STRATEGIES)}")
+        if self.merging not in ("linear", "ties"):
+            raise ValueError(f"merging is {self.merging!r}; linear or ties")
+        if not 0 < self.share < 1 or self.strength < 0:
+            raise ValueError("share lies between 0 and 1, and strength is not negative")
+        if self.strategy in STRENGTH and self.adapter not in ("lora", "rslora"):
+            raise ValueError(f"{self.strategy} goes with adapter=lora or rslora, not {self.adapter}")
+
+    def space(self) -> Mapping[str, Sequence[Any]]:
+        """The settings worth trying."""
+        return {"strategy": ("replay", "ewc", "orthogonal", "merge"), "share": (0.25, 0.5),
+                "learning_rate": (3e-4, 1e-3)}  # fmt: skip
+
+    def apply(self, system: System, data: Learnable, run: Run) -> System:
+        """The System taught the new task; raises MethodError where there is nothing that could be forgotten."""
+        from whet.memory import known
+        from whet.task import rows_hash
+        from whet.train.adapters import Adapter
+        from whet.train.lesson import key, teach
+
+        tasks = known(system, data, run.session(system.model), seed=run.seed)
+        if not tasks and self.strategy in ("replay", "ewc", "merge"):
+            raise MethodError(
+                "nothing to keep", expected="`earlier:` in task.yaml, or a System that was taught before", found="neither",
+                do="use finetune",
+            )  # fmt: skip
+        name = key("continual", asdict(self), system.fingerprint, rows_hash(data.train), [one.key for one in tasks],
+                   run.seed, run.fidelity, run.trained_tokens, run.previous)  # fmt: skip
+        if self.strategy == "merge":
+            taught = self._merge(system, data, run, tasks, name)
+        else:
+            adapter = Adapter(self.adapter, self.rank, 2 * self.rank)
+            taught = teach(system, run, name, adapter, lambda live: self._protected(system, data, run, live, tasks))
+        return replace(taught, decoding=replace(system.decoding, prior=(), normalise="sum"))
+
+    def _protected(
+        self, system: System, data: Learnable, run: Run, live: TorchSession, tasks: Sequence[Known]
+    ) -> Lesson:
+        """The lesson of plain fine-tuning, with what protects the earlier tasks."""
+        from whet.train import protect
+        from whet.train.lesson import mean_loss
+
+        plain = self
+        if self.strategy == "replay":
+            plain = replace(self, batch=max(1, round((1 - self.share) * self.batch)))
+            if run.trained_tokens is not None:
+                run = replace(run, trained_tokens=round((1 - self.share) * run.trained_tokens))
+        lesson = plain._lesson(system, data, run, live)
+        strength = self.strength or STRENGTH.get(self.strategy, 0.0)
+        if self.strategy == "orthogonal":
+            penalty = protect.orthogonal(live.module, system.model.transforms, strength)
+            return replace(lesson, settings=replace(lesson.settings, penalty=penalty))
+        if self.strategy == "sequential":
+            return lesson
+        earlier, checks = self._earlier(system, data, run, live, tasks)
+        own, count = lesson.validate, {one.name: len(rows) for one, rows in zip(tasks, earlier, strict=True)}
+        if own is not None:
+            # Of all validations, that one is kept where the new task and the earlier ones together stand best.
+            new: Callable[[], float] = own
+            lesson = replace(lesson, validate=lambda: 0.5 * new() + 0.5 * fmean(mean_loss(live, c) for c in checks))
+        lesson = replace(lesson, notes={**lesson.notes, "earlier": count})
+        if self.strategy == "ewc":
+            parts = [protect.fisher(live.module, rows[:INFORMED]) for rows in earlier]
+            total = {layer: sum((part[layer] for part in parts[1:]), parts[0][layer]) for layer in parts[0]}
+            return replace(lesson, settings=replace(
+                lesson.settings, penalty=protect.elastic(live.module, total, strength)))  # fmt: skip
+        many = max(1, round(lesson.notes["batch"] * self.share / (1 - self.share)))
+        return replace(lesson, source=protect.mixed(lesson.source, earlier, many, run.seed))
+
+    def _earlier(
+        self, system: System, data: Learnable, run: Run, live: TorchSession, tasks: Sequence[Known]
+    ) -> tuple[list[list[Row]], list[list[Row]]]:
+        """Of each earlier task, rendered as it is asked: rows to learn from, and a few others to validate on."""
+        from whet.memory import made_up
+        from whet.splits import cut
+        from whet.train.lesson import render_rows
+
+        fit, checks = list[list[Row]](), list[list[Row]]()
+        for one in tasks:
+            rows = [e for e in one.rows if e.completion or e.text]
+            rows = rows or list(made_up(one, system, live, [e.prompt for e in data.train if e.prompt], run.seed))
+            kept, held = cut(rows, min(CHECKS, len(rows) // 4), seed=run.seed, closed=one.asked.decoding.closed)
+            if not kept:
+                raise MethodError(f"no rows of {one.name} to keep it by", expected="its train rows", found="none")
+            asked = one.on(system)
+            fit.append(render_rows(asked, [rows[i] for i in kept], live)[0])
+            checks.append(render_rows(asked, [rows[i] for i in held or kept], live)[0])
+        return fit, checks
+
+    def _merge(self, system: System, data: Learnable, run: Run, tasks: Sequence[Known], name: str) -> System:
+        """Train from the base, without what was learnt since; then merge both, by the weights that do best on both."""
+        import torch
+
+        from whet.engine.torch import TorchSession
+        from whet.train.adapters import Adapter
+        from whet.train.lesson import keep, kept, mean_loss, render_rows
+        from whet.train.protect import merged
+
+        origin = replace(system, model=replace(system.model, transforms=()))
+        tuned = FineTune(**{f.name: getattr(self, f.name) for f in fields(FineTune)}).apply(origin, data, run)
+        if not (run.store.artifact(name) / "done.json").exists():
+            sessions = [run.session(one.model) for one in (origin, system, tuned)]
+            base, *others = [dict(s.module.named_parameters()) for s in sessions if isinstance(s, TorchSession)]
+            live = TorchSession(copy.deepcopy(sessions[0].module), sessions[0].tokenizer)  # type: ignore[attr-defined]
+            weights = dict(live.module.named_parameters())
+            _, checks = self._earlier(system, data, run, TorchSession(sessions[1].module, live.tokenizer), tasks)  # type: ignore[attr-defined]
+            new, _ = render_rows(system, data.validation(seed=run.seed, most=CHECKS)[1], live)
+
+            def put(pair: tuple[float, float]) -> None:
+                with torch.no_grad():
+                    for layer, value in merged(base, others, pair, self.merging):
+                        weights[layer].copy_(value)
+
+            found = {}
+            for pair in WEIGHTS:
+                put(pair)
+                found[pair] = 0.5 * mean_loss(live, new) + 0.5 * fmean(mean_loss(live, rows) for rows in checks)
+            best = min(WEIGHTS, key=lambda pair: found[pair])
+            put(best)
+            notes = {"merged": {"earlier": best[0], "new": best[1], "loss": found[best]}}
+            keep(live.module, Adapter("full"), run.store.artifact(name), {"notes": notes, "spent": asdict(live.spent)})
+        return kept(origin, run, name)

@@ -1,0 +1,168 @@
+"""A reward model: the model itself with one number for an output, trained on pairs (Stiennon et al. 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from whet.errors import MethodError, TaskError
+from whet.feedback import Judged, Versus, agreement, digest, pairs, weighted
+from whet.methods import Need, Run
+from whet.model import ModelRef
+from whet.splits import cut
+from whet.system import System
+from whet.task import Example, Learnable, Splits
+
+if TYPE_CHECKING:
+    from whet.engine.prefix import Row
+    from whet.engine.torch import TorchSession
+    from whet.train.lesson import Lesson
+
+HELD, MOST_HELD = 0.2, 100  # pairs that accuracy and calibration are measured on: their share, and at most
+
+
+def feedback_of(data: Learnable, weights: Sequence[str] = ()) -> tuple[Judged, ...]:
+    """The judgements that a Method may learn from, weighted. Raises MethodError where there are none."""
+    found = weighted(data.judged, weights)
+    if not found:
+        raise MethodError("no feedback to learn from", expected="judgements in feedback.jsonl", found="none",
+                          do="collect some: whet feedback SYSTEM PROMPTS")  # fmt: skip
+    return found
+
+
+def render_pairs(system: System, rows: Sequence[Judged], session: TorchSession, *, head: bool = False) -> list[Row]:
+    """Rows whose continuations are (chosen, rejected), end of turn included, behind prompts as the System renders them.
+
+    With `head`, as a reward model reads them. What does not fit the context window is shortened in the prompt.
+    """
+    from whet.engine.prefix import Row
+    from whet.train.head import for_head
+
+    def encode(text: str | None) -> tuple[int, ...]:
+        return for_head(session, text or "") if head else session.encode_answer(text or "", end=True)
+
+    sides = [tuple(encode(t) for t in (r.chosen, r.rejected) if t is not None) for r in rows]
+    prompts, _ = system.fitting([r.example for r in rows], session, [max(map(len, s)) for s in sides], blind=True)
+    return [Row(p, s) for p, s in zip(session.encode(prompts), sides, strict=True)]
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """Scores answers to examples; higher is better. Its System is the base whose last transform carries the head."""
+
+    system: System
+
+    @property
+    def name(self) -> str:
+        """Which reward model this is."""
+        return f"reward model {self.system.fingerprint[:12]}"
+
+    @cached_property
+    def session(self) -> TorchSession:
+        """A session over the module with its head; opened when first needed."""
+        from whet import model as models
+        from whet.engine.torch import TorchSession
+        from whet.train.head import load_head
+
+        module, tokenizer = models.load(self.system.model, self.system.home)
+        folder = self.system.model.transforms[-1].folder
+        assert folder is not None  # opening the model has checked it
+        load_head(module, folder)
+        return TorchSession(module, tokenizer)
+
+    def __call__(self, asked: Sequence[tuple[Example, str]]) -> list[float]:
+        """One reward for each (example, answer)."""
+        from whet.train.head import score_rows
+
+        rows = [Judged(e.id, e.prompt, answer, history=e.history) for e, answer in asked]
+        found = score_rows(self.session, render_pairs(self.system, rows, self.session, head=True))
+        return [values[0] for values in found]
+
+
+def fit(rows: Sequence[Judged], system: System, run: Run, settings: Reward) -> RewardModel:
+    """A reward model trained on pairs; the same call again finds it in the store.
+
+    It starts from the System's base, without what was trained or shown since: a reward must not move with what it
+    judges. Raises MethodError without pairs.
+    """
+    from whet.train.adapters import Adapter
+    from whet.train.lesson import key, teach
+
+    found = pairs(rows)
+    if not found:
+        raise MethodError("a reward model learns from pairs", expected="chosen and rejected answers to one prompt",
+                          found=f"{len(rows)} single judgements", do="use kto, which needs none")  # fmt: skip
+    plain = System(ModelRef(system.model.base, system.model.content), system.instruction, home=system.home)
+    name = key("reward", asdict(settings), plain.fingerprint, digest(found), run.seed, run.fidelity)
+    adapter = Adapter("lora", settings.rank, 2 * settings.rank, head=True)
+    return RewardModel(teach(plain, run, name, adapter, lambda live: _lesson(found, plain, run, settings, live)))
+
+
+def _lesson(rows: Sequence[Judged], system: System, run: Run, settings: Reward, live: TorchSession) -> Lesson:
+    from whet.train import losses
+    from whet.train.batches import steps
+    from whet.train.lesson import Lesson
+    from whet.train.loop import Schedule, Settings
+
+    made = [replace(row, facts=((r.weight,),) * 2)
+            for row, r in zip(render_pairs(system, rows, live, head=True), rows, strict=True)]  # fmt: skip
+    count = max(1, round(run.fidelity * settings.epochs * len(made) / settings.batch))
+    return Lesson(steps(made, settings.batch, run.seed), losses.Reward(),
+                  Settings(Schedule(settings.learning_rate, count)), notes={"pairs": len(made)})  # fmt: skip
+
+
+def judged_by(splits: Splits, base: System, run: Run, settings: Reward | None = None) -> Versus:
+    """win_rate as a metric: against the base, by a reward model of the judgements that no Method is shown.
+
+    Raises TaskError where the task has none.
+    """
+    if not pairs(splits.judging):
+        raise TaskError("win_rate needs a judge", expected="feedback with pairs", found="none",
+                        do="add feedback.jsonl, or collect some: whet feedback SYSTEM PROMPTS")  # fmt: skip
+    return Versus(fit(splits.judging, base, run, settings or Reward()), base, run.session(base.model))
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward model of the feedback, kept in the store; accuracy and calibration on held-out pairs are reported.
+
+    It changes nothing about the System that answers: `rl` and the win rate use it. Two epochs, since reward models
+    overfit soon (Ouyang et al. 2022 take one).
+    """
+
+    name: ClassVar[str] = "reward"
+    family: ClassVar[str] = "human feedback"
+    needs: ClassVar[tuple[Need, ...]] = ("feedback", "weights")
+    writes: ClassVar[tuple[str, ...]] = ()
+    invalidates: ClassVar[tuple[str, ...]] = ()
+
+    rank: int = 16
+    learning_rate: float = 5e-4
+    epochs: float = 2.0
+    batch: int = 16
+    weights: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.batch < 1 or self.learning_rate <= 0 or self.epochs <= 0:
+            raise ValueError("rank, batch, learning_rate and epochs are positive")
+
+    def space(self) -> Mapping[str, Sequence[Any]]:
+        """The settings worth trying."""
+        return {"learning_rate": (2e-4, 5e-4, 1e-3), "epochs": (1.0, 2.0, 3.0), "rank": (8, 16)}
+
+    def apply(self, system: System, data: Learnable, run: Run) -> System:
+        """The same System; the reward model stands in the notes and in the store."""
+        self.model(system, data, run)
+        return system
+
+    def model(self, system: System, data: Learnable, run: Run) -> RewardModel:
+        """The reward model itself; its figures go to the notes."""
+        rows = pairs(feedback_of(data, self.weights))
+        size = min(MOST_HELD, round(HELD * len(rows)))
+        fitted, held = ([rows[i] for i in s] for s in cut([r.example for r in rows], size, seed=run.seed, closed=False))
+        model = fit(fitted, system, run, self)
+        checked = asdict(agreement(model, held, run.seed)) if held else None
+        run.notes["reward"] = {"model": model.name, "pairs": len(fitted), "held_out": checked}
+        return model

@@ -1,0 +1,88 @@
+"""Hyper-parameters of a method that trains, raced on its own validation: the learning rate first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from whet.engine import Spent
+from whet.errors import MethodError
+from whet.methods import Method, Run
+from whet.system import System
+from whet.task import Learnable
+
+RUNGS = (0.15, 0.4, 1.0)  # shares of the full training after which the better half goes on
+COST = 1.8  # trainings that a race of three costs: later rungs go on from the stable part of earlier ones
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting and what its last rung came to: the best validation loss, and why it went no further."""
+
+    method: Method
+    fidelity: float
+    loss: float
+    why: str = ""
+
+
+def candidates(method: Method, name: str = "learning_rate") -> list[Method]:
+    """The method with each of the values of one setting that are worth trying; its own comes first."""
+    own = getattr(method, name)
+    values = [own, *(v for v in method.space().get(name, ()) if v != own)]
+    return [replace(method, **{name: value}) for value in values]  # type: ignore[type-var]
+
+
+def race(
+    arms: Sequence[Method], system: System, data: Learnable, run: Run, say: Callable[[str], None] | None = None
+) -> tuple[System, list[Arm]]:
+    """Train the arms rung by rung, the better half each time; returns the winner's System and all arms, best first.
+
+    Successive halving (Jamieson & Talwalkar 2016) on the loss over the validation that each training cuts from train.
+    A rung goes on from the arm's last one before its decay, so that nothing is trained twice. `run.trained_tokens`
+    bounds one whole training. An arm whose loss explodes is dropped; MethodError where all do.
+    """
+    going: list[tuple[Method, str | None]] = [(arm, None) for arm in arms]
+    ended: list[Arm] = []
+    made: dict[Method, System] = {}
+    for fidelity in RUNGS if len(arms) > 1 else RUNGS[-1:]:
+        scored: list[tuple[float, Method, str]] = []
+        for method, previous in going:
+            part = replace(run, fidelity=fidelity, previous=previous, spent=Spent(), notes={})
+            try:
+                made[method] = method.apply(system, data, part)
+                loss = min(value for _, value in part.notes["curves"]["validation"][1:])
+                scored.append((loss, method, part.notes["artifact"]))
+            except MethodError as error:
+                ended.append(Arm(method, fidelity, math.inf, str(error)))
+            run.spent += part.spent
+            run.notes |= part.notes
+            if say and scored and scored[-1][1] is method:
+                say(f"{_name(method, arms)} at {fidelity:.0%}: validation loss {scored[-1][0]:.4f}")
+        if not scored:
+            raise MethodError("every setting failed", expected="one whose loss falls", found=ended[-1].why)
+        scored.sort(key=lambda item: item[0])
+        keep = 1 if fidelity >= RUNGS[-2] else max(1, math.ceil(len(scored) / 2))
+        for loss, method, _ in scored[keep:]:
+            ended.append(Arm(method, fidelity, loss, f"behind {_name(scored[0][1], arms)}"))
+        going = [(method, artifact) for _, method, artifact in scored[:keep]]
+    loss, winner, _ = scored[0]
+    order = sorted(ended, key=lambda arm: (-arm.fidelity, arm.loss))
+    return made[winner], [Arm(winner, 1.0, loss), *order]
+
+
+def _name(method: Method, arms: Sequence[Method]) -> str:
+    """A method by the settings in which the arms differ."""
+    differs = {k: v for k, v in _settings(method).items() if any(_settings(a)[k] != v for a in arms)}
+    return f"{method.name}({', '.join(f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}' for k, v in differs.items())})"
+
+
+def _settings(method: Method) -> dict[str, Any]:
+    return dict(vars(method))
+
+
+def named(arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """The arms as plain data, for notes and `--json`."""
+    methods = [arm.method for arm in arms]
+    return [{"arm": _name(a.method, methods), "share": a.fidelity, "loss": a.loss, "why": a.why} for a in arms]

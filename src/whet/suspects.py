@@ -1,0 +1,90 @@
+"""Suspects: rows whose label a cross-validated classifier disputes (confident learning, Northcutt et al. 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from whet.baselines import Embed
+    from whet.task import Example
+
+FOLDS = 5
+LEAST_ROWS = 50
+SURE = 0.85  # how likely a label must be wrong for its row to be named
+CONFIDENT = 0.1  # share of rows, those the classifier is surest about, that tell how much noise there is
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A row by its id, the label it has, the label it should rather have, and how likely its own is wrong."""
+
+    id: str
+    label: str
+    rather: str
+    chance: float
+
+
+def find(rows: Sequence[Example], embed: Embed, seed: int = 0) -> tuple[Suspect, ...]:
+    """Rows of a closed set whose label is probably wrong, the surest first; none where there are too few rows.
+
+    Each row is judged by a logistic regression on embeddings and on words that has not seen it.
+    """
+    labels = sorted({r.completion for r in rows})
+    counts = {label: sum(r.completion == label for r in rows) for label in labels}
+    if len(rows) < LEAST_ROWS or len(labels) < 2 or min(counts.values()) < FOLDS:
+        return ()
+    given = np.array([labels.index(r.completion) for r in rows])
+    wrong, rather = wrong_chances(_unseen(rows, given, embed, seed), given)
+    order = np.argsort(-wrong, kind="stable")
+    named = [i for i in order if wrong[i] >= SURE]
+    return tuple(Suspect(rows[i].id, labels[given[i]], labels[rather[i]], round(float(wrong[i]), 3)) for i in named)
+
+
+def _unseen(rows: Sequence[Example], given: NDArray[Any], embed: Embed, seed: int) -> NDArray[np.float64]:
+    """Probabilities [rows, labels], each row's from a classifier that was fitted without it."""
+    from scipy.sparse import csr_matrix, hstack
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+
+    from whet.baselines import tfidf
+
+    texts = [r.prompt for r in rows]
+    words, _ = tfidf(texts, texts[:1])
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
+    # Regularised more than a baseline: noise must not be learnt by heart.
+    parts = [np.asarray(embed(texts), dtype=float), hstack([csr_matrix(words)]).tocsr()]
+    found = [
+        cross_val_predict(LogisticRegression(C=c, max_iter=300), x, given, cv=folds, method="predict_proba")
+        for x, c in zip(parts, (3.0, 1.0), strict=True)
+    ]
+    mean: NDArray[np.float64] = np.exp(np.mean(np.log(np.clip(found, 1e-9, 1.0)), axis=0))
+    return mean / mean.sum(axis=1, keepdims=True)
+
+
+def wrong_chances(chances: NDArray[np.float64], given: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[Any]]:
+    """(chance [n] that each given label is wrong, the likeliest other label [n]), from unseen probabilities [n, K].
+
+    The classifier is nearly always right where it is surest: how often it disagrees there is the share e of wrong
+    labels. Its probabilities are those of noisy labels, c·(1 - e) + (1 - c)·e/(K - 1) for a true label's c; turned
+    round, they tell by Bayes' rule how likely the given label is wrong.
+    """
+    n, kinds = chances.shape
+    top = chances.argmax(axis=1)
+    surest = np.argsort(-chances.max(axis=1), kind="stable")[: max(20, round(CONFIDENT * n))]
+    noise = float(np.clip((top[surest] != given[surest]).mean(), 0.0, 0.9 * (kinds - 1) / kinds))
+    if noise == 0.0:
+        return np.zeros(n), top
+    spread = noise / (kinds - 1)
+    true = np.clip((chances - spread) / (1 - noise - spread), 1e-6, None)
+    true /= true.sum(axis=1, keepdims=True)
+    here = np.arange(n)
+    own = true[here, given] * (1 - noise)
+    others = (1 - true[here, given]) * spread
+    rest = true.copy()
+    rest[here, given] = -1
+    return others / (own + others), rest.argmax(axis=1)

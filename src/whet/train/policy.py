@@ -1,0 +1,90 @@
+"""A live module seen as a policy: what it samples, what its beginning thinks of that, and how far it has moved."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from whet.engine import Sampling, Spent, attention
+from whet.engine.prefix import Row
+from whet.engine.torch import TorchSession, using_tree
+from whet.task import Example
+from whet.train.batches import Pack, packs, padded
+from whet.train.loop import _logits
+from whet.train.losses import Loss
+
+if TYPE_CHECKING:
+    from whet.system import System
+
+
+def passes(session: TorchSession, rows: Sequence[Row]) -> Iterator[tuple[Tensor, Pack]]:
+    """Logits [P, vocabulary] of rows' targets, pack by pack, without gradients."""
+    module = session.module
+    shared = attention.shares(module, max(len(r.prompt) + max(map(len, r.continuations)) for r in rows))
+    for pack in packs(rows, module.dtype, module.device) if shared else padded(rows, module.device):
+        with using_tree(module, shared=shared), torch.inference_mode():
+            logits = _logits(module, pack)
+        session.spent += Spent(prefilled_tokens=pack.tokens)
+        yield logits, pack
+
+
+def mean_of(session: TorchSession, rows: Sequence[Row], loss: Loss) -> float:
+    """What a loss says of rows, without gradients: for validation."""
+    return sum(float(loss(logits, pack)) for logits, pack in passes(session, rows)) / loss.count(rows)
+
+
+class Policy:
+    """Made before the first step, when a fresh adapter changes nothing: its weights then are the reference."""
+
+    def __init__(self, live: TorchSession, system: System) -> None:
+        self.live, self.system = live, system
+        self.trained = [p for p in live.module.parameters() if p.requires_grad]
+        self.start = [p.detach().clone() for p in self.trained]
+
+    def logprobs(self, rows: Sequence[Row]) -> list[tuple[float, ...]]:
+        """Log-probability of every continuation, in nats, under the module as it is."""
+        return [tuple(map(sum, row)) for row in self.live.score_rows(rows)]
+
+    def reference(self, rows: Sequence[Row]) -> list[tuple[float, ...]]:
+        """The same under the module as it was at the beginning; its weights are put back afterwards."""
+        now = [p.detach().clone() for p in self.trained]
+        try:
+            self._put(self.start)
+            return self.logprobs(rows)
+        finally:
+            self._put(now)
+
+    def _put(self, weights: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for live, value in zip(self.trained, weights, strict=True):
+                live.copy_(value)
+
+    def sample(
+        self, examples: Sequence[Example], n: int, temperature: float = 1.0, seed: int = 0
+    ) -> tuple[list[Row], list[list[str]]]:
+        """`n` sampled answers to each example: as rows to score and train on, and as texts."""
+        most, live = self.system.decoding.max_tokens, self.live
+        prompts, _ = self.system.fitting(examples, live, [most + 1] * len(examples), blind=True)
+        sampling = Sampling(most, temperature, n=n, stop=self.system.decoding.stop, seed=seed)
+        rows, texts = [], []
+        for tokens, made in zip(live.encode(prompts), live.generate(prompts, sampling), strict=True):
+            # What was cut off at its greatest length did not end its turn, and is not taught that it did.
+            said = tuple(live.encode_answer(g.text, end=g.finish == "stop")[: most + 1] for g in made)
+            rows.append(Row(tokens, tuple(s or live.encode_answer("", end=True) for s in said)))
+            texts.append([g.text.strip() for g in made])
+        return rows, texts
+
+    def drift(self, rows: Sequence[Row]) -> dict[str, float]:
+        """How far the policy has moved, from its own samples: KL to its beginning, entropy, length.
+
+        KL (nats per answer) is the mean log-ratio, entropy (nats per token) the mean of -log p, both by Monte Carlo.
+        """
+        now, before = self.logprobs(rows), self.reference(rows)
+        sizes = [len(c) for row in rows for c in row.continuations]
+        flat = [v for row in now for v in row]
+        kl = statistics.fmean(a - b for x, y in zip(now, before, strict=True) for a, b in zip(x, y, strict=True))
+        return {"kl": kl, "entropy": -sum(flat) / sum(sizes), "length": statistics.fmean(sizes)}

@@ -1,0 +1,78 @@
+"""Suspects: wrong labels are named, right ones are left alone."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from whet import suspects
+from whet.task import Example
+
+TOPICS = {
+    "sport": ["match", "goal", "coach", "league", "referee", "stadium", "striker", "season"],
+    "cooking": ["oven", "butter", "recipe", "dough", "simmer", "pepper", "kitchen", "sauce"],
+    "travel": ["flight", "hotel", "passport", "beach", "luggage", "museum", "train", "visa"],
+}
+FILLER = ["the", "a", "we", "saw", "then", "really", "today", "after", "some", "more", "before", "they"]
+
+
+def rows(count: int, seed: int = 0) -> list[Example]:
+    draw = random.Random(seed)
+    made = []
+    for n in range(count):
+        label = draw.choice(list(TOPICS))
+        words = draw.choices(TOPICS[label], k=3) + draw.choices(FILLER, k=6)
+        draw.shuffle(words)
+        made.append(Example(str(n), " ".join(words), label))
+    return made
+
+
+def flipped(clean: list[Example], share: float, seed: int = 0) -> tuple[list[Example], set[str]]:
+    draw = random.Random(seed)
+    wrong = {e.id for e in draw.sample(clean, round(share * len(clean)))}
+    return [
+        replace(e, completion=draw.choice([k for k in TOPICS if k != e.completion])) if e.id in wrong else e
+        for e in clean
+    ], wrong
+
+
+def embed(texts: Any) -> Any:
+    """Counts of the words of each topic with noise: a crude embedder."""
+    draw = np.random.default_rng(len(texts))
+    found = [[sum(w in words for w in t.split()) for words in TOPICS.values()] for t in texts]
+    return np.array(found, dtype=float) + draw.normal(0, 0.3, (len(texts), len(TOPICS)))
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.4])
+def test_flipped_labels_are_named(share: float) -> None:
+    noisy, wrong = flipped(rows(400), share)
+    found = suspects.find(noisy, embed)
+    named = {s.id for s in found}
+    assert len(named & wrong) / len(named) >= 0.9
+    assert len(named & wrong) / len(wrong) >= 0.7
+    truth = {e.id: e.completion for e in rows(400)}
+    right = [s.rather == truth[s.id] for s in found if s.id in wrong]
+    assert sum(right) / len(right) >= 0.9
+    assert [s.chance for s in found] == sorted((s.chance for s in found), reverse=True)
+    assert found == suspects.find(noisy, embed)
+
+
+def test_clean_labels_are_left_alone() -> None:
+    assert len(suspects.find(rows(400), embed)) <= 2
+    assert suspects.find(rows(20), embed) == ()
+    assert suspects.find([replace(e, completion="one") for e in rows(100)], embed) == ()
+
+
+def test_chances_by_hand() -> None:
+    # 40 sure rows of which 8 disagree: e = 0.2. A row with p = (0.2, 0.8) then has the true chances (0, 1).
+    chances = np.array([[0.2, 0.8]] * 40 + [[0.5, 0.5]] * 360)
+    given = np.array([0] * 8 + [1] * 32 + [0, 1] * 180)
+    wrong, rather = suspects.wrong_chances(chances, given)
+    assert wrong[:8] == pytest.approx(np.ones(8), abs=1e-4)
+    assert rather[:8].tolist() == [1] * 8
+    assert wrong[8:40] == pytest.approx(np.zeros(32), abs=1e-4)
+    assert wrong[40:] == pytest.approx(np.full(360, 0.2), abs=1e-9)  # nothing known: the share of wrong labels
