@@ -143,6 +143,7 @@ def improve(
 def _system(name: str, task: Any, trust: bool) -> System:
     """A System from a folder, or the base System of a model or server."""
     from whet.engine import open_session
+    from whet.memory import for_task
     from whet.model import resolve
     from whet.search import base_system
     from whet.store import home_folder
@@ -150,9 +151,20 @@ def _system(name: str, task: Any, trust: bool) -> System:
 
     is_system = (Path(name) / "system.json").exists()
     if is_system or (Path(name).is_dir() and not (Path(name) / "config.json").exists()):
-        return load(name, trust=trust)  # raises where the folder is no System, saying what one holds
+        # Raises where the folder is no System, saying what one holds.
+        return for_task(load(name, trust=trust), task)
     ref, home = resolve(name), home_folder()
     return base_system(ref, task, task.split().learnable, open_session(ref, home), home)
+
+
+def _settings(words: tuple[str, ...]) -> dict[str, str]:
+    """Settings written as key=value."""
+    from whet.errors import MethodError
+
+    for word in words:
+        if "=" not in word:
+            raise MethodError(f"cannot read the setting {word!r}", expected="key=value", do="like --set k=16")
+    return {word.partition("=")[0]: word.partition("=")[2] for word in words}
 
 
 @main.command(epilog=example("whet evaluate runs/sst2/system TASK", "whet evaluate smollm2-135m TASK --split dev"))
@@ -266,7 +278,6 @@ def apply(
     """
     from dataclasses import asdict
 
-    from whet.errors import MethodError
     from whet.methods import Run, make
     from whet.search import tune
     from whet.search.budget import measure, seconds
@@ -274,12 +285,7 @@ def apply(
     from whet.store import Store
     from whet.task import load
 
-    settings = {}
-    for pair in (*pairs, *more):
-        key, sign, value = pair.partition("=")
-        if not sign:
-            raise MethodError(f"cannot read the setting {pair!r}", expected="key=value", do="like --set k=16")
-        settings[key] = value
+    settings = _settings((*pairs, *more))
     made = make(method, settings)
     loaded = load(task, trust=trust)
     watch = _watch(as_json)
@@ -310,6 +316,63 @@ def apply(
     for key, value in notes.items():
         print(f"{key:<8} {value}")
     print(f"next:\n  whet compare {system} {out} {task}")
+
+
+@main.command(epilog=example(
+    "whet update runs/sst2/system TASK --out runs/both",
+    "whet update runs/sst2/system TASK --set strategy=ewc --out runs/both",
+    "whet update runs/replies/system TASK --feedback judged.jsonl --out runs/replies-2",
+))  # fmt: skip
+@click.argument("system", type=click.Path())
+@click.argument("task", type=click.Path())
+@click.option("--feedback", default=None, type=click.Path(path_type=Path, exists=True, dir_okay=False),
+              help="Learn from the judgements in this file instead of from TASK's train rows.")  # fmt: skip
+@click.option("--set", "pairs", multiple=True, help="Settings of continual, or of dpo: --set strategy=replay.")
+@click.argument("more", nargs=-1)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the new System.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--trust", is_flag=True, help="Run code that the task brings along.")
+@common
+def update(
+    system: str, task: str, feedback: Path | None, pairs: tuple[str, ...], more: tuple[str, ...], out: Path, seed: int,
+    trust: bool, as_json: bool, debug: bool,
+) -> None:  # fmt: skip
+    """Teach SYSTEM more, by TASK's train rows or by judgements, without losing what it knew.
+
+    What it gained on TASK and what each earlier task lost is measured on held-out rows. Where one lost more than
+    `limits: {forgetting: 1}` points, the new System is refused: nothing is written.
+    """
+    from whet import update as updating
+    from whet.errors import MethodError
+    from whet.methods import Run
+    from whet.progress import figure
+    from whet.store import Store
+    from whet.system import load
+    from whet.task import load as load_task
+
+    watch = _watch(as_json)
+    try:
+        watch.arm("update", 0.0)
+        loaded = load_task(task, trust=trust)
+        run = Run(Store(), seed, tell=watch.tell)
+        made = updating.update(load(system, trust=trust), loaded, run, _settings((*pairs, *more)), feedback)
+        if not made.refused:
+            made.system.save(out)
+    finally:
+        watch.close()
+    if as_json:
+        _print({"system": None if made.refused else str(out), **made.record()})
+    else:
+        found = f"[{100 * made.paired.low:+.1f}, {100 * made.paired.high:+.1f}]"
+        print(f"{loaded.name}: {figure(made.before.score)} to {figure(made.after.score)} ({made.before.metric}, "
+              f"{made.paired.n} rows), {100 * made.paired.difference:+.1f} points, 95 % {found}")  # fmt: skip
+        for one in (*made.lost, *(f"{name}: no rows to measure it on" for name in made.unmeasured)):
+            print(one)
+        print(f"drift {made.drift:.3f} nats a token")
+    if made.refused:
+        raise MethodError(f"refused: {made.refused}", do="set strategy or share, or limits.forgetting in task.yaml")
+    if not as_json:
+        print(f"system   {out}")
 
 
 @main.command(epilog=example("whet chat runs/sst2/system", "echo 'a fine film' | whet chat runs/sst2/system"))

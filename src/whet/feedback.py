@@ -9,7 +9,7 @@ import os
 import random
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ from whet import stats
 from whet.convert import as_text, standard
 from whet.engine import Sampling, Session
 from whet.errors import MethodError, TaskError, nearest
-from whet.metrics import Additive, Mean, Outcome, WinRate
+from whet.metrics import Mean, Outcome, WinRate
 from whet.rows import Row, read, short
 from whet.splits import Leaks, cut, without
 from whet.task import Example, places
@@ -304,7 +304,7 @@ def agreement(judge: Judge, rows: Sequence[Judged], seed: int = 0) -> Agreement:
     return Agreement(len(found), _mean(right, groups, seed), _mean((1 - chance) ** 2, groups, seed), ece, judge.name)
 
 
-def _mean(values: Sequence[float], groups: Sequence[str | None], seed: int) -> tuple[float, float, float]:
+def _mean(values: Iterable[float], groups: Sequence[str | None], seed: int) -> tuple[float, float, float]:
     """A mean and its 95 % interval, groups drawn whole."""
     outcomes = [Outcome(str(n), "", float(v), "", g) for n, (v, g) in enumerate(zip(values, groups, strict=True))]
     return (WinRate().aggregate(outcomes), *stats.bootstrap_interval(outcomes, WinRate(), seed))
@@ -357,7 +357,7 @@ class Versus(Mean):
 
 
 @dataclass(frozen=True)
-class Controlled(Additive):
+class Controlled(WinRate):
     """Win rate at equal length: the intercept of a regression of wins on tanh(difference in words / its spread).
 
     After Dubois et al. 2024 (AlpacaEval 2), but linear, so that it is a function of sums and resampled exactly.

@@ -50,8 +50,14 @@ class Known:
     @property
     def key(self) -> str:
         """sha256 of what learning it again depends on."""
-        settings = {k: v for k, v in self.asked.settings.items() if k != "model"}
-        return hashlib.sha256(json.dumps([settings, rows_hash(self.rows)], sort_keys=True).encode()).hexdigest()
+        body = [self.entry()["asked"], rows_hash(self.rows)]
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+    def entry(self) -> dict[str, Any]:
+        """As plain data, for a card."""
+        asked = {k: v for k, v in self.asked.settings.items() if k != "model"}
+        return {"name": self.name, "metric": self.metric, "asked": asked,
+                "rows": [_plain(e) for e in self.rows], "held": [_plain(e) for e in self.held]}  # fmt: skip
 
 
 def as_task(system: System, task: Task, session: Session | None = None) -> System:
@@ -85,33 +91,45 @@ def _known(entry: dict[str, Any], system: System) -> Known:
 
 def _example(row: dict[str, Any]) -> Example:
     def frozen(value: Any) -> Any:
-        return tuple(map(frozen, value)) if isinstance(value, list) else value
+        return tuple(map(frozen, value)) if isinstance(value, (list, tuple)) else value
 
     return Example(**{key: frozen(value) for key, value in row.items()})
+
+
+def for_task(system: System, task: Task) -> System:
+    """The System as it is, or asked a task that it was taught before and carries in its card."""
+    found = [one.on(system) for one in carried(system) if one.name == task.name != system.card.get("task")]
+    return replace(found[0], card=system.card) if found else system
 
 
 def known(
     system: System, data: Learnable, session: Session, *, split: str = "select", seed: int = 0
 ) -> tuple[Known, ...]:
-    """The tasks to be kept: those in the System's card, and those of the task's `earlier:` folders, which have more rows.
+    """The tasks to be kept: those in the System's card, and the task's `earlier:` folders, which have more rows.
 
     Rows to learn from come from a folder's train alone; `split` (select or test) says which ones are held to measure
-    by. Rows that the new ones contradict or repeat (the same question, or one of the same group) are left out.
+    by. Rows that the new ones contradict or repeat (the same question, or one of the same group) are left out of both.
     """
     found = {one.name: one for one in carried(system)}
     for folder in data.earlier:
-        # Trusted to be read only: a metric in it runs where it is scored, and is trusted or not there.
-        task = load(folder, trust=True)
+        task = load(folder, trust=data.trusted)
         splits = task.split(seed)
-        rows = splits.learnable.train
         held = splits.confirm if split == "test" else splits.select
         asked = found[task.name].asked if task.name in found else as_task(system, task, session)
-        found[task.name] = Known(task.name, task.metric, asked, rows, held, folder)
-    return tuple(replace(one, rows=_undisputed(one, data)) for one in found.values())
+        metric = _scorable(task.metric, task.closed)
+        found[task.name] = Known(task.name, metric, asked, splits.learnable.train, held, folder)
+    return tuple(
+        replace(one, rows=without(one.rows, data.train)[0], held=without(one.held, data.train)[0])
+        if one.asked.instruction == data.instruction
+        else one
+        for one in found.values()
+    )
 
 
-def _undisputed(one: Known, data: Learnable) -> tuple[Example, ...]:
-    return without(one.rows, data.train)[0] if one.asked.instruction == data.instruction else one.rows
+def _scorable(metric: str, closed: bool) -> str:
+    """The metric, or one of answers where it is a judge's or a retriever's."""
+    other = metric == "win_rate" or "@" in metric
+    return metric if not other else "accuracy" if closed else "token_f1"
 
 
 def remember(
@@ -128,24 +146,18 @@ def remember(
     def some(rows: Sequence[Example], most: int) -> tuple[Example, ...]:
         return tuple(rows) if len(rows) <= most else tuple(balanced(rows, most, seed))
 
-    metric = data.metric if ".py:" not in data.metric else "accuracy" if data.closed else "token_f1"
+    # A System carries no code: where the metric is some, the rows are scored by a plain one.
+    metric = _scorable("@" if ".py:" in data.metric else data.metric, data.closed)
     before = {one.name: one for one in tasks}
     older = some(before[data.name].rows, keep // 2) if data.name in before else ()
     rows = (*older, *some(data.train, keep - len(older)))
-    everything = {**before, data.name: Known(data.name, metric, replace(system, card={}), rows, tuple(held))}
-    return [
-        {
-            "name": one.name, "metric": one.metric,
-            "asked": {k: v for k, v in one.asked.settings.items() if k != "model"},
-            "rows": [_plain(e) for e in some(one.rows, keep)], "held": [_plain(e) for e in some(one.held, HELD)],
-        }
-        for one in everything.values()
-    ]  # fmt: skip
+    everything = {**before, data.name: Known(data.name, metric, system, rows, tuple(held))}
+    return [replace(k, rows=some(k.rows, keep), held=some(k.held, HELD)).entry() for k in everything.values()]
 
 
 def _plain(example: Example) -> dict[str, Any]:
-    body: dict[str, Any] = json.loads(json.dumps(asdict(example)))
-    return {key: value for key, value in body.items() if key in ("id", "prompt") or value not in (None, "", [])}
+    body = asdict(example)
+    return {key: value for key, value in body.items() if key in ("id", "prompt") or value not in (None, "", ())}
 
 
 def made_up(one: Known, system: System, session: TorchSession, spare: Sequence[str], seed: int) -> tuple[Example, ...]:

@@ -39,7 +39,7 @@ class Retention:
 
 
 def retention(matrix: Sequence[Sequence[float]]) -> Retention:
-    """The figures of a stream of T tasks from its matrix [T + 1, T]: the score on each task at the start and after each.
+    """The figures of a stream of T tasks from its matrix [T + 1, T]: the scores at the start, and after each task.
 
     Raises TaskError for a stream of one task, which can forget nothing, and for a matrix of another shape.
     """
@@ -82,7 +82,7 @@ class Lost:
 
 
 def forgetting(
-    before: System, after: System, tasks: Sequence[Known], run: Run, *, allowed: float | None = None, trust: bool = False
+    before: System, after: System, tasks: Sequence[Known], run: Run, allowed: float | None = None, trust: bool = False
 ) -> tuple[Lost, ...]:
     """What each earlier task lost from one System to another, on the rows held for measuring; both asked the same way.
 
@@ -103,10 +103,10 @@ def forgetting(
                      seed=run.seed, store=run.store, progress=run.progress(f"scoring {one.name}"))
             for system in (before, after)
         ]  # fmt: skip
-        outcomes = [card.outcomes for card in cards]
+        old, new = (card.outcomes for card in cards)
         unit = 100.0 if metric.higher_is_better else 100.0 / cards[0].score
-        paired = stats.compare(*outcomes, metric, run.seed)
-        kept = stats.not_worse(*outcomes, metric, margin / unit, run.seed)
+        paired = stats.compare(old, new, metric, run.seed)
+        kept = stats.not_worse(old, new, metric, margin / unit, run.seed)
         found.append(Lost(one.name, paired.n, cards[0].score, cards[1].score, -unit * paired.difference,
                           -unit * paired.high, -unit * paired.low, margin, kept.ok))  # fmt: skip
     return tuple(found)
@@ -123,22 +123,11 @@ def drift(before: TorchSession, after: TorchSession, rows: Sequence[Row]) -> flo
     KL(before || after) on rows of the new task: a cheap forecast of forgetting, which needs no earlier task (Shenfeld
     et al. 2025).
     """
-    import torch
-
-    from whet.engine import attention
-    from whet.engine.torch import using_tree
-    from whet.train.batches import packs, padded
-    from whet.train.loop import _logits
+    from whet.train.policy import passes
 
     total, count = 0.0, 0
-    longest = max(len(r.prompt) + max(map(len, r.continuations)) for r in rows)
-    shared = all(attention.shares(s.module, longest) for s in (before, after))
-    device, dtype = after.module.device, after.module.dtype
-    for pack in packs(rows, dtype, device) if shared else padded(rows, device):
-        logs = []
-        for session in (before, after):
-            with using_tree(session.module, shared=shared), torch.inference_mode():
-                logs.append(_logits(session.module, pack).float().log_softmax(-1))
-        total += float((logs[0].exp() * (logs[0] - logs[1])).sum())
+    for (old, pack), (new, _) in zip(passes(before, rows), passes(after, rows), strict=True):
+        p, q = old.float().log_softmax(-1), new.float().log_softmax(-1)
+        total += float((p.exp() * (p - q)).sum())
         count += len(pack.targets)
     return total / count

@@ -23,7 +23,8 @@ from whet.splits import cut, without
 if TYPE_CHECKING:
     from whet.feedback import Judged
 
-KEYS = ("name", "instruction", "metric", "labels", "documents", "knowledge", "glossary", "feedback", "earlier", "limits")
+KEYS = ("name", "instruction", "metric", "labels", "documents", "knowledge", "glossary", "feedback", "earlier",
+        "limits")  # fmt: skip
 METRICS = ("accuracy", "macro_f1", "exact_match", "token_f1", "contains", "rouge_l", "bleu", "chrf", "perplexity",
            "win_rate")  # fmt: skip
 SPLIT_FILES = {"train": ("train",), "dev": ("dev", "valid", "validation"), "test": ("test",)}

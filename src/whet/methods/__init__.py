@@ -53,6 +53,13 @@ class Run:
             self.sessions[ref] = open_session(ref, self.home)
         return self.sessions[ref]
 
+    def tidy(self) -> None:
+        """Give memory that is no longer used back to the system, where models run in this process."""
+        if any(not ref.remote for ref in self.sessions):
+            from whet.engine.torch import give_back_memory
+
+            give_back_memory()
+
     def progress(self, what: str) -> Callable[[int, int], None] | None:
         """A progress callback that says what is going on."""
         tell = self.tell

@@ -73,8 +73,8 @@ class Continual(FineTune):
         tasks = known(system, data, run.session(system.model), seed=run.seed)
         if not tasks and self.strategy in ("replay", "ewc", "merge"):
             raise MethodError(
-                "nothing to keep", expected="`earlier:` in task.yaml, or a System that was taught before", found="neither",
-                do="use finetune",
+                "nothing to keep", expected="`earlier:` in task.yaml, or a System that was taught before",
+                found="neither", do="use finetune",
             )  # fmt: skip
         name = key("continual", asdict(self), system.fingerprint, rows_hash(data.train), [one.key for one in tasks],
                    run.seed, run.fidelity, run.trained_tokens, run.previous)  # fmt: skip

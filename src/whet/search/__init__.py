@@ -32,7 +32,7 @@ from whet.task import Example, Learnable, Splits, Task
 
 FIXED = 30.0  # seconds for loading, baselines and measuring latency, which no token count tells
 ENCODED = 0.04  # of the budget may go to fine-tuning an encoder, as a baseline
-ENCODER_SPEED = 6.0  # MiniLM has a tenth of the default model's weights, all of them trained: measured in LOG.md
+ENCODER_SPEED = 2.5  # MiniLM has a tenth of the weights, all of them trained, in small padded batches: LOG.md
 LEAST_TOKENS = 6_000  # a fine-tuning on fewer tokens (some eight steps of short rows) is not worth starting
 VALIDATED = 0.15  # of a fine-tuning's time, about, goes to its validations
 CALIBRATED_ROWS = 128
@@ -175,7 +175,7 @@ def _race(job: _Job) -> None:
     each = job.rates.price(estimate(job.bases[0], race.select, session))
     tuned = _training(job)
     # Where training is possible it needs most of the budget; without it the cheap arms may have it.
-    most = (0.15 if tuned else 0.5) * race.seconds
+    most = (0.1 if tuned else 0.5) * race.seconds
     arms, too_dear = cheap_arms(job.wish, job.bases, labels, data, race.select, job.rates, job.run, most)
     job.skipped += left_out(job.wish, job.bases[0], data) + too_dear
     job.plan.append({"arm": "base", "minutes": len(job.bases) * each / 60})

@@ -138,6 +138,7 @@ class Race:
             body = {"settings": system.settings, "folders": _folders(system), "spent": asdict(spent), "notes": notes,
                     "status": status, "why": why}  # fmt: skip
             self.store.keep_trial(self.key, key, body)
+        self.run.tidy()
         total = spent - self._paid(spent, notes) + (card.spent if card else Spent())
         paired = None
         if card and self.base and self.base.card:

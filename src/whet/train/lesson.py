@@ -11,7 +11,7 @@ from typing import Any
 
 from whet.engine import Spent
 from whet.engine.prefix import Row
-from whet.engine.torch import TorchSession
+from whet.engine.torch import TorchSession, give_back_memory
 from whet.errors import MethodError
 from whet.methods import Run
 from whet.model import Transform, aside, hash_files, save_weights
@@ -80,6 +80,7 @@ def teach(
                 keep(tuned, adapter, made, {"notes": notes, "spent": asdict(spent)})
                 checkpoint.unlink(missing_ok=True)
             crew.wait()
+        give_back_memory()
     return kept(system, run, name)
 
 

@@ -83,7 +83,8 @@ class _Elastic(torch.autograd.Function):
     def forward(ctx: Any, a: Tensor, b: Tensor, information: Tensor, scale: float) -> Tensor:
         delta = scale * (b.float() @ a.float())
         weighted = information * delta
-        ctx.save_for_backward((scale * b.float().T @ weighted).to(a.dtype), (scale * weighted @ a.float().T).to(b.dtype))
+        to_a, to_b = scale * b.float().T @ weighted, scale * weighted @ a.float().T
+        ctx.save_for_backward(to_a.to(a.dtype), to_b.to(b.dtype))
         return 0.5 * (weighted * delta).sum()
 
     @staticmethod
@@ -98,7 +99,8 @@ def elastic(module: Any, information: Weights, strength: float) -> Penalty:
     The earlier weights θ* are those beneath the fresh adapter, which starts at a difference of 0.
     """
     parts = [(a, b, information[name], scale) for name, _, a, b, scale in lora_layers(module)]
-    return lambda: strength * torch.stack([_Elastic.apply(*part) for part in parts]).sum()
+    apply: Callable[..., Tensor] = _Elastic.apply
+    return lambda: strength * torch.stack([apply(*part) for part in parts]).sum()
 
 
 def orthogonal(module: Any, transforms: Sequence[Transform], strength: float) -> Penalty:
@@ -108,9 +110,8 @@ def orthogonal(module: Any, transforms: Sequence[Transform], strength: float) ->
     MethodError where no earlier adapter is at hand.
     """
     old: dict[str, list[Tensor]] = {}
-    for transform in transforms:
-        tensors = load_file(check_transform(transform) / "adapter_model.safetensors") if transform.kind == "adapter" else {}
-        for name, value in tensors.items():
+    for transform in (t for t in transforms if t.kind == "adapter"):
+        for name, value in load_file(check_transform(transform) / "adapter_model.safetensors").items():
             if name.endswith(".lora_A.weight"):
                 old.setdefault(name.removesuffix(".lora_A.weight"), []).append(value)
     pairs = [(torch.cat(old[name]).to(a), a) for name, _, a, _, _ in lora_layers(module) if name in old]

@@ -1,0 +1,401 @@
+"""Continual learning: penalties, merging, what is carried, what is measured, and a stream in the small."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import make_model, make_tokenizer
+
+from whet import model as models
+from whet.engine.prefix import Row
+from whet.engine.torch import TorchSession
+from whet.errors import ArtifactError, MethodError, TaskError
+from whet.memory import Known, as_task, carried, for_task, known, made_up, remember
+from whet.methods import Run
+from whet.methods.continual import Continual
+from whet.methods.finetune import FineTune
+from whet.metrics import get
+from whet.model import Transform
+from whet.retention import drift, forgetting, refused, retention
+from whet.scorecard import evaluate
+from whet.search import base_system
+from whet.store import Store
+from whet.system import System, load
+from whet.task import Example, Learnable, Task
+from whet.task import load as load_task
+from whet.train.adapters import Adapter, adapted, add_lora
+from whet.train.lesson import render_rows
+from whet.train.loop import _step
+from whet.train.losses import NextToken
+from whet.train.protect import elastic, fisher, lora_layers, merged, mixed, orthogonal
+from whet.train.team import Alone
+
+HEAD = tuple(range(10, 45))
+ROWS = [Row(HEAD + (5, 6), ((7, 8, 9),)), Row(HEAD + (5, 7), ((7, 4),)), Row((3, 4), ((1, 6),))]
+WORDS = ["apple", "stone", "river", "cloud", "horse", "table", "light", "paper"]
+
+
+# --- the matrix ---------------------------------------------------------------------------------------------------------
+
+
+def test_retention_of_a_matrix_made_by_hand() -> None:
+    start, first, second, third = [0.5, 0.2, 0.3], [0.9, 0.3, 0.3], [0.7, 0.8, 0.5], [0.6, 0.7, 0.9]
+    found = retention([start, first, second, third])
+    assert found.average == pytest.approx((0.6 + 0.7 + 0.9) / 3)
+    assert found.forgetting == pytest.approx(((0.9 - 0.6) + (0.8 - 0.7)) / 2)
+    assert found.backward == pytest.approx(((0.6 - 0.9) + (0.7 - 0.8)) / 2)
+    assert found.forward == pytest.approx(((0.3 - 0.2) + (0.5 - 0.3)) / 2)
+    assert found.newest == pytest.approx((0.9 + 0.8 + 0.9) / 3)
+
+
+def test_a_task_that_later_ones_help_has_its_best_later() -> None:
+    found = retention([[0.0] * 3, [0.5, 0, 0], [0.8, 0.5, 0], [0.7, 0.5, 0.5]])
+    assert found.forgetting == pytest.approx((0.1 + 0.0) / 2)  # from its best, after the second task
+    assert found.backward == pytest.approx((0.2 + 0.0) / 2)  # against when it was learnt
+
+
+@pytest.mark.parametrize("matrix", [[[0.5], [0.9]], [[0.5, 0.5], [0.9, 0.5]], [[0.5, 0.5], [0.9, 0.5], [0.9]], []])
+def test_what_is_no_stream(matrix: list[list[float]]) -> None:
+    with pytest.raises(TaskError, match="no stream"):
+        retention(matrix)
+
+
+# --- penalties ----------------------------------------------------------------------------------------------------------
+
+
+def lora(seed: int = 0, trained: bool = True) -> Any:
+    """A tiny model with an adapter; B is not zero, as after some training."""
+    tuned = add_lora(make_model("llama").requires_grad_(False), Adapter("lora", 4, 8), seed)
+    torch.manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, value in tuned.named_parameters():
+            if trained and "lora_B" in name:
+                value.normal_(0, 0.1)
+    return tuned
+
+
+def test_fisher_is_the_mean_squared_gradient_of_each_row() -> None:
+    plain = make_model("llama")
+    names = {n.removesuffix(".weight") for n, p in plain.named_parameters() if "_proj" in n}
+    wanted = {name: torch.zeros_like(plain.get_submodule(name).weight) for name in names}
+    for row in ROWS:
+        plain.zero_grad()
+        ids = torch.tensor([[*row.prompt, *row.continuations[0]]])
+        logs = plain(input_ids=ids).logits[0].log_softmax(-1)
+        at = len(row.prompt) - 1
+        sum(-logs[at + i, t] for i, t in enumerate(row.continuations[0])).backward()  # type: ignore[union-attr]
+        for name in names:
+            wanted[name] += plain.get_submodule(name).weight.grad ** 2 / len(ROWS)
+    module = make_model("llama").requires_grad_(False)
+    with adapted(module, Adapter("lora", 4, 8), 0) as tuned:
+        found = fisher(tuned, ROWS)
+        assert all(p.grad is None for p in tuned.parameters())
+        assert not any(layer._forward_hooks for _, layer, *_ in lora_layers(tuned))
+    assert {n.removeprefix("base_model.model.") for n in found} == names
+    for name, value in found.items():
+        close = wanted[name.removeprefix("base_model.model.")]
+        assert torch.allclose(value, close, rtol=1e-3, atol=1e-5 * float(close.max())), name
+
+
+def test_elastic_penalty_closed_form_and_gradients() -> None:
+    tuned = lora()
+    draw = torch.Generator().manual_seed(0)
+    information = {n: torch.rand(b.shape[0], a.shape[1], generator=draw) for n, _, a, b, _ in lora_layers(tuned)}
+    penalty = elastic(tuned, information, 3.0)
+    penalty().backward()
+    found = {n: p.grad.clone() for n, p in tuned.named_parameters() if p.grad is not None}
+    tuned.zero_grad()
+    dense = sum((information[n] * (s * b @ a) ** 2).sum() for n, _, a, b, s in lora_layers(tuned))
+    wanted = 3.0 / 2 * dense
+    wanted.backward()  # type: ignore[union-attr]
+    assert float(penalty().detach()) == pytest.approx(float(wanted), rel=1e-5)
+    for name, value in tuned.named_parameters():
+        if value.grad is not None:
+            assert torch.allclose(found[name], value.grad, rtol=1e-4, atol=1e-6), name
+    assert float(elastic(lora(trained=False), information, 3.0)()) == 0.0  # nothing has moved yet
+
+
+def saved(folder: Path, tuned: Any) -> Transform:
+    tuned.save_pretrained(folder, safe_serialization=True)
+    return Transform("adapter", models.hash_files([p for p in folder.iterdir() if p.is_file()]), folder)
+
+
+def test_orthogonal_penalty_closed_form(tmp_path: Path) -> None:
+    earlier, new = [lora(1), lora(2)], lora(3)
+    transforms = [saved(tmp_path / str(n), one) for n, one in enumerate(earlier)]
+    penalty = orthogonal(new, transforms, 0.5)
+    wanted = sum(
+        (old[2].detach() @ layer[2].T).abs().sum()
+        for one in earlier
+        for old, layer in zip(lora_layers(one), lora_layers(new), strict=True)
+    )
+    assert float(penalty().detach()) == pytest.approx(0.5 * float(wanted), rel=1e-5)
+    # Rows orthogonal to the earlier ones cost nothing.
+    with torch.no_grad():
+        for layer in zip(*(lora_layers(one) for one in (*earlier, new)), strict=True):
+            basis = torch.linalg.qr(torch.cat([layer[0][2], layer[1][2]]).T).Q
+            layer[2][2].sub_(layer[2][2] @ basis @ basis.T)
+    assert float(penalty().detach()) < 1e-3
+    with pytest.raises(MethodError, match="nothing to be orthogonal to.*strategy=replay"):
+        orthogonal(new, [], 0.5)
+
+
+class Half(Alone):
+    """One of two processes, whose gradients are averaged by the test."""
+
+    size = 2
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def share(self, rows: Any) -> Any:
+        return rows[self.rank :: 2]
+
+
+@pytest.mark.parametrize("most", [1, 4096])
+def test_a_penalty_counts_once_a_step_however_the_step_is_cut(most: int) -> None:
+    def gradients(team: Alone | None, penalised: bool) -> dict[str, torch.Tensor]:
+        tuned = lora()
+        a = [layer[2] for layer in lora_layers(tuned)]
+
+        def penalty() -> torch.Tensor:
+            return 0.1 * torch.stack([x.square().sum() for x in a]).sum()
+
+        _step(tuned, tuned, ROWS, NextToken(), most, team=team, penalty=penalty if penalised else None)
+        return {n: p.grad for n, p in tuned.named_parameters() if p.grad is not None}
+
+    plain, alone = gradients(None, False), gradients(None, True)
+    halves = [gradients(Half(rank), True) for rank in (0, 1)]
+    weights = dict(lora().named_parameters())
+    for name, value in alone.items():
+        wanted = plain[name] + (0.2 * weights[name].detach() if "lora_A" in name else 0)
+        assert torch.allclose(value, wanted, atol=1e-5), name
+        assert torch.allclose((halves[0][name] + halves[1][name]) / 2, wanted, atol=1e-5), name
+
+
+# --- replay and merging -------------------------------------------------------------------------------------------------
+
+
+def test_earlier_tasks_take_turns_whatever_their_sizes() -> None:
+    new = [Row((1, n), ((9,),)) for n in range(6)]
+    small, large = [Row((2, n), ((9,),)) for n in range(2)], [Row((3, n), ((9,),)) for n in range(20)]
+    source = mixed(lambda n: new[2 * n : 2 * n + 2], [small, large], 3, 0)
+    steps = [source(n) for n in range(3)]
+    assert [row for step in steps for row in step[:2]] == new
+    old = [row for step in steps for row in step[2:]]
+    assert [row.prompt[0] for row in old] == [2, 3, 2, 3, 2, 3, 2, 3, 2]
+    assert {row for row in old[:4] if row in small} == set(small)  # each once before any twice
+    assert len({row for row in old if row in large}) == 4
+    assert steps == [source(n) for n in range(3)]
+
+
+def test_merging_is_dense_arithmetic() -> None:
+    base = {"w": torch.tensor([1.0, 1.0, 1.0, 1.0]), "still": torch.ones(2)}
+    old = {"w": torch.tensor([2.0, -1.0, 1.1, 1.0]), "still": torch.ones(2)}  # changes 1, -2, 0.1, 0
+    new = {"w": torch.tensor([4.0, 2.0, 0.9, 1.0]), "still": torch.ones(2)}  # changes 3, 1, -0.1, 0
+    linear = dict(merged(base, [old, new], (1.0, 0.5)))
+    assert linear.keys() == {"w"}
+    assert torch.allclose(linear["w"], torch.tensor([1 + 1 + 1.5, 1 - 2 + 0.5, 1 + 0.1 - 0.05, 1.0]))
+    # Of each change the two largest; where signs disagree, the larger sum decides (Yadav et al. 2023).
+    ties = dict(merged(base, [old, new], (1.0, 1.0), "ties", density=0.5))
+    assert torch.allclose(ties["w"], torch.tensor([1 + (1 + 3) / 2, 1 - 2.0, 1.0, 1.0]))
+
+
+# --- what is carried ----------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, instruction: str, flipped: bool, **header: object) -> Path:
+    """A task whose labels follow from the word; flipped, the other way round."""
+    folder.mkdir()
+    body = {"name": folder.name, "instruction": instruction, "metric": "accuracy", "labels": ["red", "blue"], **header}
+    (folder / "task.yaml").write_text(json.dumps(body))
+    for part, numbers in (("train", range(12)), ("test", range(50, 53))):
+        rows = [
+            {"id": f"{part}{i}-{n}", "prompt": f"{word} {n}", "completion": ["red", "blue"][(i % 2) ^ flipped]}
+            for n in numbers
+            for i, word in enumerate(WORDS)
+        ]
+        (folder / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path, fp32: None) -> Run:
+    return Run(Store(tmp_path / "home"))
+
+
+def base_of(folder: str, task: Task, run: Run) -> System:
+    ref = models.resolve(folder)
+    return base_system(ref, task, task.split().learnable, run.session(ref), run.home)
+
+
+@pytest.fixture
+def stream(tmp_path: Path) -> tuple[Task, Task]:
+    first = write(tmp_path / "first", "Name the colour.", False)
+    return load_task(first), load_task(write(tmp_path / "second", "Say which it is not.", True, earlier=["../first"]))
+
+
+def test_a_system_carries_tasks_through_its_folder(
+    stream: tuple[Task, Task], run: Run, model_folder: str, tmp_path: Path
+) -> None:
+    first, second = stream
+    system = base_of(model_folder, first, run)
+    splits = first.split()
+    memory = remember(system, splits.learnable, (), splits.select, keep=10, seed=0)
+    held = replace(system, card={"task": "second", "memory": memory})
+    held.save(tmp_path / "system")
+    again = load(tmp_path / "system", run.home)
+    [one] = carried(again)
+    assert (one.name, one.metric, len(one.rows)) == ("first", "accuracy", 10)
+    assert set(one.rows) <= set(splits.learnable.train) and set(one.held) <= set(splits.select)
+    assert abs(sum(e.completion == "red" for e in one.rows) - 5) <= 1
+    assert one.asked.instruction == "Name the colour." and one.asked.decoding == system.decoding
+    asked = replace(again, instruction="Something else.")
+    assert for_task(asked, first).instruction == "Name the colour." and for_task(asked, second) is asked
+    # A folder has more rows than the card, and only its train is learnt from.
+    [two] = known(again, second.split().learnable, run.session(system.model), split="test")
+    assert set(two.rows) == set(splits.learnable.train) and set(two.held) == set(first.test)
+    broken = replace(again, card={"memory": [{"name": "first"}]})
+    with pytest.raises(ArtifactError, match="memory cannot be read"):
+        carried(broken)
+
+
+def test_rows_that_new_ones_contradict_are_not_learnt_again(run: Run, model_folder: str, stream: Any) -> None:
+    first, _ = stream
+    system = base_of(model_folder, first, run)
+    rows = (Example("a", "the capital of Brell is", "Ost", group="brell"), Example("b", "the sea of Anor is", "Dun"),
+            Example("c", "which city leads Brell", "Ost", group="brell"))  # fmt: skip
+    one = Known("facts", "exact_match", system, rows, rows)
+    data = Learnable("facts", system.instruction, "exact_match", train=(replace(rows[0], completion="Vem"),))
+    [kept] = known(replace(system, card={"memory": [one.entry()]}), data, run.session(system.model))
+    assert [e.id for e in kept.rows] == [e.id for e in kept.held] == ["b"]
+    # Asked in another way, the same question is another.
+    [other] = known(replace(system, card={"memory": [one.entry()]}), replace(data, instruction="?"),
+                    run.session(system.model))  # fmt: skip
+    assert other.rows == rows
+    # What is carried on of a task that was known already: half old, half new.
+    many = tuple(Example(f"n{i}", f"new {i}", "Vem") for i in range(20))
+    [entry] = remember(system, replace(data, train=many), [Known("facts", "exact_match", system, rows)], keep=6)
+    assert len(entry["rows"]) == 6 and sum(row["id"] in "abc" for row in entry["rows"]) == 3
+
+
+def test_made_up_rows_answer_as_the_system_does(run: Run, model_folder: str, stream: Any) -> None:
+    first, _ = stream
+    system = base_of(model_folder, first, run)
+    session = run.session(system.model)
+    assert isinstance(session, TorchSession)
+    one = Known("first", "accuracy", system)
+    spare = [e.prompt for e in first.train]
+    rows = made_up(one, system, session, spare, 0)
+    assert len({e.prompt for e in rows}) == len(rows) > 50
+    assert [e.completion for e in rows] == system.answer(rows, session)
+    assert rows == made_up(one, system, session, spare, 0)
+
+
+# --- strategies ---------------------------------------------------------------------------------------------------------
+
+SETTINGS: dict[str, Any] = {"learning_rate": 1e-2, "epochs": 6.0, "batch": 16, "rank": 16}
+
+
+def scores(system: System, tasks: tuple[Task, ...], run: Run) -> list[float]:
+    session = run.session(system.model)
+    metric = get("accuracy")
+    return [evaluate(as_task(system, t, session), t.test, metric, session=session).score for t in tasks]
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory, model_folder: str) -> tuple[Path, System, tuple[Task, Task]]:
+    """A System that knows the first task, and where it lies; the second task reverses the answers."""
+    folder = tmp_path_factory.mktemp("taught")
+    first = load_task(write(folder / "first", "Name the colour.", False))
+    second = load_task(write(folder / "second", "Say which it is not.", True, earlier=["../first"]))
+    run = Run(Store(folder / "home"))
+    system = FineTune(**SETTINGS).apply(base_of(model_folder, first, run), first.split().learnable, run)
+    assert scores(system, (first,), run)[0] > 0.9
+    return folder, system, (first, second)
+
+
+def teach(taught: Any, run: Run, **settings: Any) -> System:
+    _, system, (_, second) = taught
+    start = as_task(system, second, run.session(system.model))
+    return Continual(**{**SETTINGS, **settings}).apply(start, second.split().learnable, run)
+
+
+def test_replay_keeps_what_plain_training_forgets(taught: Any) -> None:
+    folder, system, tasks = taught
+    run = Run(Store(folder / "home"))
+    plain, kept = (teach(taught, run, strategy=s) for s in ("sequential", "replay"))
+    [old_plain, new_plain], [old_kept, new_kept] = scores(plain, tasks, run), scores(kept, tasks, run)
+    assert new_plain > 0.9 and new_kept > 0.9
+    assert old_plain < 0.5 and old_kept > 0.9
+    held = known(system, tasks[1].split().learnable, run.session(system.model))
+    [lost] = forgetting(system, plain, held, run)
+    assert lost.lost > 40 and lost.low > 0 and not lost.ok and lost.n == len(held[0].held)
+    assert "first loses" in refused([lost]) and "1 allowed" in refused([lost])
+    [less] = forgetting(system, kept, held, run, allowed=10.0)
+    assert less.ok and refused([less]) == ""
+    assert forgetting(system, replace(system, instruction="x"), held, run) == ()  # the same weights forget nothing
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"strategy": "ewc"}, {"strategy": "orthogonal"}, {"strategy": "merge"}, {"strategy": "merge", "merging": "ties"}],
+    ids=str,
+)
+def test_other_strategies_teach_repeatably(taught: Any, tmp_path: Path, settings: dict[str, str]) -> None:
+    folder, system, tasks = taught
+    short = {"epochs": 2.0, **settings}
+    first = teach(taught, Run(Store(tmp_path / "one")), **short)
+    run = Run(Store(tmp_path / "two"))
+    second = teach(taught, run, **short)
+    assert first.fingerprint == second.fingerprint != system.fingerprint
+    assert run.spent.trained_tokens > 0
+    assert [t.kind for t in second.model.transforms][-1] == ("weights" if settings["strategy"] == "merge" else "adapter")
+    if settings["strategy"] == "merge":
+        assert run.notes["merged"]["new"] in (0.5, 0.75, 1.0) and len(second.model.transforms) == 1
+    spent = Run(run.store)
+    assert teach(taught, spent, **short).fingerprint == second.fingerprint  # finished before: not repeated
+
+
+def test_a_strong_penalty_holds_the_weights(taught: Any) -> None:
+    folder, system, tasks = taught
+    run = Run(Store(folder / "home"))
+    free, held = (teach(taught, run, strategy="ewc", strength=s, epochs=2.0) for s in (1e-9, 1e7))
+    sessions = [run.session(one.model) for one in (system, free, held)]
+    rows = render_rows(system, tasks[0].test, sessions[0])[0]  # type: ignore[arg-type]
+    moved = [drift(sessions[0], s, rows) for s in sessions[1:]]  # type: ignore[arg-type]
+    assert moved[1] < 0.2 * moved[0]
+
+
+def test_drift_is_the_divergence_of_whole_distributions() -> None:
+    one, two = make_model("llama", 0), make_model("llama", 1)
+    total = 0.0
+    for row in ROWS:
+        ids = torch.tensor([[*row.prompt, *row.continuations[0]]])
+        with torch.no_grad():
+            p, q = (m(input_ids=ids).logits[0, len(row.prompt) - 1 : -1].log_softmax(-1) for m in (one, two))
+        total += float((p.exp() * (p - q)).sum())
+    first, second = (TorchSession(m, make_tokenizer()) for m in (one, two))
+    assert drift(first, second, ROWS) == pytest.approx(total / sum(len(r.continuations[0]) for r in ROWS), rel=1e-4)
+    assert drift(first, first, ROWS) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [({"strategy": "rehearse"}, "one of replay"), ({"share": 1.0}, "between 0 and 1"), ({"merging": "max"}, "ties"),
+     ({"strategy": "ewc", "adapter": "dora"}, "ewc goes with adapter=lora"), ({"rank": 0}, "positive")],
+)  # fmt: skip
+def test_settings_that_make_no_sense(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Continual(**settings)
+
+
+def test_nothing_to_keep(run: Run, model_folder: str, stream: tuple[Task, Task]) -> None:
+    first, _ = stream
+    with pytest.raises(MethodError, match="nothing to keep.*use finetune"):
+        Continual().apply(base_of(model_folder, first, run), first.split().learnable, run)

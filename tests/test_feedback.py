@@ -1,0 +1,428 @@
+"""Human feedback: reading and weighing judgements, judges and win rates, and the four methods that learn from them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from whet import feedback, metrics, scorecard, task
+from whet.errors import MethodError, TaskError
+from whet.feedback import Judged, Versus, agreement, collect, divide, pairs, thumbs, weighted
+from whet.methods import Method, Run
+from whet.methods.dpo import DPO
+from whet.methods.kto import KTO
+from whet.methods.reward import Reward, fit, judged_by
+from whet.methods.rl import RL, ByMetric, advantages
+from whet.metrics import Outcome
+from whet.model import resolve
+from whet.store import Store
+from whet.system import Decoding, System
+from whet.task import Example, Learnable
+
+THINGS = ("lamp", "kettle", "chair", "radio", "table", "clock", "carpet", "mirror", "heater", "camera")
+
+
+def write(folder: Path, rows: Sequence[dict[str, Any]], test: Sequence[dict[str, Any]] = (), **header: Any) -> Path:
+    """A task of feedback, with test rows of their own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    body = {"metric": "win_rate", "instruction": "Answer.", "feedback": "feedback.jsonl", **header}
+    (folder / "task.yaml").write_text(json.dumps(body))
+    test = test or [{"prompt": "may I call you today?", "chosen": "call us at nine", "rejected": "all is well"}]
+    for name, some in (("feedback", rows), ("test", test)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some))
+    return folder
+
+
+def judgements(count: int = 24) -> tuple[Judged, ...]:
+    """Pairs of which the chosen side begins with one word and the rejected one with another."""
+    return tuple(
+        Judged(f"j{n}", f"my {THINGS[n % 10]} number {n} broke", f"yes send the {THINGS[n % 10]}", "no the movie was bad",
+               annotator=("ann", "bob", "cy")[n % 3], group=f"g{n // 2}")
+        for n in range(count)
+    )  # fmt: skip
+
+
+@pytest.fixture
+def system(model_folder: str, home: Path, fp32: None) -> System:
+    return System(resolve(model_folder), "Answer.", decoding=Decoding(max_tokens=8), home=home)
+
+
+def learnable(**more: Any) -> Learnable:
+    return Learnable("toy", "Answer.", "win_rate", judged=judgements(), feedback="feedback.jsonl", **more)
+
+
+class Longest:
+    """A judge that likes length."""
+
+    name = "length"
+
+    def __call__(self, asked: Sequence[tuple[Example, str]]) -> list[float]:
+        return [float(len(answer)) for _, answer in asked]
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_form_of_judgement_is_read(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "p", "chosen": "a", "rejected": "b", "annotator": "ann", "time": "2025-01-01", "group": "g"},
+        {"prompt": [{"role": "user", "content": "q"}], "chosen": [{"role": "assistant", "content": "a"}],
+         "rejected": [{"role": "assistant", "content": "b"}]},
+        {"prompt": "p2", "completion": "c", "label": True}, {"prompt": "p3", "completion": "d", "label": 0},
+    ]  # fmt: skip
+    made = task.load(write(tmp_path / "t", rows)).judged
+    assert [(j.prompt, j.chosen, j.rejected) for j in made] == [
+        ("p", "a", "b"), ("q", "a", "b"), ("p2", "c", None), ("p3", None, "d")
+    ]  # fmt: skip
+    assert (made[0].annotator, made[0].time, made[0].group, made[0].id) == ("ann", "2025-01-01", "g", "feedback-1")
+
+
+def test_ratings_become_pairs_and_thumbs(tmp_path: Path) -> None:
+    def rated(prompt: str, completion: str, rating: float, annotator: str) -> dict[str, Any]:
+        return {"prompt": prompt, "completion": completion, "rating": rating, "annotator": annotator}
+
+    rows = [
+        rated("p", "fine", 5, "ann"), rated("p", "poor", 2, "ann"), rated("p", "worst", 2, "ann"),
+        rated("q", "alone", 4, "ann"), rated("q", "harsh", 2, "bob"), rated("r", "kind", 1, "bob"),
+        rated("s", "even", 1.5, "bob"),
+    ]  # fmt: skip
+    loaded = task.load(write(tmp_path / "t", rows))
+    found = {(j.chosen, j.rejected) for j in loaded.judged}
+    # ann's mean is 3.25, bob's 1.5: his 2 is praise, and his 1.5 says nothing.
+    assert found == {("fine", "poor"), ("fine", "worst"), ("alone", None), ("harsh", None), (None, "kind")}
+    assert any("7 ratings made into 2 pairs and 3 thumbs" in note for note in loaded.notes)
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [({"prompt": "p", "chosen": "same", "rejected": " same "}, r"line 2: both sides .* equal"),
+     ({"prompt": "p", "chosen": "a"}, r"line 2: half a pair"),
+     ({"prompt": " ", "chosen": "a", "rejected": "b"}, r"line 2: a judgement without a prompt"),
+     ({"prompt": "p", "completion": "a", "label": "perhaps"}, r"line 2: the label is no judgement"),
+     ({"prompt": "p", "completion": "a", "rating": "high"}, r"line 2: an answer without a judgement"),
+     ({"prompt": "p", "completion": "a"}, r"line 2: an answer without a judgement"),
+     ({"prompt": "p"}, r"line 2: nothing is judged")],
+)  # fmt: skip
+def test_bad_judgements_are_refused_by_file_and_line(row: dict[str, Any], says: str, tmp_path: Path) -> None:
+    good = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    with pytest.raises(TaskError, match=f"feedback.jsonl {says}"):
+        task.load(write(tmp_path / "t", [good, row]))
+
+
+def test_feedback_about_confirm_prompts_is_dropped_and_named(tmp_path: Path) -> None:
+    test = [{"prompt": "Where is my parcel now, please?", "chosen": "a", "rejected": "b", "group": "held"}]
+    rows = [
+        {"id": "same", "prompt": "where is my parcel now please", "chosen": "x", "rejected": "y"},
+        {"id": "group", "prompt": "something else", "chosen": "x", "rejected": "y", "group": "held"},
+        *({"id": f"ok{n}", "prompt": f"about the {t}", "chosen": "x", "rejected": "y"} for n, t in enumerate(THINGS)),
+    ]
+    loaded = task.load(write(tmp_path / "t", rows, test))
+    parts = loaded.split()
+    assert {name for name, _ in parts.dropped} == {"same", "group"}
+    learnt = {j.prompt for j in (*parts.learnable.judged, *parts.judging)} | {e.prompt for e in parts.learnable.train}
+    assert not learnt & {r["prompt"] for r in rows[:2]} and learnt <= {r["prompt"] for r in rows}
+    with pytest.raises(TaskError, match="2 learnable rows leak"):
+        loaded.split(strict=True)
+
+
+def test_a_task_of_feedback_alone_learns_selects_and_is_judged_on_different_prompts(tmp_path: Path) -> None:
+    rows = [{"prompt": j.prompt, "chosen": j.chosen, "rejected": j.rejected, "group": j.group} for j in judgements(30)]
+    parts = task.load(write(tmp_path / "t", rows)).split()
+    learnt, judging = {j.group for j in parts.learnable.judged}, {j.group for j in parts.judging}
+    select = {e.group for e in parts.select}
+    assert learnt and judging and select and not (learnt & judging or learnt & select or judging & select)
+    assert {e.completion for e in parts.learnable.train} <= {j.chosen for j in judgements(30)}
+    assert all(e.rejected for e in parts.select) and parts.dropped == ()
+    signed = [{**row, "annotator": ("ann", "bob")[n % 2]} for n, row in enumerate(rows)]
+    parts = task.load(write(tmp_path / "s", signed)).split()
+    assert {j.annotator for j in parts.judging} == {"ann"} and {j.annotator for j in parts.learnable.judged} == {"bob"}
+
+
+# --- choosing and weighing --------------------------------------------------------------------------------------------
+
+
+def test_pairs_and_thumbs_from_each_other() -> None:
+    up, down = Judged("1", "p", chosen="a"), Judged("2", "p", rejected="b", weight=0.5)
+    whole, other = Judged("3", "q", "c", "d"), Judged("4", "r", rejected="e")
+    assert [(j.chosen, j.rejected, j.weight) for j in pairs((up, down, whole, other))] == [("c", "d", 1), ("a", "b", 0.5)]
+    found = [(j.chosen, j.rejected) for j in thumbs((up, down, whole))]
+    assert found == [("a", None), (None, "b"), ("c", None), (None, "d")]
+
+
+def test_annotators_are_weighted_or_left_out() -> None:
+    rows = judgements(6)
+    assert [j.weight for j in weighted(rows, ("bob=0.5",))] == [1, 0.5, 1, 1, 0.5, 1]
+    assert {j.annotator for j in weighted(rows, ("cy=0", "ann=2"))} == {"ann", "bob"}
+    with pytest.raises(MethodError, match="did you mean 'bob'"):
+        weighted(rows, ("bib=1",))
+    for entry in ("bob", "bob=x", "bob=-1", "bob=nan"):
+        with pytest.raises(MethodError, match="cannot read the weight"):
+            weighted(rows, (entry,))
+
+
+def test_the_judge_gets_judgements_of_its_own() -> None:
+    learn, judge = divide(judgements(30))
+    assert {j.annotator for j in judge} == {"ann"} and len(learn) == 20
+    unsigned = [replace(j, annotator="") for j in judgements(30)]
+    learn, judge = divide(unsigned, 0.4)
+    assert len(learn) + len(judge) == 30 and 10 <= len(judge) <= 14
+    assert not {j.group for j in learn} & {j.group for j in judge}
+    assert divide(unsigned, 0.4) == (learn, judge) != divide(unsigned, 0.4, seed=1)
+
+
+# --- judges and win rates ---------------------------------------------------------------------------------------------
+
+
+def test_agreement_by_hand() -> None:
+    class Known:
+        name = "known"
+
+        def __call__(self, asked: Sequence[tuple[Example, str]]) -> list[float]:
+            return [{"a": math.log(3), "b": 0.0, "c": math.log(9)}[answer] for _, answer in asked]
+
+    rows = [Judged("1", "p", "a", "b"), Judged("2", "q", "b", "a"), Judged("3", "r", "c", "b"), Judged("4", "s", "a", "a ")]
+    rows[3] = replace(rows[3], rejected="a")
+    found = agreement(Known(), rows)  # probabilities of the chosen side: 3/4, 1/4, 9/10, 1/2
+    assert found.accuracy[0] == pytest.approx(2.5 / 4) and found.n == 4
+    assert found.brier[0] == pytest.approx((1 / 16 + 9 / 16 + 1 / 100 + 1 / 4) / 4)
+    # bins of confidence: {0.5} is right by half, {0.75, 0.75} once of two, {0.9} always
+    assert found.ece == pytest.approx((0 + abs(1 - 1.5) + abs(1 - 0.9)) / 4)
+    assert found.accuracy[1] <= found.accuracy[0] <= found.accuracy[2]
+    with pytest.raises(MethodError, match="no pairs"):
+        agreement(Known(), [Judged("1", "p", "a")])
+
+
+@pytest.mark.embedder
+def test_the_embedding_rival_learns_what_sets_the_sides_apart(home: Path) -> None:
+    from whet.embed import Embedder
+
+    rows = judgements(30)
+    judge = feedback.EmbeddingJudge(rows[:20], Embedder(home))
+    assert agreement(judge, rows[20:]).accuracy[0] == 1
+    flipped = feedback.EmbeddingJudge([replace(r, chosen=r.rejected, rejected=r.chosen) for r in rows[:20]], Embedder(home))
+    assert agreement(flipped, rows[20:]).accuracy[0] == 0 and flipped.name != judge.name
+
+
+def test_wins_ties_and_the_length_controlled_rate(system: System) -> None:
+    rows = [Example(str(n), f"p{n}", "x") for n in range(4)]
+    metric = Versus(Longest(), system, system.session)
+    metric.known.update(zip(rows, ["one two", "one two", "same", "one"], strict=True))
+    found = metric.outcomes(["one two three", "one", " same ", "one two three four five"], rows)
+    assert [o.score for o in found] == [1, 0, 0.5, 1] and [o.weight for o in found] == [1, -1, 0, 4]
+    assert metric.aggregate(found) == pytest.approx(0.625)
+    # A judge of length alone: at equal length nothing is won. The intercept of least squares, by numpy.
+    import numpy as np
+
+    spread = float(np.std([1, -1, 0, 4]))
+    x = np.tanh(np.array([1, -1, 0, 4]) / spread)
+    wanted = np.linalg.lstsq(np.stack([np.ones(4), x], 1), np.array([1, 0, 0.5, 1]), rcond=None)[0][0]
+    even = feedback.Controlled(spread)
+    assert even.aggregate(found) == pytest.approx(wanted) and wanted < 0.625
+    assert even.aggregate([replace(o, weight=0.0) for o in found]) == pytest.approx(0.625)
+
+
+def test_a_win_rate_is_scored_with_judge_and_base_in_its_protocol(system: System, tmp_path: Path) -> None:
+    rows = [Example(str(n), f"what about the {t}?", "yes", rejected="no") for n, t in enumerate(THINGS[:4])]
+    metric = Versus(Longest(), replace(system, instruction="Short."), system.session)
+    card = scorecard.evaluate(system, rows, metric, store=Store(tmp_path))
+    assert 0 <= card.score <= 1 and card.protocol["judge"] == "length"
+    assert card.protocol["against"] == metric.base.fingerprint[:16]
+    own = scorecard.evaluate(metric.base, rows, metric, session=system.session, store=Store(tmp_path))
+    assert own.score == 0.5 and {o.score for o in own.outcomes} == {0.5}
+    with pytest.raises(TaskError, match="cannot be scored"):
+        scorecard.evaluate(system, rows, metrics.get("win_rate"))
+    found = feedback.win_rate(system, metric.base, Longest(), rows)
+    assert found.rate[0] == card.score and found.n == 4 and found.judge == "length"
+    scored = system.session.score(system.prompts(rows), [("yes", "no")] * 4, end=True)
+    assert found.prefers is not None and found.prefers[0] == sum(a.mean > b.mean for a, b in scored) / 4
+
+
+# --- methods ----------------------------------------------------------------------------------------------------------
+
+
+def run(home: Path, **more: Any) -> Run:
+    return Run(Store(home), **more)
+
+
+def test_a_reward_model_learns_and_is_found_again(system: System, home: Path, tmp_path: Path) -> None:
+    method, first = Reward(rank=4, learning_rate=1e-2, epochs=6, batch=4), run(home)
+    before = system.fingerprint
+    weights = {k: v.clone() for k, v in first.session(system.model).module.state_dict().items()}  # type: ignore[attr-defined]
+    assert method.apply(system, learnable(), first) == system and system.fingerprint == before
+    after = first.session(system.model).module.state_dict()  # type: ignore[attr-defined]
+    assert weights.keys() == after.keys() and all(bool((weights[k] == after[k]).all()) for k in weights)
+    noted = first.notes["reward"]
+    assert noted["held_out"]["accuracy"][0] == 1 and noted["held_out"]["n"] + noted["pairs"] == 24
+    again = run(home)
+    model = method.model(system, learnable(), again)
+    assert again.notes["reward"] == noted
+    elsewhere = run(tmp_path / "other")
+    other = method.model(replace(system, home=tmp_path / "other"), learnable(), elsewhere)
+    assert other.name == model.name  # the same seed gives the same weights
+    asked = [(judgements()[0].example, text) for text in ("yes send the lamp", "no the movie was bad", "yes send the lamp")]
+    scores = model(asked)
+    assert scores[0] == scores[2] > scores[1]
+    # Later training and demonstrations do not move it; the annotator left out does.
+    assert method.model(replace(system, decoding=Decoding(max_tokens=3)), learnable(), run(home)).name == model.name
+    assert replace(method, weights=("cy=0",)).model(system, learnable(), run(home)).name != model.name
+
+
+def test_the_judge_of_a_win_rate_task_learns_from_what_no_method_sees(system: System, tmp_path: Path) -> None:
+    rows = [{"prompt": j.prompt, "chosen": j.chosen, "rejected": j.rejected, "group": j.group} for j in judgements(30)]
+    loaded = task.load(write(tmp_path / "t", rows))
+    parts, quick = loaded.split(), Reward(rank=2, epochs=1)
+    metric = judged_by(parts, system, run(system.home), quick)
+    assert metric.judge == fit(parts.judging, system, run(system.home), quick)
+    assert scorecard.evaluate(system, loaded.test, metric).score == 0.5
+    with pytest.raises(TaskError, match="needs a judge"):
+        judged_by(replace(parts, judging=()), system, run(system.home))
+
+
+@pytest.mark.parametrize("method", [
+    DPO(rank=4, learning_rate=1e-2, epochs=4, batch=4), DPO(rank=4, learning_rate=1e-2, epochs=4, batch=4, normalise=True, beta=5),
+    KTO(rank=4, learning_rate=1e-2, epochs=4, batch=4),
+])  # fmt: skip
+def test_learning_from_judgements_raises_the_margin(method: DPO | KTO, system: System, home: Path) -> None:
+    first = run(home)
+    made = method.apply(system, learnable(), first)
+    assert isinstance(method, Method) and made.fingerprint != system.fingerprint
+    probe = [Example("x", "my sofa number 99 broke", "yes send the sofa", rejected="no the movie was bad")]
+
+    def margin(one: System) -> float:
+        chosen, rejected = one.session.score(one.prompts(probe), [(probe[0].completion, probe[0].rejected or "")])[0]
+        return chosen.logprob - rejected.logprob
+
+    assert margin(made) > margin(system) + 1
+    noted = first.notes
+    assert noted["held_out"]["accuracy"] == 1 and noted["curves"]["validation"][-1][1] < noted["curves"]["validation"][0][1]
+    assert noted["moved"]["kl"] > 0 and noted["moved"]["entropy"] > 0 and 0 < noted["moved"]["length"] <= 10
+    assert len(noted["held_out"]["logprob_per_token"]["chosen"]) == 2
+    again = method.apply(system, learnable(), run(home / "other"))
+    assert again.fingerprint == made.fingerprint
+    assert replace(method, weights=("ann=0.3",)).apply(system, learnable(), run(home)).fingerprint != made.fingerprint
+
+
+def test_kto_balances_thumbs_and_estimates_its_kl_from_other_prompts(system: System) -> None:
+    ups = [Judged(str(n), f"p{n}", chosen="a") for n in range(3)]
+    rows = KTO().usable([*ups, Judged("9", "q", rejected="b")])
+    assert [r.weight for r in rows] == [1, 1, 1, 3]
+    assert [r.weight for r in KTO().usable(ups)] == [1, 1, 1]
+
+
+def test_what_feedback_lacks_is_said(system: System, home: Path) -> None:
+    with pytest.raises(MethodError, match="no feedback to learn from"):
+        DPO().apply(system, replace(learnable(), judged=()), run(home))
+    single = replace(learnable(), judged=(Judged("1", "p", chosen="a"),))
+    with pytest.raises(MethodError, match="use kto"):
+        DPO().apply(system, single, run(home))
+    with pytest.raises(MethodError, match="use kto"):
+        Reward().apply(system, single, run(home))
+    for kind, settings in ((DPO, {"beta": 0}), (KTO, {"rank": 0}), (Reward, {"batch": 0}), (RL, {"samples": 1}),
+                           (RL, {"algorithm": "ppo"}), (RL, {"temperature": 0})):  # fmt: skip
+        with pytest.raises(ValueError):
+            kind(**settings)
+
+
+# --- reinforcement ----------------------------------------------------------------------------------------------------
+
+
+def test_advantages_by_hand() -> None:
+    assert advantages([1, 0, 0, 1], "rloo") == pytest.approx([2 / 3, -2 / 3, -2 / 3, 2 / 3])
+    assert advantages([2, 0], "grpo") == pytest.approx([1 / math.sqrt(2), -1 / math.sqrt(2)], rel=1e-3)
+    assert advantages([1, 1], "grpo") == [0, 0] and advantages([3, 3, 3], "rloo") == [0, 0, 0]
+
+
+def few(folder: Path) -> Learnable:
+    """Train rows and a metric of the task's own: the share of the answer's characters that are vowels."""
+    (folder / "own.py").write_text("def vowels(answer, example):\n    return sum(c in 'aeiou' for c in answer) / max(1, len(answer))\n")
+    rows = tuple(Example(str(n), f"say something of the {t}", "aei") for n, t in enumerate(THINGS))
+    return Learnable("toy", "Answer.", "own.py:vowels", train=rows, folder=folder, trusted=True)
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+def test_reinforcement_raises_the_reward(algorithm: str, system: System, home: Path, tmp_path: Path) -> None:
+    data, first = few(tmp_path), run(home)
+    beta = 0.01 if algorithm == "rloo" else 0.001
+    method = RL(algorithm, learning_rate=2e-2, epochs=10, batch=5, samples=6, rank=4, beta=beta)
+    made = method.apply(system, data, first)
+    noted = first.notes
+    assert noted["rewarded_by"] == "own.py:vowels" and noted["steps"] == 20 == len(noted["steps_log"])
+    assert noted["after"]["reward"] > noted["before"]["reward"] + 0.1 and noted["after"]["kl"] > 0
+    assert noted["before"]["best_of_n"] > noted["before"]["reward"] and noted["before"]["mixed"] > 0.5
+    assert {"step", "reward", "kl", "entropy", "length"} <= set(noted["steps_log"][0])
+    assert noted["steps_log"][0]["kl"] == pytest.approx(0, abs=1e-4)  # the fresh adapter changes nothing
+    assert made.fingerprint == method.apply(system, data, run(home / "other")).fingerprint != system.fingerprint
+
+
+def test_the_leash_holds(system: System, home: Path, tmp_path: Path) -> None:
+    loose, tight = run(home), run(home)
+    for beta, one in ((0.0, loose), (5.0, tight)):
+        RL(learning_rate=1e-2, epochs=3, batch=5, samples=4, rank=4, beta=beta).apply(system, few(tmp_path), one)
+    assert tight.notes["after"]["kl"] < 0.5 * loose.notes["after"]["kl"]
+
+
+def test_reinforcement_from_a_reward_model(system: System, home: Path) -> None:
+    done = run(home)
+    RL(epochs=0.4, batch=4, samples=3, rank=2).apply(system, learnable(), done)
+    assert done.notes["rewarded_by"].startswith("reward model") and done.notes["prompts"] == 24
+    assert done.notes["reward"]["pairs"] < 24
+
+
+def test_a_probe_stops_what_cannot_work(system: System, home: Path, tmp_path: Path) -> None:
+    hopeless = replace(few(tmp_path), metric="exact_match")
+    with pytest.raises(MethodError, match=r"learn nothing.*expected 10% .* found 0% of 10.*fine-tune first"):
+        RL(samples=2).apply(system, hopeless, run(home))
+    with pytest.raises(MethodError, match="nothing to score answers against"):
+        RL().apply(system, replace(hopeless, train=()), run(home))
+    assert ByMetric(metrics.get("contains"))([(hopeless.train[0], "aei it is")]) == [1.0]
+
+
+# --- collecting -------------------------------------------------------------------------------------------------------
+
+
+def test_judgements_are_kept_one_by_one(system: System, tmp_path: Path) -> None:
+    file, asked = tmp_path / "new" / "feedback.jsonl", [Example(t, f"tell me of the {t}") for t in THINGS[:6]]
+    seen: list[tuple[str, tuple[str, str]]] = []
+
+    def ask(example: Example, shown: tuple[str, str]) -> str:
+        seen.append((example.prompt, shown))
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return ("1", "2", "s")[len(seen) - 1]
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(system, asked, file, ask, annotator="ann")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(r["prompt"], r["chosen"], r["rejected"]) for r in rows] == [
+        (seen[0][0], *seen[0][1]), (seen[1][0], *seen[1][1][::-1])
+    ]  # fmt: skip
+    assert [r["shown_first"] for r in rows] == [True, False] and rows[0]["system"] == system.fingerprint[:16]
+    assert rows[0]["annotator"] == "ann" and rows[0]["time"][:2] == "20"
+    again: list[str] = []
+    counts = collect(system, asked, file, lambda e, _: again.append(e.prompt) or "q", annotator="ann")
+    assert counts["before"] == 2 and again == [seen[2][0]]  # skipped ones are asked again, judged ones are not
+    once = [shown for _, shown in seen]
+    repeat: list[tuple[str, str]] = []
+    collect(system, asked[:4], tmp_path / "b.jsonl", lambda _, shown: repeat.append(shown) or "s")
+    assert repeat == once  # answers and order are the seed's
+    loaded, _ = feedback.load(file.parent, file.name)
+    assert [j.chosen for j in loaded] == [r["chosen"] for r in rows]
+
+
+def test_prompts_come_from_any_file(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("first one\n\nsecond one\n\nfirst one\n")
+    assert [e.prompt for e in feedback.prompts_of(tmp_path / "p.txt")] == ["first one", "second one"]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    assert [e.prompt for e in feedback.prompts_of(tmp_path / "p.jsonl")] == ["a"]
+
+
+def test_outcome_of_a_single_answer(system: System) -> None:
+    metric = Versus(Longest(), system, system.session, {Example("1", "p"): "ab"})
+    assert metric.score("abc", Example("1", "p")) == 1
+    assert isinstance(metric.outcomes(["abc"], [Example("1", "p")])[0], Outcome)
