@@ -40,7 +40,7 @@ ROWS = [Row(HEAD + (5, 6), ((7, 8, 9),)), Row(HEAD + (5, 7), ((7, 4),)), Row((3,
 WORDS = ["apple", "stone", "river", "cloud", "horse", "table", "light", "paper"]
 
 
-# --- the matrix ---------------------------------------------------------------------------------------------------------
+# --- the matrix ------------------------------------------------------------------------------------------------------
 
 
 def test_retention_of_a_matrix_made_by_hand() -> None:
@@ -65,7 +65,7 @@ def test_what_is_no_stream(matrix: list[list[float]]) -> None:
         retention(matrix)
 
 
-# --- penalties ----------------------------------------------------------------------------------------------------------
+# --- penalties -------------------------------------------------------------------------------------------------------
 
 
 def lora(seed: int = 0, trained: bool = True) -> Any:
@@ -178,7 +178,7 @@ def test_a_penalty_counts_once_a_step_however_the_step_is_cut(most: int) -> None
         assert torch.allclose((halves[0][name] + halves[1][name]) / 2, wanted, atol=1e-5), name
 
 
-# --- replay and merging -------------------------------------------------------------------------------------------------
+# --- replay and merging ----------------------------------------------------------------------------------------------
 
 
 def test_earlier_tasks_take_turns_whatever_their_sizes() -> None:
@@ -206,7 +206,7 @@ def test_merging_is_dense_arithmetic() -> None:
     assert torch.allclose(ties["w"], torch.tensor([1 + (1 + 3) / 2, 1 - 2.0, 1.0, 1.0]))
 
 
-# --- what is carried ----------------------------------------------------------------------------------------------------
+# --- what is carried -------------------------------------------------------------------------------------------------
 
 
 def write(folder: Path, instruction: str, flipped: bool, **header: object) -> Path:
@@ -297,7 +297,7 @@ def test_made_up_rows_answer_as_the_system_does(run: Run, model_folder: str, str
     assert rows == made_up(one, system, session, spare, 0)
 
 
-# --- strategies ---------------------------------------------------------------------------------------------------------
+# --- strategies ------------------------------------------------------------------------------------------------------
 
 SETTINGS: dict[str, Any] = {"learning_rate": 1e-2, "epochs": 6.0, "batch": 16, "rank": 16}
 
@@ -355,8 +355,9 @@ def test_other_strategies_teach_repeatably(taught: Any, tmp_path: Path, settings
     second = teach(taught, run, **short)
     assert first.fingerprint == second.fingerprint != system.fingerprint
     assert run.spent.trained_tokens > 0
-    assert [t.kind for t in second.model.transforms][-1] == ("weights" if settings["strategy"] == "merge" else "adapter")
-    if settings["strategy"] == "merge":
+    apart = settings["strategy"] == "merge"
+    assert second.model.transforms[-1].kind == ("weights" if apart else "adapter")
+    if apart:
         assert run.notes["merged"]["new"] in (0.5, 0.75, 1.0) and len(second.model.transforms) == 1
     spent = Run(run.store)
     assert teach(taught, spent, **short).fingerprint == second.fingerprint  # finished before: not repeated

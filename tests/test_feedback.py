@@ -42,7 +42,7 @@ def write(folder: Path, rows: Sequence[dict[str, Any]], test: Sequence[dict[str,
 def judgements(count: int = 24) -> tuple[Judged, ...]:
     """Pairs of which the chosen side begins with one word and the rejected one with another."""
     return tuple(
-        Judged(f"j{n}", f"my {THINGS[n % 10]} number {n} broke", f"yes send the {THINGS[n % 10]}", "no the movie was bad",
+        Judged(f"j{n}", f"my {THINGS[n % 10]} number {n} broke", f"yes send the {THINGS[n % 10]}", "no it was bad",
                annotator=("ann", "bob", "cy")[n % 3], group=f"g{n // 2}")
         for n in range(count)
     )  # fmt: skip
@@ -150,9 +150,10 @@ def test_a_task_of_feedback_alone_learns_selects_and_is_judged_on_different_prom
 def test_pairs_and_thumbs_from_each_other() -> None:
     up, down = Judged("1", "p", chosen="a"), Judged("2", "p", rejected="b", weight=0.5)
     whole, other = Judged("3", "q", "c", "d"), Judged("4", "r", rejected="e")
-    assert [(j.chosen, j.rejected, j.weight) for j in pairs((up, down, whole, other))] == [("c", "d", 1), ("a", "b", 0.5)]
-    found = [(j.chosen, j.rejected) for j in thumbs((up, down, whole))]
-    assert found == [("a", None), (None, "b"), ("c", None), (None, "d")]
+    found = [(j.chosen, j.rejected, j.weight) for j in pairs((up, down, whole, other))]
+    assert found == [("c", "d", 1), ("a", "b", 0.5)]
+    single = [(j.chosen, j.rejected) for j in thumbs((up, down, whole))]
+    assert single == [("a", None), (None, "b"), ("c", None), (None, "d")]
 
 
 def test_annotators_are_weighted_or_left_out() -> None:
@@ -186,8 +187,8 @@ def test_agreement_by_hand() -> None:
         def __call__(self, asked: Sequence[tuple[Example, str]]) -> list[float]:
             return [{"a": math.log(3), "b": 0.0, "c": math.log(9)}[answer] for _, answer in asked]
 
-    rows = [Judged("1", "p", "a", "b"), Judged("2", "q", "b", "a"), Judged("3", "r", "c", "b"), Judged("4", "s", "a", "a ")]
-    rows[3] = replace(rows[3], rejected="a")
+    sides = (("a", "b"), ("b", "a"), ("c", "b"), ("a", "a"))
+    rows = [Judged(str(n), f"p{n}", *pair) for n, pair in enumerate(sides)]
     found = agreement(Known(), rows)  # probabilities of the chosen side: 3/4, 1/4, 9/10, 1/2
     assert found.accuracy[0] == pytest.approx(2.5 / 4) and found.n == 4
     assert found.brier[0] == pytest.approx((1 / 16 + 9 / 16 + 1 / 100 + 1 / 4) / 4)
@@ -205,7 +206,8 @@ def test_the_embedding_rival_learns_what_sets_the_sides_apart(home: Path) -> Non
     rows = judgements(30)
     judge = feedback.EmbeddingJudge(rows[:20], Embedder(home))
     assert agreement(judge, rows[20:]).accuracy[0] == 1
-    flipped = feedback.EmbeddingJudge([replace(r, chosen=r.rejected, rejected=r.chosen) for r in rows[:20]], Embedder(home))
+    turned = [replace(r, chosen=r.rejected, rejected=r.chosen) for r in rows[:20]]
+    flipped = feedback.EmbeddingJudge(turned, Embedder(home))
     assert agreement(flipped, rows[20:]).accuracy[0] == 0 and flipped.name != judge.name
 
 
@@ -265,9 +267,9 @@ def test_a_reward_model_learns_and_is_found_again(system: System, home: Path, tm
     elsewhere = run(tmp_path / "other")
     other = method.model(replace(system, home=tmp_path / "other"), learnable(), elsewhere)
     assert other.name == model.name  # the same seed gives the same weights
-    asked = [(judgements()[0].example, text) for text in ("yes send the lamp", "no the movie was bad", "yes send the lamp")]
-    scores = model(asked)
-    assert scores[0] == scores[2] > scores[1]
+    answers = ("yes send the lamp", "no it was bad", "yes send the lamp")
+    scores = model([(judgements()[0].example, text) for text in answers])
+    assert scores[0] == pytest.approx(scores[2], abs=1e-4) and scores[0] > scores[1] + 1
     # Later training and demonstrations do not move it; the annotator left out does.
     assert method.model(replace(system, decoding=Decoding(max_tokens=3)), learnable(), run(home)).name == model.name
     assert replace(method, weights=("cy=0",)).model(system, learnable(), run(home)).name != model.name
@@ -285,14 +287,15 @@ def test_the_judge_of_a_win_rate_task_learns_from_what_no_method_sees(system: Sy
 
 
 @pytest.mark.parametrize("method", [
-    DPO(rank=4, learning_rate=1e-2, epochs=4, batch=4), DPO(rank=4, learning_rate=1e-2, epochs=4, batch=4, normalise=True, beta=5),
+    DPO(rank=4, learning_rate=1e-2, epochs=4, batch=4),
+    DPO(rank=4, learning_rate=1e-2, epochs=4, batch=4, normalise=True, beta=5),
     KTO(rank=4, learning_rate=1e-2, epochs=4, batch=4),
 ])  # fmt: skip
 def test_learning_from_judgements_raises_the_margin(method: DPO | KTO, system: System, home: Path) -> None:
     first = run(home)
     made = method.apply(system, learnable(), first)
     assert isinstance(method, Method) and made.fingerprint != system.fingerprint
-    probe = [Example("x", "my sofa number 99 broke", "yes send the sofa", rejected="no the movie was bad")]
+    probe = [Example("x", "my sofa number 99 broke", "yes send the sofa", rejected="no it was bad")]
 
     def margin(one: System) -> float:
         chosen, rejected = one.session.score(one.prompts(probe), [(probe[0].completion, probe[0].rejected or "")])[0]
@@ -300,7 +303,8 @@ def test_learning_from_judgements_raises_the_margin(method: DPO | KTO, system: S
 
     assert margin(made) > margin(system) + 1
     noted = first.notes
-    assert noted["held_out"]["accuracy"] == 1 and noted["curves"]["validation"][-1][1] < noted["curves"]["validation"][0][1]
+    checks = [value for _, value in noted["curves"]["validation"]]
+    assert noted["held_out"]["accuracy"] == 1 and checks[-1] < checks[0]
     assert noted["moved"]["kl"] > 0 and noted["moved"]["entropy"] > 0 and 0 < noted["moved"]["length"] <= 10
     assert len(noted["held_out"]["logprob_per_token"]["chosen"]) == 2
     again = method.apply(system, learnable(), run(home / "other"))
@@ -340,7 +344,9 @@ def test_advantages_by_hand() -> None:
 
 def few(folder: Path) -> Learnable:
     """Train rows and a metric of the task's own: the share of the answer's characters that are vowels."""
-    (folder / "own.py").write_text("def vowels(answer, example):\n    return sum(c in 'aeiou' for c in answer) / max(1, len(answer))\n")
+    (folder / "own.py").write_text(
+        "def vowels(answer, example):\n    return sum(c in 'aeiou' for c in answer) / max(1, len(answer))\n"
+    )
     rows = tuple(Example(str(n), f"say something of the {t}", "aei") for n, t in enumerate(THINGS))
     return Learnable("toy", "Answer.", "own.py:vowels", train=rows, folder=folder, trusted=True)
 

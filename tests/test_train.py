@@ -25,6 +25,7 @@ from whet.engine.torch import TorchSession
 from whet.errors import MethodError, ModelError
 from whet.methods import Run
 from whet.methods.finetune import FineTune
+from whet.search import tune
 from whet.store import Store
 from whet.system import Decoding, Demonstrations, System
 from whet.task import Example, Learnable
@@ -846,6 +847,62 @@ def test_progress_is_told(system: System, data: Learnable, home: Path) -> None:
     METHOD.apply(system, data, Run(Store(home), tell=lambda *what: told.append(what)))
     assert [done for _, done, _ in told] == list(range(1, told[-1][2] + 1))
     assert all(what.startswith("loss ") for what, _, _ in told)
+
+
+def test_learning_rates_are_raced(system: System, data: Learnable, home: Path) -> None:
+    arms = tune.candidates(replace(METHOD, epochs=8))
+    assert [a.learning_rate for a in arms] == [1e-2, 3e-4, 1e-3, 2e-3]
+    run, alone = Run(Store(home), seed=1), Run(Store(home), seed=1)
+    won, ended = tune.race(arms, system, data, run)
+    # All start, half of them go on, one is trained to its end; it goes on where its last rung was stable.
+    assert [arm.fidelity for arm in ended] == [1.0, 0.4, 0.15, 0.15]
+    assert ended[0].loss == min(arm.loss for arm in ended)
+    assert ended[1].why == f"behind finetune(learning_rate={ended[0].method.learning_rate:g})"
+    ended[0].method.apply(system, data, alone)
+    assert len(won.model.transforms) == 1
+    assert run.spent.trained_tokens < 2.5 * alone.spent.trained_tokens
+    again, _ = tune.race(arms, system, data, Run(Store(home), seed=1))
+    assert again.fingerprint == won.fingerprint
+    bad = [replace(METHOD, learning_rate=1e30)]
+    with pytest.raises(MethodError, match="every setting failed"):
+        tune.race(bad, system, data, Run(Store(home)))
+
+
+def test_every_adapter_is_kept_and_opened_again(system: System, data: Learnable, home: Path) -> None:
+    for kind, rate in (("lora", 1e-2), ("rslora", 1e-2), ("dora", 1e-2), ("full", 2e-3)):
+        run = Run(Store(home))
+        tuned = replace(METHOD, adapter=kind, learning_rate=rate, epochs=4).apply(system, data, run)
+        [transform] = tuned.model.transforms
+        assert transform.kind == ("weights" if kind == "full" else "adapter")
+        curve = [loss for _, loss in run.notes["curves"]["train"]]
+        assert curve[-1] < 0.6 * curve[0], kind
+        merged, tokenizer = models.load(tuned.model, home, device="cpu")
+        checks, _ = render_rows(tuned, data.validation(most=24)[1], TorchSession(merged, tokenizer))
+        found = [v for row in TorchSession(merged, tokenizer).score_rows(checks) for c in row for v in c]
+        best = min(loss for _, loss in run.notes["curves"]["validation"])
+        # Full weights are kept in bf16, as the base's are.
+        assert -sum(found) / len(found) == pytest.approx(best, abs=2e-3 if kind != "full" else 5e-2)
+
+
+def test_plain_text_is_learnt_beside_instructions(system: System, home: Path) -> None:
+    texts = tuple(Example(f"t{n}", "", text=f"film {n}: the film was great and then the film was dull " * 3) for n in range(8))
+    data = Learnable("mixed", "review?", "accuracy", ("positive", "negative"), (*task_rows(16), *texts))
+    run = Run(Store(home))
+    replace(METHOD, epochs=6).apply(system, data, run)
+    curve = [loss for _, loss in run.notes["curves"]["train"]]
+    assert curve[-1] < 0.5 * curve[0]
+    alone = Run(Store(home))
+    only = Learnable("texts", "", "perplexity", (), texts)
+    replace(METHOD, epochs=6).apply(replace(system, decoding=Decoding()), only, alone)
+    assert alone.notes["curves"]["train"][-1][1] < 0.5 * alone.notes["curves"]["train"][0][1]
+
+
+def test_steps_are_reported_to_tensorboard(system: System, data: Learnable, home: Path) -> None:
+    pytest.importorskip("tensorboard")
+    METHOD.apply(system, data, Run(Store(home), report_to=("tensorboard",)))
+    assert list((home / "logs").rglob("events.out.tfevents.*"))
+    with pytest.raises(MethodError, match="no tracker 'tensorbord'"):
+        METHOD.apply(system, data, Run(Store(home), seed=9, report_to=("tensorbord",)))
 
 
 def test_steps_never_end() -> None:

@@ -401,6 +401,36 @@ def chat(system: str, trust: bool, as_json: bool, debug: bool) -> None:
               flush=True)  # fmt: skip
 
 
+@main.command(epilog=example(
+    "whet feedback runs/replies/system prompts.txt",
+    "whet feedback runs/replies/system TASK/test.jsonl --annotator ann --out TASK/feedback.jsonl",
+))  # fmt: skip
+@click.argument("system", type=click.Path())
+@click.argument("prompts", type=click.Path(path_type=Path))
+@click.option("--out", default="feedback.jsonl", show_default=True, type=click.Path(path_type=Path),
+              help="File that judgements are appended to, one by one.")  # fmt: skip
+@click.option("--annotator", default="", help="Who judges; kept with each judgement.")
+@click.option("--temperature", default=0.8, show_default=True, help="Of the two answers that are drawn.")
+@click.option("--seed", default=0, show_default=True, help="Of the answers, and of which is shown first.")
+@click.option("--trust", is_flag=True, help="Let a System reach the server it names.")
+@common
+def feedback(
+    system: str, prompts: Path, out: Path, annotator: str, temperature: float, seed: int, trust: bool, as_json: bool,
+    debug: bool,
+) -> None:  # fmt: skip
+    """Judge two answers of SYSTEM to each of PROMPTS, side by side; Ctrl-C loses nothing."""
+    from whet.feedback import ask, collect, prompts_of
+    from whet.system import load
+
+    opened, asked = load(system, trust=trust), prompts_of(prompts)
+    counts = collect(opened, asked, out, ask, annotator=annotator, temperature=temperature, seed=seed)
+    if as_json:
+        _print({"feedback": str(out), **counts})
+        return
+    print(f"{counts['judged']} judged into {out}, {counts['skipped']} skipped, {counts['same']} with equal answers, "
+          f"{counts['before']} judged before")  # fmt: skip
+
+
 @main.command(epilog=example("whet init reviews.csv --out reviews/", "whet init alpaca.json --name assistant"))
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("--out", default=None, type=click.Path(path_type=Path), help="Folder of the new task [DATA's name].")

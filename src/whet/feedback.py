@@ -8,6 +8,7 @@ import math
 import os
 import random
 import statistics
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -491,6 +492,22 @@ def _sampled(
             continue
         swap = random.Random(f"{seed}/{example.prompt}").random() < 0.5
         yield example, (second, first) if swap else (first, second)
+
+
+def ask(example: Example, shown: tuple[str, str]) -> str:
+    """Ask on the terminal which of two answers is better: "1", "2", "s" or "q" (also at the end of input)."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    screen, table = Console(stderr=True), Table("1", "2", title=Text(example.prompt), show_lines=True, expand=True)
+    table.add_row(*map(Text, shown))  # as text: brackets in an answer are no markup
+    screen.print(table)
+    while True:
+        screen.print("better: 1 or 2; s skips, q ends: ", end="", markup=False)
+        line = sys.stdin.readline()
+        if not line or line.strip().lower() in ("1", "2", "s", "q"):
+            return line.strip().lower() or "q"
 
 
 def prompts_of(path: Path) -> list[Example]:

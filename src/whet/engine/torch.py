@@ -222,22 +222,27 @@ class TorchSession:
         self, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None
     ) -> list[tuple[Generation, ...]]:
         """`sampling.n` answers per prompt; greedy at temperature 0. Sampling is repeatable by seed and prompt."""
-        begun = time.monotonic()
-        encoded = self.encode(prompts)
-        longest = max(map(len, encoded), default=0) + sampling.max_tokens
-        self._fits(longest)
         copies = sampling.n if sampling.temperature > 0 else 1
-        rows = [Row(tokens) for tokens in encoded for _ in range(copies)]
+        rows = [Row(tokens) for tokens in self.encode(prompts) for _ in range(copies)]
+        made = [g for _, g in self.generate_rows(rows, sampling, progress)]
+        if copies == 1:
+            return [(g,) * sampling.n for g in made]
+        return [tuple(made[i : i + copies]) for i in range(0, len(made), copies)]
+
+    def generate_rows(
+        self, rows: Sequence[Row], sampling: Sampling, progress: Progress | None = None
+    ) -> list[tuple[Tokens, Generation]]:
+        """One answer behind each row's prompt: its very tokens, the end of turn included, and what they say."""
+        begun = time.monotonic()
+        longest = max((len(r.prompt) for r in rows), default=0) + sampling.max_tokens
+        self._fits(longest)
         if attention.shares(self.module, longest):
             answers, prefilled = self._generate_shared(rows, sampling, progress)
         else:
             answers, prefilled = _generate_unshared(self, rows, sampling, progress)
-        made = [self._finish(tokens, sampling) for tokens in answers]
         generated = sum(len(tokens) for tokens in answers)
         self.spent += Spent(time.monotonic() - begun, 0.0, 0, prefilled, generated)
-        if copies == 1:
-            return [(g,) * sampling.n for g in made]
-        return [tuple(made[i : i + copies]) for i in range(0, len(made), copies)]
+        return [(tuple(tokens), self._finish(tokens, sampling)) for tokens in answers]
 
     def _finish(self, tokens: list[int], sampling: Sampling) -> Generation:
         """Text of generated tokens, ended before the end of turn or the first stop string."""

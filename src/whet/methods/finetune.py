@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from whet.errors import MethodError
 from whet.methods import Need, Run
 from whet.system import System
-from whet.task import Learnable
+from whet.task import Example, Learnable
 
 if TYPE_CHECKING:
+    from whet.engine.prefix import Row
     from whet.engine.torch import TorchSession
     from whet.train.lesson import Lesson
     from whet.train.loop import Curves
@@ -30,7 +31,8 @@ class FineTune:
 
     Defaults: LoRA of rank 16 and alpha 2·rank (as in the LoRA literature), learning rate 1e-3 and 32 rows a step
     (measured in LOG.md; full training wants a tenth of that). `epochs` is what is wanted; the budget may allow less,
-    and a short training takes smaller steps, so that there are enough of them.
+    and a short training takes smaller steps, so that there are enough of them. `clean` leaves out rows whose label is
+    probably wrong.
     """
 
     name: ClassVar[str] = "finetune"
@@ -45,6 +47,7 @@ class FineTune:
     epochs: float = 3.0
     batch: int = 32
     recompute: bool = False
+    clean: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.batch < 1 or self.learning_rate <= 0 or self.epochs <= 0:
@@ -72,6 +75,23 @@ class FineTune:
         taught = teach(system, run, name, adapter, lambda live: self._lesson(system, data, run, live))
         return replace(taught, decoding=replace(system.decoding, prior=(), normalise="sum"))
 
+    def _prepared(self, data: Learnable, run: Run) -> tuple[list[Example], dict[str, Any]]:
+        """Rows that can be trained on, each once, without suspects where that is wanted; and what was left out."""
+        having = [e for e in data.train if e.completion or e.text]
+        usable = list({(e.prompt, e.completion, e.text, e.history): e for e in having}.values())
+        notes: dict[str, Any] = {"duplicates": len(having) - len(usable)}
+        if self.clean:
+            if not data.labels:
+                raise MethodError("clean needs a closed set", expected="labels in task.yaml", found="none")
+            from whet import suspects
+            from whet.embed import Embedder
+
+            named = suspects.find([e for e in usable if e.text is None], Embedder(run.home), run.seed)
+            wrong = {s.id for s in named}
+            usable = [e for e in usable if e.id not in wrong]
+            notes["suspects"] = [asdict(s) for s in named]
+        return usable, notes
+
     def _lesson(self, system: System, data: Learnable, run: Run, live: TorchSession) -> Lesson:
         from whet.train.batches import steps, tokens_per_row
         from whet.train.fit import twice_the_data, verdict
@@ -79,7 +99,8 @@ class FineTune:
         from whet.train.loop import Schedule, Settings
         from whet.train.losses import NextToken
 
-        usable = [e for e in data.train if e.completion or e.text]
+        usable, found = self._prepared(data, run)
+        data = replace(data, train=tuple(usable))
         if not usable:
             raise MethodError("nothing to train on", expected="train rows with completions or text", found="none")
         some, _ = render_rows(system, random.Random(run.seed).sample(usable, min(SAMPLED, len(usable))), live)
@@ -107,6 +128,12 @@ class FineTune:
             NextToken(),
             Settings(Schedule(self.learning_rate, count), validations=validations, recompute=self.recompute),
             (lambda: mean_loss(live, checks)) if checks else None,
-            {"rows": len(rows), "batch": batch, "shortened": cut},
+            {"rows": len(rows), "batch": batch, "shortened": cut, **found, "row_tokens": _lengths(rows)},
             after,
         )
+
+
+def _lengths(rows: Sequence[Row]) -> dict[str, int]:
+    """Median, 95th percentile and greatest number of tokens of a row."""
+    sizes = sorted(len(r.prompt) + len(r.continuations[0]) for r in rows)
+    return {"median": sizes[len(sizes) // 2], "p95": sizes[int(0.95 * (len(sizes) - 1))], "most": sizes[-1]}

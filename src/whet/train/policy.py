@@ -67,16 +67,14 @@ class Policy:
         self, examples: Sequence[Example], n: int, temperature: float = 1.0, seed: int = 0
     ) -> tuple[list[Row], list[list[str]]]:
         """`n` sampled answers to each example: as rows to score and train on, and as texts."""
-        most, live = self.system.decoding.max_tokens, self.live
-        prompts, _ = self.system.fitting(examples, live, [most + 1] * len(examples), blind=True)
-        sampling = Sampling(most, temperature, n=n, stop=self.system.decoding.stop, seed=seed)
-        rows, texts = [], []
-        for tokens, made in zip(live.encode(prompts), live.generate(prompts, sampling), strict=True):
-            # What was cut off at its greatest length did not end its turn, and is not taught that it did.
-            said = tuple(live.encode_answer(g.text, end=g.finish == "stop")[: most + 1] for g in made)
-            rows.append(Row(tokens, tuple(s or live.encode_answer("", end=True) for s in said)))
-            texts.append([g.text.strip() for g in made])
-        return rows, texts
+        decoding, live = self.system.decoding, self.live
+        prompts, _ = self.system.fitting(examples, live, [decoding.max_tokens] * len(examples), blind=True)
+        encoded = live.encode(prompts)
+        sampling = Sampling(decoding.max_tokens, temperature, stop=decoding.stop, seed=seed)
+        made = live.generate_rows([Row(tokens) for tokens in encoded for _ in range(n)], sampling)
+        parts = [made[i : i + n] for i in range(0, len(made), n)]
+        rows = [Row(tokens, tuple(said for said, _ in part)) for tokens, part in zip(encoded, parts, strict=True)]
+        return rows, [[g.text.strip() for _, g in part] for part in parts]
 
     def drift(self, rows: Sequence[Row]) -> dict[str, float]:
         """How far the policy has moved, from its own samples: KL to its beginning, entropy, length.
