@@ -27,7 +27,7 @@ install-bench: .venv/installed-bench
 	touch $@
 
 demo: install
-	$(BIN)/whet improve examples/helpdesk/tickets --budget 7m --out runs/helpdesk
+	$(BIN)/whet improve examples/helpdesk/tickets --budget 8m --out runs/helpdesk
 	@echo "look at runs/helpdesk/report.html"
 
 test: install-test lint

@@ -1,12 +1,12 @@
 """Continual learning: streams of five tasks, learnt one after the other by every strategy, and changed facts.
 
-For each order of the stream: the matrix of task x time, average accuracy, forgetting (mean drop from the best), backward
-and forward transfer, and accuracy on the newest task. Sequential LoRA is the baseline, O-LoRA (`orthogonal`, with the
-lambda of its released scripts) the rival, training on everything at once (`joint`) the upper bound. All take the same
-adapter, rows and epochs; of earlier tasks a strategy sees only the --keep rows that the System carries. Differences are
-paired over the same test rows. With --general, perplexity on wikitext2, accuracy on arc_easy and the drift from the
-base are measured after the last task, too. With --facts, 100 made-up facts are learnt, 50 of them then contradicted;
-both are asked in a phrasing that no training row has.
+For each order of the stream: the matrix of task x time, average accuracy, forgetting (mean drop from the best),
+backward and forward transfer, and accuracy on the newest task. Sequential LoRA is the baseline, O-LoRA (`orthogonal`,
+with the lambda of its released scripts) the rival, training on everything at once (`joint`) the upper bound. All take
+the same adapter, rows and epochs; of earlier tasks a strategy sees only the --keep rows that the System carries.
+Differences are paired over the same test rows. With --general, perplexity on wikitext2, accuracy on arc_easy and the
+drift from the base are measured after the last task, too. With --facts, 100 made-up facts are learnt, 50 of them then
+contradicted; both are asked in a phrasing that no training row has.
 
     .venv/bin/python benchmarks/continual.py [--rows 1000] [--orders 1,2,3] [--strategies replay,...] [--facts]
 """
@@ -61,10 +61,17 @@ class Ended:
 
 
 def shortened(task: Any, rows: int, test: int, seed: int) -> Any:
-    """The task with so many train rows, as many of each label as can be, and the first test rows."""
+    """The task with so many train rows, balanced and none of them a repeat of test, and its first test rows."""
     from whet.methods.fewshot import balanced
+    from whet.splits import without
 
-    return replace(task, train=tuple(balanced(task.train, rows, seed)), test=task.test[:test])
+    train, _ = without(task.train, task.test)
+    return replace(task, train=tuple(balanced(train, rows, seed)), test=task.test[:test])
+
+
+def learnable(task: Any) -> Any:
+    """All train rows: nothing is selected here, so that none is cut off for it."""
+    return replace(task.split().learnable, train=task.train)
 
 
 def asked(system: Any, task: Any, run: Any) -> Any:
@@ -106,7 +113,7 @@ def stream(tasks: Sequence[Any], strategy: str, setting: Setting) -> Ended:
     outcomes: list[Any] = []
     for n, task in enumerate(tasks):
         start = replace(asked(system, task, run), card={"memory": system.card.get("memory", [])})
-        data = task.split().learnable
+        data = learnable(task)
         method = Continual(strategy=strategy, **setting.tuning) if n else FineTune(**setting.tuning)
         taught = method.apply(start, data, run)
         memory = remember(taught, data, known(start, data, run.session(start.model)), keep=setting.keep, seed=run.seed)
@@ -129,7 +136,7 @@ def joint(tasks: Sequence[Any], setting: Setting) -> Ended:
     from whet.train.losses import NextToken
 
     run, method = setting.run, FineTune(**setting.tuning)
-    parts = [(asked(setting.base, t, run), t.split().learnable) for t in tasks]
+    parts = [(asked(setting.base, t, run), learnable(t)) for t in tasks]
 
     def prepare(live: Any) -> Any:
         rows, checks = [], []
@@ -195,7 +202,8 @@ def show(order: int, tasks: Sequence[str], body: dict[str, Any]) -> None:
     lines = [[name, *(f"{100 * f[c]:.1f}" if c in f else None for c in columns)] for name, f in body["figures"].items()]
     print("\n" + common.table([f"order {order}", *columns], lines))
     for name, p in body["replay_against"].items():
-        print(f"replay against {name}: {100 * p['difference']:+.1f} points [{100 * p['low']:+.1f}, {100 * p['high']:+.1f}]")
+        between = f"[{100 * p['low']:+.1f}, {100 * p['high']:+.1f}]"
+        print(f"replay against {name}: {100 * p['difference']:+.1f} points {between}")
     own, plain = body["figures"].get("replay"), body["figures"].get("sequential")
     if own and plain:
         share = own["forgetting"] / plain["forgetting"] if plain["forgetting"] > 0 else 0.0
@@ -214,14 +222,14 @@ def facts_task(objects: dict[tuple[str, str], str], some: Sequence[tuple[str, st
     """A task of facts: three phrasings each to learn from, a fourth to be asked in."""
     from whet.task import Example, Task
 
-    def rows(part: slice, mark: str) -> tuple[Any, ...]:
+    def rows(part: slice) -> tuple[Any, ...]:
         return tuple(
-            Example(f"{mark}{n}/{s}", phrase.format(s), objects[s, r], (objects[s, r],), group=f"{s}/{r}" if mark else None)
+            Example(f"{s}/{n}", phrase.format(s), objects[s, r], (objects[s, r],), group=s)
             for s, r in some
             for n, phrase in enumerate(RELATIONS[r][part])
         )
 
-    return Task(name, Path(), "Answer with a name.", "exact_match", train=rows(slice(3), "learn"), test=rows(slice(3, 4), ""))
+    return Task(name, Path(), "Answer with a name.", "exact_match", train=rows(slice(3)), test=rows(slice(3, 4)))
 
 
 def facts(setting: Setting, strategy: str, count: int = 100) -> dict[str, Any]:
@@ -246,10 +254,6 @@ def facts(setting: Setting, strategy: str, count: int = 100) -> dict[str, Any]:
     tuning = {**setting.tuning, "epochs": 12.0}
     first, second = facts_task(before, some, "facts"), facts_task(after, changed, "facts")
     start = asked(setting.base, first, run)
-
-    def learnable(task: Any) -> Any:
-        # Every fact is to be learnt, so that none is cut off for selecting.
-        return replace(task.split().learnable, train=task.train)
 
     learnt = FineTune(**tuning).apply(start, learnable(first), run)
     memory = remember(learnt, learnable(first), (), keep=3 * count, seed=run.seed)
@@ -323,8 +327,8 @@ def main() -> None:
         for one in body["facts"]:
             lost = one["untouched"]
             print(f"facts, {one['strategy']}: {one['learnt']:.0%} learnt; changed {one['changed']:.0%} "
-                  f"{common.verdict(one['changed'], ASKED['changed'])}; untouched {100 * lost['difference']:+.1f} points "
-                  f"[{100 * lost['low']:+.1f}, {100 * lost['high']:+.1f}] from {one['untouched_before']:.0%} "
+                  f"{common.verdict(one['changed'], ASKED['changed'])}; untouched {one['untouched_before']:.0%}, then "
+                  f"{100 * lost['difference']:+.1f} points [{100 * lost['low']:+.1f}, {100 * lost['high']:+.1f}] "
                   f"{common.verdict(lost['difference'], ASKED['untouched'])}")  # fmt: skip
     common.finish("continual", {"machine": where, "rows": options.rows, "test": options.test, "keep": options.keep,
                                 "tuning": tuning, **body})  # fmt: skip

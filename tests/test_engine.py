@@ -244,7 +244,7 @@ def test_greedy_equals_transformers(models: Any, tokenizer: Any, family: str) ->
 def test_generation_in_small_groups(models: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where not all keys fit into memory at once, groups follow one another and change nothing."""
     whole = TorchSession(models["qwen3"], tokenizer).generate(CHATS, Sampling(max_tokens=9))
-    monkeypatch.setattr("whet.engine.torch.KEY_TOKENS", 60)
+    monkeypatch.setattr(TorchSession, "key_tokens", 60)
     told: list[tuple[int, int]] = []
     session = TorchSession(models["qwen3"], tokenizer)
     assert session.generate(CHATS, Sampling(max_tokens=9), lambda done, of: told.append((done, of))) == whole

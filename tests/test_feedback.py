@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -419,6 +420,25 @@ def test_judgements_are_kept_one_by_one(system: System, tmp_path: Path) -> None:
     assert repeat == once  # answers and order are the seed's
     loaded, _ = feedback.load(file.parent, file.name)
     assert [j.chosen for j in loaded] == [r["chosen"] for r in rows]
+
+
+def test_the_command_asks_and_keeps(
+    system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from whet.cli import main
+
+    system.save(tmp_path / "system")
+    (tmp_path / "p.txt").write_text("tell me of the lamp\n\nof the [bold]chair\n\nof the radio\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("perhaps\n2\n1\n"))  # then the input ends
+    place = str(tmp_path / "judged.jsonl")
+    with pytest.raises(SystemExit) as ended:
+        main(["feedback", str(tmp_path / "system"), str(tmp_path / "p.txt"), "--out", place, "--json"])
+    out, err = capsys.readouterr()
+    assert not ended.value.code and json.loads(out)["judged"] == 2 and "of the [bold]chair" in err
+    assert [json.loads(line)["prompt"] for line in Path(place).read_text().splitlines()][1] == "of the [bold]chair"
+    with pytest.raises(SystemExit) as ended:
+        main(["feedback", str(tmp_path / "system"), str(tmp_path / "none.txt")])
+    assert ended.value.code == 2 and "cannot be read" in capsys.readouterr().err
 
 
 def test_prompts_come_from_any_file(tmp_path: Path) -> None:

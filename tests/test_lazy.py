@@ -206,7 +206,7 @@ def test_company_does_not_change_a_choice(session: TorchSession) -> None:
 
 def test_small_groups(session: TorchSession, monkeypatch: pytest.MonkeyPatch) -> None:
     together = session.choose(PROMPTS, [LABELS] * len(PROMPTS))
-    monkeypatch.setattr("whet.engine.torch.KEY_TOKENS", 100)
+    monkeypatch.setattr(TorchSession, "key_tokens", 100)
     told: list[tuple[int, int]] = []
     apart = session.choose(PROMPTS, [LABELS] * len(PROMPTS), progress=lambda done, of: told.append((done, of)))
     assert len(told) > 1

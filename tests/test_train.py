@@ -885,7 +885,8 @@ def test_every_adapter_is_kept_and_opened_again(system: System, data: Learnable,
 
 
 def test_plain_text_is_learnt_beside_instructions(system: System, home: Path) -> None:
-    texts = tuple(Example(f"t{n}", "", text=f"film {n}: the film was great and then the film was dull " * 3) for n in range(8))
+    said = "the film was great and then the film was dull "
+    texts = tuple(Example(f"t{n}", "", text=f"film {n}: {said}" * 3) for n in range(8))
     data = Learnable("mixed", "review?", "accuracy", ("positive", "negative"), (*task_rows(16), *texts))
     run = Run(Store(home))
     replace(METHOD, epochs=6).apply(system, data, run)

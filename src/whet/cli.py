@@ -182,8 +182,10 @@ def evaluate(
     from dataclasses import asdict
 
     from whet import scorecard
-    from whet.metrics import get
+    from whet.methods import Run
+    from whet.methods.reward import metric_of
     from whet.search.out import write_text
+    from whet.store import Store
     from whet.task import load
 
     loaded = load(task, trust=trust)
@@ -192,7 +194,9 @@ def evaluate(
     try:
         watch.arm(f"{system} on {split}", 0.0)
         opened = _system(system, loaded, trust)
-        metric = get(loaded.metric, loaded.folder, loaded.trusted)
+        run = Run(Store(), seed, tell=watch.tell)
+        base = _system(opened.model.base, loaded, trust) if loaded.metric == "win_rate" else opened
+        metric = metric_of(loaded, base, run)
         card = scorecard.evaluate(opened, rows, metric, split=split, seed=seed,
                                    progress=lambda done, of: watch.tell("answering", done, of))  # fmt: skip
         if not opened.model.remote and metric.name != "perplexity":

@@ -67,7 +67,8 @@ def as_task(system: System, task: Task, session: Session | None = None) -> Syste
     """
     from whet.search import base_system
 
-    base = base_system(system.model, task, task.split().learnable, session or system.session, system.home)
+    data = Learnable(task.name, task.instruction, task.metric, task.labels, task.train)
+    base = base_system(system.model, task, data, session or system.session, system.home)
     return replace(base, decoding=replace(base.decoding, normalise=system.decoding.normalise))
 
 
@@ -149,9 +150,10 @@ def remember(
     # A System carries no code: where the metric is some, the rows are scored by a plain one.
     metric = _scorable("@" if ".py:" in data.metric else data.metric, data.closed)
     before = {one.name: one for one in tasks}
-    older = some(before[data.name].rows, keep // 2) if data.name in before else ()
+    old = before.get(data.name, Known(data.name, metric, system))
+    older = some(old.rows, keep // 2)
     rows = (*older, *some(data.train, keep - len(older)))
-    everything = {**before, data.name: Known(data.name, metric, system, rows, tuple(held))}
+    everything = {**before, data.name: replace(old, metric=metric, asked=system, rows=rows, held=(*old.held, *held))}
     return [replace(k, rows=some(k.rows, keep), held=some(k.held, HELD)).entry() for k in everything.values()]
 
 

@@ -62,8 +62,9 @@ def _unseen(rows: Sequence[Example], given: NDArray[Any], embed: Embed, seed: in
         cross_val_predict(LogisticRegression(C=c, max_iter=300), x, given, cv=folds, method="predict_proba")
         for x, c in zip(parts, (3.0, 1.0), strict=True)
     ]
-    mean: NDArray[np.float64] = np.exp(np.mean(np.log(np.clip(found, 1e-9, 1.0)), axis=0))
-    return mean / mean.sum(axis=1, keepdims=True)
+    mean = np.exp(np.mean(np.log(np.clip(found, 1e-9, 1.0)), axis=0))
+    chances: NDArray[np.float64] = mean / mean.sum(axis=1, keepdims=True)
+    return chances
 
 
 def wrong_chances(chances: NDArray[np.float64], given: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[Any]]:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from whet import stats
-from whet.engine.torch import TorchSession
 from whet.errors import MethodError
 from whet.feedback import load as load_feedback
 from whet.feedback import pairs
 from whet.memory import Known, as_task, carried, known, remember
 from whet.methods import Method, Run, make
-from whet.metrics import Metric, get
+from whet.methods.reward import metric_of
 from whet.retention import Lost, drift, forgetting, refused
 from whet.scorecard import Scorecard, evaluate
 from whet.search.recipe import Recipe
@@ -81,14 +80,14 @@ def update(
     splits, start = task.split(run.seed), begin(system, task, run)
     method = make("continual" if feedback is None else "dpo" if pairs(splits.learnable.judged) else "kto", settings)
     rows = splits.confirm or splits.select
-    metric = _metric(task, splits, start, run)
+    metric = metric_of(task, start, run)
     if not rows:
         raise MethodError("nothing to measure on", expected="test rows, or enough train rows", found="none")
     after = method.apply(start, splits.learnable, run)
     tasks = known(start, splits.learnable, run.session(start.model), split="test", seed=run.seed)
-    if feedback is not None and metric.name != "win_rate":
-        tasks = (*tasks, Known(task.name, task.metric, start, (), rows, task.folder))
-    lost = forgetting(start, after, tasks, run, task.limits.forgetting, task.trusted)
+    itself = feedback is not None and metric.name != "win_rate"
+    guarded = (*tasks, *([Known(task.name, task.metric, start, (), rows, task.folder)] if itself else ()))
+    lost = forgetting(start, after, guarded, run, task.limits.forgetting, task.trusted)
     cards = [
         evaluate(one, rows, metric, session=run.session(one.model), split="test", seed=run.seed, store=run.store,
                  progress=run.progress("answering"))
@@ -111,16 +110,9 @@ def update(
     )  # fmt: skip
 
 
-def _metric(task: Task, splits: Splits, start: System, run: Run) -> Metric:
-    if task.metric != "win_rate":
-        return get(task.metric, task.folder, task.trusted)
-    from whet.methods.reward import judged_by
-
-    return judged_by(splits, start, run)
-
-
 def _drift(before: System, after: System, splits: Splits, run: Run) -> float:
     """KL between the two on answers to rows of the task that neither learnt from."""
+    from whet.engine.torch import TorchSession
     from whet.train.lesson import render_rows
 
     rows = [e for e in (*splits.confirm, *splits.select) if e.completion][:LOOKED_AT]

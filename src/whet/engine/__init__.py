@@ -118,8 +118,8 @@ class Session(Protocol):
         """
         ...
 
-    def cost(self, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]]) -> int:
-        """About how many tokens choosing would compute."""
+    def cost(self, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]], every: bool = False) -> int:
+        """About how many tokens choosing would compute; with `every`, scoring each choice."""
         ...
 
     def scores_all(self, choices: Sequence[str], whole: bool = False) -> bool:
@@ -160,7 +160,7 @@ class ByScores:
         """Scores of every choice, less the offsets."""
         return choose_by_scores(self, prompts, choices, whole, offsets, progress)
 
-    def cost(self: Session, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]]) -> int:
+    def cost(self: Session, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]], every: bool = False) -> int:
         """The prompts' tokens; what they share is not known here."""
         return sum(self.count(prompts))
 

@@ -145,7 +145,7 @@ def choose(
     results: list[tuple[float, ...]] = [()] * len(rows)
     forest, tokens, done = prefix.arrange(rows), 0, 0
     room = PATIENCE + max(node.depth for nodes in trees.values() for node in nodes)
-    for group in groups(forest, room):
+    for group in groups(forest, room, session.key_tokens):
         with using_tree(session.module), torch.inference_mode():
             tokens += _search_group(session, forest, group, rows, searches, room)
         for unit in group:

@@ -35,7 +35,7 @@ from whet.errors import EngineError
 from whet.prompt import escape, render, specials_of, takes_system
 
 BATCH_TOKENS = 2048  # packed tokens per forward pass: larger ones fall out of the caches and gain nothing
-KEY_TOKENS = 65_536  # keys and values held at once while generating, in tokens
+KEY_BYTES = 512 * 2**20  # keys and values of prompts held at once while generating; joining them needs as much again
 
 
 class TorchEngine:
@@ -95,6 +95,15 @@ class TorchSession:
             "torch": torch.__version__,
             "sharing": "tree" if attention.window(module) != 0 else "none",
         }
+
+    @property
+    def key_tokens(self) -> int:
+        """How many tokens' keys and values are held at once."""
+        config = self.module.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        each = 2 * config.num_hidden_layers * heads * size * self.module.dtype.itemsize
+        return max(1, KEY_BYTES // int(each))
 
     def _stop_ids(self) -> frozenset[int]:
         """Tokens that end a turn: the tokenizer's end and whatever the generation config names."""
@@ -265,7 +274,7 @@ class TorchSession:
         forest = prefix.arrange(rows)
         answers: list[list[int]] = [[] for _ in rows]
         done = prefilled = 0
-        for group in groups(forest, sampling.max_tokens):
+        for group in groups(forest, sampling.max_tokens, self.key_tokens):
             with using_tree(self.module), torch.inference_mode():
                 prefilled += self._generate_group(forest, group, rows, sampling, answers)
             done += len(group)
@@ -365,10 +374,10 @@ class TorchSession:
         searched = lazy.worth([[self.encode_answer(c, whole) for c in choices]])
         return not searched or attention.window(self.module) is not None
 
-    def cost(self, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]]) -> int:
-        """About how many tokens choosing would compute; what all prompts share counts once."""
+    def cost(self, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]], every: bool = False) -> int:
+        """About how many tokens choosing (with `every`, scoring) would compute; what all prompts share counts once."""
         sets = [[self.encode_answer(c, False) for c in row] for row in choices]
-        searched = lazy.worth(sets)
+        searched = not every and lazy.worth(sets)
         rows = [
             Row(p, () if searched else tuple(s)) for p, s in zip(self.encode(prompts), sets, strict=True)
         ]
@@ -442,13 +451,13 @@ def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~seen, float("-inf"))[:, None, None]
 
 
-def groups(forest: prefix.Forest, new: int) -> Iterator[list[prefix.Unit]]:
-    """Units whose keys and values (prompt rest and new tokens) fit into memory together."""
+def groups(forest: prefix.Forest, new: int, most: int) -> Iterator[list[prefix.Unit]]:
+    """Units whose keys and values (prompt rest and new tokens) are those of at most `most` tokens together."""
     group: list[prefix.Unit] = []
     longest = 0
     for unit in forest.units:
         longest = max(longest, len(unit.tokens) + new)
-        if group and longest * (len(group) + 1) > KEY_TOKENS:
+        if group and longest * (len(group) + 1) > most:
             yield group
             group, longest = [], len(unit.tokens) + new
         group.append(unit)

@@ -151,7 +151,7 @@ def lacking(method: Method | type[Method], system: System, data: Learnable) -> s
         "examples": any(e.completion for e in data.train),
         "documents": data.documents is not None,
         "knowledge": data.knowledge is not None or data.glossary is not None,
-        "feedback": data.feedback is not None,
+        "feedback": bool(data.judged),
         "earlier": bool(data.earlier),
         "limits": any(v is not None for v in vars(data.limits).values()),
         "closed set": data.closed,

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from whet.engine import Spent
 from whet.errors import MethodError
 from whet.methods import Need, Run
 from whet.methods.finetune import FineTune
@@ -92,11 +93,10 @@ class Continual(FineTune):
         from whet.train import protect
         from whet.train.lesson import mean_loss
 
-        plain = self
+        plain, allowed = self, run.trained_tokens
         if self.strategy == "replay":
             plain = replace(self, batch=max(1, round((1 - self.share) * self.batch)))
-            if run.trained_tokens is not None:
-                run = replace(run, trained_tokens=round((1 - self.share) * run.trained_tokens))
+            run = replace(run, trained_tokens=round((1 - self.share) * allowed) if allowed is not None else None)
         lesson = plain._lesson(system, data, run, live)
         strength = self.strength or STRENGTH.get(self.strategy, 0.0)
         if self.strategy == "orthogonal":
@@ -112,12 +112,16 @@ class Continual(FineTune):
             lesson = replace(lesson, validate=lambda: 0.5 * new() + 0.5 * fmean(mean_loss(live, c) for c in checks))
         lesson = replace(lesson, notes={**lesson.notes, "earlier": count})
         if self.strategy == "ewc":
-            parts = [protect.fisher(live.module, rows[:INFORMED]) for rows in earlier]
+            looked = [rows[:INFORMED] for rows in earlier]
+            parts = [protect.fisher(live.module, rows) for rows in looked]
+            tokens = sum(len(row.prompt) + len(row.continuations[0]) for rows in looked for row in rows)
+            live.spent += Spent(trained_tokens=tokens)
             total = {layer: sum((part[layer] for part in parts[1:]), parts[0][layer]) for layer in parts[0]}
             return replace(lesson, settings=replace(
                 lesson.settings, penalty=protect.elastic(live.module, total, strength)))  # fmt: skip
         many = max(1, round(lesson.notes["batch"] * self.share / (1 - self.share)))
-        return replace(lesson, source=protect.mixed(lesson.source, earlier, many, run.seed))
+        lesson = replace(lesson, source=protect.mixed(lesson.source, earlier, many, run.seed))
+        return lesson if allowed is None else _within(lesson, run.fidelity * allowed)
 
     def _earlier(
         self, system: System, data: Learnable, run: Run, live: TorchSession, tasks: Sequence[Known]
@@ -127,7 +131,8 @@ class Continual(FineTune):
         from whet.splits import cut
         from whet.train.lesson import render_rows
 
-        fit, checks = list[list[Row]](), list[list[Row]]()
+        fit: list[list[Row]] = []
+        checks: list[list[Row]] = []
         for one in tasks:
             rows = [e for e in one.rows if e.completion or e.text]
             rows = rows or list(made_up(one, system, live, [e.prompt for e in data.train if e.prompt], run.seed))
@@ -172,3 +177,13 @@ class Continual(FineTune):
             notes = {"merged": {"earlier": best[0], "new": best[1], "loss": found[best]}}
             keep(live.module, Adapter("full"), run.store.artifact(name), {"notes": notes, "spent": asdict(live.spent)})
         return kept(origin, run, name)
+
+
+def _within(lesson: Lesson, allowed: float) -> Lesson:
+    """The lesson with no more steps than so many tokens pay for: each earlier task has a beginning of its own."""
+    from whet.engine import prefix
+
+    each = fmean(prefix.arrange(lesson.source(n)).unique_tokens for n in range(4))
+    schedule = lesson.settings.schedule
+    schedule = replace(schedule, steps=max(1, min(schedule.steps, int(allowed / each))))
+    return replace(lesson, settings=replace(lesson.settings, schedule=schedule))

@@ -59,9 +59,12 @@ class FineTune:
         """The settings worth trying; every kind of adapter gets as many learning rates."""
         tenth = 0.1 if self.adapter == "full" else 1.0
         return {
-            "learning_rate": (3e-4 * tenth, 1e-3 * tenth, 2e-3 * tenth), "rank": (8, 16, 32), "batch": (8, 16, 32), "epochs": (1.0, 3.0),
+            "learning_rate": (3e-4 * tenth, 1e-3 * tenth, 2e-3 * tenth),
+            "rank": (8, 16, 32),
+            "batch": (8, 16, 32),
+            "epochs": (1.0, 3.0),
             "adapter": ("lora", "dora", "full"),
-        }  # fmt: skip
+        }
 
     def apply(self, system: System, data: Learnable, run: Run) -> System:
         """The System with one more adapter; a closed set is scored as whole answers from here on."""

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from whet.errors import MethodError, TaskError
 from whet.feedback import Judged, Versus, agreement, digest, pairs, weighted
 from whet.methods import Need, Run
+from whet.metrics import Metric, get
 from whet.model import ModelRef
 from whet.splits import cut
 from whet.system import System
-from whet.task import Example, Learnable, Splits
+from whet.task import Example, Learnable, Splits, Task
 
 if TYPE_CHECKING:
     from whet.engine.prefix import Row
@@ -122,6 +123,13 @@ def judged_by(splits: Splits, base: System, run: Run, settings: Reward | None = 
         raise TaskError("win_rate needs a judge", expected="feedback with pairs", found="none",
                         do="add feedback.jsonl, or collect some: whet feedback SYSTEM PROMPTS")  # fmt: skip
     return Versus(fit(splits.judging, base, run, settings or Reward()), base, run.session(base.model))
+
+
+def metric_of(task: Task, base: System, run: Run) -> Metric:
+    """A task's metric; where it is win_rate, one against `base`, by a judge that is trained where none is kept."""
+    if task.metric != "win_rate":
+        return get(task.metric, task.folder, task.trusted)
+    return judged_by(task.split(run.seed), base, run)
 
 
 @dataclass(frozen=True)

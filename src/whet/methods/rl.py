@@ -100,7 +100,7 @@ class RL:
 
         judge, prompts, own = self._judge(system, data, run)
         name = key("rl", asdict(self), system.fingerprint, judge.name, rows_hash(prompts), run.seed, run.fidelity,
-                   run.trained_tokens)  # fmt: skip
+                   run.trained_tokens, run.previous)  # fmt: skip
         adapter = Adapter("lora", self.rank, 2 * self.rank)
         taught = teach(system, run, name, adapter, lambda live: self._lesson(system, prompts, judge, own, run, live))
         run.notes["rewarded_by"] = judge.name

@@ -15,10 +15,14 @@ from whet import task as tasks
 from whet.encoder import Encoder
 from whet.engine import Session, Spent
 from whet.errors import TaskError
-from whet.methods import Run, names
+from whet.feedback import pairs, thumbs
+from whet.memory import Known, known
+from whet.methods import Run, make, names
+from whet.methods.reward import metric_of
 from whet.metrics import Metric, get, score_all
 from whet.model import DEFAULT, ModelRef, loaded_before, resolve
 from whet.progress import Silent, Watch, clock
+from whet.retention import forgetting, refused
 from whet.scorecard import Scorecard, evaluate, measure, reads_scores, versions
 from whet.search import out as output
 from whet.search.arms import cheap_arms, left_out
@@ -36,6 +40,8 @@ ENCODER_SPEED = 2.5  # MiniLM has a tenth of the weights, all of them trained, i
 LEAST_TOKENS = 6_000  # a fine-tuning on fewer tokens (some eight steps of short rows) is not worth starting
 VALIDATED = 0.15  # of a fine-tuning's time, about, goes to its validations
 CALIBRATED_ROWS = 128
+REPLAYED = 0.25  # of each step are rows of earlier tasks, where there are some
+MOST_HELD = 200  # rows of an earlier task that forgetting is measured on
 ANSWER_TOKENS = (16, 256)  # bounds of how long a generated answer may be
 
 
@@ -78,6 +84,7 @@ class _Job:
     rates: Rates
     reserve: float
     race: Race
+    earlier: tuple[Known, ...] = ()  # tasks that must not get worse
     notes: list[str] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     plan: list[dict[str, Any]] = field(default_factory=list)
@@ -154,17 +161,36 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
         watch.say(f"opening {ref.base}{first}")
         bases.append(base_system(ref, task, splits.learnable, run.session(ref), store.home))
     rates = measure_rates(bases[0], run.session(refs[0]), store)
+    judging = 0.0
+    if metric.name == "win_rate":
+        watch.say("training the judge of the win rate, on judgements that no method sees")
+        training = replace(run, tell=watch.tell, spent=Spent(), notes={})
+        metric = metric_of(task, bases[0], training)
+        judging = rates.price(training.spent)
     confirm = rates.price(estimate(bases[0], splits.confirm, run.session(refs[0])))
     # Base and finalist, and a share of the best single-family arm; but the search always gets half.
-    reserve = min(2.2 * confirm + FIXED + ENCODED * wish.budget, 0.5 * wish.budget)
+    earlier = _earlier(bases[0], splits.learnable, run, refs[0])
+    again = sum(rates.price(estimate(one.asked, one.held, run.session(refs[0]))) for one in earlier)
+    reserve = min(2.2 * confirm + 2 * again + FIXED + ENCODED * wish.budget, 0.5 * wish.budget)
     select = shared_order(splits.select, task.closed, wish.seed)
-    race = Race(key, splits.learnable, select, metric, store, rates, wish.seed, wish.budget - reserve, watch, run,
-                deadline=time.monotonic() + 3 * wish.budget)  # fmt: skip
-    job = _Job(task, wish, splits, metric, store, watch, key, folder, run, bases, rates, reserve, race)
+    race = Race(key, splits.learnable, select, metric, store, rates, wish.seed, wish.budget - reserve - judging, watch,
+                run, deadline=time.monotonic() + 3 * wish.budget)  # fmt: skip
+    job = _Job(task, wish, splits, metric, store, watch, key, folder, run, bases, rates, reserve, race, earlier)
     job.notes += [*task.notes]
     if splits.dropped:
         job.notes.append(f"{len(splits.dropped)} train rows dropped: they repeat or share a group with held-out rows")
     return job
+
+
+def _earlier(base: System, data: Learnable, run: Run, ref: ModelRef) -> tuple[Known, ...]:
+    """The earlier tasks with the rows that forgetting is measured on."""
+    if not data.earlier or ref.remote:  # a server's weights do not change
+        return ()
+    tasks = known(base, data, run.session(ref), seed=run.seed)
+    return tuple(
+        replace(one, held=tuple(shared_order(one.held, one.asked.decoding.closed, run.seed)[:MOST_HELD]))
+        for one in tasks
+    )
 
 
 def _race(job: _Job) -> None:
@@ -177,6 +203,10 @@ def _race(job: _Job) -> None:
     # Where training is possible it needs most of the budget; without it the cheap arms may have it.
     most = (0.1 if tuned else 0.5) * race.seconds
     arms, too_dear = cheap_arms(job.wish, job.bases, labels, data, race.select, job.rates, job.run, most)
+    if race.select:  # an arm that is dearer than the base is dearer to confirm, too
+        dearest = max((whole for *_, whole in arms), default=0.0) - each
+        more = min(max(0.0, dearest) * len(job.splits.confirm) / len(race.select), 0.25 * race.seconds)
+        job.reserve, race.seconds = job.reserve + more, race.seconds - more
     job.skipped += left_out(job.wish, job.bases[0], data) + too_dear
     job.plan.append({"arm": "base", "minutes": len(job.bases) * each / 60})
     job.plan += [{"arm": f"{r.name}{label}", "minutes": cost / 60} for r, _, label, cost in arms]
@@ -202,23 +232,41 @@ def _race(job: _Job) -> None:
 
 def _training(job: _Job) -> Recipe | None:
     """The recipe that trains, where training was asked for and can be had."""
-    if job.wish.recipe or (job.wish.methods and "finetune" not in job.wish.methods):
+    if job.wish.recipe:
         return None
-    tuned = recipe("finetune")
-    return None if tuned.lacks(job.bases[0], job.splits.learnable) else tuned
+    for one in (recipe(("continual", {"share": REPLAYED})), recipe("finetune")):  # the first that has what it needs
+        asked = not job.wish.methods or one.methods[0].name in job.wish.methods
+        if asked and not one.lacks(job.bases[0], job.splits.learnable):
+            return one
+    return None
 
 
 def _train_and_combine(job: _Job, tuned: Recipe, each: float) -> None:
     """Fine-tune the best model with what the budget allows; calibrate it; another learning rate where money is left."""
     race = job.race
     start = _best_model(job)
-    first = _train(job, tuned, start, each)
+    judged = _preferring(job, tuned)
+    first = _train(job, tuned, start, each, 0.5 if judged else 1.0)
     if first is None or first.card is None:
         return
+    if judged:
+        race.enter(judged, start, tokens=first.notes.get("allowed"))
     if _calibrates(job):
-        race.enter(recipe("finetune", "calibrate"), start, tokens=first.notes.get("allowed"))
+        race.enter(Recipe((*tuned.methods, make("calibrate"))), start, tokens=first.notes.get("allowed"))
     if first.cost < 0.8 * race.left:
-        _train(job, recipe(("finetune", {"learning_rate": 3e-4})), start, each)
+        other = replace(tuned.methods[0], learning_rate=3e-4)  # type: ignore[type-var]
+        _train(job, Recipe((other,)), start, each)
+
+
+def _preferring(job: _Job, tuned: Recipe) -> Recipe | None:
+    """The recipe that goes on from a training with what people prefer, where the task has judgements."""
+    for name in ("dpo", "kto"):
+        one = Recipe((*tuned.methods, make(name)))
+        asked = not job.wish.methods or name in job.wish.methods
+        enough = pairs(job.splits.learnable.judged) if name == "dpo" else thumbs(job.splits.learnable.judged)
+        if asked and enough and not one.lacks(job.bases[0], job.splits.learnable):
+            return one
+    return None
 
 
 def _calibrates(job: _Job) -> bool:
@@ -226,14 +274,14 @@ def _calibrates(job: _Job) -> bool:
     return bool(job.task.labels) and (not job.wish.methods or "calibrate" in job.wish.methods)
 
 
-def _train(job: _Job, wanted: Recipe, start: System, each: float) -> Trial | None:
-    """Run a recipe that trains, with all tokens that the search has left once scoring what comes of it is set aside."""
+def _train(job: _Job, wanted: Recipe, start: System, each: float, share: float = 1.0) -> Trial | None:
+    """Run a recipe that trains, with a share of the tokens that are left once scoring what comes of it is set aside."""
     race = job.race
     row = each / max(1, len(race.select))
     # Scoring on select, and calibrating afterwards; calibrated answers are read off the same scores where all are had.
     again = 0.0 if reads_scores(start, race.select, job.run.session(start.model)) else each
     after = each + (again + CALIBRATED_ROWS * row if _calibrates(job) else 0.0)
-    allowed = int((race.left - after) * (1 - VALIDATED) * job.rates.train)
+    allowed = int(share * (race.left - after) * (1 - VALIDATED) * job.rates.train)
     trains = any("weights" in m.needs for m in wanted.methods)
     if trains and allowed < LEAST_TOKENS:
         why = f"only {clock(race.left)} of the budget would be left for it"
@@ -253,13 +301,33 @@ def _best_model(job: _Job) -> System:
 
 
 def _finalist(job: _Job) -> Trial | None:
-    """The best arm on all of select; None where nothing beats the base there."""
+    """The best arm on all of select that keeps the earlier tasks; None where nothing beats the base there."""
     race = job.race
     whole = [t for t in race.trials if t.card and t.examples == len(race.select) and t is not race.base]
-    best = max(whole, key=race.merit, default=None)
-    if best is None or race.base is None or race.merit(best) <= race.merit(race.base):
-        return None
-    return best
+    for trial in sorted(whole, key=race.merit, reverse=True):
+        if race.base is None or race.merit(trial) <= race.merit(race.base):
+            return None
+        kept = _keeping(job, trial)
+        if kept.status != "refused":
+            return kept
+    return None
+
+
+def _keeping(job: _Job, trial: Trial) -> Trial:
+    """The trial with what the earlier tasks lose by it; refused where that is more than is allowed."""
+    lost = forgetting(_base_of(job, trial), trial.system, job.earlier, job.run, job.task.limits.forgetting,
+                      job.task.trusted)  # fmt: skip
+    if not lost:
+        return trial
+    why = refused(lost)
+    job.notes += [str(one) for one in lost]
+    most = max(one.lost for one in lost)
+    return job.race.mark(trial, forgetting=most, status="refused" if why else trial.status, why=why or trial.why)
+
+
+def _base_of(job: _Job, trial: Trial) -> System:
+    """The base that a trial started from."""
+    return next((b for b in job.bases if b.model.content == trial.system.model.content), job.bases[0])
 
 
 def _best_single(job: _Job, finalist: Trial) -> Trial | None:
@@ -396,7 +464,7 @@ def record_of(trial: Trial, seed: int) -> dict[str, Any]:
         "select": {"score": card.score, "low": card.low, "high": card.high} if card else None,
         "difference": asdict(paired) if paired else None, "spent": asdict(trial.spent), "cost_seconds": trial.cost,
         "verdict": trial.notes.get("verdict"), "latency_ms": None, "size_bytes": None, "memory_bytes": None,
-        "forgetting": None,
+        "forgetting": trial.forgetting,
     }  # fmt: skip
 
 

@@ -68,23 +68,26 @@ def cheap_arms(
         for one in wanted:
             if one.lacks(base, data) or not select:
                 continue
-            cost = _cost(one, base, data, select, rates, run, scored)
-            if not wish.recipe and first_rungs + FIRST_RUNG * cost > most:
-                left = clock(most - first_rungs)
-                why = f"its first quarter would take {clock(FIRST_RUNG * cost)}, and {left} is left for such arms"
+            plain, once, whole = _cost(one, base, data, select, rates, run)
+            known = plain.fingerprint in scored and reads_scores(plain, select, run.session(base.model))
+            first = once + (0.0 if known else FIRST_RUNG * whole)
+            if not wish.recipe and first_rungs + first > most:
+                why = f"its first rung would take {clock(first)}, and {clock(most - first_rungs)} is left for such arms"
                 skipped.append({"method": f"{one.name}{label}", "why": why})
             else:
-                first_rungs += FIRST_RUNG * cost
-                arms.append((one, base, label, cost))
+                # Calibrated arms read the scores of the same arm uncalibrated.
+                scored.add(plain.fingerprint)
+                first_rungs += first
+                arms.append((one, base, label, once + (0.0 if known else whole)))
     return arms, skipped
 
 
 def _cost(
-    one: Recipe, base: System, data: Learnable, select: Sequence[Example], rates: Rates, run: Run, scored: set[str]
-) -> float:
-    """Seconds that an arm would take on all of select: what it shows is known before the model runs.
+    one: Recipe, base: System, data: Learnable, select: Sequence[Example], rates: Rates, run: Run
+) -> tuple[System, float, float]:
+    """(what the arm shows, seconds that it takes once, seconds that scoring all of select takes).
 
-    Calibrated arms read the scores of the same arm uncalibrated; `scored` holds those that are (or will be) at hand.
+    What it shows is known before the model runs; what calibration looks at is scored over all choices.
     """
     system = base
     for method in one.methods:
@@ -92,10 +95,9 @@ def _cost(
             system = method.apply(system, data, run)
     session = run.session(base.model)
     whole = rates.price(estimate(system, select, session))
-    known = system.fingerprint in scored and reads_scores(system, select, session)
-    scored.add(system.fingerprint)
     prompts = sum(getattr(method, "prompts", 0) for method in one.methods)
-    return (0.0 if known else whole) + whole * prompts / max(1, len(select))
+    once = rates.price(estimate(system, select[:prompts], session, every=True)) if prompts else 0.0
+    return system, once, whole
 
 
 def left_out(wish: Wish, base: System, data: Learnable) -> list[dict[str, str]]:

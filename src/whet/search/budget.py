@@ -17,7 +17,8 @@ from whet.system import System
 from whet.task import Example
 
 # A LoRA step does 4·N operations per token where a forward pass does 2·N; the rest is what was measured (LOG.md).
-TRAIN_SHARE = 0.38
+TRAIN_SHARE = 0.34
+SUSTAINED = 0.85  # of what a few seconds show, over many minutes (LOG.md)
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -62,7 +63,7 @@ def measure(system: System, session: Session, store: Store) -> Rates:
         before, begun = session.spent, time.monotonic()
         session.score(chats, [["yes"]] * len(chats))
         read, took = session.spent - before, time.monotonic() - begun
-        prefill = max(1.0, read.prefilled_tokens / max(took, 1e-6))
+        prefill = max(1.0, SUSTAINED * read.prefilled_tokens / max(took, 1e-6))
         before, begun = session.spent, time.monotonic()
         session.generate(chats[:8], Sampling(max_tokens=8))
         wrote, took = session.spent - before, time.monotonic() - begun
@@ -73,8 +74,13 @@ def measure(system: System, session: Session, store: Store) -> Rates:
     return Rates(**kept)
 
 
-def estimate(system: System, examples: Sequence[Example], session: Session, sample: int = 48) -> Spent:
-    """What answering examples would cost, from a sample of them; beginnings that all share count once."""
+def estimate(
+    system: System, examples: Sequence[Example], session: Session, every: bool = False, sample: int = 48
+) -> Spent:
+    """What answering examples would cost, from a sample of them; beginnings that all share count once.
+
+    With `every`, what scoring each choice would cost.
+    """
     if not examples:
         return Spent()
     few = list(examples[:sample])
@@ -84,8 +90,8 @@ def estimate(system: System, examples: Sequence[Example], session: Session, samp
     sets = [(e.choices or system.decoding.labels) if closed and e.text is None else ("",) for e in few]
     if few[0].text is not None:
         return Spent(prefilled_tokens=round(share * sum(session.count([e.text or "" for e in few]))))
-    whole = session.cost(prompts, sets)
-    half = session.cost(prompts[: len(few) // 2], sets[: len(few) // 2]) if len(few) > 1 else 0
+    whole = session.cost(prompts, sets, every)
+    half = session.cost(prompts[: len(few) // 2], sets[: len(few) // 2], every) if len(few) > 1 else 0
     # Two points tell what is shared (once) from what every example adds.
     each = (whole - half) / max(1, len(few) - len(few) // 2)
     tokens = whole + each * (len(examples) - len(few))

@@ -44,6 +44,7 @@ class Trial:
     notes: dict[str, Any]
     against_base: stats.Paired | None
     label: str = ""
+    forgetting: float | None = None  # points that the earlier task which lost most has lost
 
     @property
     def name(self) -> str:
@@ -149,10 +150,12 @@ class Race:
         )
 
     def _paid(self, spent: Spent, notes: dict[str, Any]) -> Spent:
-        """What another trial has paid for already: recipes with a common beginning share its training."""
-        artifact = notes.get("artifact")
-        shared = artifact is not None and any(t.notes.get("artifact") == artifact for t in self.trials)
-        return Spent(**notes["trained"]) if shared and spent.trained_tokens else Spent()
+        """What other trials have paid for already: recipes with a common beginning share its training."""
+        if not spent.trained_tokens:
+            return Spent()
+        before = {name for t in self.trials for name in t.notes.get("trainings", {})}
+        mine = notes.get("trainings", {})
+        return sum((Spent(**cost) for name, cost in mine.items() if name in before), Spent())
 
     def _apply(
         self, recipe: Recipe, start: System, tokens: int | None
@@ -187,6 +190,13 @@ class Race:
         self.scored[system.fingerprint] = join(before, card, self.metric, self.seed) if before else card
         return self.scored[system.fingerprint]
 
+    def mark(self, trial: Trial, **changes: Any) -> Trial:
+        """Put a changed trial in its own place on the board."""
+        changed = replace(trial, **changes)
+        self.trials[self.trials.index(trial)] = changed
+        self.watch.board([t.standing() for t in self.trials])
+        return changed
+
     def halve(self, arms: Sequence[tuple[Recipe, System, str]]) -> list[Trial]:
         """Successive halving (Jamieson & Talwalkar 2016) on paired differences: the better half goes on, less those
         that the paired interval already shows to be behind the best. Returns the trials of the last rung.
@@ -209,8 +219,7 @@ class Race:
                     going.append(origin)
                 else:
                     why = f"behind {best.name} by {-100 * paired.difference:.1f} points on {count} examples"
-                    self.trials[self.trials.index(trial)] = replace(trial, status="dropped", why=why)
-            self.watch.board([t.standing() for t in self.trials])
+                    self.mark(trial, status="dropped", why=why)
         return [t for t in trials if t.card]
 
     def merit(self, trial: Trial) -> float:

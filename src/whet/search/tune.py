@@ -75,7 +75,8 @@ def race(
 def _name(method: Method, arms: Sequence[Method]) -> str:
     """A method by the settings in which the arms differ."""
     differs = {k: v for k, v in _settings(method).items() if any(_settings(a)[k] != v for a in arms)}
-    return f"{method.name}({', '.join(f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}' for k, v in differs.items())})"
+    words = [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in differs.items()]
+    return f"{method.name}({', '.join(words)})"
 
 
 def _settings(method: Method) -> dict[str, Any]:

@@ -90,7 +90,8 @@ def kept(system: System, run: Run, name: str) -> System:
     body = json.loads((made / "done.json").read_text(encoding="utf-8"))
     run.spent += Spent(**body["spent"])
     # Named, so that recipes that begin with the same training pay for it once.
-    run.notes.update(body["notes"], artifact=name, trained=body["spent"])
+    trainings = {**run.notes.get("trainings", {}), name: body["spent"]}
+    run.notes.update(body["notes"], artifact=name, trainings=trainings)
     return replace(system, model=system.model.add(Transform(body["kind"], body["fingerprint"], made / "weights")))
 
 
