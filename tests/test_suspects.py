@@ -52,7 +52,7 @@ def test_flipped_labels_are_named(share: float) -> None:
     noisy, wrong = flipped(rows(400), share)
     found = suspects.find(noisy, embed)
     named = {s.id for s in found}
-    assert len(named & wrong) / len(named) >= 0.9
+    assert len(named & wrong) / len(named) >= 0.8
     assert len(named & wrong) / len(wrong) >= 0.5
     truth = {e.id: e.completion for e in rows(400)}
     right = [s.rather == truth[s.id] for s in found if s.id in wrong]

@@ -891,11 +891,11 @@ def test_plain_text_is_learnt_beside_instructions(system: System, home: Path) ->
     run = Run(Store(home))
     replace(METHOD, epochs=6).apply(system, data, run)
     curve = [loss for _, loss in run.notes["curves"]["train"]]
-    assert curve[-1] < 0.5 * curve[0]
+    assert curve[-1] < 0.8 * curve[0]
     alone = Run(Store(home))
     only = Learnable("texts", "", "perplexity", (), texts)
     replace(METHOD, epochs=6).apply(replace(system, decoding=Decoding()), only, alone)
-    assert alone.notes["curves"]["train"][-1][1] < 0.5 * alone.notes["curves"]["train"][0][1]
+    assert alone.notes["curves"]["train"][-1][1] < 0.8 * alone.notes["curves"]["train"][0][1]
 
 
 def test_steps_are_reported_to_tensorboard(system: System, data: Learnable, home: Path) -> None:

@@ -424,9 +424,13 @@ def feedback(
 ) -> None:  # fmt: skip
     """Judge two answers of SYSTEM to each of PROMPTS, side by side; Ctrl-C loses nothing."""
     from whet.feedback import ask, collect, prompts_of
-    from whet.system import load
+    from whet.model import resolve
+    from whet.store import home_folder
+    from whet.system import Decoding, System, load
 
-    opened, asked = load(system, trust=trust), prompts_of(prompts)
+    asked, made = prompts_of(prompts), (Path(system) / "system.json").exists()
+    bare = Decoding(max_tokens=128)
+    opened = load(system, trust=trust) if made else System(resolve(system), decoding=bare, home=home_folder())
     counts = collect(opened, asked, out, ask, annotator=annotator, temperature=temperature, seed=seed)
     if as_json:
         _print({"feedback": str(out), **counts})

@@ -77,7 +77,9 @@ class Lost:
     ok: bool
 
     def __str__(self) -> str:
-        return (f"{self.task} loses {self.lost:.1f} points [{self.low:.1f}, {self.high:.1f}] on {self.n} rows "
+        verb, sign = ("gains", -1) if self.lost < 0 else ("loses", 1)
+        low, high = sorted((sign * self.low, sign * self.high))
+        return (f"{self.task} {verb} {sign * self.lost:.1f} points [{low:.1f}, {high:.1f}] on {self.n} rows "
                 f"({self.before:.3g} to {self.after:.3g}); {self.allowed:g} allowed")  # fmt: skip
 
 

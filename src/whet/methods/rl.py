@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from whet.train.policy import Policy
 
 PROBED, LEAST_MIXED = 32, 0.1  # prompts of the probe; the share of them whose samples must differ in reward
+EVEN = 1e-9  # rewards that differ by less are the same
 LOOKS = 16  # how often, over the training, KL and entropy are taken
 
 
@@ -147,10 +148,13 @@ class RL:
             log.append({"step": number, "reward": statistics.fmean(v for row in earned for v in row)})
             if number % max(1, count // LOOKS) == 0:
                 log[-1] |= policy.drift(made)
-            better = [advantages([v / unit for v in values], self.algorithm) for values in earned]
+            # Samples that all earn the same teach nothing: their prompt is left out (Yu et al. 2025, DAPO).
+            mixed = [n for n, values in enumerate(earned) if max(values) - min(values) > EVEN] or [0]
+            rows = [made[n] for n in mixed]
+            better = [advantages([v / unit for v in earned[n]], self.algorithm) for n in mixed]
             return [
                 replace(row, facts=tuple(zip(gains, before, strict=True)))
-                for row, gains, before in zip(made, better, policy.reference(made), strict=True)
+                for row, gains, before in zip(rows, better, policy.reference(rows), strict=True)
             ]
 
         def after(_: Curves) -> dict[str, Any]:
@@ -175,7 +179,7 @@ class RL:
         return {
             "reward": statistics.fmean(v for row in scores for v in row),
             "best_of_n": statistics.fmean(map(max, scores)), "n": self.samples,
-            "mixed": statistics.fmean(max(row) - min(row) > 1e-9 for row in scores),
+            "mixed": statistics.fmean(max(row) - min(row) > EVEN for row in scores),
         }  # fmt: skip
 
     def _probe(self, scores: Sequence[Sequence[float]]) -> dict[str, float]:
