@@ -16,9 +16,7 @@ from whet.store import Store
 from whet.system import System
 from whet.task import Example
 
-# A LoRA step does 4·N operations per token where a forward pass does 2·N; the rest is what was measured (LOG.md).
-TRAIN_SHARE = 0.34
-SUSTAINED = 0.85  # of what a few seconds show, over many minutes (LOG.md)
+REPEATS = 3  # of what is timed: a machine's speed is not steady
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -61,17 +59,29 @@ def measure(system: System, session: Session, store: Store) -> Rates:
         chats = [(("user", " ".join(w)),) for w in words]
         session.score(chats[:4], [["yes"]] * 4)  # the first call warms up
         before, begun = session.spent, time.monotonic()
-        session.score(chats, [["yes"]] * len(chats))
+        for _ in range(REPEATS):
+            session.score(chats, [["yes"]] * len(chats))
         read, took = session.spent - before, time.monotonic() - begun
-        prefill = max(1.0, SUSTAINED * read.prefilled_tokens / max(took, 1e-6))
+        prefill = max(1.0, read.prefilled_tokens / max(took, 1e-6))
         before, begun = session.spent, time.monotonic()
         session.generate(chats[:8], Sampling(max_tokens=8))
         wrote, took = session.spent - before, time.monotonic() - begun
         took = max(took - wrote.prefilled_tokens / prefill, 1e-3)
         generate = max(1.0, wrote.generated_tokens / took)
-        kept = {"prefill": prefill, "generate": generate, "train": prefill * TRAIN_SHARE}
+        # Where the weights are out of reach nothing is trained; the rate only has to be one.
+        trained = prefill if system.model.remote else _trained(session)
+        kept = {"prefill": prefill, "generate": generate, "train": trained}
         store.keep_rates(key, kept)
     return Rates(**kept)
+
+
+def _trained(session: Session) -> float:
+    """Tokens per second of training."""
+    from whet.engine.torch import TorchSession
+    from whet.train.peak import training_rate
+
+    assert isinstance(session, TorchSession)
+    return max(1.0, training_rate(session, REPEATS))
 
 
 def estimate(
