@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 def passes(session: TorchSession, rows: Sequence[Row]) -> Iterator[tuple[Tensor, Pack]]:
     """Logits [P, vocabulary] of rows' targets, pack by pack, without gradients."""
+    if not rows:
+        return
     module = session.module
     shared = attention.shares(module, max(len(r.prompt) + max(map(len, r.continuations)) for r in rows))
     for pack in packs(rows, module.dtype, module.device) if shared else padded(rows, module.device):
