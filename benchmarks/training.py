@@ -53,18 +53,20 @@ def short_rows(task: Any, tokenizer: Any, count: int) -> list[Row]:
 
 
 def long_rows(task: Any, tokenizer: Any, count: int) -> list[Row]:
-    """xquad_en questions behind their own passage and as many others as make 400 tokens; order and others by seed."""
+    """xquad_en questions behind their own passage and others, the last of which reaches 400 tokens most closely."""
     texts = [json.loads(line) for line in (task.folder / "documents.jsonl").read_text(encoding="utf-8").splitlines()]
     by_id = {t["id"]: t["text"] for t in texts}
+    sizes = dict(zip(by_id, (len(t) for t in tokenizer(list(by_id.values()))["input_ids"]), strict=True))
     draw = random.Random(0)
-    examples = draw.sample([e for e in task.train if e.evidence], count)
+    examples = draw.sample([e for e in task.train if e.evidence and sizes[e.evidence[0][0]] < LONG], count)
     made = []
     for example in examples:
-        passages = [by_id[example.evidence[0][0]]]
-        while len(tokenizer("\n\n".join(passages))["input_ids"]) < LONG - 40:
-            passages.append(draw.choice(texts)["text"])
-        draw.shuffle(passages)
-        made.append((task.instruction, "\n\n".join([*passages, example.prompt]), example.completion))
+        chosen = [example.evidence[0][0]]
+        while (lacking := LONG - sum(sizes[c] for c in chosen)) > 0:
+            others = [i for i in draw.sample(list(by_id), 20) if i not in chosen]
+            chosen.append(min(others, key=lambda i: (sizes[i] < lacking, abs(sizes[i] - lacking))))
+        draw.shuffle(chosen)
+        made.append((task.instruction, "\n\n".join([*(by_id[i] for i in chosen), example.prompt]), example.completion))
     return _rows(tokenizer, made)
 
 

@@ -418,7 +418,9 @@ def plain_gradients(model: Any, rows: list[Row]) -> tuple[float, list[torch.Tens
 @pytest.mark.parametrize("family", SHARED)
 def test_gradients_of_a_tree(family: str, math_path: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if math_path:
-        monkeypatch.setattr(attention, "_has_kernel", lambda q: False)
+        monkeypatch.setattr(attention, "_has_kernel", lambda q, train: False)
+        monkeypatch.setattr(attention, "BLOCK_QUERIES", 2)
+        monkeypatch.setattr(attention, "BLOCK_CELLS", 32)
     model = make_model(family)
     wanted, gradients = plain_gradients(model, ROWS)
     for most in (64, 4096):
@@ -436,7 +438,7 @@ def test_the_math_path_equals_the_kernel(
     session = TorchSession(models[family], tokenizer, batch_tokens=48)
     scores, answers = session.score_rows(ROWS), session.generate(CHATS, Sampling(max_tokens=8))
     asked: list[int] = []
-    monkeypatch.setattr(attention, "_has_kernel", lambda q: bool(asked.append(1)))
+    monkeypatch.setattr(attention, "_has_kernel", lambda q, train: bool(asked.append(1)))
     close(session.score_rows(ROWS), scores)
     assert session.generate(CHATS, Sampling(max_tokens=8)) == answers
     assert asked
@@ -456,10 +458,12 @@ def test_part_gradients_of_kernel_and_math(monkeypatch: pytest.MonkeyPatch) -> N
         out = scores.softmax(-1) @ v.repeat_interleave(2, 1)
         wanted = torch.autograd.grad(out, (q, k, v), grad)
         for kernel in (True, False):
-            monkeypatch.setattr(attention, "_has_kernel", lambda q, kernel=kernel: kernel)
+            monkeypatch.setattr(attention, "_has_kernel", lambda q, train, kernel=kernel: kernel)
+            monkeypatch.setattr(attention, "BLOCK_QUERIES", 2)
+            monkeypatch.setattr(attention, "BLOCK_CELLS", 4 * 2 * 5)
             with torch.no_grad():
-                found, lse = attention._flash(q, k, v, causal, bias, 0.3)
-                back = attention._flash_backward(grad, q, k, v, found, lse, causal, bias, 0.3)
+                found, lse = attention._attend(q, k, v, causal, bias, 0.3)
+                back = attention._attend_backward(grad, q, k, v, found, lse, lse.clone(), causal, bias, 0.3)
             assert torch.allclose(found, out, atol=1e-5)
             assert torch.allclose(lse, scores.logsumexp(-1), atol=1e-5)
             for mine, theirs in zip(back, wanted, strict=True):

@@ -8,7 +8,7 @@ its gradients exact without recomputing the merge (as in ring attention, Liu et 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -21,6 +21,10 @@ from whet.engine.prefix import Batch, Forest
 
 NAME = "whet_tree"
 KeysValues = tuple[Tensor, Tensor]
+BLOCK_QUERIES = 128  # queries of one block on a processor
+BLOCK_CELLS = 2**20  # weights of one block there, to stay in its cache
+LONG_UNIT = 128  # tokens from which on a unit is not padded to the length of another
+DEVICE_CELLS = 2**27  # weights of one block elsewhere, to fit in memory
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,13 @@ class Bucket:
     index: Tensor
     keep: Tensor | None  # flat positions of the real entries in [n * L]; None: no padding
     mask: Tensor | None  # additive [n, 1, L, L]; None: causal
+    start: int | None = None  # the entries stand one behind the other from here on; None: they do not
+
+    @property
+    def here(self) -> slice:
+        """Where the entries stand, if they stand one behind the other."""
+        assert self.start is not None
+        return slice(self.start, self.start + self.index.numel())
 
 
 @dataclass(frozen=True)
@@ -64,88 +75,153 @@ class Decode:
     kept: dict[int, dict[int, KeysValues]]
 
 
-def _has_kernel(q: Tensor) -> bool:
-    """Whether torch has a kernel that returns the log-sum-exp, for both directions, on this tensor's device."""
-    return q.device.type == "cpu"
+def _has_kernel(q: Tensor, train: bool) -> bool:
+    """Whether torch has a kernel that returns the log-sum-exp on this device and is the faster way.
+
+    Its backward pass in bf16 takes 2 to 7 times what matrix products by blocks take.
+    """
+    return q.device.type == "cpu" and not (train and q.dtype == torch.bfloat16)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float) -> KeysValues:
-    """Output [n, heads, queries, size] and log-sum-exp [n, heads, queries]; keys may have fewer (grouped) heads."""
-    if _has_kernel(q):
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    mask: Tensor | None,
+    scale: float,
+    train: bool = False,
+    alone: bool = False,
+) -> KeysValues:
+    """Output [n, heads, queries, size] and log-sum-exp [n, heads, queries]; keys may have fewer (grouped) heads.
+
+    `alone`: nothing is to be merged with it, and its log-sum-exp may be left out.
+    """
+    if _has_kernel(q, train):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=mask, scale=scale
         )
         return out, lse
-    weights, lse, _ = _weights(q, k, causal, mask, scale)
-    return (weights.to(v.dtype) @ _expand(v, q.shape[1])), lse
+    out, lse = torch.empty_like(q), torch.zeros(q.shape[:3], dtype=torch.float32, device=q.device)
+    for block in _blocks(q, k, causal):
+        scores, weights = _weights(block, q, k, causal, mask, scale)
+        out[block.rows, :, block.queries] = _by_group(weights @ block.keyed(v), block)
+        if not alone:
+            lse[block.rows, :, block.queries] = _by_group(_log_sum(scores, weights), block)[..., 0]
+    return out, lse
 
 
-def _expand(kv: Tensor, heads: int) -> Tensor:
-    """Grouped keys or values repeated to `heads` heads."""
-    return kv if kv.shape[1] == heads else kv.repeat_interleave(heads // kv.shape[1], dim=1)
-
-
-def _weights(
-    q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, scale: float, lse: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention weights by plain matrix products, for devices without a kernel that returns the log-sum-exp."""
-    scores = (q @ _expand(k, q.shape[1]).transpose(-1, -2)).float() * scale
-    if causal:
-        block = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(block, float("-inf"))
-    if mask is not None:
-        scores = scores + mask
-    lse = torch.logsumexp(scores, -1) if lse is None else lse
-    return torch.exp(scores - lse[..., None]), lse, scores
-
-
-def _flash_backward(
+def _attend_backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    own: Tensor | None,
     causal: bool,
     mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one part, given the merged output and log-sum-exp."""
-    if _has_kernel(q):
+    """Gradients of one part, given the merged output and log-sum-exp, and its `own` where it was merged."""
+    if _has_kernel(q, train=True):
         return cast(
             tuple[Tensor, Tensor, Tensor],
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
             ),
         )
-    heads, groups = q.shape[1], k.shape[1]
-    weights, _, _ = _weights(q, k, causal, mask, scale, lse)
+    to_q, to_k, to_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     delta = (grad.float() * out.float()).sum(-1, keepdim=True)
-    by_weight = grad.float() @ _expand(v, heads).float().transpose(-1, -2)
-    by_score = weights * (by_weight - delta) * scale
+    if own is not None:  # the part's share of the merged softmax is multiplied in where there is least to multiply
+        share = torch.exp(own - lse)[..., None]
+        grad, delta = grad * share.to(grad.dtype), delta * share
+    delta = delta.to(q.dtype)
+    for block in _blocks(q, k, causal):
+        _, weights = _weights(block, q, k, causal, mask, scale)
+        here, asked, keys, values = block.asked(grad), block.asked(q), block.keyed(k), block.keyed(v)
+        to_scores = (here @ values.transpose(1, 2)).sub_(block.asked(delta)).mul_(weights)
+        to_q[block.rows, :, block.queries] = _by_group(to_scores @ keys, block) * scale
+        to_k[block.rows, :, : block.keys] += ((to_scores.transpose(1, 2) @ asked) * scale).unflatten(
+            0, (-1, k.shape[1])
+        )
+        to_v[block.rows, :, : block.keys] += (weights.transpose(1, 2) @ here).unflatten(0, (-1, v.shape[1]))
+    return to_q, to_k, to_v
 
-    def fold(x: Tensor) -> Tensor:
-        return cast(Tensor, x.unflatten(1, (groups, heads // groups))).sum(2)
 
-    to_k = fold(by_score.transpose(-1, -2) @ q.float())
-    to_v = fold(weights.transpose(-1, -2) @ grad.float())
-    return (by_score @ _expand(k, heads).float()).to(q.dtype), to_k.to(k.dtype), to_v.to(v.dtype)
+@dataclass(frozen=True)
+class _Block:
+    """Some rows, some of their queries, and the keys [0, keys) that those may read; `groups` of heads share keys."""
+
+    rows: slice
+    queries: slice
+    keys: int
+    groups: int
+
+    def asked(self, x: Tensor) -> Tensor:
+        """Of x [n, heads, L, size], what belongs to the queries: [rows · groups, heads a group · queries, size]."""
+        some = x[self.rows, :, self.queries].unflatten(1, (self.groups, -1))
+        return cast(Tensor, some.flatten(2, 3).flatten(0, 1))
+
+    def keyed(self, x: Tensor) -> Tensor:
+        """Of x [n, groups, L, size], what belongs to the keys: [rows · groups, keys, size]."""
+        return x[self.rows, :, : self.keys].flatten(0, 1)
+
+
+def _by_group(x: Tensor, block: _Block) -> Tensor:
+    """The reverse of `asked`: [rows, heads, queries, size]."""
+    size = block.queries.stop - block.queries.start
+    return cast(Tensor, x.unflatten(0, (-1, block.groups)).unflatten(2, (-1, size)).flatten(1, 2))
+
+
+def _blocks(q: Tensor, k: Tensor, causal: bool) -> Iterator[_Block]:
+    """Cut into blocks whose weights stay in a processor's cache; causal queries leave out the keys behind them."""
+    length, heads, on_cpu = q.shape[2], q.shape[1], q.device.type == "cpu"
+    step = min(length, BLOCK_QUERIES if on_cpu else length)
+    rows = max(1, (BLOCK_CELLS if on_cpu else DEVICE_CELLS) // (heads * step * k.shape[2]))
+    for row in range(0, q.shape[0], rows):
+        for first in range(0, length, step):
+            last = min(first + step, length)
+            yield _Block(slice(row, row + rows), slice(first, last), last if causal else k.shape[2], k.shape[1])
+
+
+def _weights(
+    block: _Block, q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Scores of a block and their softmax, each [rows · groups, heads a group · queries, keys]."""
+    scores = (block.asked(q) * scale) @ block.keyed(k).transpose(1, 2)
+    size = block.queries.stop - block.queries.start
+    each = scores.unflatten(1, (-1, size))  # [rows · groups, heads a group, queries, keys]
+    if causal:
+        diagonal = each[..., block.queries]
+        diagonal += torch.full((size, size), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
+    if mask is not None:
+        each += mask[block.rows, :, block.queries].repeat_interleave(block.groups, dim=0)
+    return scores, torch.softmax(scores, -1)
+
+
+def _log_sum(scores: Tensor, weights: Tensor) -> Tensor:
+    """Log-sum-exp [.., 1] of the scores out of their largest weight, which saves two passes over all of them."""
+    return scores.amax(-1, keepdim=True).float() - weights.amax(-1, keepdim=True).float().log()
 
 
 def _take(x: Tensor, bucket: Bucket) -> Tensor:
     """Gather a bucket's block [n, heads, L, size] out of the packed [1, heads, T, size]."""
     n, length = bucket.index.shape
-    flat = x[0].index_select(1, bucket.index.reshape(-1))
+    flat = x[0].index_select(1, bucket.index.reshape(-1)) if bucket.start is None else x[0, :, bucket.here]
     return cast(Tensor, flat.unflatten(1, (n, length))).transpose(0, 1)
 
 
 def _put(into: Tensor, block: Tensor, bucket: Bucket) -> None:
     """Write a block [n, heads, L, ...] back to its places in the packed [1, heads, T, ...], padding left out."""
     flat = block.transpose(0, 1).flatten(1, 2)
+    if bucket.start is not None:
+        into[0, :, bucket.here] = flat
+        return
     index = bucket.index.reshape(-1)
     if bucket.keep is not None:
         flat, index = flat.index_select(1, bucket.keep), index.index_select(0, bucket.keep)
-    into[0].index_copy_(1, index, flat)
+    into[0].index_copy_(1, index, flat.to(into.dtype))
 
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
@@ -166,50 +242,61 @@ class _TreeAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, layer: int, scale: float) -> Tensor:
+        train = any(ctx.needs_input_grad[:3])
+        ctx.plan, ctx.layer, ctx.scale = plan, layer, scale
+        alone = not plan.reads
         # Parts are merged in fp32: the weights of a merge span many orders of magnitude.
-        out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-        lse = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device=q.device)
+        out = torch.empty_like(q, dtype=q.dtype if alone else torch.float32)
+        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        own = []  # the log-sum-exp of each part by itself
         for bucket in plan.buckets:
             some = [_take(x, bucket) for x in (q, k, v)]
-            part, part_lse = _flash(some[0], some[1], some[2], bucket.mask is None, bucket.mask, scale)
-            _put(out, part.float(), bucket)
-            _put(lse[..., None], part_lse[..., None].float(), bucket)
+            causal = bucket.mask is None
+            part, part_lse = _attend(some[0], some[1], some[2], causal, bucket.mask, scale, train, alone)
+            _put(out, part, bucket)
+            _put(lse[..., None], part_lse[..., None], bucket)
+            own += [] if alone else [part_lse]
         for reads in plan.reads:
             keys, values = _read_keys(reads, layer, k, v, plan.kept)
             here = slice(reads.start, reads.stop)
-            part, part_lse = _flash(q[:, :, here], keys, values, False, None, scale)
-            _merge(out[:, :, here], lse[:, :, here], part.float(), part_lse.float())
+            part, part_lse = _attend(q[:, :, here], keys, values, False, None, scale, train)
+            _merge(out[:, :, here], lse[:, :, here], part, part_lse)
+            own.append(part_lse)
         result = out.to(q.dtype)
-        if any(ctx.needs_input_grad[:3]):
-            ctx.save_for_backward(q, k, v, result, lse)
-            ctx.plan, ctx.layer, ctx.scale = plan, layer, scale
+        if train:
+            ctx.save_for_backward(q, k, v, result, lse, *own)
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, *own = ctx.saved_tensors
         plan: Plan = ctx.plan
         grad = grads[0].contiguous()
         to_q, to_k, to_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for bucket in plan.buckets:
+        for n, bucket in enumerate(plan.buckets):
             some = [_take(x, bucket) for x in (q, k, v, out)]
             block_lse = _take(lse[..., None], bucket)[..., 0].contiguous()
             block_grad = _take(grad, bucket)
             if bucket.keep is not None:  # padding repeats a real token: it must not be counted again
-                n, length = bucket.index.shape
-                real = torch.zeros(n * length, dtype=grad.dtype, device=grad.device)
+                rows, length = bucket.index.shape
+                real = torch.zeros(rows * length, dtype=grad.dtype, device=grad.device)
                 real[bucket.keep] = 1
-                block_grad = block_grad * real.view(n, 1, length, 1)
-            parts = _flash_backward(
-                block_grad, some[0], some[1], some[2], some[3], block_lse, bucket.mask is None, bucket.mask, ctx.scale
+                block_grad = block_grad * real.view(rows, 1, length, 1)
+            causal, part_lse = bucket.mask is None, own[n] if own else None
+            parts = _attend_backward(
+                block_grad, some[0], some[1], some[2], some[3], block_lse, part_lse, causal, bucket.mask, ctx.scale
             )
             for into, part in zip((to_q, to_k, to_v), parts, strict=True):
-                into[0].index_add_(1, bucket.index.reshape(-1), part.transpose(0, 1).flatten(1, 2))
-        for reads in plan.reads:
+                flat = part.transpose(0, 1).flatten(1, 2)
+                if bucket.start is None:
+                    into[0].index_add_(1, bucket.index.reshape(-1), flat)
+                else:
+                    into[0, :, bucket.here] += flat
+        for reads, part_lse in zip(plan.reads, own[len(plan.buckets) :], strict=True):
             keys, values = _read_keys(reads, ctx.layer, k, v, plan.kept)
             here = slice(reads.start, reads.stop)
-            part_q, part_k, part_v = _flash_backward(
-                grad[:, :, here], q[:, :, here], keys, values, out[:, :, here], lse[:, :, here].contiguous(),
+            part_q, part_k, part_v = _attend_backward(
+                grad[:, :, here], q[:, :, here], keys, values, out[:, :, here], lse[:, :, here].contiguous(), part_lse,
                 False, None, ctx.scale,
             )  # fmt: skip
             to_q[:, :, here] += part_q
@@ -225,13 +312,13 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, step: Decode, layer: int, scale: fl
     rows = torch.arange(q.shape[2], device=q.device)
     keys[rows, :, step.at] = k[0].transpose(0, 1)
     values[rows, :, step.at] = v[0].transpose(0, 1)
-    own, lse = _flash(q[0].transpose(0, 1)[:, :, None], keys, values, False, step.mask, scale)
+    own, lse = _attend(q[0].transpose(0, 1)[:, :, None], keys, values, False, step.mask, scale)
     out = own[:, :, 0].transpose(0, 1)[None].float().contiguous()
     lse = lse[:, :, 0].transpose(0, 1)[None].float().contiguous()
     for reads in step.reads:
         kept_keys, kept_values = step.kept[reads.trunk][layer]
         here = slice(reads.start, reads.stop)
-        part, part_lse = _flash(q[:, :, here], kept_keys, kept_values, False, None, scale)
+        part, part_lse = _attend(q[:, :, here], kept_keys, kept_values, False, None, scale)
         _merge(out[:, :, here], lse[:, :, here], part.float(), part_lse.float())
     return out.to(q.dtype)
 
@@ -249,9 +336,7 @@ def tree_attention(
     """transformers' attention function for packed trees; without a plan it is plain scaled-dot-product attention."""
     if whet_plan is None:
         plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        return cast(
-            tuple[Tensor, None], plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        )
+        return cast(tuple[Tensor, None], plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = cast(int, module.layer_idx)
     if isinstance(whet_plan, Decode):
@@ -298,7 +383,14 @@ def _bucket(batch: Batch, members: Sequence[int], dtype: torch.dtype, device: to
                 masks[unit.parents] = torch.zeros(length, length, dtype=dtype).masked_fill_(~sees, float("-inf"))
         mask = torch.stack([masks[u.parents] for u in units])[:, None].to(device)
     keep = None if bool(real.all()) else real.reshape(-1).nonzero()[:, 0].to(device)
-    return Bucket(index.to(device), keep, mask)
+    start = int(index[0, 0])
+    row = keep is None and bool((index.reshape(-1) == torch.arange(start, start + index.numel())).all())
+    return Bucket(index.to(device), keep, mask, start if row else None)
+
+
+def _most_beside(size: int) -> float:
+    """Length of the longest unit that is padded together with one of this size: long ones cost more than a call."""
+    return 1.3 * size + 3 if size < LONG_UNIT else size
 
 
 def plan(
@@ -316,14 +408,14 @@ def plan(
     for i in order:
         unit, size = batch.units[i], len(batch.units[i].tokens)
         first = batch.units[groups[-1][0]] if groups else None
-        if first is not None and first.plain == unit.plain and size <= 1.3 * len(first.tokens) + 3:
+        if first is not None and first.plain == unit.plain and size <= _most_beside(len(first.tokens)):
             groups[-1].append(i)
         else:
             groups.append([i])
     buckets = [_bucket(batch, group, dtype, device) for group in groups]
     slices = {t: slice(at, at + len(forest.trunks[t].tokens)) for t, at in batch.trunk_at.items()}
     for here in slices.values():
-        buckets.append(Bucket(torch.arange(here.start, here.stop, device=device)[None], None, None))
+        buckets.append(Bucket(torch.arange(here.start, here.stop, device=device)[None], None, None, here.start))
     reads = tuple(Reads(s.start, s.stop, s.trunk, slices.get(s.trunk)) for s in batch.spans)
     keep_trunks = tuple(slices.items()) if keep else ()
     return Plan(tuple(buckets), reads, {} if kept is None else kept, keep_trunks)
@@ -347,7 +439,7 @@ def window(model: torch.nn.Module) -> int | None:
     config = cast(Any, model).config.get_text_config()
     if not getattr(model, "_supports_attention_backend", False) or getattr(model, "_is_stateful", False):
         return 0
-    # What changes the softmax, lets tokens look ahead, or gives values a size of their own is not in `_flash`.
+    # What changes the softmax, lets tokens look ahead, or gives values a size of their own is not in `_attend`.
     odd = ("attn_logit_softcapping", "alibi", "use_bidirectional_attention", "v_head_dim")
     if any(getattr(config, name, None) for name in odd) or any(hasattr(m, "sinks") for m in model.modules()):
         return 0

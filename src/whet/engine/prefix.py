@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 Tokens = tuple[int, ...]
 
@@ -116,15 +117,17 @@ def _whole(row: Row) -> Tokens:
     return row.prompt[:-1]
 
 
-def arrange(rows: Sequence[Row], least: int = LEAST_SAVED) -> Forest:
+def arrange(rows: Sequence[Row], least: int = LEAST_SAVED, worth: float = 0.0) -> Forest:
     """Arrange rows into trunks and units; a trunk is made where it saves at least `least` tokens.
 
+    It must also save `worth` of the tokens that read it, since reading is not free.
     Raises ValueError on an empty prompt. Rows keep their index in `Unit.row`.
     """
     if any(not row.prompt for row in rows):
         raise ValueError("a row needs at least one prompt token")
     order = sorted(range(len(rows)), key=lambda i: (rows[i].prompt, i))
     shared = [_whole(rows[i]) for i in order]
+    before = [0, *accumulate(map(len, shared))]
     trunks: list[Trunk] = []
     homes: list[tuple[int, int, int]] = []  # (trunk, start, row)
     # Depth first with an explicit stack: (low, high, depth all agree on, trunk, depth that trunks cover).
@@ -135,7 +138,8 @@ def arrange(rows: Sequence[Row], least: int = LEAST_SAVED) -> Forest:
             homes.append((trunk, covered, order[low]))
             continue
         depth = _common(shared[low], shared[high - 1], depth)
-        if (depth - covered) * (high - low - 1) >= least:
+        below = before[high] - before[low] - depth * (high - low)
+        if (depth - covered) * (high - low - 1) >= max(least, worth * below):
             trunks.append(Trunk(trunk, covered, shared[low][covered:depth]))
             trunk, covered = len(trunks) - 1, depth
         split, parts = low, []

@@ -1,4 +1,4 @@
-"""Adapters: made and saved with peft, trained with one matrix product per layer."""
+"""Adapters: made and saved with peft, trained with products of whet's own."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def adapted(module: Any, adapter: Adapter, seed: int) -> Iterator[Any]:
         if adapter.head:
             module.get_output_embeddings().requires_grad_(True)  # peft has frozen all but the adapter
         try:
-            with merged_products(tuned):
+            with quick_products(tuned):
                 yield tuned
         finally:
             tuned.unload().train(training)
@@ -80,33 +80,32 @@ def adapted(module: Any, adapter: Adapter, seed: int) -> Iterator[Any]:
                 delattr(module, leftover)
 
 
-class _MergedLinear(torch.autograd.Function):
-    """y = x (W + s·B·A)ᵀ + bias, with gradients for x, A and B only.
+class _AdaptedLinear(torch.autograd.Function):
+    """y = x Wᵀ + s·(x Aᵀ) Bᵀ + bias, with gradients for x, A and B only.
 
-    B·A is added to the weights once per call, which costs rank/T of the product with T tokens; adding the adapter to
-    the activations instead would pass over every token's output three times more.
+    What the adapter adds is accumulated by the matrix product itself, so that nothing passes over the outputs again.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(x, weight, a, b)
+        inputs = x.flatten(0, -2)
+        narrow = (inputs @ a.T) * scale
+        ctx.save_for_backward(x, weight, a, b, narrow)
         ctx.scale = scale
-        return torch.nn.functional.linear(x, torch.addmm(weight, b, a, alpha=scale), bias)
+        out = torch.nn.functional.linear(inputs, weight, bias).addmm_(narrow, b.T)
+        return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b = ctx.saved_tensors
-        grad = grads[0]
-        # Added again rather than kept: kept, the sums of all layers would be a second copy of the model.
-        to_x = grad @ torch.addmm(weight, b, a, alpha=ctx.scale) if ctx.needs_input_grad[0] else None
-        flat, inputs = grad.flatten(0, -2), x.flatten(0, -2)
-        to_a = ctx.scale * ((flat @ b).T @ inputs)
-        to_b = ctx.scale * (flat.T @ (inputs @ a.T))
-        return to_x, None, None, to_a, to_b, None
+        x, weight, a, b, narrow = ctx.saved_tensors
+        grad, inputs = grads[0].flatten(0, -2), x.flatten(0, -2)
+        to_narrow = (grad @ b) * ctx.scale
+        to_x = (grad @ weight).addmm_(to_narrow, a).view_as(x) if ctx.needs_input_grad[0] else None
+        return to_x, None, None, to_narrow.T @ inputs, (narrow.T @ grad).T, None
 
 
-def _mergeable(layer: Any) -> bool:
-    """Whether a peft layer is plain LoRA over an fp32 linear layer: in bf16 the sum would lose small updates."""
+def _plain_lora(layer: Any) -> bool:
+    """Whether a peft layer is one LoRA adapter, without dropout or kin, over an ordinary linear layer."""
     from peft.tuners.lora import Linear
 
     if not isinstance(layer, Linear) or len(layer.active_adapters) != 1 or layer.merged:
@@ -114,21 +113,21 @@ def _mergeable(layer: Any) -> bool:
     name = layer.active_adapters[0]
     plain = not layer.use_dora.get(name) and isinstance(layer.lora_dropout[name], torch.nn.Identity)
     base = layer.get_base_layer()
-    return plain and isinstance(base, torch.nn.Linear) and base.weight.dtype == torch.float32
+    return plain and type(base) is torch.nn.Linear and base.weight.dtype == layer.lora_A[name].weight.dtype
 
 
 @contextmanager
-def merged_products(module: Any) -> Iterator[None]:
-    """Within it, every LoRA layer that allows it runs as one matrix product; outputs and gradients are the same."""
+def quick_products(module: Any) -> Iterator[None]:
+    """Within it, every plain LoRA layer runs with as few passes as can be; outputs and gradients are the same."""
     changed = []
     for layer in module.modules():
-        if hasattr(layer, "lora_A") and "forward" not in vars(layer) and _mergeable(layer):
+        if hasattr(layer, "lora_A") and "forward" not in vars(layer) and _plain_lora(layer):
             name = layer.active_adapters[0]
             base, a, b = layer.get_base_layer(), layer.lora_A[name], layer.lora_B[name]
 
             def forward(x: Tensor, *_: Any, base: Any = base, a: Any = a, b: Any = b, s: float = layer.scaling[name],
                         **__: Any) -> Tensor:  # fmt: skip
-                return cast(Tensor, _MergedLinear.apply(x, base.weight, base.bias, a.weight, b.weight, s))
+                return cast(Tensor, _AdaptedLinear.apply(x, base.weight, base.bias, a.weight, b.weight, s))
 
             layer.forward = forward
             changed.append(layer)

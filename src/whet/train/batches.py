@@ -18,6 +18,7 @@ from whet.engine.prefix import Row
 T = TypeVar("T")
 PACK_TOKENS = 1024  # packed tokens per backward pass: activations take 1.7 MB a token on a 135M model
 PACK_TARGETS = 1024  # tokens with logits per backward pass: the vocabulary is what fills memory
+WORTH = 0.125  # of the tokens that read a shared beginning it must save: measured, the merging costs about as much
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Pack:
 
 def packs(rows: Sequence[Row], dtype: torch.dtype, device: torch.device, most: int = PACK_TOKENS) -> list[Pack]:
     """Pack the rows of one optimizer step into as few forward passes of about `most` tokens as can be."""
-    forest = prefix.arrange(rows)
+    forest = prefix.arrange(rows, worth=WORTH)
     made = []
     # Packs of like size: a small last one would compute the shared beginnings for a few rows only.
     wanted = math.ceil(forest.unique_tokens / most)
@@ -114,4 +115,4 @@ def tokens_per_row(rows: Sequence[Row], size: int, seed: int, looked_at: int = 8
     """Tokens that training computes per row, shared beginnings counted once per step; from a few sample steps."""
     source = steps(rows, size, seed)
     sampled = [source(n) for n in range(looked_at)]
-    return sum(prefix.arrange(s).unique_tokens for s in sampled) / max(1, sum(map(len, sampled)))
+    return sum(prefix.arrange(s, worth=WORTH).unique_tokens for s in sampled) / max(1, sum(map(len, sampled)))
