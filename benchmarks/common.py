@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import logging
 import os
 import platform
 import statistics
@@ -43,6 +44,9 @@ class Timed:
     def median(self) -> float:
         """Median seconds of a repeat."""
         return statistics.median(self.seconds)
+
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that nobody asked for
 
 
 # --- command line ---------------------------------------------------------------------------------------------------

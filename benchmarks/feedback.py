@@ -145,12 +145,17 @@ def taught(bench: Bench, base: Any, data: Any) -> tuple[dict[str, Any], dict[str
     options, tuned = bench.options, bench.run()
     start = FineTune(epochs=options.sft).apply(base, data, bench.run())
     dpo = DPO(learning_rate=options.rate, beta=options.beta, epochs=options.epochs).apply(start, data, tuned)
-    spent = tuned.notes["trained"]["trained_tokens"]
+    spent = _tokens(tuned)
     more = bench.run(trained_tokens=spent)
     longer = FineTune(epochs=10 * options.epochs, learning_rate=3e-4).apply(start, data, more)
-    tokens = {"dpo": spent, "more SFT": more.notes["trained"]["trained_tokens"]}
+    tokens = {"dpo": spent, "more SFT": _tokens(more)}
     noted = {key: tuned.notes.get(key) for key in ("held_out", "moved")}
     return {"start": start, "dpo": dpo, "more SFT": longer}, {"tokens": tokens, **noted}
+
+
+def _tokens(run: Any) -> int:
+    """Trained tokens of a Run's last training."""
+    return int(run.notes["trainings"][run.notes["artifact"]]["trained_tokens"])
 
 
 def answered(bench: Bench, made: dict[str, Any], test: Sequence[Any], scorer: Any) -> dict[str, tuple[Any, Any]]:

@@ -1,7 +1,12 @@
-"""One process of a training by several: started by torch.distributed.run from test_train."""
+"""One process of a training by several: started by torch.distributed.run from test_train.
+
+Arguments: the file for what came out of it, and a folder for checkpoints where the training is to be stopped halfway
+and begun again.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -9,18 +14,32 @@ from pathlib import Path
 from models import make_model
 from test_train import learnable
 
+from whet.train import loop
 from whet.train.batches import steps
-from whet.train.loop import Schedule, Settings, train
+from whet.train.loop import Schedule, Settings
 from whet.train.losses import NextToken
 from whet.train.team import team
 
 crew = team()
-model = make_model("llama")
 # 24 rows in steps of 23: every second step has one row, and one process none.
-curves = train(model, steps(learnable(0), 23, 0), NextToken(), Settings(Schedule(1e-3, 6)), team=crew)
+source, settings = steps(learnable(0), 23, 0), Settings(Schedule(1e-3, 6))
+if len(sys.argv) > 2:
+    loop.KEEP_EVERY, loop.WRITING_SHARE, keep = 0.0, 1e9, Path(sys.argv[2]) / "checkpoint"
+
+    def halt(beat: loop.Beat) -> None:
+        if beat.step == 4:
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        loop.train(make_model("llama"), source, NextToken(), settings, team=crew, keep=keep, beat=halt)
+else:
+    keep = None
+model = make_model("llama")
+seen: list[int] = []
+curves = loop.train(model, source, NextToken(), settings, team=crew, keep=keep, beat=lambda b: seen.append(b.step))
 total = float(sum(p.detach().double().sum() for p in model.parameters()))
 if crew.first:
-    Path(sys.argv[1]).write_text(
-        json.dumps({"processes": crew.size, "train": [v for _, v in curves.train], "sum": total})
-    )
+    made = {"processes": crew.size, "sharded": crew.sharded, "first": seen[0], "sum": total,
+            "train": [v for _, v in curves.train]}  # fmt: skip
+    Path(sys.argv[1]).write_text(json.dumps(made))
 crew.wait()

@@ -360,7 +360,7 @@ def test_reinforcement_raises_the_reward(algorithm: str, system: System, home: P
     made = method.apply(system, data, first)
     noted = first.notes
     assert noted["rewarded_by"] == "own.py:vowels" and noted["steps"] == 20 == len(noted["steps_log"])
-    assert noted["after"]["reward"] > noted["before"]["reward"] + 0.1 and noted["after"]["kl"] > 0
+    assert noted["after"]["reward"] > 1.5 * noted["before"]["reward"] and noted["after"]["kl"] > 0
     assert noted["before"]["best_of_n"] > noted["before"]["reward"] and noted["before"]["mixed"] > 0.5
     assert {"step", "reward", "kl", "entropy", "length"} <= set(noted["steps_log"][0])
     assert noted["steps_log"][0]["kl"] == pytest.approx(0, abs=1e-4)  # the fresh adapter changes nothing

@@ -237,6 +237,23 @@ def test_quick_products_in_bf16_differ_from_peft_by_rounding_only() -> None:
         assert apart < 0.1, name
 
 
+@pytest.mark.parametrize(("bits", "kind"), [(8, "lora"), (4, "lora"), (4, "dora")])
+def test_a_frozen_base_in_few_bits(bits: int, kind: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = make_model("llama").requires_grad_(False)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    layer = "model.layers.0.mlp.up_proj"
+    with adapted(model, Adapter(kind, 4, 8, bits=bits), 0) as tuned:
+        small = tuned.get_base_model().get_submodule(layer).get_base_layer()
+        assert small.weight.dtype == (torch.uint8 if bits == 4 else torch.int8)
+        source, loss = steps(learnable(0), 12, 0), NextToken()
+        found = train(tuned, source, loss, Settings(Schedule(2e-2, 12), validations=1))
+        assert found.train[-1][1] < 0.8 * found.train[0][1]
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys() and all(torch.equal(after[n], p) for n, p in before.items())
+    assert type(model.get_submodule(layer)) is torch.nn.Linear and not hasattr(model, f"is_loaded_in_{bits}bit")
+
+
 def test_add_lora_is_repeatable_and_leaves_the_generator() -> None:
     state = torch.random.get_rng_state()
     one, two, other = (dict(lora("llama", seed).named_parameters()) for seed in (3, 3, 4))
@@ -519,20 +536,30 @@ def test_operations_per_token() -> None:
     assert operations(model.requires_grad_(False)) == 4 * (weights - head)
 
 
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """DDP over gloo: the same losses and weights as one process, also where a process has no row in a step."""
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_RESHARD_AFTER_FORWARD": "true"}  # fmt: skip
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
+def test_two_processes_train_as_one(sharded: bool, tmp_path: Path) -> None:
+    """Over gloo: the same losses and weights as one process, also where a process has no row in a step.
+
+    In shards, they are stopped halfway, too, and go on from what each has kept.
+    """
     script = Path(__file__).parent / "distributed.py"
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517", str(script),
-         str(tmp_path / "out.json")],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+         str(tmp_path / "out.json"), *([str(tmp_path)] if sharded else [])],
+        capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(FSDP if sharded else {})},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
     body = json.loads((tmp_path / "out.json").read_text())
     model = make_model("llama")
     rows = learnable(0)
     alone = train(model, steps(rows, 23, 0), NextToken(), Settings(Schedule(1e-3, 6)))
-    assert body["processes"] == 2
+    assert body["processes"] == 2 and body["sharded"] == sharded
+    assert body["first"] == (4 if sharded else 1)  # the checkpoint of step 3 is the last one written before the stop
     assert body["train"] == [pytest.approx(v, abs=1e-4) for _, v in alone.train]
     assert body["sum"] == pytest.approx(float(sum(p.detach().double().sum() for p in model.parameters())), abs=1e-2)
 
@@ -859,6 +886,13 @@ def test_progress_is_told(system: System, data: Learnable, home: Path) -> None:
     assert all(what.startswith("loss ") for what, _, _ in told)
 
 
+class Few(FineTune):
+    """Fine-tuning with a small space."""
+
+    def space(self) -> dict[str, Any]:
+        return {"learning_rate": (1e-3, 1e-2), "rank": (2, 4)}
+
+
 def test_learning_rates_are_raced(system: System, data: Learnable, home: Path) -> None:
     arms = tune.candidates(replace(METHOD, epochs=8))
     assert [a.learning_rate for a in arms] == [1e-2, 3e-4, 1e-3, 2e-3]
@@ -876,6 +910,22 @@ def test_learning_rates_are_raced(system: System, data: Learnable, home: Path) -
     bad = [replace(METHOD, learning_rate=1e30)]
     with pytest.raises(MethodError, match="every setting failed"):
         tune.race(bad, system, data, Run(Store(home)))
+
+
+def test_settings_are_drawn_by_a_sampler(system: System, data: Learnable, home: Path) -> None:
+    pytest.importorskip("optuna")
+    said: list[str] = []
+    small = Few(learning_rate=1e-2, epochs=2.0, batch=12, rank=4)
+    best, ended = tune.sample(small, 4, system, data, Run(Store(home), seed=1), said.append)
+    assert len(ended) == 4 and small in [arm.method for arm in ended]  # its own settings are the first trial
+    assert len({(arm.method.learning_rate, arm.method.rank) for arm in ended}) > 1
+    whole = [arm for arm in ended if arm.fidelity == 1]
+    assert ended[0].loss == min(arm.loss for arm in whole) and len(said) == len(whole)
+    assert all(arm.why == "behind the median" for arm in ended if arm.fidelity < 1)
+    again, order = tune.sample(small, 4, system, data, Run(Store(home), seed=1))
+    assert again.fingerprint == best.fingerprint and order == ended
+    with pytest.raises(MethodError, match="every setting failed"):
+        tune.sample(replace(small, learning_rate=1e30), 1, system, data, Run(Store(home)))
 
 
 def test_every_adapter_is_kept_and_opened_again(system: System, data: Learnable, home: Path) -> None:

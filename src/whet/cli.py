@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,8 @@ class Commands(click.Group):
     def main(self, *args: Any, **settings: Any) -> Any:
         """Run; exits 0, 2 on bad input (one line on stderr), 130 on Ctrl-C."""
         debug = "--debug" in sys.argv
+        # Where it is installed, peft loads it, and it complains about kernels that whet has no use for.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         try:
             code = super().main(*args, **{**settings, "standalone_mode": False})
             sys.exit(code if isinstance(code, int) else 0)
@@ -258,6 +261,7 @@ def compare(first: str, second: str, task: str, split: str, seed: int, trust: bo
     "whet apply fewshot TASK --set k=16 selection=random --out system/",
     "whet apply finetune TASK --set epochs=1 --out tuned/",
     "whet apply finetune TASK --budget 10m --report-to tensorboard --out tuned/",
+    "whet apply finetune TASK --budget 2h --trials 12 --out tuned/",
     "whet apply calibrate TASK --system tuned/ --out tuned-calibrated/",
 ))  # fmt: skip
 @click.argument("method")
@@ -266,6 +270,7 @@ def compare(first: str, second: str, task: str, split: str, seed: int, trust: bo
 @click.option("--set", "pairs", multiple=True, help="Settings: --set k=16 --set selection=random.")
 @click.argument("more", nargs=-1)
 @click.option("--budget", default=None, help="For a method that trains: race its learning rates within this time.")
+@click.option("--trials", default=0, help="Within the budget, draw all settings this many times by Optuna's sampler.")
 @click.option("--report-to", multiple=True, help="Also tell each step to tensorboard, wandb or mlflow.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the new System.")
 @click.option("--seed", default=0, show_default=True)
@@ -273,13 +278,15 @@ def compare(first: str, second: str, task: str, split: str, seed: int, trust: bo
 @common
 def apply(
     method: str, task: str, system: str, pairs: tuple[str, ...], more: tuple[str, ...], budget: str | None,
-    report_to: tuple[str, ...], out: Path, seed: int, trust: bool, as_json: bool, debug: bool,
+    trials: int, report_to: tuple[str, ...], out: Path, seed: int, trust: bool, as_json: bool, debug: bool,
 ) -> None:  # fmt: skip
     """Apply one METHOD to a System by hand. Further key=value words after --set are settings, too.
 
     With --budget, a method that trains races its learning rates unless one is set: after 15 and 40 % of the training
     the better half goes on.
     """
+    if trials and budget is None:
+        raise click.UsageError("--trials needs --budget, which says how long they may take")
     from dataclasses import asdict
 
     from whet.methods import Run, make
@@ -303,9 +310,12 @@ def apply(
         else:
             raced = "learning_rate" in made.space() and "learning_rate" not in settings
             arms = tune.candidates(made) if raced else [made]
-            each = seconds(budget) / (tune.COST if len(arms) > 1 else 1.0)
-            run.trained_tokens = int(each * measure(start, session, run.store).train)
-            new, ended = tune.race(arms, start, data, run, watch.say)
+            cost = max(1.0, tune.TRIAL_COST * trials) if trials else tune.COST if len(arms) > 1 else 1.0
+            run.trained_tokens = int(seconds(budget) / cost * measure(start, session, run.store).train)
+            if trials:
+                new, ended = tune.sample(made, trials, start, data, run, watch.say)
+            else:
+                new, ended = tune.race(arms, start, data, run, watch.say)
             run.notes["raced"] = tune.named(ended)
         new.save(out)
     finally:

@@ -32,7 +32,7 @@ class FineTune:
     Defaults: LoRA of rank 16 and alpha 2·rank (as in the LoRA literature), learning rate 1e-3 and 32 rows a step
     (measured in LOG.md; full training wants a tenth of that). `epochs` is what is wanted; the budget may allow less,
     and a short training takes smaller steps, so that there are enough of them. `clean` leaves out rows whose label is
-    probably wrong.
+    probably wrong. `bits` of the frozen base: 8 or 4 save memory in training (QLoRA); the System keeps the whole base.
     """
 
     name: ClassVar[str] = "finetune"
@@ -48,12 +48,15 @@ class FineTune:
     batch: int = 32
     recompute: bool = False
     clean: bool = False
+    bits: int = 16
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.batch < 1 or self.learning_rate <= 0 or self.epochs <= 0:
             raise ValueError("rank, batch, learning_rate and epochs are positive")
         if self.adapter not in ("lora", "rslora", "dora", "full"):
             raise ValueError(f"adapter is {self.adapter!r}; one of lora, rslora, dora, full")
+        if self.bits not in (4, 8, 16) or (self.bits < 16 and self.adapter == "full"):
+            raise ValueError(f"bits is {self.bits}; 4, 8 or 16, and 16 for full training")
 
     def space(self) -> Mapping[str, Sequence[Any]]:
         """The settings worth trying; every kind of adapter gets as many learning rates."""
@@ -74,7 +77,7 @@ class FineTune:
 
         name = key(asdict(self), system.fingerprint, rows_hash(data.train), run.seed, run.fidelity, run.trained_tokens,
                    run.previous)  # fmt: skip
-        adapter = Adapter(self.adapter, self.rank, 2 * self.rank)
+        adapter = Adapter(self.adapter, self.rank, 2 * self.rank, bits=self.bits)
         taught = teach(system, run, name, adapter, lambda live: self._lesson(system, data, run, live))
         return replace(taught, decoding=replace(system.decoding, prior=(), normalise="sum"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 from whet.engine import Spent
@@ -15,6 +16,7 @@ from whet.task import Learnable
 
 RUNGS = (0.15, 0.4, 1.0)  # shares of the full training after which the better half goes on
 COST = 1.8  # trainings that a race of three costs: later rungs go on from the stable part of earlier ones
+TRIAL_COST = 0.6  # of a whole training that one of many trials costs, those ended early included
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,11 @@ def race(
     for fidelity in RUNGS if len(arms) > 1 else RUNGS[-1:]:
         scored: list[tuple[float, Method, str]] = []
         for method, previous in going:
-            part = replace(run, fidelity=fidelity, previous=previous, spent=Spent(), notes={})
             try:
-                made[method] = method.apply(system, data, part)
-                loss = min(value for _, value in part.notes["curves"]["validation"][1:])
-                scored.append((loss, method, part.notes["artifact"]))
+                made[method], loss, artifact = _trained(method, fidelity, previous, system, data, run)
+                scored.append((loss, method, artifact))
             except MethodError as error:
                 ended.append(Arm(method, fidelity, math.inf, str(error)))
-            run.spent += part.spent
-            run.notes |= part.notes
             if say and scored and scored[-1][1] is method:
                 say(f"{_name(method, arms)} at {fidelity:.0%}: validation loss {scored[-1][0]:.4f}")
         if not scored:
@@ -70,6 +68,72 @@ def race(
     loss, winner, _ = scored[0]
     order = sorted(ended, key=lambda arm: (-arm.fidelity, arm.loss))
     return made[winner], [Arm(winner, 1.0, loss), *order]
+
+
+def sample(
+    method: Method, trials: int, system: System, data: Learnable, run: Run, say: Callable[[str], None] | None = None
+) -> tuple[System, list[Arm]]:
+    """Train with settings drawn from `space()` by Optuna's TPE sampler (Bergstra et al. 2011), best first.
+
+    The first trial has the method's own settings. After each rung of `race` the median pruner may end a trial. Returns
+    the best System and all arms. Raises MethodError where Optuna is absent or every trial fails.
+    """
+    try:
+        optuna: Any = import_module("optuna")
+    except ImportError as error:
+        raise MethodError("trials needs Optuna", expected="the package", found="none", do="pip install 'whet[tune]'"
+                          ) from error  # fmt: skip
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    made: list[tuple[Arm, System | None]] = []
+
+    def trained(trial: Any) -> float:
+        arm, previous, loss = method if trial.number == 0 else _drawn(method, trial), None, math.inf
+        for fidelity in RUNGS:
+            try:
+                new, loss, previous = _trained(arm, fidelity, previous, system, data, run)
+            except MethodError as error:
+                made.append((Arm(arm, fidelity, math.inf, str(error)), None))
+                raise optuna.TrialPruned from error
+            trial.report(loss, round(100 * fidelity))
+            if fidelity < 1 and trial.should_prune():
+                made.append((Arm(arm, fidelity, loss, "behind the median"), None))
+                raise optuna.TrialPruned
+        made.append((Arm(arm, 1.0, loss), new))
+        if say:
+            say(f"trial {trial.number + 1} of {trials}: validation loss {loss:.4f}")
+        return loss
+
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=2)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=run.seed), pruner=pruner)
+    study.optimize(trained, n_trials=trials)
+    made.sort(key=lambda item: (-item[0].fidelity, item[0].loss))
+    best = made[0][1]
+    if best is None:
+        raise MethodError("every setting failed", expected="one whose loss falls", found=made[0][0].why)
+    return best, [arm for arm, _ in made]
+
+
+def _drawn(method: Method, trial: Any) -> Method:
+    """A method with every setting of its space drawn; words first, since numbers may depend on them."""
+    names = sorted(method.space(), key=lambda n: not isinstance(method.space()[n][0], str))
+    for name in names:
+        values = method.space()[name]
+        chosen = values[trial.suggest_int(name, 0, len(values) - 1)]
+        method = replace(method, **{name: chosen})  # type: ignore[type-var]
+    return method
+
+
+def _trained(
+    method: Method, fidelity: float, previous: str | None, system: System, data: Learnable, run: Run
+) -> tuple[System, float, str]:
+    """The System after one rung, its best validation loss and its artifact; what it spent and noted goes to the run."""
+    part = replace(run, fidelity=fidelity, previous=previous, spent=Spent(), notes={})
+    try:
+        made = method.apply(system, data, part)
+    finally:
+        run.spent += part.spent
+        run.notes |= part.notes
+    return made, min(value for _, value in part.notes["curves"]["validation"][1:]), part.notes["artifact"]
 
 
 def _name(method: Method, arms: Sequence[Method]) -> str:

@@ -7,11 +7,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from whet.errors import MethodError
 from whet.train.head import headed
 
 KINDS = ("lora", "rslora", "dora", "full")
@@ -23,18 +25,22 @@ class Adapter:
 
     lora: Hu et al. 2021. rslora: the same scaled by alpha/√rank (Kalajdzievski 2023). dora: magnitude and direction
     apart (Liu et al. 2024). full: every weight. `head`: a reward model, whose output is one trained number per place.
+    `bits`: the frozen weights are held in 8 or 4 bits (QLoRA, Dettmers et al. 2023), which saves memory, not time.
     """
 
     kind: str = "lora"
     rank: int = 16
     alpha: int = 32
     head: bool = False
+    bits: int = 16
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"adapter is {self.kind!r}; one of {', '.join(KINDS)}")
         if self.rank < 1:
             raise ValueError(f"rank is {self.rank}; at least 1")
+        if self.bits not in (4, 8, 16) or (self.bits < 16 and self.kind == "full"):
+            raise ValueError(f"bits is {self.bits}; 4, 8 or 16, and 16 for full training")
         if self.head and self.kind == "full":
             raise ValueError("a reward model is an adapter and a head; full training has no head")
 
@@ -67,7 +73,7 @@ def adapted(module: Any, adapter: Adapter, seed: int) -> Iterator[Any]:
         yield copy.deepcopy(module).requires_grad_(True)
         return
     training = module.training
-    with headed(module, seed) if adapter.head else nullcontext():
+    with headed(module, seed) if adapter.head else nullcontext(), frozen(module, adapter.bits):
         tuned = add_lora(module, adapter, seed)
         if adapter.head:
             module.get_output_embeddings().requires_grad_(True)  # peft has frozen all but the adapter
@@ -78,6 +84,45 @@ def adapted(module: Any, adapter: Adapter, seed: int) -> Iterator[Any]:
             tuned.unload().train(training)
             for leftover in {"peft_config", "_hf_peft_config_loaded"} & set(vars(module)):
                 delattr(module, leftover)
+
+
+@contextmanager
+def frozen(module: Any, bits: int) -> Iterator[None]:
+    """Within it, the linear layers but the output hold their weights in 8 or 4 bits (NF4), by bitsandbytes.
+
+    The layers themselves wait in the machine's memory, also where the module lives on a GPU. Raises MethodError where
+    bitsandbytes is absent.
+    """
+    if bits == 16:
+        yield
+        return
+    try:
+        bnb: Any = import_module("bitsandbytes")
+    except ImportError as error:
+        raise MethodError(
+            f"a base in {bits} bits needs bitsandbytes", expected="the package", found="none",
+            do="pip install 'whet[qlora]'",
+        ) from error  # fmt: skip
+    flag, device, output = f"is_loaded_in_{bits}bit", module.device, module.get_output_embeddings()
+    waiting = {n: m for n, m in module.named_modules() if type(m) is torch.nn.Linear and m is not output}
+    for name, layer in waiting.items():
+        sizes = (layer.in_features, layer.out_features, layer.bias is not None)
+        if bits == 4:
+            small = bnb.nn.Linear4bit(*sizes, compute_dtype=module.dtype, quant_type="nf4")
+            small.weight = bnb.nn.Params4bit(layer.weight.data.clone(), requires_grad=False, quant_type="nf4")
+        else:
+            small = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+            small.weight = bnb.nn.Int8Params(layer.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
+        small.bias = layer.bias
+        module.set_submodule(name, small.to(device))
+        layer.to("cpu")
+    setattr(module, flag, True)  # by which peft chooses its layers
+    try:
+        yield
+    finally:
+        delattr(module, flag)
+        for name, layer in waiting.items():
+            module.set_submodule(name, layer.to(device))
 
 
 class _AdaptedLinear(torch.autograd.Function):

@@ -78,8 +78,11 @@ def teach(
             spent = Spent(training_seconds=curves.seconds, trained_tokens=curves.tokens) + live.spent
             if crew.first:
                 keep(tuned, adapter, made, {"notes": notes, "spent": asdict(spent)})
-                checkpoint.unlink(missing_ok=True)
+                for file in (checkpoint, *checkpoint.parent.glob(f"{name}.[0-9]*")):
+                    file.unlink(missing_ok=True)
             crew.wait()
+        if crew.sharded:  # its layers still gather shards before they run
+            run.sessions.pop(system.model)
         give_back_memory()
     return kept(system, run, name)
 

@@ -161,11 +161,15 @@ def train(
     when memory does not suffice.
     """
     team = team or Alone()
+    per_token, wrapped = operations(module), team.wrap(module)
+    stable = keep and keep.with_name(f"{keep.name}.stable")
+    if team.sharded:  # every process keeps its own shards
+        keep, stable, since = (p and p.with_name(f"{p.name}.{team.rank}") for p in (keep, stable, since))
+    writes = team.first or team.sharded
     masters, schedule = Masters(module), settings.schedule
     optimizer = torch.optim.AdamW(
         masters.copies, lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
     )
-    wrapped, per_token = team.wrap(module), operations(module)
     state, best = _State(), masters.snapshot()
     due = {math.ceil(schedule.steps * (i + 1) / settings.validations) for i in range(settings.validations)}
     begin = next((p for p in (keep, since) if p and p.exists()), None)
@@ -175,8 +179,8 @@ def train(
         state.checks.append((0, validate()))
     saved, interval, before, begun = time.monotonic(), KEEP_EVERY, state.seconds, time.monotonic()
     while state.step < schedule.steps and not _tired(state, settings):
-        if keep and continued and state.step == schedule.decays and team.first:
-            _keep(keep.with_name(keep.name + ".stable"), state, masters, optimizer, best)
+        if stable and continued and state.step == schedule.decays and writes:
+            _keep(stable, state, masters, optimizer, best)
         for group in optimizer.param_groups:
             group["lr"] = schedule.at(state.step)
         value, used = _fitting_step(module, wrapped, source(state.step), loss, state, settings, team)
@@ -200,12 +204,13 @@ def train(
             state.checks.append((state.tokens, validate()))
             if state.checks[-1][1] <= min(c for _, c in state.checks):
                 best, state.best_at = masters.snapshot(), len(state.checks) - 1
-        if keep and team.first and time.monotonic() - saved > interval:
+        if keep and writes and time.monotonic() - saved > interval:
             at = time.monotonic()
             _keep(keep, state, masters, optimizer, best)
             saved, interval = time.monotonic(), max(KEEP_EVERY, (time.monotonic() - at) / WRITING_SHARE)
     if validate:
         masters.restore(best)
+    team.whole(module)
     return Curves(tuple(state.train), tuple(state.checks), state.best_at, state.step, state.tokens, state.seconds)
 
 
@@ -341,10 +346,29 @@ def _keep(
     work = file.with_name(f".{file.name}-{os.getpid()}")
     try:
         # Contiguous copies: safetensors refuses tensors that share memory.
-        save_file({k: t.detach().clone().contiguous() for k, t in tensors.items()}, work, {"state": json.dumps(body)})
+        whole = {k: _local(t.detach()).clone().contiguous() for k, t in tensors.items()}
+        save_file(whole, work, {"state": json.dumps(body)})
         os.replace(work, file)
     finally:
         work.unlink(missing_ok=True)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's shard of a tensor; all of it where it is not sharded."""
+    shard: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return shard
+
+
+def _like(weight: Tensor, shard: Tensor) -> Tensor:
+    """A shard that was kept, as a tensor of the weight's kind and on its device."""
+    shard = shard.to(weight.device)
+    if not hasattr(weight, "device_mesh"):
+        return shard
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        shard, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride()  # type: ignore[attr-defined]
+    )
 
 
 def _resume(
@@ -361,12 +385,12 @@ def _resume(
     torch.set_rng_state(tensors["random"])
     with torch.no_grad():
         for i, weight in enumerate(masters.copies):
-            weight.copy_(tensors[f"weight.{i}"])
+            weight.copy_(_like(weight, tensors[f"weight.{i}"]))
             names = [k.rpartition(".")[0] for k in tensors if k.rpartition(".")[2] == str(i)]
-            optimizer.state[weight] = {n: tensors[f"{n}.{i}"].to(weight.device) if n != "step" else tensors[f"{n}.{i}"]
+            optimizer.state[weight] = {n: _like(weight, tensors[f"{n}.{i}"]) if n != "step" else tensors[f"{n}.{i}"]
                                        for n in names if n not in ("best", "weight")}  # fmt: skip
     masters.give_weights()
     if continuing:
         state.checks, state.best_at = [], 0
         return masters.snapshot()
-    return [tensors[f"best.{i}"].to(p.device) for i, p in enumerate(masters.live)]
+    return [_like(p, tensors[f"best.{i}"]) for i, p in enumerate(masters.live)]

@@ -14,11 +14,16 @@ class Alone:
     """One process; what a team of processes does differently is overridden in Team."""
 
     size = 1
+    rank = 0
     first = True
+    sharded = False  # whether each process holds a part of the weights only
 
     def wrap(self, module: Any) -> Any:
         """The module to call."""
         return module
+
+    def whole(self, module: Any) -> None:
+        """Give the module whole weights back, where it was sharded; all processes together."""
 
     def share(self, rows: Sequence[Row]) -> Sequence[Row]:
         """This process's part of a step's rows; it may be empty."""
@@ -41,7 +46,7 @@ class Alone:
 
 
 class Team(Alone):
-    """Several processes through accelerate, which reads from the environment how it was launched (DDP, FSDP)."""
+    """Several processes through accelerate, which reads from the environment how it was launched: DDP, or FSDP."""
 
     def __init__(self) -> None:
         from accelerate import Accelerator
@@ -50,9 +55,31 @@ class Team(Alone):
         self.accelerator = Accelerator(cpu=not _gpu())
         self.size, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.first = self.accelerator.is_main_process
+        self.sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
     def wrap(self, module: Any) -> Any:
-        return self.accelerator.prepare(module)
+        if not self.sharded:
+            return self.accelerator.prepare(module)
+        # torch's own FSDP 2 by decoder layer: accelerate's is for accelerators only.
+        from torch.distributed.fsdp import fully_shard
+
+        kinds = {k for m in module.modules() for k in getattr(m, "_no_split_modules", None) or ()}
+        for layer in [m for m in module.modules() if type(m).__name__ in kinds]:
+            fully_shard(layer)
+        return fully_shard(module)
+
+    def whole(self, module: Any) -> None:
+        if not self.sharded:
+            return
+        import torch
+
+        made: dict[int, Any] = {}  # weights that layers share stay shared
+        for layer in module.modules():
+            for name, value in list(layer._parameters.items()):
+                if hasattr(value, "full_tensor"):
+                    if id(value) not in made:
+                        made[id(value)] = torch.nn.Parameter(value.detach().full_tensor(), value.requires_grad)
+                    layer._parameters[name] = made[id(value)]
 
     def share(self, rows: Sequence[Row]) -> Sequence[Row]:
         return rows[self.rank :: self.size]
@@ -73,6 +100,9 @@ class Team(Alone):
         return [float(v) for v in self.accelerator.gather(mine)]
 
     def accumulating(self, wrapped: Any, last: bool) -> AbstractContextManager[Any]:
+        if self.sharded:
+            wrapped.set_requires_gradient_sync(last)
+            return nullcontext()
         kept: AbstractContextManager[Any] = nullcontext() if last else self.accelerator.no_sync(wrapped)
         return kept
 
