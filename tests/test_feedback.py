@@ -25,6 +25,7 @@ from whet.model import resolve
 from whet.store import Store
 from whet.system import Decoding, System
 from whet.task import Example, Learnable
+from whet.update import update
 
 THINGS = ("lamp", "kettle", "chair", "radio", "table", "clock", "carpet", "mirror", "heater", "camera")
 
@@ -452,3 +453,34 @@ def test_outcome_of_a_single_answer(system: System) -> None:
     metric = Versus(Longest(), system, system.session, {Example("1", "p"): "ab"})
     assert metric.score("abc", Example("1", "p")) == 1
     assert isinstance(metric.outcomes(["abc"], [Example("1", "p")])[0], Outcome)
+
+
+@pytest.mark.timeout(900)
+def test_the_loop_goes_twice_round_on_the_help_desk(tmp_path: Path) -> None:
+    """Answer, judge, update, gate; then once more from the System that came out. The embedded model; brief answers win."""
+    helpdesk = Path(__file__).resolve().parents[1] / "examples" / "helpdesk" / "replies"
+    folder, file = tmp_path / "replies", tmp_path / "judged.jsonl"
+    folder.mkdir()
+    (folder / "task.yaml").write_text((helpdesk / "task.yaml").read_text().replace("feedback: feedback.jsonl\n", ""))
+    for name, count in (("feedback", 32), ("test", 8)):
+        lines = (helpdesk / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    ref, store = resolve("smollm2-135m"), Store(tmp_path / "home")
+    current = System(ref, decoding=Decoding(max_tokens=24), home=store.home)
+    told = task.load(folder)
+    prompts = [json.loads(line)["prompt"] for line in (folder / "feedback.jsonl").read_text().splitlines()]
+    seen = []
+    for turn in range(2):
+        asked = [Example(str(n), text) for n, text in enumerate(prompts[16 * turn : 16 * (turn + 1)])]
+        counts = collect(current, asked, file, lambda _, shown: "1" if len(shown[0]) <= len(shown[1]) else "2",
+                         annotator="ann", seed=turn)  # fmt: skip
+        assert counts["before"] == 0 and counts["judged"] + counts["same"] == 16
+        made = update(current, told, Run(store, turn), {"epochs": 1.0, "batch": 4, "rank": 4}, file)
+        assert made.system.fingerprint != current.fingerprint and len(made.system.model.transforms) == turn + 1
+        assert made.length[0] > 0 and made.drift >= 0 and 0 <= made.after.score <= 1
+        assert [one["recipe"].split("(")[0] for one in made.system.card["taught"]] == ["dpo"] * (turn + 1)
+        seen.append((counts["judged"], current.fingerprint[:16]))
+        current = made.system
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    # Each judgement names the System that answered: the first round's and the second's differ.
+    assert [r["system"] for r in rows] == [name for count, name in seen for _ in range(count)]

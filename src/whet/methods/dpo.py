@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -28,7 +29,7 @@ WATCHED = 16  # prompts whose samples tell length, entropy and KL
 
 
 @dataclass(frozen=True)
-class Preference:
+class Preference(ABC):
     """What learning from judgements has in common, whether they are pairs or thumbs.
 
     The reference is the System as given; its log-probabilities are computed once, before the first step. The weights of
@@ -56,17 +57,17 @@ class Preference:
         """The settings worth trying."""
         return {"learning_rate": (1e-4, 2e-4, 5e-4), "beta": (0.05, 0.1, 0.3), "epochs": (1.0, 2.0)}
 
+    @abstractmethod
     def usable(self, rows: Sequence[Judged]) -> tuple[Judged, ...]:
         """The judgements in the form that is learnt from."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self) -> Loss:
         """What is minimised; facts[c][0] is the reference's log-probability of continuation c."""
-        raise NotImplementedError
 
+    @abstractmethod
     def facts(self, rows: Sequence[Judged], made: Sequence[Row], policy: Policy) -> list[Row]:
         """Rows with the facts that the loss needs."""
-        raise NotImplementedError
 
     def source(self, rows: Sequence[Row], policy: Policy, run: Run) -> Source:
         """The rows of each step."""
