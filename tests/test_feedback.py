@@ -457,7 +457,7 @@ def test_outcome_of_a_single_answer(system: System) -> None:
 
 @pytest.mark.timeout(900)
 def test_the_loop_goes_twice_round_on_the_help_desk(tmp_path: Path) -> None:
-    """Answer, judge, update, gate; then once more from the System that came out. The embedded model; brief answers win."""
+    """Answer, judge, update, gate; then again from the System that came out. The embedded model; brief answers win."""
     helpdesk = Path(__file__).resolve().parents[1] / "examples" / "helpdesk" / "replies"
     folder, file = tmp_path / "replies", tmp_path / "judged.jsonl"
     folder.mkdir()
