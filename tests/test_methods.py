@@ -48,13 +48,16 @@ def earlier(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def data(earlier: Path) -> Learnable:
+def data(earlier: Path, tmp_path: Path) -> Learnable:
     """A task with everything that a Method may need."""
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text(json.dumps({"id": "d", "text": "the movie was great"}) + "\n")
     judged = tuple(
         Judged(f"j{n}", f"movie {n} was {WORDS[LABELS[n % 2]][n % 4]}", LABELS[n % 2], LABELS[1 - n % 2],
                annotator=("ann", "bob")[n % 3 == 0]) for n in range(24)
     )  # fmt: skip
-    return Learnable("tiny", "what is the review?", "accuracy", LABELS, rows(32), earlier=(earlier,), judged=judged)
+    return Learnable("tiny", "what is the review?", "accuracy", LABELS, rows(32), earlier=(earlier,), judged=judged,
+                     documents=documents)  # fmt: skip
 
 
 @pytest.fixture
@@ -86,6 +89,7 @@ def test_a_method_is_a_new_system_and_changes_nothing_else(
     # Only what it says that it writes or invalidates has changed.
     if "model" not in kind.writes:
         assert made.model == system.model
+    assert bool(made.sources) == ("sources" in kind.writes)
     if "demonstrations" not in kind.writes:
         assert made.demonstrations == system.demonstrations
     if "calibration" in kind.invalidates:

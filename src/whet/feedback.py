@@ -346,7 +346,8 @@ class Versus(Mean):
     def outcomes(self, answers: Sequence[str], examples: Sequence[Example]) -> tuple[Outcome, ...]:
         """All at once; `Outcome.weight` holds how much longer the answer is than the base's, in words."""
         sides = list(zip(examples, answers, self.against(examples), strict=True))
-        scores = iter(self.judge([(e, text) for e, a, b in sides if a.strip() != b.strip() for text in (a, b)]))
+        asked = [(e, text) for e, a, b in sides if a.strip() != b.strip() for text in (a, b)]
+        scores = iter(self.judge(asked) if asked else ())
         made = []
         for example, mine, other in sides:
             gap = next(scores) - next(scores) if mine.strip() != other.strip() else 0.0

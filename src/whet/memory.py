@@ -85,7 +85,8 @@ def carried(system: System) -> tuple[Known, ...]:
 
 def _known(entry: dict[str, Any], system: System) -> Known:
     plain = {"model": {"content": system.model.content, "transforms": []}}
-    asked = revive({**entry["asked"], **plain}, system.model.base, {}, {"task": entry["name"]}, system.home)
+    indexes = {s.fingerprint: s.folder for s in system.sources if s.folder is not None}
+    asked = revive({**entry["asked"], **plain}, system.model.base, indexes, {"task": entry["name"]}, system.home)
     rows, held = (tuple(_example(row) for row in entry[part]) for part in ("rows", "held"))
     return Known(str(entry["name"]), str(entry["metric"]), replace(asked, model=system.model), rows, held)
 

@@ -39,9 +39,11 @@ def messages(
     demonstrations: Sequence[tuple[str, str]],
     prompt: str,
     history: Sequence[Message] = (),
+    passages: Sequence[tuple[str, str]] = (),
 ) -> Chat:
     """The chat for one question: instruction as the system turn, demonstrations as earlier turns, then the question.
 
+    Passages, as (title, text), stand numbered in the question's own turn, in front of it.
     A system turn of the row's own history follows the instruction; its other turns stand before the question.
     """
     own = [content for role, content in history if role == "system"]
@@ -50,7 +52,8 @@ def messages(
     for question, answer in demonstrations:
         chat += [("user", question), ("assistant", answer)]
     chat += [(role, content) for role, content in history if role != "system"]
-    return (*chat, ("user", prompt))
+    shown = [f"[{n}] {title}\n{text}" if title else f"[{n}] {text}" for n, (title, text) in enumerate(passages, 1)]
+    return (*chat, ("user", "\n\n".join([*shown, prompt])))
 
 
 def _fold_system(chat: Chat) -> Chat:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -97,7 +98,7 @@ def evaluate(
     """
     if not examples:
         raise TaskError("nothing to score", expected=f"rows in {split}", found="none", do=f"add {split}.jsonl")
-    if metric.name.startswith(("recall@", "ndcg@")) or (metric.name == "win_rate" and not hasattr(metric, "outcomes")):
+    if metric.name == "win_rate" and not hasattr(metric, "outcomes"):
         raise TaskError(
             f"{metric.name} cannot be scored by this version",
             expected="a metric of answers", found=metric.name, do="see `whet methods` for what is at hand",
@@ -169,6 +170,8 @@ def _outcomes(
     system: System, examples: Sequence[Example], metric: Metric, session: Session, store: Store | None,
     progress: Progress | None,
 ) -> tuple[tuple[Outcome, ...], int, Scores | None]:  # fmt: skip
+    if ranks := re.fullmatch(r"(?:recall|ndcg)@(\d+)", metric.name):
+        return score_all(metric, system.ranked(examples, int(ranks[1])), examples), 0, None
     if metric.name != "perplexity":
         scores = None
         if store and reads_scores(system, examples, session):

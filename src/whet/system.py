@@ -19,6 +19,7 @@ from whet.engine import Progress, Prompt, Sampling, Session, open_session
 from whet.errors import ArtifactError, StoreError
 from whet.model import ModelRef, Transform, hash_files, local_folder, resolve
 from whet.prompt import messages, shorten
+from whet.retrieval import Source
 from whet.task import Example
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ class System:
     instruction: str = ""
     demonstrations: Demonstrations = field(default_factory=Demonstrations)
     decoding: Decoding = field(default_factory=Decoding)
+    sources: tuple[Source, ...] = ()
     card: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)
     home: Path = field(default=Path(".whet"), compare=False, repr=False)
 
@@ -109,6 +111,8 @@ class System:
             "instruction": self.instruction,
             "demonstrations": asdict(self.demonstrations),
             "decoding": asdict(self.decoding),
+            # Left out where there are none, so that Systems written before there were sources keep their names.
+            **({"sources": [s.settings for s in self.sources]} if self.sources else {}),
         }
 
     @property
@@ -137,10 +141,27 @@ class System:
         Plain text rows are raw text, outside any template.
         """
         shown = self.demonstrations.choose([e.prompt for e in examples], self.embedder, blind=blind)
+        read = self.passages([e.prompt for e in examples])
         return [
-            "" if e.text is not None else messages(self.instruction, demos, e.prompt, e.history)
-            for e, demos in zip(examples, shown, strict=True)
+            "" if e.text is not None else messages(self.instruction, demos, e.prompt, e.history, here)
+            for e, demos, here in zip(examples, shown, read, strict=True)
         ]
+
+    def passages(self, questions: Sequence[str]) -> list[tuple[Pair, ...]]:
+        """(title, text) of the passages that each question is shown, out of all sources, best first."""
+        made: list[tuple[Pair, ...]] = [()] * len(questions)
+        for source in self.sources:
+            found = source.find(questions, self.home)
+            made = [(*m, *((f.passage.title, f.passage.text) for f in some))
+                    for m, some in zip(made, found, strict=True)]  # fmt: skip
+        return made
+
+    def ranked(self, examples: Sequence[Example], most: int) -> list[str]:
+        """The ids of the documents found for each example, best first, one a line; empty without a source."""
+        if not self.sources:
+            return [""] * len(examples)
+        rows = self.sources[0].find([e.prompt for e in examples], self.home, 3 * most)
+        return ["\n".join([*dict.fromkeys(f.passage.document for f in found)][:most]) for found in rows]
 
     def fitting(
         self, examples: Sequence[Example], session: Session, room: Sequence[int], *, blind: bool = False
@@ -256,6 +277,10 @@ class System:
             if transform.folder is None:
                 raise ArtifactError(f"the {transform.kind} {transform.fingerprint[:12]} is not at hand")
             shutil.copytree(transform.folder, work / "transforms" / transform.fingerprint)
+        for source in self.sources:
+            if source.folder is None:
+                raise ArtifactError(f"the index {source.fingerprint[:12]} is not at hand")
+            shutil.copytree(source.folder, work / "sources" / source.fingerprint)
         if self_contained and not self.model.remote:
             shutil.copytree(local_folder(self.model, self.home), work / "base")
             body["base_hash"] = hash_files([p for p in (work / "base").iterdir() if p.is_file()])
@@ -272,6 +297,7 @@ def _card_text(system: System) -> str:
         f"- base: `{system.model.base}` (`{system.model.content[:16]}`)",
         f"- transforms: {', '.join(f'{t.kind} `{t.fingerprint[:16]}`' for t in system.model.transforms) or 'none'}",
         f"- demonstrations: {shown}",
+        f"- sources: {', '.join(f'{s.k} passages of `{s.fingerprint[:16]}`' for s in system.sources) or 'none'}",
         f"- calibration: {'yes' if decoding.prior else 'no'}",
         f"- recipe: {card.get('recipe', 'the base as it is')}", "",
     ]  # fmt: skip
@@ -306,6 +332,7 @@ def revive(
             Decoding(**{**decoding, "labels": labels, "stop": tuple(decoding["stop"]), "prior": ()}),
             prior=_finite(decoding["prior"], len(labels)),
         ),
+        tuple(Source(**one, folder=folders.get(one["fingerprint"])) for one in settings.get("sources", ())),
         card,
         home,
     )
@@ -325,10 +352,11 @@ def load(folder: str | Path, home: Path | None = None, *, trust: bool = False) -
         raise ArtifactError(f"{path} is no System", expected="a folder with system.json", found="none", do="name it")
     try:
         body = json.loads(file.read_text(encoding="utf-8"))
-        prints = [fingerprint for _, fingerprint in body["model"]["transforms"]]
-        if not all(isinstance(f, str) and f.isalnum() for f in prints):
-            raise ValueError("a transform is named by its hash")
-        folders = {f: path / "transforms" / f for f in prints}
+        named = {"transforms": [f for _, f in body["model"]["transforms"]],
+                 "sources": [s["fingerprint"] for s in body.get("sources", ())]}  # fmt: skip
+        if not all(isinstance(f, str) and f.isalnum() for prints in named.values() for f in prints):
+            raise ValueError("a transform or source is named by its hash")
+        folders = {f: path / kind / f for kind, prints in named.items() for f in prints}
         base = str(path / "base") if "base_hash" in body else body["base"]
         system, written = revive(body, base, folders, body["card"], home or home_folder()), str(body["fingerprint"])
     except (KeyError, TypeError, ValueError, OSError) as error:

@@ -39,6 +39,8 @@ def prompting_recipes(data: Learnable) -> list[Recipe]:
     found = [recipe(("fewshot", {"k": 4}))]
     if nearest:
         found.append(recipe(("fewshot", {"k": 4, "selection": "nearest"})))
+    if nearest and data.documents is not None:
+        found += [recipe(("rag", {"k": 1})), recipe("rag"), recipe(("rag", {"k": 1}), ("fewshot", {"k": 4}))]
     return found
 
 
@@ -91,7 +93,7 @@ def _cost(
     """
     system = base
     for method in one.methods:
-        if method.writes == ("demonstrations",):
+        if set(method.writes) <= {"demonstrations", "sources"}:
             system = method.apply(system, data, run)
     session = run.session(base.model)
     whole = rates.price(estimate(system, select, session))

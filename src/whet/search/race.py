@@ -235,4 +235,4 @@ def _made(recipe: Recipe, start: System, tokens: int | None) -> str:
 
 
 def _folders(system: System) -> dict[str, str]:
-    return {t.fingerprint: str(t.folder) for t in system.model.transforms}
+    return {part.fingerprint: str(part.folder) for part in (*system.model.transforms, *system.sources)}

@@ -1,0 +1,64 @@
+"""Retrieval (Lewis et al. 2020): passages of the task's documents in front of the question."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from whet.methods import Need, Run
+from whet.retrieval import MIXES
+from whet.system import System
+from whet.task import Learnable
+
+
+@dataclass(frozen=True)
+class Rag:
+    """The k best passages by BM25 and sentence embeddings, fused by reciprocal ranks, in front of each question.
+
+    `chunk` is the words of a passage at most. `mix`: both, words (BM25) or meaning (embeddings). Passages whose cosine
+    similarity lies below `threshold` are left out. Defaults: three passages, what a small model can still read.
+    """
+
+    name: ClassVar[str] = "rag"
+    family: ClassVar[str] = "retrieval"
+    needs: ClassVar[tuple[Need, ...]] = ("documents",)
+    writes: ClassVar[tuple[str, ...]] = ("sources",)
+    invalidates: ClassVar[tuple[str, ...]] = ("calibration",)
+
+    k: int = 3
+    chunk: int = 200
+    mix: str = "both"
+    threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.k < 1 or not 20 <= self.chunk <= 1000 or not 0 <= self.threshold < 1:
+            raise ValueError("k is at least 1, chunk 20 to 1000 words, threshold from 0 to below 1")
+        if self.mix not in MIXES:
+            raise ValueError(f"mix is {self.mix!r}; one of {', '.join(MIXES)}")
+
+    def space(self) -> Mapping[str, Sequence[Any]]:
+        """The settings worth trying."""
+        return {"k": (1, 3, 5), "mix": MIXES, "threshold": (0.0, 0.3)}
+
+    def apply(self, system: System, data: Learnable, run: Run) -> System:
+        """The System with the task's documents as its source; an index that was built before is found again."""
+        from whet import documents
+        from whet.embed import Embedder
+        from whet.errors import MethodError
+        from whet.retrieval import Source, build, identity
+
+        if data.documents is None:
+            raise MethodError("rag needs documents", expected="documents in task.yaml", found="none")
+        texts, notes = documents.load(data.documents)
+        overlap = min(documents.OVERLAP, self.chunk // 4)
+        pieces = [p for text in texts for p in documents.passages(text, self.chunk, overlap)]
+        name = identity(pieces)
+        folder = run.store.artifact(name)
+        if not (folder / "index.json").exists():
+            if run.tell is not None:
+                run.tell(f"indexing {len(pieces)} passages", 0, 1)
+            build(pieces, folder, Embedder(run.home))
+        run.notes.update(documents=len(texts), passages=len(pieces), left_out=list(notes))
+        source = Source(name, self.k, self.mix, self.threshold, folder)
+        return replace(system, sources=(source,), decoding=replace(system.decoding, prior=()))
