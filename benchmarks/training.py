@@ -20,7 +20,6 @@ import io
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -191,12 +190,14 @@ def peak_memory(options: Any, side: str) -> float:
 
 
 def memory_of(options: Any) -> None:
-    """Take the steps and print this process's peak."""
+    """Take the steps and print this process's peak, in MB."""
+    from whet import probe
+
     _, tokenizer = common.open_model(options.model, options.dtype)
     rows = memory_rows(options, tokenizer)
     run = {"whet": whet_side, "trl": trl_side}[options.memory_of]
     run(options, rows, len(rows), 1)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e3 if sys.platform != "darwin" else 1e6))
+    print(probe.peak_memory() / 1e6)
 
 
 # --- the run --------------------------------------------------------------------------------------------------------
