@@ -235,4 +235,5 @@ def _made(recipe: Recipe, start: System, tokens: int | None) -> str:
 
 
 def _folders(system: System) -> dict[str, str]:
-    return {part.fingerprint: str(part.folder) for part in (*system.model.transforms, *system.sources)}
+    transforms = {t.fingerprint: str(t.folder) for t in system.model.transforms}
+    return transforms | {s.fingerprint: str(s.folder) for s in system.sources}
