@@ -32,7 +32,7 @@ def flipped(rows: Sequence[Any], labels: Sequence[str], seed: int) -> tuple[tupl
 
     def other(row: Any) -> Any:
         label = draw.choice([x for x in labels if x != row.completion])
-        return replace(row, completion=label, references=(label,))
+        return replace(row, completion=label, answers=(label,))
 
     return tuple(other(e) if e.id in wrong else e for e in rows), wrong
 

@@ -234,15 +234,17 @@ def _training(job: _Job) -> Recipe | None:
     """The recipe that trains, where training was asked for and can be had."""
     if job.wish.recipe:
         return None
-    for one in (recipe(("continual", {"share": REPLAYED})), recipe("finetune")):  # the first that has what it needs
-        asked = not job.wish.methods or one.methods[0].name in job.wish.methods
+    reading = [recipe(("rag", {"k": 1}), "finetune")] if not job.task.closed else []
+    wanted = [recipe(("continual", {"share": REPLAYED})), *reading, recipe("finetune")]
+    for one in wanted:  # the first that has what it needs
+        asked = not job.wish.methods or all(m.name in job.wish.methods for m in one.methods)
         if asked and not one.lacks(job.bases[0], job.splits.learnable):
             return one
     return None
 
 
 def _train_and_combine(job: _Job, tuned: Recipe, each: float) -> None:
-    """Fine-tune the best model with what the budget allows; calibrate it; another learning rate where money is left."""
+    """Fine-tune the best model with what the budget allows; calibrate it; another training where money is left."""
     race = job.race
     start = _best_model(job)
     judged = _preferring(job, tuned)
@@ -254,8 +256,9 @@ def _train_and_combine(job: _Job, tuned: Recipe, each: float) -> None:
     if _calibrates(job):
         race.enter(Recipe((*tuned.methods, make("calibrate"))), start, tokens=first.notes.get("allowed"))
     if first.cost < 0.8 * race.left:
-        other = replace(tuned.methods[0], learning_rate=3e-4)  # type: ignore[type-var]
-        _train(job, Recipe((other,)), start, each)
+        # Trained to read passages: is it the passages? Else: is it the learning rate?
+        slower = replace(tuned.methods[-1], learning_rate=3e-4)  # type: ignore[type-var]
+        _train(job, Recipe((slower,) if len(tuned.methods) == 1 else tuned.methods[-1:]), start, each)
 
 
 def _preferring(job: _Job, tuned: Recipe) -> Recipe | None:
