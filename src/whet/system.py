@@ -19,7 +19,7 @@ from whet.engine import Progress, Prompt, Sampling, Session, open_session
 from whet.errors import ArtifactError, StoreError
 from whet.model import ModelRef, Transform, hash_files, local_folder, resolve
 from whet.prompt import messages, shorten
-from whet.retrieval import Source
+from whet.sources import Source, revive_source
 from whet.task import Example
 
 if TYPE_CHECKING:
@@ -292,12 +292,13 @@ def _card_text(system: System) -> str:
     """The model card: what the System is and what it scored, as Markdown."""
     card, demos, decoding = system.card, system.demonstrations, system.decoding
     shown = "none" if not demos.pool else f"{demos.k or len(demos.pool)} ({demos.selection})"
+    sources = [f"{s.k} {s.settings.get('kind', 'passages')} of `{s.fingerprint[:16]}`" for s in system.sources]
     lines = [
         f"# A System for {card.get('task', 'a task')}", "",
         f"- base: `{system.model.base}` (`{system.model.content[:16]}`)",
         f"- transforms: {', '.join(f'{t.kind} `{t.fingerprint[:16]}`' for t in system.model.transforms) or 'none'}",
         f"- demonstrations: {shown}",
-        f"- sources: {', '.join(f'{s.k} passages of `{s.fingerprint[:16]}`' for s in system.sources) or 'none'}",
+        f"- sources: {', '.join(sources) or 'none'}",
         f"- calibration: {'yes' if decoding.prior else 'no'}",
         f"- recipe: {card.get('recipe', 'the base as it is')}", "",
     ]  # fmt: skip
@@ -332,7 +333,7 @@ def revive(
             Decoding(**{**decoding, "labels": labels, "stop": tuple(decoding["stop"]), "prior": ()}),
             prior=_finite(decoding["prior"], len(labels)),
         ),
-        tuple(Source(**one, folder=folders.get(one["fingerprint"])) for one in settings.get("sources", ())),
+        tuple(revive_source(one, folders.get(one["fingerprint"])) for one in settings.get("sources", ())),
         card,
         home,
     )

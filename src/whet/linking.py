@@ -1,0 +1,293 @@
+"""Reading a question with a graph: its entities, the way of relations it asks for, and the facts to show for it."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from whet.documents import Passage
+from whet.embed import Embedder
+from whet.errors import ArtifactError
+from whet.graph import Opened, Way, read
+from whet.retrieval import Found
+from whet.triples import package
+
+if TYPE_CHECKING:
+    import numpy as np
+
+WORD = re.compile(r"[^\W_]+")
+# Words that name no relation; everything else in a question may.
+STOP = frozenset(WORD.findall("what is the of s who name did do does a an in which from for to by was were that it and "
+                              "at where when whom are on how"))  # fmt: skip
+MOST_WORDS = 12  # of a name that is looked for in a question
+MENTIONS, HOMONYMS = 3, 5  # of a question; nodes of one name
+FUZZY, MEANT = 90.0, 3  # least partial ratio of a misspelt name; names taken by meaning
+FRONTIER, BEAM = 20, 200  # nodes that a step goes on from; ways that the next step is tried on
+SHOWN, CHAINED = 5, 3  # ends of a way that are told; nodes on the way
+BACKWARDS = 0.05  # what a step against its relation costs
+RATE, MARGIN, EPOCHS, MOST_LEARNT = 0.0075, 0.025, 4, 2000  # of the perceptron
+
+
+@dataclass(frozen=True)
+class Mention:
+    """Nodes that a part of a question may mean, how sure that is, and the words around it in the order of walking.
+
+    "The sex of X's son" goes by son, then by sex: what stands behind the name, then what stands before it, backwards.
+    """
+
+    nodes: tuple[int, ...]
+    sure: float
+    words: tuple[str, ...]
+    masked: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way from a node that a question may ask for, where it leads, and its score."""
+
+    node: int
+    way: Way
+    ends: tuple[int, ...]
+    score: float
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A sentence about a node, and the score of what it was found for."""
+
+    node: int
+    text: str
+    score: float
+
+
+def words(text: str) -> list[str]:
+    """The words of a text as names are compared by: lower case, without punctuation and underscores."""
+    return WORD.findall(text.casefold())
+
+
+class Linker:
+    """Reads questions with an opened graph; deterministic."""
+
+    def __init__(self, opened: Opened, embedder: Embedder) -> None:
+        self.graph, self.opened, self.embedder = opened.graph, opened, embedder
+        self.learnt: Mapping[str, float] = opened.learnt
+        self.names: dict[str, list[int]] = {}
+        for node, names in enumerate(self.graph.nodes):
+            for name in {" ".join(words(n)) for n in names} - STOP - {""}:
+                if name.count(" ") < MOST_WORDS:
+                    self.names.setdefault(name, []).append(node)
+        self.vectors: dict[str, np.ndarray[Any, Any]] = {}
+        self.steps = lru_cache(10_000)(self.graph.steps)
+
+    # --- entities -------------------------------------------------------------------------------------------------
+
+    def mentions(self, question: str) -> list[Mention]:
+        """What a question mentions: whole names, the longest first; else misspelt ones."""
+        said, found, at = words(question), [], 0
+        while at < len(said):
+            for size in range(min(MOST_WORDS, len(said) - at), 0, -1):
+                if nodes := self.names.get(" ".join(said[at : at + size])):
+                    found.append((size, self._mention(nodes, 1.0, said, at, at + size)))
+                    at += size - 1
+                    break
+            at += 1
+        longest = [m for _, m in sorted(found, key=lambda f: -f[0])][:MENTIONS]
+        return longest or self._misspelt(said)
+
+    def _misspelt(self, said: list[str]) -> list[Mention]:
+        fuzzy, text = package("rapidfuzz"), " ".join(said)
+        found = fuzzy.process.extract(text, self.names.keys(), scorer=fuzzy.fuzz.partial_ratio, score_cutoff=FUZZY)
+        made = []
+        for name, ratio, _ in sorted(found, key=lambda f: (-f[1], -len(f[0]), f[0])):
+            if 5 <= len(name) <= len(text):
+                at = fuzzy.fuzz.partial_ratio_alignment(name, text)
+                first, last = text[: at.dest_start].count(" "), text[: at.dest_end].rstrip().count(" ") + 1
+                made.append(self._mention(self.names[name], 0.009 * ratio, said, first, last))
+        return made[:MENTIONS]
+
+    def _mention(self, nodes: Sequence[int], sure: float, said: list[str], first: int, last: int) -> Mention:
+        order = [*said[last:], *reversed(said[:first])]
+        return Mention(tuple(nodes[:HOMONYMS]), sure, tuple(order), " ".join([*said[:first], "X", *said[last:]]))
+
+    def _meant(self, question: str, vector: np.ndarray[Any, Any], none: bool) -> list[Mention]:
+        """Nodes whose description, or where nothing else was found (`none`) whose name, is nearest in meaning."""
+        import numpy as np
+
+        most = len(self.opened.order) if none else min(len(self.graph.described), len(self.opened.order))
+        near = self.opened.vectors[:most] @ vector
+        said = words(question)
+        return [Mention((self.opened.order[n],), float(near[n]), tuple(said), " ".join(said))
+                for n in np.argsort(-near, kind="stable")[:MEANT]]  # fmt: skip
+
+    # --- ways -----------------------------------------------------------------------------------------------------
+
+    def candidates(self, questions: Sequence[str], hops: int) -> list[list[Candidate]]:
+        """For each question the ways from its entities that exist, best first."""
+        linked = [self.mentions(q) for q in questions]
+        vectors = self.embedder(questions)
+        linked = [[*some, *self._meant(q, v, not some)] for q, v, some in zip(questions, vectors, linked, strict=True)]
+        every = [m for some in linked for m in some]
+        self._learn_vectors([m.masked for m in every], {w for m in every for w in m.words}, self.graph.relations)
+        walked = [[(m, node, self._walk(m, node, hops)) for m in some for node in m.nodes] for some in linked]
+        self._learn_vectors({self._verbal(way) for some in walked for *_, ways in some for way in ways})
+        made = []
+        for some in walked:
+            found = [Candidate(node, way, ends, 2 * m.sure + self.score(m, way)) for m, node, ways in some
+                     for way, ends in ways.items()]  # fmt: skip
+            made.append(sorted(found, key=lambda c: (-c.score, len(c.way), c.node, c.way)))
+        return made
+
+    def _walk(self, mention: Mention, node: int, hops: int) -> dict[Way, tuple[int, ...]]:
+        """All ways from a node and their ends; of many, the next step is tried on those that fit the words best."""
+        layer: dict[Way, tuple[int, ...]] = {(): (node,)}
+        made: dict[Way, tuple[int, ...]] = {}
+        for _ in range(hops):
+            after: dict[Way, dict[int, None]] = {}
+            for way, ends in layer.items():
+                for end in ends[:FRONTIER]:
+                    for step, there in self.steps(end).items():
+                        if way and step == ~way[-1]:  # the way back leads to where everything else came from
+                            continue
+                        after.setdefault((*way, step), {}).update(dict.fromkeys(there))
+            layer = {way: tuple(ends) for way, ends in after.items()}
+            if len(layer) > BEAM:
+                best = sorted(layer, key=lambda way: (-self._fit(mention, way), way))[:BEAM]
+                layer = {way: layer[way] for way in best}
+            made |= layer
+        return made
+
+    def _fit(self, mention: Mention, way: Way) -> float:
+        """How well words and relations fit one another: each step has a word of its own, in order; words, any step."""
+        said = [w for w in mention.words if w not in STOP]
+        if not said:
+            return 0.0
+        near = [[float(self.vectors[w] @ self.vectors[self.graph.named(s)]) for s in way] for w in said]
+        best = [0.0] + [-9.0] * len(way)
+        for row in near:
+            best = [0.0] + [max(best[j + 1], best[j] + row[j]) for j in range(len(way))]
+        loose = sum(max(row[j] for row in near) for j in range(len(way))) / len(way) - 0.3
+        steps = best[-1] / len(way) if len(said) >= len(way) else loose
+        return 0.5 * steps + 0.5 * sum(max(row) for row in near) / len(near) - BACKWARDS * sum(s < 0 for s in way)
+
+    def _verbal(self, way: Way) -> str:
+        return " of ".join(self.graph.named(step) for step in reversed(way))
+
+    def score(self, mention: Mention, way: Way) -> float:
+        """How likely a question asks for a way: by meaning, by its words, and by what was learnt from train."""
+        learnt = sum(self.learnt.get(f, 0.0) for f in _features(mention, way)) if self.learnt else 0.0
+        return float(self.vectors[mention.masked] @ self.vectors[self._verbal(way)]) + self._fit(mention, way) + learnt
+
+    def _learn_vectors(self, *texts: Iterable[str]) -> None:
+        fresh = sorted({t for some in texts for t in some} - self.vectors.keys())
+        self.vectors.update(zip(fresh, self.embedder(fresh), strict=True))
+
+    # --- learning -------------------------------------------------------------------------------------------------
+
+    def learn(self, rows: Sequence[tuple[str, tuple[str, ...]]], hops: int, seed: int) -> dict[str, float]:
+        """Weights of words and relations by an averaged perceptron over ways (Collins 2002), from answered questions.
+
+        A way counts as right where it leads to exactly the accepted answers; which of them is meant is latent.
+        """
+        draw = random.Random(seed)
+        rows = draw.sample(list(rows), min(len(rows), MOST_LEARNT))
+        lessons = []
+        for (_, answers), (mention, ways) in zip(rows, self._ways([q for q, _ in rows], hops), strict=True):
+            wanted = {" ".join(words(a)) for a in answers}
+            right = {w for w, ends in ways.items() if {" ".join(words(self.graph.nodes[n][0])) for n in ends} == wanted}
+            if right and len(right) < len(ways):
+                parts = {way: _features(mention, way) for way in ways}
+                lessons.append((right, {way: self.score(mention, way) for way in ways}, parts))
+        weights: dict[str, float] = {}
+        drift: dict[str, float] = {}  # of the average from the last weights
+        seen = 1
+        for _ in range(EPOCHS if lessons else 0):
+            draw.shuffle(lessons)
+            for right, base, parts in lessons:
+                total = {way: base[way] + sum(weights.get(f, 0.0) for f in parts[way]) for way in base}
+                order = sorted(total, key=lambda way: (-total[way], len(way), way))
+                good, bad = next(w for w in order if w in right), next(w for w in order if w not in right)
+                seen += 1
+                if total[bad] + MARGIN > total[good]:
+                    for sign, way in ((RATE, good), (-RATE, bad)):
+                        for one in parts[way]:
+                            weights[one] = weights.get(one, 0.0) + sign
+                            drift[one] = drift.get(one, 0.0) + sign * seen
+        return {one: round(w - drift[one] / seen, 6) for one, w in sorted(weights.items())}
+
+    def _ways(self, questions: Sequence[str], hops: int) -> list[tuple[Mention, dict[Way, tuple[int, ...]]]]:
+        """The longest name of each question with the ways from it, ready to be scored; empty where there is none."""
+        linked = [next(iter(self.mentions(q)), Mention((), 0.0, (), "")) for q in questions]
+        self._learn_vectors([m.masked for m in linked], {w for m in linked for w in m.words}, self.graph.relations)
+        walked = [(m, self._walk(m, m.nodes[0], hops) if m.nodes else {}) for m in linked]
+        self._learn_vectors({self._verbal(way) for _, ways in walked for way in ways})
+        return walked
+
+    # --- facts ----------------------------------------------------------------------------------------------------
+
+    def facts(self, questions: Sequence[str], hops: int, k: int) -> list[list[Fact]]:
+        """The k facts to show for each question: what its best way leads to, the way there, then the next best."""
+        made = []
+        for some in self.candidates(questions, hops):
+            told: dict[str, Fact] = {}
+            for number, one in enumerate(some[:k]):
+                for text in (self._told(one.node, one.way, one.ends), *(self._chain(one) if not number else ())):
+                    told.setdefault(text, Fact(one.node, text, one.score))
+            made.append([*told.values()][:k])
+        return made
+
+    def _told(self, node: int, way: Way, ends: Sequence[int]) -> str:
+        return self.graph.sentence(node, way, ends[:SHOWN])
+
+    def _chain(self, one: Candidate) -> list[str]:
+        """Each step of a way as facts of its own, where there are several."""
+        made, here = [], [one.node]
+        for step in one.way if len(one.way) > 1 else ():
+            after = {n: self.steps(n).get(step, []) for n in here[:CHAINED]}
+            made += [self._told(n, (step,), ends) for n, ends in after.items() if ends]
+            here = [*dict.fromkeys(end for ends in after.values() for end in ends)]
+        return made
+
+
+def _features(mention: Mention, way: Way) -> list[str]:
+    """What can be learnt of a way and the words around the name: which word goes with which step, and where."""
+    made = [f"{len(way)} of {len(mention.words) // 2}", *(f"{step}" for step in way)]
+    for i, word in enumerate(mention.words):
+        for j, step in enumerate(way):
+            off = i * len(way) // len(mention.words) - j
+            made += [f"{word} {step}", f"{word} {step} {(off > 0) - (off < 0)}"]
+    return made
+
+
+@dataclass(frozen=True)
+class GraphSource:
+    """A graph that a question's entities are looked up in: `k` facts at most, up to `hops` steps away."""
+
+    fingerprint: str
+    k: int = 10
+    hops: int = 2
+    folder: Path | None = field(default=None, compare=False)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that makes the source what it is, as plain data."""
+        return {"kind": "facts", "fingerprint": self.fingerprint, "k": self.k, "hops": self.hops}
+
+    def find(self, questions: Sequence[str], home: Path, k: int | None = None) -> list[list[Found]]:
+        """The facts that each question is shown, best first. Raises ArtifactError where the graph is not at hand."""
+        if self.folder is None or not self.folder.is_dir():
+            raise ArtifactError(f"the graph {self.fingerprint[:12]} is not at hand", expected="its folder",
+                                found=str(self.folder), do="load the System from its own folder")  # fmt: skip
+        linker = opened(self.folder, home)
+        return [[Found(Passage(linker.graph.nodes[one.node][0], "", one.text, "", 0), one.score) for one in some]
+                for some in linker.facts(questions, self.hops, k or self.k)]  # fmt: skip
+
+
+@lru_cache(maxsize=4)
+def opened(folder: Path, home: Path) -> Linker:
+    """The linker over the graph in a folder, opened once."""
+    return Linker(read(folder), Embedder(home))

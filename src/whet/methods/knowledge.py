@@ -1,0 +1,164 @@
+"""Knowledge injection: facts of the task's graph and glossary, looked up for each question or taught to the model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from whet.errors import MethodError
+from whet.graph import Graph, Way, asked, build, identity, read
+from whet.methods import Need, Run
+from whet.system import System
+from whet.task import Example, Learnable
+
+MODES = ("lookup", "train")
+FRAMES = ("{}?", "Tell me {}.", "Please name {}.", "I would like to know {}.", "Do you know {}?", "Look up {}.",
+          "Say {} and nothing else.", "Give me {}.", "Question: {}?", "Could you say {}?", "Complete: {} is",
+          "Answer in a word or two: {}?", "Somebody asks for {}.", "Remind me of {}.", "I forgot {}.",
+          "What do the records give for {}?")  # fmt: skip
+HELD = 4  # of these are never trained on, so that unseen phrasings can be measured
+FEW = 3  # subjects that share an object at most, where the question is asked backwards
+MOST_FACTS = 20_000
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A fact to be asked for: what leads to it in words, and all accepted answers; `told` states it."""
+
+    phrase: str
+    answers: tuple[str, ...]
+    told: str
+
+    @property
+    def key(self) -> str:
+        """What a System's card remembers a taught fact by."""
+        return hashlib.sha256(json.dumps([self.phrase, self.answers]).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """Facts of the task's knowledge and glossary: `mode` lookup (in front of each question) or train (in the weights).
+
+    lookup finds a question's entities and the ways of up to `hops` relations that it asks for, and shows at most `k`
+    facts, what the best way leads to first. train makes `phrasings` questions of each fact, both ways round, adds it as
+    a statement and mixes in the task's own rows; then it is `finetune` with `rank`, `learning_rate`, `epochs` and
+    `batch`. Facts that a System was taught before are only repeated as often as there are new ones.
+    """
+
+    name: ClassVar[str] = "knowledge"
+    family: ClassVar[str] = "knowledge injection"
+    needs: ClassVar[tuple[Need, ...]] = ("knowledge",)
+    writes: ClassVar[tuple[str, ...]] = ("sources",)
+    invalidates: ClassVar[tuple[str, ...]] = ("calibration",)
+
+    mode: str = "lookup"
+    hops: int = 2
+    k: int = 10
+    phrasings: int = 8
+    rank: int = 16
+    learning_rate: float = 1e-3
+    epochs: float = 3.0
+    batch: int = 32
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode is {self.mode!r}; one of {', '.join(MODES)}")
+        if not 1 <= self.hops <= 4 or self.k < 1 or not 1 <= self.phrasings <= len(FRAMES) - HELD:
+            raise ValueError(f"hops is 1 to 4, k at least 1, phrasings 1 to {len(FRAMES) - HELD}")
+        if self.mode == "train":  # what the class says is of looking up, which servers can do, too
+            object.__setattr__(self, "needs", ("knowledge", "weights"))
+            object.__setattr__(self, "writes", ("model", "decoding"))
+
+    def space(self) -> Mapping[str, Sequence[Any]]:
+        """The settings worth trying."""
+        if self.mode == "train":
+            return {"phrasings": (8, 12), "learning_rate": (3e-4, 1e-3), "epochs": (3.0, 6.0)}
+        return {"k": (1, 3, 10), "hops": (1, 2, 3)}
+
+    def apply(self, system: System, data: Learnable, run: Run) -> System:
+        """The System with the graph as one more source, or with its facts in the weights."""
+        from whet import triples
+
+        facts, notes = triples.load(data.knowledge, data.glossary, data.trusted, run.home)
+        graph = Graph.of(facts)
+        run.notes.update(facts=len(facts.triples), left_out=notes)
+        return self._taught(graph, system, data, run) if self.mode == "train" else self._shown(graph, system, data, run)
+
+    def _shown(self, graph: Graph, system: System, data: Learnable, run: Run) -> System:
+        from whet.embed import Embedder
+        from whet.linking import GraphSource, Linker
+
+        rows = [(e.prompt, e.answers or (e.completion,)) for e in data.train if e.completion and not e.choices]
+        name = identity(graph, rows, self.hops, run.seed)
+        folder = run.store.artifact(name)
+        if not (folder / "graph.json").exists():
+            if run.tell is not None:
+                run.tell(f"indexing {len(graph.edges)} facts", 0, 1)
+            embedder = Embedder(run.home)
+            plain = run.store.artifact(identity(graph))  # the graph before anything was learnt from train
+            if not (plain / "graph.json").exists():
+                build(graph, {}, plain, embedder)
+            learnt = Linker(read(plain), embedder).learn(rows, self.hops, run.seed)
+            build(graph, learnt, folder, embedder)
+        others = tuple(s for s in system.sources if not isinstance(s, GraphSource))
+        source = GraphSource(name, self.k, self.hops, folder)
+        return replace(system, sources=(*others, source), decoding=replace(system.decoding, prior=()))
+
+    def _taught(self, graph: Graph, system: System, data: Learnable, run: Run) -> System:
+        from whet.methods.finetune import FineTune
+
+        every, draw = facts_of(graph), random.Random(run.seed)
+        before = set(system.card.get("facts", ()))
+        fresh = [one for one in every if one.key not in before]
+        if before and not fresh:
+            raise MethodError("nothing new to teach", expected="facts that the System was not taught", found="none")
+        again = [one for one in every if one.key in before]
+        chosen = [*fresh, *draw.sample(again, min(len(again), len(fresh)))]
+        chosen = draw.sample(chosen, min(len(chosen), MOST_FACTS))
+        seen, held = frames(run.seed)
+        rows = [row for one in chosen for row in self._rows(one, draw.sample(seen, min(self.phrasings, len(seen))))]
+        known = [replace(e, group=None) for e in data.train if e.completion and not e.text]
+        run.notes.update(taught=len(chosen), new=len(fresh), seen=list(seen), held=list(held))
+        plain = FineTune(rank=self.rank, learning_rate=self.learning_rate, epochs=self.epochs, batch=self.batch)
+        made = plain.apply(system, replace(data, train=(*rows, *known)), run)
+        card = {**system.card, "facts": sorted({one.key for one in every} & (before | {one.key for one in chosen}))}
+        return replace(made, card=card)
+
+    def _rows(self, one: Asked, shown: Sequence[str]) -> list[Example]:
+        """A fact as rows: a statement, and questions whose answers take turns where there are several."""
+        made = [Example(f"{one.key}-{n}", put(frame, one.phrase), one.answers[n % len(one.answers)], one.answers)
+                for n, frame in enumerate(shown)]  # fmt: skip
+        return [*made, Example(f"{one.key}-told", "", text=one.told)]
+
+
+def frames(seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The phrasings that are trained on, and those held out."""
+    held = set(random.Random(seed).sample(FRAMES, HELD))
+    return tuple(f for f in FRAMES if f not in held), tuple(f for f in FRAMES if f in held)
+
+
+def put(frame: str, phrase: str) -> str:
+    """A phrase in a frame: "the colour of X" is asked "What is the colour of X?"."""
+    text = frame.format(f"what is {phrase}" if frame == "{}?" and phrase.startswith("the ") else phrase)
+    return text[0].upper() + text[1:]
+
+
+def facts_of(graph: Graph) -> list[Asked]:
+    """Everything a graph can be asked for in one step, forwards, and backwards where few subjects share an object."""
+    groups: dict[tuple[int, Way], list[int]] = {}
+    for s, r, o in graph.edges.tolist():
+        groups.setdefault((s, (r,)), []).append(o)
+        groups.setdefault((o, (~r,)), []).append(s)
+    made = []
+    for (node, way), ends in groups.items():
+        [step] = way
+        back = step < 0
+        if len(ends) <= FEW:
+            phrase = asked(graph.nodes[node][0], graph.relations[~step if back else step], back)
+            answers = tuple(graph.nodes[n][0] for n in ends)
+            made.append(Asked(phrase, answers, graph.sentence(node, way, ends)))
+    return made
