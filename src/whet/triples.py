@@ -41,6 +41,9 @@ class Facts:
 
     def named(self, one: str) -> tuple[str, ...]:
         """The names of an id, the label first; one without a label is called by the end of its IRI."""
+        number, unit, _ = one.partition(" <")
+        if unit and one[:1] != "<" and one[-1] == ">":  # a quantity of Wikidata's
+            return (f"{number} {self.named(one[len(number) + 1 :])[0]}",)
         return self.names.get(one) or (_local(one) if one[:1] == "<" else one,)
 
 
