@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from whet.triples import package
 if TYPE_CHECKING:
     import numpy as np
 
+Ways = dict[Way, tuple[int, ...]]  # and where each leads
 WORD = re.compile(r"[^\W_]+")
 # Words that name no relation; everything else in a question may.
 STOP = frozenset(WORD.findall("what is the of s who name did do does a an in which from for to by was were that it and "
@@ -27,6 +28,7 @@ STOP = frozenset(WORD.findall("what is the of s who name did do does a an in whi
 MOST_WORDS = 12  # of a name that is looked for in a question
 MENTIONS, HOMONYMS = 3, 5  # of a question; nodes of one name
 FUZZY, MEANT = 90.0, 3  # least partial ratio of a misspelt name; names taken by meaning
+MOST_CACHED = 50_000  # vectors of words and ways that are kept between questions
 FRONTIER, BEAM = 20, 200  # nodes that a step goes on from; ways that the next step is tried on
 SHOWN, CHAINED = 5, 3  # ends of a way that are told; nodes on the way
 BACKWARDS = 0.05  # what a step against its relation costs
@@ -53,15 +55,6 @@ class Candidate:
     node: int
     way: Way
     ends: tuple[int, ...]
-    score: float
-
-
-@dataclass(frozen=True)
-class Fact:
-    """A sentence about a node, and the score of what it was found for."""
-
-    node: int
-    text: str
     score: float
 
 
@@ -128,24 +121,34 @@ class Linker:
 
     def candidates(self, questions: Sequence[str], hops: int) -> list[list[Candidate]]:
         """For each question the ways from its entities that exist, best first."""
-        linked = [self.mentions(q) for q in questions]
-        vectors = self.embedder(questions)
-        linked = [[*some, *self._meant(q, v, not some)] for q, v, some in zip(questions, vectors, linked, strict=True)]
-        every = [m for some in linked for m in some]
-        self._learn_vectors([m.masked for m in every], {w for m in every for w in m.words}, self.graph.relations)
-        walked = [[(m, node, self._walk(m, node, hops)) for m in some for node in m.nodes] for some in linked]
-        self._learn_vectors({self._verbal(way) for some in walked for *_, ways in some for way in ways})
-        made = []
-        for some in walked:
-            found = [Candidate(node, way, ends, 2 * m.sure + self.score(m, way)) for m, node, ways in some
-                     for way, ends in ways.items()]  # fmt: skip
-            made.append(sorted(found, key=lambda c: (-c.score, len(c.way), c.node, c.way)))
+        if len(self.vectors) > MOST_CACHED:
+            self.vectors.clear()
+        every: list[tuple[int, Mention, int]] = []
+        for n, (question, vector) in enumerate(zip(questions, self.embedder(questions), strict=True)):
+            named = self.mentions(question)
+            found = [*named, *self._meant(question, vector, not named)]
+            every += [(n, mention, node) for mention in found for node in mention.nodes]
+        made: list[list[Candidate]] = [[] for _ in questions]
+        for (n, m, node), ways in zip(every, self._ways([(m, node) for _, m, node in every], hops), strict=True):
+            made[n] += [Candidate(node, way, ends, 2 * m.sure + self.score(m, way)) for way, ends in ways.items()]
+        return [sorted(some, key=lambda c: (-c.score, len(c.way), c.node, c.way)) for some in made]
+
+    def _ways(self, starts: Sequence[tuple[Mention, int]], hops: int) -> list[Ways]:
+        """All ways from nodes that questions mention, ready to be scored."""
+        said = [m for m, _ in starts]
+        self._embed([m.masked for m in said], (w for m in said for w in m.words), self.graph.relations)
+        made = [self._walk(mention, node, hops) for mention, node in starts]
+        self._embed({self._verbal(way) for ways in made for way in ways})
         return made
 
-    def _walk(self, mention: Mention, node: int, hops: int) -> dict[Way, tuple[int, ...]]:
+    def _embed(self, *texts: Iterable[str]) -> None:
+        fresh = sorted({t for some in texts for t in some} - self.vectors.keys())
+        self.vectors.update(zip(fresh, self.embedder(fresh), strict=True))
+
+    def _walk(self, mention: Mention, node: int, hops: int) -> Ways:
         """All ways from a node and their ends; of many, the next step is tried on those that fit the words best."""
-        layer: dict[Way, tuple[int, ...]] = {(): (node,)}
-        made: dict[Way, tuple[int, ...]] = {}
+        layer: Ways = {(): (node,)}
+        made: Ways = {}
         for _ in range(hops):
             after: dict[Way, dict[int, None]] = {}
             for way, ends in layer.items():
@@ -182,10 +185,6 @@ class Linker:
         learnt = sum(self.learnt.get(f, 0.0) for f in _features(mention, way)) if self.learnt else 0.0
         return float(self.vectors[mention.masked] @ self.vectors[self._verbal(way)]) + self._fit(mention, way) + learnt
 
-    def _learn_vectors(self, *texts: Iterable[str]) -> None:
-        fresh = sorted({t for some in texts for t in some} - self.vectors.keys())
-        self.vectors.update(zip(fresh, self.embedder(fresh), strict=True))
-
     # --- learning -------------------------------------------------------------------------------------------------
 
     def learn(self, rows: Sequence[tuple[str, tuple[str, ...]]], hops: int, seed: int) -> dict[str, float]:
@@ -194,12 +193,9 @@ class Linker:
         A way counts as right where it leads to exactly the accepted answers; which of them is meant is latent.
         """
         draw = random.Random(seed)
-        rows = draw.sample(list(rows), min(len(rows), MOST_LEARNT))
         lessons = []
-        for (_, answers), (mention, ways) in zip(rows, self._ways([q for q, _ in rows], hops), strict=True):
-            wanted = {" ".join(words(a)) for a in answers}
-            right = {w for w, ends in ways.items() if {" ".join(words(self.graph.nodes[n][0])) for n in ends} == wanted}
-            if right and len(right) < len(ways):
+        for mention, ways, right in self.answered(draw.sample(list(rows), min(len(rows), MOST_LEARNT)), hops):
+            if len(right) < len(ways):
                 parts = {way: _features(mention, way) for way in ways}
                 lessons.append((right, {way: self.score(mention, way) for way in ways}, parts))
         weights: dict[str, float] = {}
@@ -219,38 +215,43 @@ class Linker:
                             drift[one] = drift.get(one, 0.0) + sign * seen
         return {one: round(w - drift[one] / seen, 6) for one, w in sorted(weights.items())}
 
-    def _ways(self, questions: Sequence[str], hops: int) -> list[tuple[Mention, dict[Way, tuple[int, ...]]]]:
-        """The longest name of each question with the ways from it, ready to be scored; empty where there is none."""
-        linked = [next(iter(self.mentions(q)), Mention((), 0.0, (), "")) for q in questions]
-        self._learn_vectors([m.masked for m in linked], {w for m in linked for w in m.words}, self.graph.relations)
-        walked = [(m, self._walk(m, m.nodes[0], hops) if m.nodes else {}) for m in linked]
-        self._learn_vectors({self._verbal(way) for _, ways in walked for way in ways})
-        return walked
+    def answered(self, rows: Sequence[tuple[str, tuple[str, ...]]], hops: int
+                 ) -> Iterator[tuple[Mention, Ways, set[Way]]]:  # fmt: skip
+        """The longest name of each question, the ways from it, and those that lead to the answers, where there are."""
+        linked = [(found[0], answers) for question, answers in rows if (found := self.mentions(question))]
+        walked = self._ways([(m, m.nodes[0]) for m, _ in linked], hops)
+        for (mention, answers), ways in zip(linked, walked, strict=True):
+            wanted = {" ".join(words(a)) for a in answers}
+            right = {w for w, ends in ways.items() if {" ".join(words(self.graph.nodes[n][0])) for n in ends} == wanted}
+            if right:
+                yield mention, ways, right
+
+    def needed(self, rows: Sequence[tuple[str, tuple[str, ...]]], most: int) -> int:
+        """The hops that most answered questions need, the shortest ways taken; 0 where none is answered."""
+        found = sorted(min(map(len, right)) for *_, right in self.answered(rows[:MOST_LEARNT], most))
+        return found[int(0.95 * (len(found) - 1))] if found else 0
 
     # --- facts ----------------------------------------------------------------------------------------------------
 
-    def facts(self, questions: Sequence[str], hops: int, k: int) -> list[list[Fact]]:
+    def facts(self, questions: Sequence[str], hops: int, k: int) -> list[list[Found]]:
         """The k facts to show for each question: what its best way leads to, the way there, then the next best."""
         made = []
         for some in self.candidates(questions, hops):
-            told: dict[str, Fact] = {}
+            told: dict[str, Found] = {}
             for number, one in enumerate(some[:k]):
-                for text in (self._told(one.node, one.way, one.ends), *(self._chain(one) if not number else ())):
-                    told.setdefault(text, Fact(one.node, text, one.score))
+                for node, way, ends in ((one.node, one.way, one.ends), *(self._chain(one) if number == 0 else ())):
+                    text = self.graph.sentence(node, way, ends[:SHOWN])
+                    told.setdefault(text, Found(Passage(self.graph.nodes[node][0], "", text, "", 0), one.score))
             made.append([*told.values()][:k])
         return made
 
-    def _told(self, node: int, way: Way, ends: Sequence[int]) -> str:
-        return self.graph.sentence(node, way, ends[:SHOWN])
-
-    def _chain(self, one: Candidate) -> list[str]:
-        """Each step of a way as facts of its own, where there are several."""
-        made, here = [], [one.node]
-        for step in one.way if len(one.way) > 1 else ():
-            after = {n: self.steps(n).get(step, []) for n in here[:CHAINED]}
-            made += [self._told(n, (step,), ends) for n, ends in after.items() if ends]
+    def _chain(self, one: Candidate) -> Iterator[tuple[int, Way, Sequence[int]]]:
+        """Each step of a way as a way of its own."""
+        here = [one.node]
+        for step in one.way:
+            after = {n: ends for n in here[:CHAINED] if (ends := self.steps(n).get(step))}
+            yield from ((n, (step,), ends) for n, ends in after.items())
             here = [*dict.fromkeys(end for ends in after.values() for end in ends)]
-        return made
 
 
 def _features(mention: Mention, way: Way) -> list[str]:
@@ -282,9 +283,7 @@ class GraphSource:
         if self.folder is None or not self.folder.is_dir():
             raise ArtifactError(f"the graph {self.fingerprint[:12]} is not at hand", expected="its folder",
                                 found=str(self.folder), do="load the System from its own folder")  # fmt: skip
-        linker = opened(self.folder, home)
-        return [[Found(Passage(linker.graph.nodes[one.node][0], "", one.text, "", 0), one.score) for one in some]
-                for some in linker.facts(questions, self.hops, k or self.k)]  # fmt: skip
+        return opened(self.folder, home).facts(questions, self.hops, k or self.k)
 
 
 @lru_cache(maxsize=4)

@@ -23,6 +23,7 @@ FRAMES = ("{}?", "Tell me {}.", "Please name {}.", "I would like to know {}.", "
 HELD = 4  # of these are never trained on, so that unseen phrasings can be measured
 FEW = 3  # subjects that share an object at most, where the question is asked backwards
 MOST_FACTS = 20_000
+HOPS, MOST_HOPS = 2, 3  # where train does not tell, and at most
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,11 @@ class Asked:
 class Knowledge:
     """Facts of the task's knowledge and glossary: `mode` lookup (in front of each question) or train (in the weights).
 
-    lookup finds a question's entities and the ways of up to `hops` relations that it asks for, and shows at most `k`
-    facts, what the best way leads to first. train makes `phrasings` questions of each fact, both ways round, adds it as
-    a statement and mixes in the task's own rows; then it is `finetune` with `rank`, `learning_rate`, `epochs` and
-    `batch`. Facts that a System was taught before are only repeated as often as there are new ones.
+    lookup finds a question's entities and the ways of up to `hops` relations that it asks for (0: as many as train's
+    answers need, 2 without) and shows at most `k` facts; what the best way leads to comes first. train makes
+    `phrasings` questions of each fact, both ways round, adds it as a statement, mixes in the task's own rows, and is
+    then `finetune` with `rank`, `learning_rate`, `epochs` and `batch`. Taught again, a System learns the facts that are
+    new or changed, and as many old ones.
     """
 
     name: ClassVar[str] = "knowledge"
@@ -56,7 +58,7 @@ class Knowledge:
     invalidates: ClassVar[tuple[str, ...]] = ("calibration",)
 
     mode: str = "lookup"
-    hops: int = 2
+    hops: int = 0
     k: int = 10
     phrasings: int = 8
     rank: int = 16
@@ -67,8 +69,8 @@ class Knowledge:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}; one of {', '.join(MODES)}")
-        if not 1 <= self.hops <= 4 or self.k < 1 or not 1 <= self.phrasings <= len(FRAMES) - HELD:
-            raise ValueError(f"hops is 1 to 4, k at least 1, phrasings 1 to {len(FRAMES) - HELD}")
+        if not 0 <= self.hops <= MOST_HOPS or self.k < 1 or not 1 <= self.phrasings <= len(FRAMES) - HELD:
+            raise ValueError(f"hops is 0 to {MOST_HOPS}, k at least 1, phrasings 1 to {len(FRAMES) - HELD}")
         if self.mode == "train":  # what the class says is of looking up, which servers can do, too
             object.__setattr__(self, "needs", ("knowledge", "weights"))
             object.__setattr__(self, "writes", ("model", "decoding"))
@@ -77,7 +79,7 @@ class Knowledge:
         """The settings worth trying."""
         if self.mode == "train":
             return {"phrasings": (8, 12), "learning_rate": (3e-4, 1e-3), "epochs": (3.0, 6.0)}
-        return {"k": (1, 3, 10), "hops": (1, 2, 3)}
+        return {"k": (1, 3, 10), "hops": (0, 1, 2)}
 
     def apply(self, system: System, data: Learnable, run: Run) -> System:
         """The System with the graph as one more source, or with its facts in the weights."""
@@ -93,19 +95,20 @@ class Knowledge:
         from whet.linking import GraphSource, Linker
 
         rows = [(e.prompt, e.answers or (e.completion,)) for e in data.train if e.completion and not e.choices]
-        name = identity(graph, rows, self.hops, run.seed)
+        embedder, plain = Embedder(run.home), run.store.artifact(identity(graph))
+        if run.tell is not None:
+            run.tell(f"indexing {len(graph.edges)} facts", 0, 1)
+        if not (plain / "graph.json").exists():
+            build(graph, {}, plain, embedder)
+        linker = Linker(read(plain), embedder)
+        hops = self.hops or linker.needed(rows, MOST_HOPS) or HOPS
+        name = identity(graph, rows, hops, run.seed)
         folder = run.store.artifact(name)
         if not (folder / "graph.json").exists():
-            if run.tell is not None:
-                run.tell(f"indexing {len(graph.edges)} facts", 0, 1)
-            embedder = Embedder(run.home)
-            plain = run.store.artifact(identity(graph))  # the graph before anything was learnt from train
-            if not (plain / "graph.json").exists():
-                build(graph, {}, plain, embedder)
-            learnt = Linker(read(plain), embedder).learn(rows, self.hops, run.seed)
-            build(graph, learnt, folder, embedder)
+            build(graph, linker.learn(rows, hops, run.seed), folder, embedder)
         others = tuple(s for s in system.sources if not isinstance(s, GraphSource))
-        source = GraphSource(name, self.k, self.hops, folder)
+        run.notes.update(hops=hops)
+        source = GraphSource(name, self.k, hops, folder)
         return replace(system, sources=(*others, source), decoding=replace(system.decoding, prior=()))
 
     def _taught(self, graph: Graph, system: System, data: Learnable, run: Run) -> System:
