@@ -1,10 +1,10 @@
 """Knowledge: closed book, lookup, KAPING (an own version of Baek et al. 2023) and the right facts, side by side.
 
-    .venv/bin/python benchmarks/knowledge.py [--task pathquestion,catalogue] [--parts lookup,tuned,train] [--count 100]
+    .venv/bin/python benchmarks/knowledge.py [--task pathquestion,catalogue] [--parts lookup,tuned] [--count 100]
 
-`lookup` asks the model as it is, `tuned` after fine-tuning on the task's rows as each arm shows them, `train` teaches
-the facts themselves and asks for them in phrasings that were trained on and in others. Exact match, and `contains`,
-since a model that was not tuned answers in whole sentences.
+`lookup` asks the model as it is, `demonstrated` behind four examples with their facts, `tuned` after fine-tuning on the
+task's rows as each arm shows them; `train` teaches facts themselves and asks for them in phrasings that were trained on
+and in others. Exact match, and `contains`, since a model that saw no example answers in whole sentences.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import Any
 
 import common
 
-HOPS = {"pathquestion": 3}
 KAPING_HOPS, KAPING_K = 2, 10
+FAMILIAR = ("house", "river", "green", "seven", "Paris", "music", "apple", "stone", "winter", "bridge", "paper",
+            "monday", "silver", "garden", "window", "horse", "coffee", "island", "mirror", "candle")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Shown:
 
     fingerprint: str
     texts: dict[str, list[str]] = field(compare=False)
+    brief: bool = True
     k: int = 1
     folder: Path | None = None
 
@@ -90,105 +92,133 @@ def oracle(rows: Sequence[Any], linker: Any, hops: int) -> dict[str, list[str]]:
 
 def main() -> None:
     """Run the benchmark."""
-    from whet import stats, triples
-    from whet.linking import opened
-    from whet.methods import Run
-    from whet.methods.finetune import FineTune
-    from whet.methods.knowledge import Knowledge
-    from whet.metrics import get
-    from whet.model import resolve
-    from whet.scorecard import evaluate
-    from whet.search import base_system
-    from whet.store import Store
-    from whet.task import rows_hash
-
     options = common.parser(__doc__)
     common.add_model(options)
     options.add_argument("--task", default="pathquestion,catalogue", help="tasks with knowledge (default: %(default)s)")
-    options.add_argument("--parts", default="lookup,tuned", help="lookup, tuned and train (default: %(default)s)")
+    options.add_argument("--parts", default="lookup,demonstrated",
+                         help="lookup, demonstrated, tuned, train (default: %(default)s)")  # fmt: skip
     options.add_argument("--arms", default="closed book,kaping,lookup k=1,lookup k=10,right facts",
                          help="which to run (default: %(default)s)")  # fmt: skip
-    options.add_argument("--count", type=int, default=100, help="questions of test, drawn by seed 0")
-    options.add_argument("--tokens", type=int, default=60_000, help="that a fine-tuning may train on")
-    options.add_argument("--facts", type=int, default=100, help="facts that `train` asks for afterwards")
+    options.add_argument("--count", type=int, default=100, help="questions, drawn by seed 0")
+    options.add_argument("--tokens", type=int, default=60_000, help="that a training may take")
+    options.add_argument("--facts", type=int, default=100, help="triples that `train` teaches, drawn by seed 0")
     options = options.parse_args()
-    parts, made, lines = options.parts.split(","), {}, []
+    made: dict[str, Any] = {}
+    lines: list[list[Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        home = Path(folder)
-        run = Run(Store(home), trained_tokens=options.tokens,
-                  tell=lambda what, n, of: print(f"  {what} {n}/{of}", end="\r", file=sys.stderr))  # fmt: skip
-        ref = resolve(options.model)
         for name in options.task.split(","):
             place = common.ROOT / "examples" / "helpdesk" if name == "catalogue" else options.tasks
             task = common.load_task(place, name)
-            data = task.split().learnable
-            facts, _ = triples.load(data.knowledge, data.glossary, False, home)
-            base = base_system(ref, task, data, run.session(ref), home)
-            rows = random.Random(0).sample(list(task.test), min(options.count, len(task.test)))
-            hops, every = HOPS.get(name, 2), [*data.train, *rows]
-            ours = {f"lookup k={k}": Knowledge(hops=hops, k=k).apply(base, data, run) for k in (1, 10)}
-            linker = opened(ours["lookup k=1"].sources[0].folder, home)
-            arms = {"closed book": base, **ours}
-            for arm, texts in (("kaping", lambda: kaping(every, facts, home)),
-                               ("right facts", lambda: oracle(every, linker, hops))):  # fmt: skip
-                if arm in options.arms:
-                    source = Shown(f"{arm} {rows_hash(every)}", texts())
-                    arms[arm] = replace(base, sources=(source,))
-            if "train" in parts:
-                lines += taught(task, data, base, linker.graph, run, options, made)
-            for part in (p for p in parts if p != "train"):
-                cards = {}
-                for arm in options.arms.split(","):
-                    system = arms[arm]
-                    if part == "tuned":
-                        system = FineTune().apply(system, data, run)
-                    begun = time.monotonic()
-                    system.passages([e.prompt for e in rows])
-                    seconds = time.monotonic() - begun
-                    card = evaluate(system, rows, get("exact_match"), session=run.session(system.model), store=None)
-                    cards[arm] = card
-                    spoken = get("contains")
-                    answers = [o.answer for o in card.outcomes]
-                    held = sum(spoken.score(a, e) for a, e in zip(answers, rows, strict=True)) / len(rows)
-                    made[f"{name}, {part}, {arm}"] = {"exact": card.score, "low": card.low, "high": card.high,
-                                                      "contains": held}  # fmt: skip
-                    lines.append([f"{name}, {part}, {arm}", len(rows), f"{100 * card.score:.1f}",
-                                  f"[{100 * card.low:.1f}, {100 * card.high:.1f}]", f"{100 * held:.1f}",
-                                  f"{1000 * seconds / len(rows):.1f}", f"{1000 * card.seconds / len(rows):.0f}"])  # fmt: skip
-                    print(*lines[-1], file=sys.stderr)
-                for other in ("closed book", "kaping"):
-                    if other in cards and "lookup k=1" in cards:
-                        paired = stats.compare(cards[other].outcomes, cards["lookup k=1"].outcomes, get("exact_match"))
-                        made[f"{name}, {part}, lookup k=1 over {other}"] = [paired.difference, paired.low, paired.high]
+            for part in options.parts.split(","):
+                (taught if part == "train" else shown)(task, part, Path(folder), options, made, lines)
     print(common.table(["task, part, arm", "questions", "exact", "95 %", "contains", "ms to find", "ms a question"],
                        lines))  # fmt: skip
     common.finish("knowledge", {"figures": made})
 
 
-def taught(task: Any, data: Any, base: Any, graph: Any, run: Any, options: Any, made: dict[str, Any]) -> list[list[Any]]:
-    """The facts taught, and asked for in phrasings that were trained on, in others, and by the task's own questions."""
-    from whet.methods.knowledge import Knowledge, facts_of, put
+def begin(task: Any, home: Path, options: Any) -> tuple[Any, Any, Any, list[Any]]:
+    """A run, the base, what can be learnt from, and the questions asked."""
+    from whet.methods import Run
+    from whet.model import resolve
+    from whet.search import base_system
+    from whet.store import Store
+
+    run = Run(Store(home), trained_tokens=options.tokens,
+              tell=lambda what, n, of: print(f"  {what} {n}/{of}    ", end="\r", file=sys.stderr))  # fmt: skip
+    ref, data = resolve(options.model), task.split().learnable
+    base = base_system(ref, task, data, run.session(ref), home)
+    return run, base, data, random.Random(0).sample(list(task.test), min(options.count, len(task.test)))
+
+
+def score(name: str, system: Any, rows: list[Any], run: Any, made: dict[str, Any], lines: list[list[Any]]) -> Any:
+    """Answer questions; put the figures on the list. Returns the scorecard."""
     from whet.metrics import get
     from whet.scorecard import evaluate
+
+    system.passages([rows[0].prompt])  # opened before the clock starts
+    begun = time.monotonic()
+    system.passages([e.prompt for e in rows])
+    found = 1000 * (time.monotonic() - begun) / len(rows)
+    card = evaluate(system, rows, get("exact_match"), session=run.session(system.model))
+    spoken = sum(get("contains").score(o.answer, e) for o, e in zip(card.outcomes, rows, strict=True)) / len(rows)
+    made[name] = {"exact": card.score, "low": card.low, "high": card.high, "contains": spoken}
+    lines.append([name, len(rows), f"{100 * card.score:.1f}", f"[{100 * card.low:.1f}, {100 * card.high:.1f}]",
+                  f"{100 * spoken:.1f}", f"{found:.1f}", f"{1000 * card.seconds / len(rows):.0f}"])  # fmt: skip
+    print(*lines[-1], file=sys.stderr)
+    return card
+
+
+def shown(task: Any, part: str, home: Path, options: Any, made: dict[str, Any], lines: list[list[Any]]) -> None:
+    """Facts in front of the question, for the model as it is or tuned on what each arm shows."""
+    from whet import stats, triples
+    from whet.linking import opened
+    from whet.methods.fewshot import FewShot
+    from whet.methods.finetune import FineTune
+    from whet.methods.knowledge import Knowledge
+    from whet.metrics import Contains, get
+    from whet.task import rows_hash
+
+    run, base, data, rows = begin(task, home, options)
+    facts, _ = triples.load(data.knowledge, data.glossary, False, home)
+    every, cards = [*data.train, *rows], {}
+    looked = Knowledge(k=1).apply(base, data, run).sources[0]
+    for arm in options.arms.split(","):
+        system = base
+        if arm in ("kaping", "right facts"):
+            linker = opened(looked.folder, home)
+            texts = kaping(every, facts, home) if arm == "kaping" else oracle(every, linker, looked.hops)
+            system = replace(base, sources=(Shown(f"{arm} {rows_hash(every)}", texts),))
+        elif arm != "closed book":
+            system = replace(base, sources=(replace(looked, k=int(arm.partition("=")[2])),))
+        if part == "tuned":
+            system = FineTune().apply(system, data, run)
+        if part == "demonstrated":
+            system = FewShot(k=4).apply(system, data, run)
+        cards[arm] = score(f"{task.name}, {part}, {arm}", system, rows, run, made, lines)
+    for metric in (get("exact_match"), Contains()):
+        for other in ("closed book", "kaping"):
+            if other in cards and "lookup k=1" in cards:
+                first, second = ([*_scored(cards[arm], rows, metric)] for arm in (other, "lookup k=1"))
+                paired = stats.compare(first, second, metric)
+                made[f"{task.name}, {part}, {metric.name}, lookup k=1 over {other}"] = [
+                    paired.difference, paired.low, paired.high]  # fmt: skip
+
+
+def _scored(card: Any, rows: Sequence[Any], metric: Any) -> Any:
+    from whet.metrics import score_all
+
+    return score_all(metric, [o.answer for o in card.outcomes], rows)
+
+
+def taught(task: Any, part: str, home: Path, options: Any, made: dict[str, Any], lines: list[list[Any]]) -> None:
+    """Facts taught, and asked for in phrasings that were trained on and in others; and what else was forgotten."""
+    from whet import triples
+    from whet.graph import Graph
+    from whet.methods.knowledge import Knowledge, facts_of, put
     from whet.task import Example
 
-    method = Knowledge(mode="train")
+    run, base, data, _ = begin(task, home, options)
+    facts, _ = triples.load(data.knowledge, None, False, home)
+    draw = random.Random(0)
+    some = draw.sample(facts.triples, min(options.facts, len(facts.triples)))
+    file = home / "taught.tsv"
+    file.write_text("".join("\t".join(one) + "\n" for one in some), encoding="utf-8")
+    data = replace(data, knowledge=file, glossary=None, train=())
+    every = facts_of(Graph.of(triples.gather(some)))
+    asked = draw.sample(every, min(options.count, len(every)))
     begun = time.monotonic()
-    system = method.apply(base, data, run)
+    system = Knowledge(mode="train").apply(base, data, run)
     seconds = time.monotonic() - begun
-    some = random.Random(1).sample(facts_of(graph), options.facts)
-    draw, lines = random.Random(2), []
-    asked = {kind: [Example(f"{n}", put(draw.choice(run.notes[kind]), one.phrase), one.answers[0], one.answers, group=str(n))
-                    for n, one in enumerate(some)] for kind in ("seen", "held")}  # fmt: skip
-    for kind, rows in {**asked, "test": random.Random(0).sample(list(task.test), min(options.count, len(task.test)))}.items():
-        for arm, one in (("before", base), ("after", system)):
-            card = evaluate(one, rows, get("exact_match"), session=run.session(one.model), store=None)
-            made[f"{task.name}, train, {kind}, {arm}"] = {"exact": card.score, "low": card.low, "high": card.high}
-            lines.append([f"{task.name}, train, {kind}, {arm}", len(rows), f"{100 * card.score:.1f}",
-                          f"[{100 * card.low:.1f}, {100 * card.high:.1f}]", "-", "-", f"{1000 * card.seconds / len(rows):.0f}"])  # fmt: skip
-            print(*lines[-1], file=sys.stderr)
-    made[f"{task.name}, train"] = {"seconds": seconds, "trained_tokens": run.spent.trained_tokens}
-    return lines
+    other = [Example(str(n), f"Repeat this word: {one}", one, (one,)) for n, one in enumerate(FAMILIAR)]
+    for kind in ("seen", "held"):
+        frames = run.notes[kind]
+        rows = [Example(f"{n}", put(draw.choice(frames), one.phrase), one.answers[0], one.answers, group=str(n))
+                for n, one in enumerate(asked)]  # fmt: skip
+        score(f"{task.name}, train, {kind} phrasings", system, rows, run, made, lines)
+    for arm, one in (("before", base), ("after", system)):
+        score(f"{task.name}, train, a familiar request, {arm}", one, other, run, made, lines)
+    made[f"{task.name}, train"] = {"seconds": seconds, "trained_tokens": run.spent.trained_tokens,
+                                   "facts": len(some), "questions": len(every)}  # fmt: skip
 
 
 if __name__ == "__main__":

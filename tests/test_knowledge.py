@@ -27,7 +27,7 @@ from whet.methods import Run, lacking, make
 from whet.methods.knowledge import FRAMES, HELD, Knowledge, facts_of, frames, put
 from whet.model import resolve
 from whet.store import Store
-from whet.system import Decoding, System
+from whet.system import Decoding, Demonstrations, System
 from whet.task import Example, Learnable
 from whet.triples import MEANS, Facts, gather, literal
 
@@ -328,6 +328,16 @@ def test_facts_are_shown_kept_and_found_again(data: Learnable, home: Path, tmp_p
     assert "3 facts of" in (folder / "README.md").read_text()
     assert Knowledge(k=3).apply(made, data, run).sources == made.sources  # in place of itself
     assert Knowledge(k=1).apply(base, data, run).fingerprint != made.fingerprint
+
+
+@needs_embedder
+def test_demonstrations_are_shown_with_their_facts(data: Learnable, home: Path) -> None:
+    made = Knowledge(k=1).apply(System(resolve("fake:hash"), "Answer.", home=home), data, Run(Store(home)))
+    made = replace(made, demonstrations=Demonstrations((("Which colour is the Orla kettle?", "moss green"),), 1))
+    [chat] = made.prompts([Example("1", "Which colour is the Luma lamp?")])
+    told = [content for role, content in chat if role == "user"]
+    assert told == ["[1] The colour of Orla kettle is moss green.\n\nWhich colour is the Orla kettle?",
+                    "[1] The colour of Luma lamp is cream.\n\nWhich colour is the Luma lamp?"]  # fmt: skip
 
 
 @needs_embedder

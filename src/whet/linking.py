@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from whet.documents import Passage
 from whet.embed import Embedder
@@ -267,6 +267,8 @@ def _features(mention: Mention, way: Way) -> list[str]:
 @dataclass(frozen=True)
 class GraphSource:
     """A graph that a question's entities are looked up in: `k` facts at most, up to `hops` steps away."""
+
+    brief: ClassVar[bool] = True
 
     fingerprint: str
     k: int = 10

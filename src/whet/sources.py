@@ -14,6 +14,7 @@ class Source(Protocol):
     """A frozen dataclass that finds passages for questions in a folder named by its fingerprint.
 
     `settings` are plain data that `revive_source` takes back; those of another kind than documents name it (`kind`).
+    A source with `brief` true is shown in front of demonstrations as well, so that they show how it is read.
     """
 
     @property

@@ -18,7 +18,7 @@ from whet import __version__
 from whet.engine import Progress, Prompt, Sampling, Session, open_session
 from whet.errors import ArtifactError, StoreError
 from whet.model import ModelRef, Transform, hash_files, local_folder, resolve
-from whet.prompt import messages, shorten
+from whet.prompt import beside, messages, shorten
 from whet.sources import Source, revive_source
 from whet.task import Example
 
@@ -142,15 +142,19 @@ class System:
         """
         shown = self.demonstrations.choose([e.prompt for e in examples], self.embedder, blind=blind)
         read = self.passages([e.prompt for e in examples])
+        if brief := [s for s in self.sources if getattr(s, "brief", False)]:
+            asked = sorted({q for demos in shown for q, _ in demos})
+            told = dict(zip(asked, self.passages(asked, brief), strict=True))
+            shown = [tuple((beside(told[q], q), a) for q, a in demos) for demos in shown]
         return [
             "" if e.text is not None else messages(self.instruction, demos, e.prompt, e.history, here)
             for e, demos, here in zip(examples, shown, read, strict=True)
         ]
 
-    def passages(self, questions: Sequence[str]) -> list[tuple[Pair, ...]]:
-        """(title, text) of the passages that each question is shown, out of all sources, best first."""
+    def passages(self, questions: Sequence[str], sources: Sequence[Source] | None = None) -> list[tuple[Pair, ...]]:
+        """(title, text) of the passages that each question is shown, out of all (or these) sources, best first."""
         made: list[tuple[Pair, ...]] = [()] * len(questions)
-        for source in self.sources:
+        for source in self.sources if sources is None else sources:
             found = source.find(questions, self.home)
             made = [(*m, *((f.passage.title, f.passage.text) for f in some))
                     for m, some in zip(made, found, strict=True)]  # fmt: skip

@@ -25,7 +25,8 @@ Arm = tuple[Recipe, System, str, float]  # recipe, the base it starts from, its 
 def prompting_recipes(data: Learnable) -> list[Recipe]:
     """Recipes that leave the weights alone, for this kind of task."""
     nearest = embed.available()
-    facts = [recipe(("knowledge", {"k": k})) for k in (1, 10) if nearest]  # left out where there are none
+    one = ("knowledge", {"k": 1})
+    facts = [recipe(one), recipe("knowledge"), recipe(one, ("fewshot", {"k": 4}))] if nearest else []
     if data.labels:
         # Many labels: a balanced sample cannot show them all, so the neighbours' labels matter more.
         k = 16 if len(data.labels) <= 16 else 8
