@@ -159,7 +159,7 @@ def shown(task: Any, part: str, home: Path, options: Any, made: dict[str, Any], 
     from whet.task import rows_hash
 
     run, base, data, rows = begin(task, home, options)
-    facts, _ = triples.load(data.knowledge, data.glossary, False, home)
+    facts, _ = triples.load(data, home)
     every, cards = [*data.train, *rows], {}
     looked = Knowledge(k=1).apply(base, data, run).sources[0]
     for arm in options.arms.split(","):
@@ -198,7 +198,7 @@ def taught(task: Any, part: str, home: Path, options: Any, made: dict[str, Any],
     from whet.task import Example
 
     run, base, data, _ = begin(task, home, options)
-    facts, _ = triples.load(data.knowledge, None, False, home)
+    facts, _ = triples.load(replace(data, glossary=None), home)
     draw = random.Random(0)
     some = draw.sample(facts.triples, min(options.facts, len(facts.triples)))
     file = home / "taught.tsv"

@@ -43,6 +43,10 @@ owl code\tthe letters on a gift card\tgift code
 needs_embedder = pytest.mark.skipif(not embed.available(), reason="the embedding model is not installed")
 
 
+def load(source: Path | str, home: Path, trust: bool = False) -> tuple[Facts, list[str]]:
+    return triples.load(Learnable("toy", "", "exact_match", knowledge=source, trusted=trust, folder=home), home)
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Learnable:
     (tmp_path / "knowledge.tsv").write_text("".join("\t".join(row) + "\n" for row in ROWS))
@@ -66,7 +70,7 @@ e:childOf o:inverseOf e:parentOf . e:A e:childOf e:B . e:A e:parentOf _:blank .
 def test_turtle_is_read_with_its_names(tmp_path: Path, name: str) -> None:
     pack = {"gz": gzip.compress, "bz2": bz2.compress}.get(name.rpartition(".")[2], bytes)
     (tmp_path / name).write_bytes(pack(TURTLE.encode()))
-    facts, _ = triples.load(tmp_path / name, None, False, tmp_path)
+    facts, _ = load(tmp_path / name, tmp_path)
     assert facts.named("<http://e.org/Q1>") == ("Mount Tall", "Hoher Berg", "Tally")
     told = {tuple(facts.named(part)[0] for part in one) for one in facts.triples}
     assert {("Mount Tall", "highest point", "8848 metre"), ("Mount Tall", "first ascent", "1953-05-29"),
@@ -98,13 +102,21 @@ def test_n_triples_and_wikidata_are_read(tmp_path: Path) -> None:
              "Q350": "Cambridge", "Q11573": "metre"}  # fmt: skip
     others = [{"id": k, "labels": {"en": {"value": v}}} for k, v in names.items()]
     (tmp_path / "b.json").write_text("[\n" + ",\n".join(json.dumps(one) for one in [entity, *others]) + "\n]")
-    facts, _ = triples.load(tmp_path / "b.json", None, False, tmp_path)
+    facts, _ = load(tmp_path / "b.json", tmp_path)
     told = {tuple(facts.named(part)[0] for part in one) for one in facts.triples}
     me = "Douglas Adams"
     assert told == {(me, "date of birth", "1952-03-11"), (me, "date of death", "2001"), (me, "height", "1.96 metre"),
                     (me, "place of birth", "Cambridge"), (me, MEANS, "English writer")}  # fmt: skip
-    facts, _ = triples.load(tmp_path / "a.nt", None, False, tmp_path)
+    facts, _ = load(tmp_path / "a.nt", tmp_path)
     assert [facts.named(part)[0] for part in facts.triples[0]] == ["Ada", "born in", "1815"]
+
+
+def test_several_files_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("a\tr\tb\n")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "b.tsv").write_text("\nb\tr\tc\na\tr\tb\n")
+    assert load("a.tsv\nmore", tmp_path)[0].triples == (("a", "r", "b"), ("b", "r", "c"))
+    assert load(tmp_path / "more", tmp_path)[0].triples == (("b", "r", "c"), ("a", "r", "b"))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +136,7 @@ def test_n_triples_and_wikidata_are_read(tmp_path: Path) -> None:
 def test_bad_knowledge_is_named(tmp_path: Path, name: str, body: str, said: str) -> None:
     (tmp_path / name).write_text(body)
     with pytest.raises(TaskError, match=said):
-        triples.load(tmp_path / name, None, False, tmp_path)
+        load(tmp_path / name, tmp_path)
 
 
 def test_literals_are_written_as_people_do() -> None:
@@ -164,24 +176,24 @@ def test_an_endpoint_gives_the_same_facts_as_its_file(
     endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "k.ttl").write_text(TURTLE)
-    wanted, _ = triples.load(tmp_path / "k.ttl", None, False, tmp_path)
+    wanted, _ = load(tmp_path / "k.ttl", tmp_path)
 
     def told(facts: Facts) -> set[tuple[str, ...]]:
         named = {tuple(facts.named(part)[0] for part in one) for one in facts.triples}
         return {one for one in named if one[1] != "parent of"}  # a blank node has another name each time
 
     monkeypatch.setattr(sparql, "PAGE", 3)
-    found, notes = triples.load(f"sparql:{endpoint}", None, True, tmp_path / "a")
+    found, notes = load(f"sparql:{endpoint}", tmp_path / "a", trust=True)
     assert told(found) == told(wanted) and found.named("<http://e.org/Q1>")[0] == "Mount Tall"
     assert "a snapshot of" in notes[0]
     query = "SELECT ?s ?p ?o WHERE { ?s ?p ?o . FILTER(?p = <http://e.org/locatedIn>) }"
-    some, _ = triples.load(f"sparql:{endpoint}\n{query}", None, True, tmp_path / "a")
+    some, _ = load(f"sparql:{endpoint}\n{query}", tmp_path / "a", trust=True)
     assert len(some.triples) == 1
     monkeypatch.setattr(sparql, "_pages", lambda *_: pytest.fail("asked again"))
-    assert triples.load(f"sparql:{endpoint}", None, True, tmp_path / "a")[0] == found
+    assert load(f"sparql:{endpoint}", tmp_path / "a", trust=True)[0] == found
     with pytest.raises(TaskError, match="gave no usable answer"):
         monkeypatch.undo()
-        triples.load(f"sparql:{endpoint} SELECT nonsense", None, True, tmp_path / "b")
+        load(f"sparql:{endpoint} SELECT nonsense", tmp_path / "b", trust=True)
 
 
 def test_an_endpoint_that_hangs_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,19 +203,19 @@ def test_an_endpoint_that_hangs_is_left(tmp_path: Path, monkeypatch: pytest.Monk
         server.listen()
         begun = time.monotonic()
         with pytest.raises(TaskError, match="does not answer"):
-            triples.load(f"sparql:http://127.0.0.1:{server.getsockname()[1]}/sparql", None, True, tmp_path)
+            load(f"sparql:http://127.0.0.1:{server.getsockname()[1]}/sparql", tmp_path, trust=True)
     assert time.monotonic() - begun < 5 and not list(tmp_path.rglob("*.jsonl"))
 
 
 def test_endpoints_need_trust_and_are_public(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TaskError, match="--trust"):
-        triples.load("https://example.org/sparql", None, False, tmp_path)
+        load("https://example.org/sparql", tmp_path)
     for address in ("127.0.0.1", "10.0.0.8", "169.254.169.254", "::1"):
         monkeypatch.setattr(socket, "getaddrinfo", lambda *a, found=address, **k: [(0, 0, 0, "", (found, 80))])
         with pytest.raises(TaskError, match="is a private address"):
-            triples.load("https://example.org/sparql", None, True, tmp_path)
+            load("https://example.org/sparql", tmp_path, trust=True)
     with pytest.raises(TaskError, match="no endpoint"):
-        triples.load("sparql:ftp://example.org", None, True, tmp_path)
+        load("sparql:ftp://example.org", tmp_path, trust=True)
 
 
 # --- the graph --------------------------------------------------------------------------------------------------------
@@ -246,7 +258,7 @@ class Words:
 def in_memory(graph: Graph) -> Any:
     from whet.graph import Opened
 
-    order = tuple(range(len(graph.nodes)))[:1000]
+    order = range(min(1000, len(graph.nodes)))
     return Opened(graph, order, Words()([graph.nodes[n][0] for n in order]), {})
 
 

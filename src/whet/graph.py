@@ -134,18 +134,9 @@ def build(graph: Graph, learnt: Mapping[str, float], folder: Path, embedder: Emb
         order = sorted(range(len(graph.nodes)), key=lambda n: n not in graph.described)[:MOST_EMBEDDED]
         texts = [": ".join([graph.nodes[n][0], *([graph.described[n]] if n in graph.described else [])]) for n in order]
         np.save(work / "names.npy", embedder(texts), allow_pickle=False)
-        body = {"embedder": PACKAGE, "relations": graph.relations, "order": order,
-                "inverses": list(graph.inverses.items()), "learnt": dict(learnt)}  # fmt: skip
-        body["check"] = _check(work, body)
+        body = {"relations": graph.relations, "inverses": [*graph.inverses.items()], "order": order,
+                "learnt": dict(learnt), "content": identity(graph, order, dict(learnt))}  # fmt: skip
         (work / "graph.json").write_text(json.dumps(body, ensure_ascii=False), encoding="utf-8")
-
-
-def _check(folder: Path, body: Mapping[str, Any]) -> str:
-    """A hash of all that stands in a graph's folder."""
-    digest = hashlib.sha256(json.dumps({k: v for k, v in body.items() if k != "check"}, sort_keys=True).encode())
-    for name in ("nodes.jsonl", "edges.npy", "names.npy"):
-        digest.update((folder / name).read_bytes())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +144,7 @@ class Opened:
     """A graph as `build` wrote it, with the vectors of the names in `order` and the learnt weights."""
 
     graph: Graph
-    order: tuple[int, ...]
+    order: Sequence[int]
     vectors: np.ndarray[Any, Any]
     learnt: Mapping[str, float]
 
@@ -164,13 +155,13 @@ def read(folder: Path) -> Opened:
 
     try:
         body = json.loads((folder / "graph.json").read_text(encoding="utf-8"))
-        if body["embedder"] != PACKAGE or body["check"] != _check(folder, body):
-            raise ValueError(f"what {body['embedder']} embedded, or files that were changed")
         lines = (folder / "nodes.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
         edges, vectors = (np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("edges", "names"))
         nodes = tuple(tuple(json.loads(line)) for line in lines)
         graph = Graph(nodes, tuple(body["relations"]), edges, dict(body["inverses"]))
-        return Opened(graph, tuple(body["order"]), vectors, body["learnt"])
+        if identity(graph, body["order"], body["learnt"]) != body["content"] or len(vectors) != len(body["order"]):
+            raise ValueError("files that were changed")
+        return Opened(graph, body["order"], vectors, body["learnt"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ArtifactError(f"the graph in {folder} cannot be read", expected=f"what whet wrote with {PACKAGE}",
                             found=str(error)[:120], do="build it again with `whet apply knowledge`"

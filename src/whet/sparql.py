@@ -86,18 +86,16 @@ def _rows(url: str, query: str) -> tuple[int, list[Triple]]:
     rdf = package("pyoxigraph")
     deadline, body = time.monotonic() + SECONDS, bytearray()
     head = {"Accept": "application/sparql-results+json", "User-Agent": "whet"}
+    time_limit = httpx.Timeout(SECONDS, connect=CONNECT)
     try:
-        with (
-            httpx.Client(timeout=httpx.Timeout(SECONDS, connect=CONNECT), follow_redirects=False) as client,
-            client.stream("POST", url, data={"query": query}, headers=head) as answer,
-        ):
+        with httpx.stream("POST", url, data={"query": query}, headers=head, timeout=time_limit) as answer:
             for chunk in answer.iter_bytes():
                 body += chunk
                 if time.monotonic() > deadline:
                     raise httpx.ReadTimeout("it does not end")
                 if len(body) > MOST_BYTES:
                     raise httpx.DecodingError(f"more than {MOST_BYTES >> 20} MiB")
-        if answer.status_code != 200:
+        if answer.status_code != 200:  # a redirect, too: it could lead to a private address
             raise httpx.DecodingError(f"status {answer.status_code}")
         rows = list(rdf.parse_query_results(bytes(body), format=rdf.QueryResultsFormat.JSON))
         return len(rows), [t for row in rows for t in term_triples(rdf, row["s"], row["p"], row["o"])]

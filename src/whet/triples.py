@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 from whet.errors import TaskError
 from whet.rows import decode, short
+from whet.task import Learnable, places
 
 Triple = tuple[str, str, str]  # ids: an IRI or blank node in angle brackets; anything else is its own name
 MOST_TRIPLES = 1_000_000
@@ -47,27 +48,22 @@ class Facts:
         return self.names.get(one) or (_local(one) if one[:1] == "<" else one,)
 
 
-def load(knowledge: Path | str | None, glossary: Path | str | None, trusted: bool, home: Path
-         ) -> tuple[Facts, list[str]]:  # fmt: skip
+def load(data: Learnable, home: Path) -> tuple[Facts, list[str]]:
     """All facts that a task has, and notes; raises TaskError naming file and line for what cannot be read."""
+    from whet.sparql import snapshot
+
     notes: list[str] = []
     found: list[Triple] = []
-    for source in (knowledge, glossary):
-        if isinstance(source, str):
-            for part in [source] if source.lower().startswith("sparql:") else source.split("\n"):
-                if not re.match(r"(sparql:|https?://)", part, re.IGNORECASE):
-                    raise TaskError("knowledge names several files", expected="a file, a folder or a SPARQL endpoint",
-                                    found=short(part), do="name their folder")  # fmt: skip
-                from whet.sparql import snapshot
-
-                found += snapshot(part, trusted, home, notes)
-        elif source is not None:
-            files = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
-            for file in files:
-                found += _file(file, glossary=source == glossary)
-                if len(found) > MOST_TRIPLES:
-                    raise TaskError(f"{file.name}: too many triples", expected=f"at most {MOST_TRIPLES}",
-                                    found="more", do="take the part that the task asks about")  # fmt: skip
+    for source in (data.knowledge, data.glossary):
+        for part in places(data.folder, source) if isinstance(source, str) else filter(None, (source,)):
+            if isinstance(part, str):
+                found += snapshot(part, data.trusted, home, notes)
+                continue
+            for file in sorted(p for p in part.rglob("*") if p.is_file()) if part.is_dir() else [part]:
+                found += _file(file, glossary=source is data.glossary)
+            if len(found) > MOST_TRIPLES:
+                raise TaskError(f"{part.name}: too many triples", expected=f"at most {MOST_TRIPLES}",
+                                found=str(len(found)), do="take the part that the task asks about")  # fmt: skip
     facts = gather(found)
     if not facts.triples:
         raise TaskError("no facts in the task's knowledge", expected="triples or terms", found="none", do="add some")

@@ -85,7 +85,7 @@ class Knowledge:
         """The System with the graph as one more source, or with its facts in the weights."""
         from whet import triples
 
-        facts, notes = triples.load(data.knowledge, data.glossary, data.trusted, run.home)
+        facts, notes = triples.load(data, run.home)
         graph = Graph.of(facts)
         run.notes.update(facts=len(facts.triples), left_out=notes)
         return self._taught(graph, system, data, run) if self.mode == "train" else self._shown(graph, system, data, run)
