@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from whet.documents import Passage
 from whet.embed import Embedder
@@ -20,6 +20,7 @@ from whet.triples import package
 if TYPE_CHECKING:
     import numpy as np
 
+T = TypeVar("T")
 Ways = dict[Way, tuple[int, ...]]  # and where each leads
 WORD = re.compile(r"[^\W_]+")
 # Words that name no relation; everything else in a question may.
@@ -32,7 +33,8 @@ MOST_CACHED = 50_000  # vectors of words and ways that are kept between question
 FRONTIER, BEAM = 20, 200  # nodes that a step goes on from; ways that the next step is tried on
 SHOWN, CHAINED = 5, 3  # ends of a way that are told; nodes on the way
 BACKWARDS = 0.05  # what a step against its relation costs
-RATE, MARGIN, EPOCHS, MOST_LEARNT = 0.0075, 0.025, 4, 2000  # of the perceptron
+RATE, MARGIN, EPOCHS, MOST_LEARNT, RIVALS = 0.0075, 0.025, 4, 2000, 40  # of the perceptron; wrong ways of a question
+BATCH = 64  # questions that are read at once
 
 
 @dataclass(frozen=True)
@@ -196,8 +198,9 @@ class Linker:
         lessons = []
         for mention, ways, right in self.answered(draw.sample(list(rows), min(len(rows), MOST_LEARNT)), hops):
             if len(right) < len(ways):
-                parts = {way: _features(mention, way) for way in ways}
-                lessons.append((right, {way: self.score(mention, way) for way in ways}, parts))
+                base = {way: self.score(mention, way) for way in ways}
+                near = sorted(base, key=lambda way: (way not in right, -base[way], way))[: len(right) + RIVALS]
+                lessons.append((right, {way: base[way] for way in near}, {w: _features(mention, w) for w in near}))
         weights: dict[str, float] = {}
         drift: dict[str, float] = {}  # of the average from the last weights
         seen = 1
@@ -218,13 +221,13 @@ class Linker:
     def answered(self, rows: Sequence[tuple[str, tuple[str, ...]]], hops: int
                  ) -> Iterator[tuple[Mention, Ways, set[Way]]]:  # fmt: skip
         """The longest name of each question, the ways from it, and those that lead to the answers, where there are."""
-        linked = [(found[0], answers) for question, answers in rows if (found := self.mentions(question))]
-        walked = self._ways([(m, m.nodes[0]) for m, _ in linked], hops)
-        for (mention, answers), ways in zip(linked, walked, strict=True):
-            wanted = {" ".join(words(a)) for a in answers}
-            right = {w for w, ends in ways.items() if {" ".join(words(self.graph.nodes[n][0])) for n in ends} == wanted}
-            if right:
-                yield mention, ways, right
+        for part in _parts([(found[0], answers) for said, answers in rows if (found := self.mentions(said))]):
+            walked = self._ways([(m, m.nodes[0]) for m, _ in part], hops)
+            for (mention, answers), ways in zip(part, walked, strict=True):
+                wanted = {" ".join(words(a)) for a in answers}
+                ends = {way: {" ".join(words(self.graph.nodes[n][0])) for n in there} for way, there in ways.items()}
+                if right := {way for way, there in ends.items() if there == wanted}:
+                    yield mention, ways, right
 
     def needed(self, rows: Sequence[tuple[str, tuple[str, ...]]], most: int) -> int:
         """The hops that most answered questions need, the shortest ways taken; 0 where none is answered."""
@@ -236,7 +239,7 @@ class Linker:
     def facts(self, questions: Sequence[str], hops: int, k: int) -> list[list[Found]]:
         """The k facts to show for each question: what its best way leads to, the way there, then the next best."""
         made = []
-        for some in self.candidates(questions, hops):
+        for some in (c for part in _parts(questions) for c in self.candidates(part, hops)):
             told: dict[str, Found] = {}
             for number, one in enumerate(some[:k]):
                 for node, way, ends in ((one.node, one.way, one.ends), *(self._chain(one) if number == 0 else ())):
@@ -252,6 +255,11 @@ class Linker:
             after = {n: ends for n in here[:CHAINED] if (ends := self.steps(n).get(step))}
             yield from ((n, (step,), ends) for n, ends in after.items())
             here = [*dict.fromkeys(end for ends in after.values() for end in ends)]
+
+
+def _parts(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    """Items by the batch: ways of many questions at once would fill the memory."""
+    return (items[at : at + BATCH] for at in range(0, len(items), BATCH))
 
 
 def _features(mention: Mention, way: Way) -> list[str]:

@@ -21,7 +21,7 @@ FRAMES = ("{}?", "Tell me {}.", "Please name {}.", "I would like to know {}.", "
           "Answer in a word or two: {}?", "Somebody asks for {}.", "Remind me of {}.", "I forgot {}.",
           "What do the records give for {}?")  # fmt: skip
 HELD = 4  # of these are never trained on, so that unseen phrasings can be measured
-FEW = 3  # subjects that share an object at most, where the question is asked backwards
+FEW, MOST_ANSWERS = 3, 20  # subjects that share an object, where a question is asked backwards; answers of a fact
 MOST_FACTS = 20_000
 HOPS, MOST_HOPS = 2, 3  # where train does not tell, and at most
 
@@ -160,8 +160,8 @@ def facts_of(graph: Graph) -> list[Asked]:
     for (node, way), ends in groups.items():
         [step] = way
         back = step < 0
-        if len(ends) <= FEW:
+        if not back or len(ends) <= FEW:
             phrase = asked(graph.nodes[node][0], graph.relations[~step if back else step], back)
-            answers = tuple(graph.nodes[n][0] for n in ends)
-            made.append(Asked(phrase, answers, graph.sentence(node, way, ends)))
+            answers = tuple(graph.nodes[n][0] for n in ends[:MOST_ANSWERS])
+            made.append(Asked(phrase, answers, graph.sentence(node, way, ends[:MOST_ANSWERS])))
     return made
