@@ -343,6 +343,21 @@ def test_facts_are_shown_kept_and_found_again(data: Learnable, home: Path, tmp_p
 
 
 @needs_embedder
+def test_documents_and_facts_stand_side_by_side(data: Learnable, home: Path, tmp_path: Path) -> None:
+    from whet.methods.rag import Rag
+
+    (tmp_path / "documents.jsonl").write_text(json.dumps({"id": "d", "text": "The Luma lamp flickers."}))
+    run, base = Run(Store(home)), System(resolve("fake:hash"), "Answer.", home=home)
+    data = replace(data, documents=tmp_path / "documents.jsonl")
+    made = Knowledge(k=1).apply(Rag(k=1).apply(base, data, run), data, run)
+    question = ["Which colour is the Luma lamp?"]
+    told = [text for _, text in made.passages(question)[0]]
+    assert told == ["The Luma lamp flickers.", "The colour of Luma lamp is cream."]
+    again = system.load(made.save(tmp_path / "system"), home)
+    assert again.fingerprint == made.fingerprint and again.passages(question) == made.passages(question)
+
+
+@needs_embedder
 def test_demonstrations_are_shown_with_their_facts(data: Learnable, home: Path) -> None:
     made = Knowledge(k=1).apply(System(resolve("fake:hash"), "Answer.", home=home), data, Run(Store(home)))
     made = replace(made, demonstrations=Demonstrations((("Which colour is the Orla kettle?", "moss green"),), 1))
@@ -435,6 +450,10 @@ def test_facts_are_taught_within_the_budget_and_an_edit_as_an_update(tiny: Syste
     made = method.apply(tiny, data, run)
     assert made.model != tiny.model and not made.sources and 0 < run.spent.trained_tokens < 6000
     assert run.notes["taught"] == run.notes["new"] > 10 and not set(run.notes["seen"]) & set(run.notes["held"])
+    again = Run(Store(home), trained_tokens=3000)
+    assert method.apply(tiny, data, again).fingerprint == made.fingerprint and again.spent == run.spent
+    made.save(home / "system")
+    assert system.load(home / "system", home).card["facts"] == made.card["facts"]
     with pytest.raises(MethodError, match="nothing new to teach"):
         method.apply(made, data, run)
     assert isinstance(data.knowledge, Path)
