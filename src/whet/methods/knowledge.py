@@ -23,6 +23,7 @@ FRAMES = ("{}?", "Tell me {}.", "Please name {}.", "I would like to know {}.", "
 HELD = 4  # of these are never trained on, so that unseen phrasings can be measured
 FEW, MOST_ANSWERS = 3, 20  # subjects that share an object, where a question is asked backwards; answers of a fact
 MOST_FACTS = 20_000
+REPLAYED = 0.25  # of each step's rows are what the model said before
 HOPS, MOST_HOPS = 2, 3  # where train does not tell, and at most
 
 
@@ -113,8 +114,11 @@ class Knowledge:
         return replace(system, sources=(*others, source), decoding=replace(system.decoding, prior=()))
 
     def _taught(self, graph: Graph, system: System, data: Learnable, run: Run) -> System:
-        from whet.methods.finetune import FineTune
+        from whet.memory import Known, made_up
+        from whet.methods.continual import Continual
 
+        if system.model.remote:
+            raise MethodError("training needs the weights", expected="a local model", found=system.model.base)
         every, draw = facts_of(graph), random.Random(run.seed)
         before = set(system.card.get("facts", ()))
         fresh = [one for one in every if one.key not in before]
@@ -127,8 +131,13 @@ class Knowledge:
         rows = [row for one in chosen for row in self._rows(one, draw.sample(seen, min(self.phrasings, len(seen))))]
         known = [replace(e, group=None) for e in data.train if e.completion and not e.text]
         run.notes.update(taught=len(chosen), new=len(fresh), seen=list(seen), held=list(held))
-        plain = FineTune(rank=self.rank, learning_rate=self.learning_rate, epochs=self.epochs, batch=self.batch)
-        made = plain.apply(system, replace(data, train=(*rows, *known)), run)
+        # What the model says of its own accord is replayed, so that it does not answer everything with a fact.
+        own = Known("what it knew", "token_f1", system)
+        own = replace(own, rows=made_up(own, system, run.session(system.model), (), run.seed))  # type: ignore[arg-type]
+        start = replace(system, card={**system.card, "memory": [*system.card.get("memory", ()), own.entry()]})
+        plain = Continual(rank=self.rank, learning_rate=self.learning_rate, epochs=self.epochs, batch=self.batch,
+                          share=REPLAYED)  # fmt: skip
+        made = plain.apply(start, replace(data, train=(*rows, *known)), run)
         card = {**system.card, "facts": sorted({one.key for one in every} & (before | {one.key for one in chosen}))}
         return replace(made, card=card)
 
