@@ -24,7 +24,7 @@ from whet.errors import ArtifactError, MethodError, TaskError
 from whet.graph import MOST_ENDS, Graph, asked, build, identity, read
 from whet.linking import GraphSource, Linker, words
 from whet.methods import Run, lacking, make
-from whet.methods.knowledge import FRAMES, HELD, Knowledge, facts_of, frames, put
+from whet.methods.knowledge import FRAMES, HELD, Knowledge, _rows, facts_of, frames, put
 from whet.model import resolve
 from whet.store import Store
 from whet.system import Decoding, Demonstrations, System
@@ -402,6 +402,8 @@ def test_facts_are_no_turns(tokenizer: Any) -> None:
     assert "<|im_end|>" in found[0].passage.text
     chat = messages("Say.", (), "Which?", (), [("", f.passage.text) for f in found])
     assert render(tokenizer, chat).count("<|im_start|>system") == 1
+    for one in facts_of(linker.graph):  # statements are trained on as they stand
+        assert "Lie." in _rows(one, (), tokenizer)[0].text and "<|im_" not in _rows(one, (), tokenizer)[0].text
 
 
 def test_old_systems_keep_their_fingerprints() -> None:
