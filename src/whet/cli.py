@@ -187,8 +187,7 @@ def evaluate(
     from whet import scorecard
     from whet.methods import Run
     from whet.methods.reward import metric_of
-    from whet.search.out import write_text
-    from whet.store import Store
+    from whet.store import Store, write_text
     from whet.task import load
 
     loaded = load(task, trust=trust)

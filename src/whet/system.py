@@ -19,13 +19,14 @@ from whet.engine import Progress, Prompt, Sampling, Session, open_session
 from whet.errors import ArtifactError, StoreError
 from whet.model import ModelRef, Transform, hash_files, local_folder, resolve
 from whet.prompt import messages, shorten
-from whet.retrieval import Source
+from whet.retrieval import Found, Source
 from whet.task import Example
 
 if TYPE_CHECKING:
     from whet.embed import Embedder
 
 Pair = tuple[str, str]  # (question, answer)
+Shown = Sequence[Sequence[Found]]  # the passages that each question is shown
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,15 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer; `scores` are the (calibrated) scores of the closed set, `truncated` says the prompt was shortened."""
+    """One answer; `scores` are the (calibrated) scores of the closed set, `truncated` says the prompt was shortened.
+
+    `passages` are those it was shown; which of them it stands in, `reading.cited` says.
+    """
 
     text: str
     scores: tuple[float, ...] = ()
     truncated: bool = False
+    passages: tuple[Found, ...] = ()
 
 
 def _greatest(choices: Sequence[str], scores: tuple[float, ...], truncated: bool) -> Answer:
@@ -117,9 +122,14 @@ class System:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the settings; equal for equal Systems wherever they lie."""
-        text = json.dumps(self.settings, sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()
+        """sha256 of the settings; equal for equal Systems wherever they lie, whatever documents they look into."""
+        body = self.settings | ({"sources": [s.fingerprint for s in self.sources]} if self.sources else {})
+        return hashlib.sha256(json.dumps(body, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+    @property
+    def state(self) -> str:
+        """The fingerprint with the versions of what it looks into: what a score or a training depends on."""
+        return "/".join([self.fingerprint, *(s.version for s in self.sources)])
 
     @cached_property
     def session(self) -> Session:
@@ -135,25 +145,27 @@ class System:
 
         return Embedder(self.home)
 
-    def prompts(self, examples: Sequence[Example], *, blind: bool = False) -> list[Prompt]:
+    def prompts(
+        self, examples: Sequence[Example], *, blind: bool = False, found: Shown | None = None
+    ) -> list[Prompt]:
         """What the model is sent for each example; with `blind`, none is shown its own answer as a demonstration.
 
-        Plain text rows are raw text, outside any template.
+        `found` are the passages to show; without, they are looked up. Plain text rows are raw text, outside any
+        template.
         """
         shown = self.demonstrations.choose([e.prompt for e in examples], self.embedder, blind=blind)
-        read = self.passages([e.prompt for e in examples])
+        read = self.found([e.prompt for e in examples]) if found is None else found
+        pairs = [[(f.passage.title, f.passage.text) for f in here] for here in read]
         return [
             "" if e.text is not None else messages(self.instruction, demos, e.prompt, e.history, here)
-            for e, demos, here in zip(examples, shown, read, strict=True)
+            for e, demos, here in zip(examples, shown, pairs, strict=True)
         ]
 
-    def passages(self, questions: Sequence[str]) -> list[tuple[Pair, ...]]:
-        """(title, text) of the passages that each question is shown, out of all sources, best first."""
-        made: list[tuple[Pair, ...]] = [()] * len(questions)
+    def found(self, questions: Sequence[str], k: int | None = None) -> list[list[Found]]:
+        """The passages that each question is shown, out of all sources, best first; `k` of each source, if given."""
+        made: list[list[Found]] = [[] for _ in questions]
         for source in self.sources:
-            found = source.find(questions, self.home)
-            made = [(*m, *((f.passage.title, f.passage.text) for f in some))
-                    for m, some in zip(made, found, strict=True)]  # fmt: skip
+            made = [[*m, *some] for m, some in zip(made, source.find(questions, self.home, k), strict=True)]
         return made
 
     def ranked(self, examples: Sequence[Example], most: int) -> list[str]:
@@ -164,10 +176,11 @@ class System:
         return ["\n".join([*dict.fromkeys(f.passage.document for f in found)][:most]) for found in rows]
 
     def fitting(
-        self, examples: Sequence[Example], session: Session, room: Sequence[int], *, blind: bool = False
-    ) -> tuple[list[Prompt], list[bool]]:
+        self, examples: Sequence[Example], session: Session, room: Sequence[int], *, blind: bool = False,
+        found: Shown | None = None,
+    ) -> tuple[list[Prompt], list[bool]]:  # fmt: skip
         """Prompts that leave `room` tokens of the context window each, and which of them had to be shortened."""
-        prompts = self.prompts(examples, blind=blind)
+        prompts = self.prompts(examples, blind=blind, found=found)
         cut = [False] * len(prompts)
         for n, size in enumerate(session.count(prompts)):
             excess = size + room[n] - session.context
@@ -184,14 +197,21 @@ class System:
         return [a.text for a in self.answers(prompt, session)]
 
     def answers(
-        self, prompts: Iterable[str | Example], session: Session | None = None, progress: Progress | None = None
-    ) -> list[Answer]:
-        """Answer prompts with scores: over the closed set where there is one, else by generation."""
+        self, prompts: Iterable[str | Example], session: Session | None = None, progress: Progress | None = None,
+        found: Shown | None = None,
+    ) -> list[Answer]:  # fmt: skip
+        """Answer prompts with scores: over the closed set where there is one, else by generation.
+
+        `found` are the passages that each is shown; without, they are looked up.
+        """
         examples = [Example(str(n), p) if isinstance(p, str) else p for n, p in enumerate(prompts)]
         session = session or self.session
+        found = self.found([e.prompt for e in examples]) if found is None else found
         if self.decoding.closed and all(e.choices or self.decoding.labels for e in examples):
-            return self._choose(examples, session, progress)
-        return self._generate(examples, session, progress)
+            made = self._choose(examples, session, progress, found)
+        else:
+            made = self._generate(examples, session, progress, found)
+        return [replace(a, passages=tuple(f)) if f else a for a, f in zip(made, found, strict=True)]
 
     def label_scores(
         self, examples: Sequence[Example], session: Session, progress: Progress | None = None
@@ -203,17 +223,19 @@ class System:
         return [tuple(s.logprob if whole else s.mean for s in row) for row in scored], cut
 
     def _closed(
-        self, examples: Sequence[Example], session: Session
+        self, examples: Sequence[Example], session: Session, found: Shown | None = None
     ) -> tuple[list[tuple[str, ...]], list[Prompt], list[bool]]:
         """Each example's closed set, its prompt with room for the longest of the set, and who was shortened."""
         sets = [e.choices or self.decoding.labels for e in examples]
         # A label is at most as many tokens as its bytes; one more ends the turn.
         room = [max(len(c.encode()) for c in choices) + 2 for choices in sets]
-        prompts, cut = self.fitting(examples, session, room)
+        prompts, cut = self.fitting(examples, session, room, found=found)
         return sets, prompts, cut
 
-    def _choose(self, examples: Sequence[Example], session: Session, progress: Progress | None) -> list[Answer]:
-        sets, prompts, cut = self._closed(examples, session)
+    def _choose(
+        self, examples: Sequence[Example], session: Session, progress: Progress | None, found: Shown
+    ) -> list[Answer]:
+        sets, prompts, cut = self._closed(examples, session, found)
         # A row's own choices have no prior: calibration is of the task's labels.
         offsets = self.decoding.prior if not any(e.choices for e in examples) else ()
         whole = self.decoding.normalise == "sum"
@@ -226,9 +248,11 @@ class System:
         calibrated = tuple(s - p for s, p in zip(scores, prior, strict=True))
         return _greatest(self.decoding.labels, calibrated, truncated)
 
-    def _generate(self, examples: Sequence[Example], session: Session, progress: Progress | None) -> list[Answer]:
+    def _generate(
+        self, examples: Sequence[Example], session: Session, progress: Progress | None, found: Shown
+    ) -> list[Answer]:
         decoding = self.decoding
-        prompts, cut = self.fitting(examples, session, [decoding.max_tokens] * len(examples))
+        prompts, cut = self.fitting(examples, session, [decoding.max_tokens] * len(examples), found=found)
         sampling = Sampling(decoding.max_tokens, decoding.temperature, stop=decoding.stop)
         made = session.generate(prompts, sampling, progress)
         return [Answer(g[0].text.strip(), (), short) for g, short in zip(made, cut, strict=True)]
@@ -332,10 +356,19 @@ def revive(
             Decoding(**{**decoding, "labels": labels, "stop": tuple(decoding["stop"]), "prior": ()}),
             prior=_finite(decoding["prior"], len(labels)),
         ),
-        tuple(Source(**one, folder=folders.get(one["fingerprint"])) for one in settings.get("sources", ())),
+        tuple(_source(one, folders) for one in settings.get("sources", ())),
         card,
         home,
     )
+
+
+def _source(settings: dict[str, Any], folders: dict[str, Path]) -> Source:
+    """A source from its settings; its folder is found by its fingerprint."""
+    body = {k: v for k, v in settings.items() if k != "kind"}
+    if settings["kind"] != Source.kind:
+        raise ValueError(f"a source of kind {settings['kind']!r}")
+    made = Source(**body)
+    return replace(made, folder=folders.get(made.fingerprint))
 
 
 def load(folder: str | Path, home: Path | None = None, *, trust: bool = False) -> System:
@@ -353,7 +386,7 @@ def load(folder: str | Path, home: Path | None = None, *, trust: bool = False) -
     try:
         body = json.loads(file.read_text(encoding="utf-8"))
         named = {"transforms": [f for _, f in body["model"]["transforms"]],
-                 "sources": [s["fingerprint"] for s in body.get("sources", ())]}  # fmt: skip
+                 "sources": [_source(s, {}).fingerprint for s in body.get("sources", ())]}  # fmt: skip
         if not all(isinstance(f, str) and f.isalnum() for prints in named.values() for f in prints):
             raise ValueError("a transform or source is named by its hash")
         folders = {f: path / kind / f for kind, prints in named.items() for f in prints}

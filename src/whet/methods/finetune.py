@@ -32,7 +32,9 @@ class FineTune:
     Defaults: LoRA of rank 16 and alpha 2·rank (as in the LoRA literature), learning rate 1e-3 and 32 rows a step
     (measured in LOG.md; full training wants a tenth of that). `epochs` is what is wanted; the budget may allow less,
     and a short training takes smaller steps, so that there are enough of them. `clean` leaves out rows whose label is
-    probably wrong. `bits` of the frozen base: 8 or 4 save memory in training (QLoRA); the System keeps the whole base.
+    probably wrong. A System with documents is trained to read them (RAFT): from a share `absent` of the rows the
+    passage that holds the answer is taken out. `bits` of the frozen base: 8 or 4 save memory in training (QLoRA); the
+    System keeps the whole base.
     """
 
     name: ClassVar[str] = "finetune"
@@ -48,6 +50,7 @@ class FineTune:
     batch: int = 32
     recompute: bool = False
     clean: bool = False
+    absent: float = 0.1
     bits: int = 16
 
     def __post_init__(self) -> None:
@@ -55,6 +58,8 @@ class FineTune:
             raise ValueError("rank, batch, learning_rate and epochs are positive")
         if self.adapter not in ("lora", "rslora", "dora", "full"):
             raise ValueError(f"adapter is {self.adapter!r}; one of lora, rslora, dora, full")
+        if not 0 <= self.absent < 1:
+            raise ValueError(f"absent is {self.absent}; from 0 to below 1")
         if self.bits not in (4, 8, 16) or (self.bits < 16 and self.adapter == "full"):
             raise ValueError(f"bits is {self.bits}; 4, 8 or 16, and 16 for full training")
 
@@ -75,7 +80,7 @@ class FineTune:
         from whet.train.adapters import Adapter
         from whet.train.lesson import key, teach
 
-        name = key(asdict(self), system.fingerprint, rows_hash(data.train), run.seed, run.fidelity, run.trained_tokens,
+        name = key(asdict(self), system.state, rows_hash(data.train), run.seed, run.fidelity, run.trained_tokens,
                    run.previous)  # fmt: skip
         adapter = Adapter(self.adapter, self.rank, 2 * self.rank, bits=self.bits)
         taught = teach(system, run, name, adapter, lambda live: self._lesson(system, data, run, live))
@@ -117,7 +122,7 @@ class FineTune:
             batch = max(min(LEAST_BATCH, batch), min(batch, round(wanted / LEAST_STEPS)))
             wanted = min(wanted, run.trained_tokens / tokens_per_row(some, batch, run.seed))  # smaller steps share less
         fit, held = data.validation(seed=run.seed, most=max(24, min(128, round(CHECKED * wanted))))
-        rows, cut = render_rows(system, fit, live)
+        rows, cut = render_rows(system, fit, live, (self.absent, run.seed))
         checks, _ = render_rows(system, held, live)
         count = max(1, round(run.fidelity * min(wanted, self.epochs * len(rows)) / batch))
         validations = 4 if count >= MANY_STEPS else 2

@@ -17,7 +17,8 @@ class Rag:
     """The k best passages by BM25 and sentence embeddings, fused by reciprocal ranks, in front of each question.
 
     `chunk` is the words of a passage at most. `mix`: both, words (BM25) or meaning (embeddings). Passages whose cosine
-    similarity lies below `threshold` are left out. Defaults: three passages, what a small model can still read.
+    similarity lies below `threshold` are left out. `reranker` names a cross-encoder (a folder or Hub id) that reads the
+    best twenty again. Defaults: three passages, what a small model can still read.
     """
 
     name: ClassVar[str] = "rag"
@@ -30,6 +31,7 @@ class Rag:
     chunk: int = 200
     mix: str = "both"
     threshold: float = 0.0
+    reranker: str = ""
 
     def __post_init__(self) -> None:
         if self.k < 1 or not 20 <= self.chunk <= 1000 or not 0 <= self.threshold < 1:
@@ -50,15 +52,14 @@ class Rag:
 
         if data.documents is None:
             raise MethodError("rag needs documents", expected="documents in task.yaml", found="none")
-        texts, notes = documents.load(data.documents)
-        overlap = min(documents.OVERLAP, self.chunk // 4)
-        pieces = [p for text in texts for p in documents.passages(text, self.chunk, overlap)]
+        texts, notes = documents.load(data.documents, data.folder, data.trusted)
+        pieces = [p for text in texts for p in documents.passages(text, self.chunk)]
         name = identity(pieces)
         folder = run.store.artifact(name)
-        if not (folder / "index.json").exists():
+        if not (folder / "current").exists():
             if run.tell is not None:
                 run.tell(f"indexing {len(pieces)} passages", 0, 1)
             build(pieces, folder, Embedder(run.home))
         run.notes.update(documents=len(texts), passages=len(pieces), left_out=list(notes))
-        source = Source(name, self.k, self.mix, self.threshold, folder)
+        source = Source(self.k, self.mix, self.threshold, self.chunk, self.reranker, name, folder)
         return replace(system, sources=(source,), decoding=replace(system.decoding, prior=()))
