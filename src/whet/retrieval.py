@@ -372,7 +372,7 @@ class Source:
         """The passages that each question is shown, best first; ArtifactError where the index is not at hand."""
         index = opened(self._place(), self.version, home)
         found = index.search(questions, k or self.k, self.mix, self.reranker)
-        return [[f for f in some if f.similarity >= self.threshold] for some in found]
+        return [[f for f in some if f.similarity >= self.threshold or not self.threshold] for some in found]
 
     def change(self, home: Path, put: Iterable[Document] = (), drop: Iterable[str] = ()) -> tuple[str, int]:
         """Put documents in and drop others, for the next question to see; as `retrieval.change`."""
