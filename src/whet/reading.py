@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from whet.engine import Session
 from whet.metrics import Metric, references, score_all, squad
@@ -39,6 +39,13 @@ def holds(found: Found, example: Example) -> bool:
 def cited(answer: str, shown: Sequence[Found]) -> tuple[Found, ...]:
     """The passages that an answer stands in, in the order they were shown."""
     return tuple(f for f in shown if says(f.passage.text, answer))
+
+
+def citations(answer: str, shown: Sequence[Found]) -> list[dict[str, Any]]:
+    """The passages that an answer was given with, as plain data: where each comes from, and whether it stands there."""
+    held = cited(answer, shown)
+    return [{"document": f.passage.document, "title": f.passage.title, "where": f.passage.where,
+             "start": f.passage.start, "cited": f in held} for f in shown]  # fmt: skip
 
 
 def taught(
