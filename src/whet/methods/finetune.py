@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from whet.engine import Spent
 from whet.errors import MethodError
 from whet.methods import Need, Run
 from whet.system import System
@@ -15,12 +16,14 @@ from whet.task import Example, Learnable
 if TYPE_CHECKING:
     from whet.engine.prefix import Row
     from whet.engine.torch import TorchSession
+    from whet.suspects import Suspect
     from whet.train.lesson import Lesson
     from whet.train.loop import Curves
 
 LEAST_STEPS = 64  # where the budget allows fewer steps of `batch` rows, a step takes fewer rows
 LEAST_BATCH = 8
 MANY_STEPS = 24  # from here on there are four validations, else two
+CROSS_EPOCHS = 2.0  # of the trainings that suspects are told by: longer ones learn wrong labels by heart
 SAMPLED = 256  # rows looked at to tell how many tokens a row costs
 CHECKED = 0.06  # rows to validate on as a share of the rows trained on: looking must not cost more than learning
 
@@ -83,34 +86,46 @@ class FineTune:
         name = key(asdict(self), system.state, rows_hash(data.train), run.seed, run.fidelity, run.trained_tokens,
                    run.previous)  # fmt: skip
         adapter = Adapter(self.adapter, self.rank, 2 * self.rank, bits=self.bits)
-        taught = teach(system, run, name, adapter, lambda live: self._lesson(system, data, run, live))
+        finished = (run.store.artifact(name) / "done.json").exists()
+        wrong = self.suspects(system, data, run) if self.clean and not finished else ()
+        taught = teach(system, run, name, adapter, lambda live: self._lesson(system, data, run, live, wrong))
         return replace(taught, decoding=replace(system.decoding, prior=(), normalise="sum"))
 
-    def _prepared(self, data: Learnable, run: Run) -> tuple[list[Example], dict[str, Any]]:
-        """Rows that can be trained on, each once, without suspects where that is wanted; and what was left out."""
-        having = [e for e in data.train if e.completion or e.text]
-        usable = list({(e.prompt, e.completion, e.text, e.history): e for e in having}.values())
-        notes: dict[str, Any] = {"duplicates": len(having) - len(usable)}
-        if self.clean:
-            if not data.labels:
-                raise MethodError("clean needs a closed set", expected="labels in task.yaml", found="none")
-            from whet import suspects
-            from whet.embed import Embedder
+    def suspects(self, system: System, data: Learnable, run: Run) -> tuple[Suspect, ...]:
+        """Rows whose label is probably wrong, by classifiers and by the model, each trained on the other rows."""
+        from whet import suspects
+        from whet.embed import Embedder
 
-            named = suspects.find([e for e in usable if e.text is None], Embedder(run.home), run.seed)
-            wrong = {s.id for s in named}
-            usable = [e for e in usable if e.id not in wrong]
-            notes["suspects"] = [asdict(s) for s in named]
-        return usable, notes
+        if not data.labels:
+            raise MethodError("clean needs a closed set", expected="labels in task.yaml", found="none")
+        rows, _ = _each_once([e for e in data.train if e.completion and e.text is None])
 
-    def _lesson(self, system: System, data: Learnable, run: Run, live: TorchSession) -> Lesson:
+        def judge(fit: Sequence[Example], held: Sequence[Example]) -> list[tuple[float, ...]]:
+            """Log-probabilities of the labels of `held`, by the model trained on `fit`."""
+            most = None if run.trained_tokens is None else run.trained_tokens // 4
+            within = replace(run, trained_tokens=most, spent=Spent(), notes={}, previous=None)
+            method = replace(self, clean=False, epochs=min(self.epochs, CROSS_EPOCHS))
+            taught = method.apply(system, replace(data, train=tuple(fit)), within)
+            scores, _ = taught.label_scores(held, run.session(taught.model), run.progress("looking for suspects"))
+            run.sessions.pop(taught.model)
+            run.spent += within.spent
+            return scores
+
+        return suspects.find(rows, Embedder(run.home), run.seed, judge, data.labels)
+
+    def _lesson(
+        self, system: System, data: Learnable, run: Run, live: TorchSession, wrong: Sequence[Suspect] = ()
+    ) -> Lesson:
         from whet.train.batches import steps, tokens_per_row
         from whet.train.fit import twice_the_data, verdict
         from whet.train.lesson import Lesson, mean_loss, render_rows
         from whet.train.loop import Schedule, Settings
         from whet.train.losses import NextToken
 
-        usable, found = self._prepared(data, run)
+        usable, repeated = _each_once([e for e in data.train if e.completion or e.text])
+        named = {s.id for s in wrong}
+        usable = [e for e in usable if e.id not in named]
+        found = {"duplicates": repeated, **({"suspects": [asdict(s) for s in wrong]} if self.clean else {})}
         data = replace(data, train=tuple(usable))
         if not usable:
             raise MethodError("nothing to train on", expected="train rows with completions or text", found="none")
@@ -142,6 +157,12 @@ class FineTune:
             {"rows": len(rows), "batch": batch, "shortened": cut, **found, "row_tokens": _lengths(rows)},
             after,
         )
+
+
+def _each_once(rows: Sequence[Example]) -> tuple[list[Example], int]:
+    """Rows without their repetitions, and how many those were."""
+    usable = list({(e.prompt, e.completion, e.text, e.history): e for e in rows}.values())
+    return usable, len(rows) - len(usable)
 
 
 def _lengths(rows: Sequence[Row]) -> dict[str, int]:
