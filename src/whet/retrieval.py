@@ -49,8 +49,8 @@ class Found:
 
 
 def identity(pieces: Sequence[Passage]) -> str:
-    """What a generation is named by: its passages and the model that embeds them."""
-    body = json.dumps([PACKAGE, [asdict(p) for p in pieces]], sort_keys=True)
+    """What a generation is named by: its passages, and how words and meanings are told from them."""
+    body = json.dumps([PACKAGE, "snowball", [asdict(p) for p in pieces]], sort_keys=True)
     return hashlib.sha256(body.encode()).hexdigest()
 
 
@@ -78,9 +78,8 @@ def build(pieces: Sequence[Passage], folder: Path, embedder: Embedder, before: I
             vectors = vectors.astype(np.float16)
         np.save(work / "dense.npy", vectors, allow_pickle=False)
         if pieces:
-            words = package("bm25s")
-            ranker = words.BM25(method="lucene")
-            ranker.index(words.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
+            ranker = package("bm25s").BM25(method="lucene")
+            ranker.index(_stems(texts), show_progress=False)
             ranker.save(str(work / "words"))
         lines = [json.dumps(asdict(p), ensure_ascii=False).encode() + b"\n" for p in pieces]
         (work / "passages.jsonl").write_bytes(b"".join(lines))
@@ -103,6 +102,12 @@ def _vectors(texts: Sequence[str], embedder: Embedder, before: Index | None) -> 
     for n, text in enumerate(texts):
         result[n] = before.dense[old[text]] if before and text in old else made[at[text]]
     return result
+
+
+def _stems(texts: Sequence[str]) -> Any:
+    """The words of texts as BM25 counts them: without English stop words, as Snowball's stems."""
+    return package("bm25s").tokenize(list(texts), stopwords="en", stemmer=package("Stemmer").Stemmer("english"),
+                                     show_progress=False)  # fmt: skip
 
 
 def _into_lists(vectors: Vectors, file: Path) -> None:
@@ -260,21 +265,39 @@ class Index:
     def search(self, questions: Sequence[str], k: int, mix: str = "both", reranker: str = "") -> list[list[Found]]:
         """The k best passages for each question, best first; equal ones in the order of the documents."""
         made: list[list[Found]] = []
-        if not self.size:
-            return [[] for _ in questions]
         wanted = max(k, RERANKED) if reranker else k
+        for question, asked, rankings in self._ranked(questions, wanted, mix):
+            best = fused(rankings)[:wanted]
+            near = self.dense[best] @ asked
+            found = [Found(self[p], float(s)) for p, s in zip(best, near, strict=True)]
+            made.append(reranked(question, found, reranker)[:k] if reranker else found)
+        return made
+
+    def rank(self, questions: Sequence[str], most: int, mix: str = "both") -> list[list[str]]:
+        """The ids of the best documents for each question, best first.
+
+        What is fused are documents, by the best of their passages in each ranking, whichever that is.
+        """
+        made = []
+        for _, _, rankings in self._ranked(questions, most, mix):
+            documents = [list(dict.fromkeys(self[int(p)].document for p in one if p >= 0)) for one in rankings]
+            names = list(dict.fromkeys(name for one in documents for name in one))
+            number = {name: n for n, name in enumerate(names)}
+            made.append([names[n] for n in fused([[number[d] for d in one] for one in documents])[:most]])
+        return made
+
+    def _ranked(
+        self, questions: Sequence[str], wanted: int, mix: str
+    ) -> Iterator[tuple[str, Vectors, list[Sequence[int]]]]:
+        """Each question with its vector and its rankings of passages, by meaning and by words."""
         depth = min(max(DEPTH, wanted), self.size)
         for at in range(0, len(questions), BATCH):
             some = list(questions[at : at + BATCH])
             asked = self.embedder(some)
-            rankings = [self._by_meaning(asked, depth)] if mix != "words" else []
-            rankings += [self._by_words(some, depth)] if mix != "meaning" else []
+            rankings = [self._by_meaning(asked, depth)] if mix != "words" and self.size else []
+            rankings += [self._by_words(some, depth)] if mix != "meaning" and self.size else []
             for n, question in enumerate(some):
-                best = fused([ranking[n] for ranking in rankings])[:wanted]
-                near = self.dense[best] @ asked[n]
-                found = [Found(self[p], float(s)) for p, s in zip(best, near, strict=True)]
-                made.append(reranked(question, found, reranker)[:k] if reranker else found)
-        return made
+                yield question, asked[n], [one[n] for one in rankings]
 
     def _by_meaning(self, asked: Vectors, depth: int) -> Vectors:
         """Passages by cosine similarity [questions, depth]; -1 where the lists gave fewer."""
@@ -288,8 +311,7 @@ class Index:
         """Passages by BM25 [questions, depth]; -1 where no word of the question occurs."""
         import numpy as np
 
-        tokens = package("bm25s").tokenize(questions, stopwords="en", show_progress=False)
-        best, scores = self._words.retrieve(tokens, k=depth, show_progress=False, n_threads=0)
+        best, scores = self._words.retrieve(_stems(questions), k=depth, show_progress=False, n_threads=0)
         return np.where(scores > 0, best, -1)
 
 
@@ -373,6 +395,13 @@ class Source:
         index = opened(self._place(), self.version, home)
         found = index.search(questions, k or self.k, self.mix, self.reranker)
         return [[f for f in some if f.similarity >= self.threshold or not self.threshold] for some in found]
+
+    def rank(self, questions: Sequence[str], home: Path, most: int) -> list[list[str]]:
+        """The ids of the best documents for each question, best first."""
+        if self.reranker:
+            found = self.find(questions, home, 3 * most)
+            return [list(dict.fromkeys(f.passage.document for f in some))[:most] for some in found]
+        return opened(self._place(), self.version, home).rank(questions, most, self.mix)
 
     def change(self, home: Path, put: Iterable[Document] = (), drop: Iterable[str] = ()) -> tuple[str, int]:
         """Put documents in and drop others, for the next question to see; as `retrieval.change`."""

@@ -172,8 +172,7 @@ class System:
         """The ids of the documents found for each example, best first, one a line; empty without a source."""
         if not self.sources:
             return [""] * len(examples)
-        rows = self.sources[0].find([e.prompt for e in examples], self.home, 3 * most)
-        return ["\n".join([*dict.fromkeys(f.passage.document for f in found)][:most]) for found in rows]
+        return ["\n".join(ids) for ids in self.sources[0].rank([e.prompt for e in examples], self.home, most)]
 
     def fitting(
         self, examples: Sequence[Example], session: Session, room: Sequence[int], *, blind: bool = False,
