@@ -1,4 +1,4 @@
-"""The index over passages: BM25 and sentence embeddings, on disk and memory-mapped, fused by reciprocal ranks.
+"""The index over passages: BM25 and sentence embeddings, on disk and memory-mapped, merged into one ranking.
 
 A corpus is a folder of generations, each an index that never changes; `current` names the one that answers. A change
 writes the next generation beside it and then renames `current`: the next question sees it, and a crash leaves the old.
@@ -12,13 +12,13 @@ import json
 import math
 import mmap
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from whet.documents import Document, Passage, passages
 from whet.embed import PACKAGE, Embedder
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
     Vectors = np.ndarray[Any, Any]
 
-MIXES = ("both", "words", "meaning")
-DEPTH = 100  # passages of each ranking that are fused
+MIXES = ("both", "ranks", "words", "meaning")
+Key = TypeVar("Key", int, str)
+DEPTH = 100  # passages of each ranking that are merged
 RANK_CONSTANT = 60  # of reciprocal rank fusion (Cormack et al. 2009)
 BATCH = 64  # questions whose similarities are held at once
 EXACT = 50_000  # passages up to which vectors are compared one by one; beyond, through FAISS's inverted lists
@@ -266,38 +267,40 @@ class Index:
         """The k best passages for each question, best first; equal ones in the order of the documents."""
         made: list[list[Found]] = []
         wanted = max(k, RERANKED) if reranker else k
-        for question, asked, rankings in self._ranked(questions, wanted, mix):
-            best = fused(rankings)[:wanted]
-            near = self.dense[best] @ asked
-            found = [Found(self[p], float(s)) for p, s in zip(best, near, strict=True)]
+        for question, (words, near) in zip(questions, self._candidates(questions, wanted), strict=True):
+            found = [Found(self[p], near[p]) for p in merged(words, near, mix)[:wanted]]
             made.append(reranked(question, found, reranker)[:k] if reranker else found)
         return made
 
     def rank(self, questions: Sequence[str], most: int, mix: str = "both") -> list[list[str]]:
-        """The ids of the best documents for each question, best first.
-
-        What is fused are documents, by the best of their passages in each ranking, whichever that is.
-        """
+        """The ids of the best documents for each question, best first; each counts by the best of its passages."""
         made = []
-        for _, _, rankings in self._ranked(questions, most, mix):
-            documents = [list(dict.fromkeys(self[int(p)].document for p in one if p >= 0)) for one in rankings]
-            names = list(dict.fromkeys(name for one in documents for name in one))
-            number = {name: n for n, name in enumerate(names)}
-            made.append([names[n] for n in fused([[number[d] for d in one] for one in documents])[:most]])
+        for words, near in self._candidates(questions, most):
+            name = {p: self[p].document for p in near}
+            best: list[dict[str, float]] = [{}, {}]
+            for scores, of in zip((words, near), best, strict=True):
+                for passage in sorted(scores):
+                    of[name[passage]] = max(scores[passage], of.get(name[passage], -1.0))
+            made.append(merged(best[0], best[1], mix)[:most])
         return made
 
-    def _ranked(
-        self, questions: Sequence[str], wanted: int, mix: str
-    ) -> Iterator[tuple[str, Vectors, list[Sequence[int]]]]:
-        """Each question with its vector and its rankings of passages, by meaning and by words."""
+    def _candidates(
+        self, questions: Sequence[str], wanted: int
+    ) -> Iterator[tuple[dict[int, float], dict[int, float]]]:
+        """For each question BM25 scores, where above zero, and the cosine similarity of all candidates."""
         depth = min(max(DEPTH, wanted), self.size)
         for at in range(0, len(questions), BATCH):
             some = list(questions[at : at + BATCH])
+            if not self.size:
+                yield from (({}, {}) for _ in some)
+                continue
             asked = self.embedder(some)
-            rankings = [self._by_meaning(asked, depth)] if mix != "words" and self.size else []
-            rankings += [self._by_words(some, depth)] if mix != "meaning" and self.size else []
-            for n, question in enumerate(some):
-                yield question, asked[n], [one[n] for one in rankings]
+            nearest = self._by_meaning(asked, depth)
+            tops, scores = self._words.retrieve(_stems(some), k=depth, show_progress=False, n_threads=0)
+            for n in range(len(some)):
+                words = {int(p): float(s) for p, s in zip(tops[n], scores[n], strict=True) if s > 0}
+                both = sorted({*words, *(int(p) for p in nearest[n] if p >= 0)})
+                yield words, dict(zip(both, (self.dense[both] @ asked[n]).tolist(), strict=True))
 
     def _by_meaning(self, asked: Vectors, depth: int) -> Vectors:
         """Passages by cosine similarity [questions, depth]; -1 where the lists gave fewer."""
@@ -307,22 +310,23 @@ class Index:
             return np.asarray(self._lists.search(asked, depth)[1])
         return np.argsort(-(asked @ self.dense.T), axis=1, kind="stable")[:, :depth]
 
-    def _by_words(self, questions: list[str], depth: int) -> Vectors:
-        """Passages by BM25 [questions, depth]; -1 where no word of the question occurs."""
-        import numpy as np
 
-        best, scores = self._words.retrieve(_stems(questions), k=depth, show_progress=False, n_threads=0)
-        return np.where(scores > 0, best, -1)
+def merged(words: Mapping[Key, float], near: Mapping[Key, float], mix: str) -> list[Key]:
+    """Candidates by words and by meaning as one ranking, best first; equal ones in order.
 
-
-def fused(rankings: Sequence[Iterable[int]]) -> list[int]:
-    """Rankings as one, by the sum of 1 / (60 + rank); numbers below zero are no passages. (Cormack et al. 2009)."""
-    scores: dict[int, float] = {}
-    for ranking in rankings:
-        for rank, passage in enumerate(ranking):
-            if passage >= 0:
-                scores[int(passage)] = scores.get(int(passage), 0.0) + 1 / (RANK_CONSTANT + rank + 1)
-    return sorted(scores, key=lambda p: (-scores[p], p))
+    `both`: the mean of the two scores, each scaled to 0 … 1 over the candidates (Bruch et al. 2023, who find it above
+    reciprocal ranks). `ranks`: the sum of 1 / (60 + rank) (Cormack et al. 2009). `words`, `meaning`: one alone.
+    """
+    if mix in ("words", "meaning"):
+        scores: Mapping[Key, float] = words if mix == "words" else near
+    elif mix == "ranks":
+        orders = [{key: n for n, key in enumerate(merged(words, near, one), 1)} for one in ("words", "meaning")]
+        scores = {key: sum(1 / (RANK_CONSTANT + o[key]) for o in orders if key in o) for key in near}
+    else:
+        top = max(words.values(), default=1.0)
+        low, high = min(near.values(), default=0.0), max(near.values(), default=1.0)
+        scores = {k: words.get(k, 0.0) / top + (v - low) / ((high - low) or 1.0) for k, v in near.items()}
+    return sorted(scores, key=lambda key: -scores[key])
 
 
 @lru_cache(maxsize=1)

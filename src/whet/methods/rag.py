@@ -14,9 +14,10 @@ from whet.task import Learnable
 
 @dataclass(frozen=True)
 class Rag:
-    """The k best passages by BM25 and sentence embeddings, fused by reciprocal ranks, in front of each question.
+    """The k best passages by BM25 and sentence embeddings, merged into one ranking, in front of each question.
 
-    `chunk` is the words of a passage at most. `mix`: both, words (BM25) or meaning (embeddings). Passages whose cosine
+    `chunk` is the words of a passage at most. `mix`: both (their scaled scores), ranks (their reciprocal ranks), words
+    (BM25) or meaning (embeddings). Passages whose cosine
     similarity lies below `threshold` are left out. `reranker` names a cross-encoder (a folder or Hub id) that reads the
     best twenty again. Defaults: three passages, what a small model can still read.
     """
