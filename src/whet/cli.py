@@ -452,21 +452,20 @@ def documents(
     """Show or change the documents of SYSTEM; only what is new is embedded, and the next question sees it."""
     from whet.documents import load as read
     from whet.errors import ArtifactError
-    from whet.retrieval import Source, opened
+    from whet.retrieval import Source
     from whet.system import load
 
     made = load(system, trust=trust)
     source = next((s for s in made.sources if isinstance(s, Source)), None)
-    if source is None or source.folder is None:
+    if source is None:
         raise ArtifactError(f"{system} has no documents", expected="a System made with rag", do="whet apply rag TASK")
     new = [d for one in put for d in read(one if "://" in one else Path(one))[0]]
     embedded = source.change(made.home, new, drop)[1] if put or drop else 0
-    index = opened(source.folder, source.version, made.home)
-    ids = list(dict.fromkeys(p.document for p in index))
+    ids = source.corpus(made.home).ids()
     if as_json:
-        _print({"version": source.version, "documents": ids, "passages": len(index), "embedded": embedded})
+        _print({"version": source.version, "documents": ids, "embedded": embedded})
         return
-    print(f"{len(ids)} documents in {len(index)} passages, version {source.version[:12]}"
+    print(f"{len(ids)} documents, version {source.version[:12]}"
           + (f"; {embedded} passages embedded" if put or drop else ""))
     for name in ids if not (put or drop) else []:
         print(f"  {name}")

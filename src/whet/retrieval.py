@@ -12,13 +12,14 @@ import json
 import math
 import mmap
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from whet.documents import Document, Passage, passages
 from whet.embed import PACKAGE, Embedder
@@ -28,6 +29,8 @@ from whet.store import write_text
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from whet.databases import Database
 
     Vectors = np.ndarray[Any, Any]
 
@@ -175,13 +178,13 @@ def _hash(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def package(name: str) -> Any:
-    """A package of the `rag` extra. Raises MethodError where it is absent."""
+def package(name: str, extra: str = "rag") -> Any:
+    """A package of an extra. Raises MethodError where it is absent."""
     try:
         return import_module(name)
     except ImportError as error:
-        raise MethodError(f"retrieval needs {name}", expected="the package", found="none", do="pip install 'whet[rag]'"
-                          ) from error  # fmt: skip
+        raise MethodError(f"retrieval needs {name}", expected="the package", found="none",
+                          do=f"pip install 'whet[{extra}]'") from error  # fmt: skip
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -206,7 +209,47 @@ def opened(folder: Path, name: str, home: Path) -> Index:
     return Index(folder / name, Embedder(home))
 
 
-class Index:
+class Corpus(ABC, Generic[Key]):
+    """Passages by their keys, and the search over them, wherever they lie."""
+
+    @abstractmethod
+    def __getitem__(self, key: Key) -> Passage:
+        """The passage of a key that `candidates` gave."""
+
+    @abstractmethod
+    def ids(self) -> list[str]:
+        """The ids of all documents."""
+
+    @abstractmethod
+    def candidates(self, questions: Sequence[str], depth: int) -> Iterator[tuple[dict[Key, float], dict[Key, float]]]:
+        """For each question the scores by words, where above zero, and the cosine similarity of all candidates.
+
+        Candidates are the `depth` best of each. Equal ones stand in the order of the documents.
+        """
+
+    def search(self, questions: Sequence[str], k: int, mix: str = "both", reranker: str = "") -> list[list[Found]]:
+        """The k best passages for each question, best first; equal ones in the order of the documents."""
+        made: list[list[Found]] = []
+        wanted = max(k, RERANKED) if reranker else k
+        for question, (words, near) in zip(questions, self.candidates(questions, max(DEPTH, wanted)), strict=True):
+            found = [Found(self[p], near[p]) for p in merged(words, near, mix)[:wanted]]
+            made.append(reranked(question, found, reranker)[:k] if reranker else found)
+        return made
+
+    def rank(self, questions: Sequence[str], most: int, mix: str = "both") -> list[list[str]]:
+        """The ids of the best documents for each question, best first; each counts by the best of its passages."""
+        made = []
+        for words, near in self.candidates(questions, max(DEPTH, most)):
+            name = {p: self[p].document for p in near}
+            best: list[dict[str, float]] = [{}, {}]
+            for scores, of in zip((words, near), best, strict=True):
+                for passage in scores:
+                    of[name[passage]] = max(scores[passage], of.get(name[passage], -1.0))
+            made.append(merged(best[0], best[1], mix)[:most])
+        return made
+
+
+class Index(Corpus[int]):
     """A generation as `build` wrote it: passages by number, and the search over them.
 
     Raises ArtifactError where a file was changed or is missing, or where another model embedded it.
@@ -234,6 +277,10 @@ class Index:
     def __getitem__(self, number: int) -> Passage:
         begin, end = self._lines[number : number + 2]
         return Passage(**json.loads(self._text[begin:end]))
+
+    def ids(self) -> list[str]:
+        """The ids of all documents, in their order."""
+        return list(dict.fromkeys(p.document for p in self))
 
     @cached_property
     def _text(self) -> Any:
@@ -263,32 +310,9 @@ class Index:
     def _words(self) -> Any:
         return package("bm25s").BM25.load(str(self.folder / "words"), mmap=True)
 
-    def search(self, questions: Sequence[str], k: int, mix: str = "both", reranker: str = "") -> list[list[Found]]:
-        """The k best passages for each question, best first; equal ones in the order of the documents."""
-        made: list[list[Found]] = []
-        wanted = max(k, RERANKED) if reranker else k
-        for question, (words, near) in zip(questions, self._candidates(questions, wanted), strict=True):
-            found = [Found(self[p], near[p]) for p in merged(words, near, mix)[:wanted]]
-            made.append(reranked(question, found, reranker)[:k] if reranker else found)
-        return made
-
-    def rank(self, questions: Sequence[str], most: int, mix: str = "both") -> list[list[str]]:
-        """The ids of the best documents for each question, best first; each counts by the best of its passages."""
-        made = []
-        for words, near in self._candidates(questions, most):
-            name = {p: self[p].document for p in near}
-            best: list[dict[str, float]] = [{}, {}]
-            for scores, of in zip((words, near), best, strict=True):
-                for passage in sorted(scores):
-                    of[name[passage]] = max(scores[passage], of.get(name[passage], -1.0))
-            made.append(merged(best[0], best[1], mix)[:most])
-        return made
-
-    def _candidates(
-        self, questions: Sequence[str], wanted: int
-    ) -> Iterator[tuple[dict[int, float], dict[int, float]]]:
-        """For each question BM25 scores, where above zero, and the cosine similarity of all candidates."""
-        depth = min(max(DEPTH, wanted), self.size)
+    def candidates(self, questions: Sequence[str], depth: int) -> Iterator[tuple[dict[int, float], dict[int, float]]]:
+        """BM25 scores, and cosine similarities by all vectors or, of many passages, through the inverted lists."""
+        depth = min(depth, self.size)
         for at in range(0, len(questions), BATCH):
             some = list(questions[at : at + BATCH])
             if not self.size:
@@ -298,7 +322,7 @@ class Index:
             nearest = self._by_meaning(asked, depth)
             tops, scores = self._words.retrieve(_stems(some), k=depth, show_progress=False, n_threads=0)
             for n in range(len(some)):
-                words = {int(p): float(s) for p, s in zip(tops[n], scores[n], strict=True) if s > 0}
+                words = dict(sorted((int(p), float(s)) for p, s in zip(tops[n], scores[n], strict=True) if s > 0))
                 both = sorted({*words, *(int(p) for p in nearest[n] if p >= 0)})
                 yield words, dict(zip(both, (self.dense[both] @ asked[n]).tolist(), strict=True))
 
@@ -357,8 +381,9 @@ class Source:
     """Documents that a question is looked up in when it is asked: how they are read, and where their corpus lies.
 
     `k` passages at most, those below `threshold` of cosine similarity left out; `chunk` is the words of a passage.
-    The identity is of the settings alone, so that documents can change beneath a System; `made` names the generation
-    that it was made with, `version` the one that answers now.
+    `store` is the URL of the database that holds the corpus; empty: it is `folder`. The identity is of the settings
+    alone, so that documents can change beneath a System; `made` names the generation that it was made with, `version`
+    the one that answers now.
     """
 
     kind: ClassVar[str] = "documents"
@@ -368,13 +393,14 @@ class Source:
     threshold: float = 0.0
     chunk: int = 200
     reranker: str = ""
+    store: str = ""
     made: str = field(default="", compare=False)
     folder: Path | None = field(default=None, compare=False)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What makes the source what it is, as plain data."""
-        names = ("k", "mix", "threshold", "chunk", "reranker", "made")
+        names = ("k", "mix", "threshold", "chunk", "reranker", "store", "made")
         return {"kind": self.kind, **{name: getattr(self, name) for name in names}}
 
     @property
@@ -386,7 +412,16 @@ class Source:
     @property
     def version(self) -> str:
         """The generation that answers now. Raises ArtifactError where the corpus is not at hand."""
-        return current(self._place())
+        return self._database(Path()).version if self.store else current(self._place())
+
+    def _database(self, home: Path) -> Database:
+        from whet.databases import opened as connected
+
+        return connected(self.store, self.made, home)
+
+    def corpus(self, home: Path) -> Corpus[Any]:
+        """The passages as they are now, opened."""
+        return self._database(home) if self.store else opened(self._place(), self.version, home)
 
     def _place(self) -> Path:
         if self.folder is None or not self.folder.is_dir():
@@ -396,8 +431,7 @@ class Source:
 
     def find(self, questions: Sequence[str], home: Path, k: int | None = None) -> list[list[Found]]:
         """The passages that each question is shown, best first; ArtifactError where the index is not at hand."""
-        index = opened(self._place(), self.version, home)
-        found = index.search(questions, k or self.k, self.mix, self.reranker)
+        found = self.corpus(home).search(questions, k or self.k, self.mix, self.reranker)
         return [[f for f in some if f.similarity >= self.threshold or not self.threshold] for some in found]
 
     def rank(self, questions: Sequence[str], home: Path, most: int) -> list[list[str]]:
@@ -405,10 +439,12 @@ class Source:
         if self.reranker:
             found = self.find(questions, home, 3 * most)
             return [list(dict.fromkeys(f.passage.document for f in some))[:most] for some in found]
-        return opened(self._place(), self.version, home).rank(questions, most, self.mix)
+        return self.corpus(home).rank(questions, most, self.mix)
 
     def change(self, home: Path, put: Iterable[Document] = (), drop: Iterable[str] = ()) -> tuple[str, int]:
         """Put documents in and drop others, for the next question to see; as `retrieval.change`."""
+        if self.store:
+            return self._database(home).change(put, drop, self.chunk)
         return change(self._place(), home, put, drop, self.chunk)
 
 

@@ -301,6 +301,8 @@ class System:
                 raise ArtifactError(f"the {transform.kind} {transform.fingerprint[:12]} is not at hand")
             shutil.copytree(transform.folder, work / "transforms" / transform.fingerprint)
         for source in self.sources:
+            if source.store:
+                continue
             if source.folder is None:
                 raise ArtifactError(f"the index {source.fingerprint[:12]} is not at hand")
             shutil.copytree(source.folder, work / "sources" / source.fingerprint)
@@ -401,9 +403,10 @@ def load(folder: str | Path, home: Path | None = None, *, trust: bool = False) -
             expected=f"fingerprint {written[:12]}", found=system.fingerprint[:12],
             do="restore it, or build the System anew",
         )  # fmt: skip
-    if system.model.base.startswith("openai:") and not trust:
+    servers = [base] if base.startswith("openai:") else [s.store for s in system.sources if s.store]
+    if servers and not trust:
         raise ArtifactError(
-            f"{path} answers through a server", expected="--trust (in Python: trust=True)", found=system.model.base,
+            f"{path} answers through a server", expected="--trust (in Python: trust=True)", found=servers[0],
             do="give it if that server may have your prompts and your key",
         )  # fmt: skip
     _check_base(system, body)
