@@ -52,8 +52,13 @@ def messages(
     for question, answer in demonstrations:
         chat += [("user", question), ("assistant", answer)]
     chat += [(role, content) for role, content in history if role != "system"]
+    return (*chat, ("user", beside(passages, prompt)))
+
+
+def beside(passages: Sequence[tuple[str, str]], question: str) -> str:
+    """A question behind its passages, as (title, text), which are numbered."""
     shown = [f"[{n}] {title}\n{text}" if title else f"[{n}] {text}" for n, (title, text) in enumerate(passages, 1)]
-    return (*chat, ("user", "\n\n".join([*shown, prompt])))
+    return "\n\n".join([*shown, question])
 
 
 def _fold_system(chat: Chat) -> Chat:

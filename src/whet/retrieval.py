@@ -387,6 +387,7 @@ class Source:
     """
 
     kind: ClassVar[str] = "documents"
+    brief: ClassVar[bool] = False
 
     k: int = 3
     mix: str = "both"

@@ -18,8 +18,9 @@ from whet import __version__
 from whet.engine import Progress, Prompt, Sampling, Session, open_session
 from whet.errors import ArtifactError, StoreError
 from whet.model import ModelRef, Transform, hash_files, local_folder, resolve
-from whet.prompt import messages, shorten
-from whet.retrieval import Found, Source
+from whet.prompt import beside, messages, shorten
+from whet.retrieval import Found
+from whet.sources import Source, revive_source
 from whet.task import Example
 
 if TYPE_CHECKING:
@@ -90,6 +91,11 @@ class Answer:
     passages: tuple[Found, ...] = ()
 
 
+def _pairs(found: Sequence[Found]) -> tuple[Pair, ...]:
+    """(title, text) of passages."""
+    return tuple((f.passage.title, f.passage.text) for f in found)
+
+
 def _greatest(choices: Sequence[str], scores: tuple[float, ...], truncated: bool) -> Answer:
     """The choice with the greatest score, the first of equals."""
     best = max(range(len(choices)), key=lambda i: (scores[i], -i))
@@ -155,16 +161,21 @@ class System:
         """
         shown = self.demonstrations.choose([e.prompt for e in examples], self.embedder, blind=blind)
         read = self.found([e.prompt for e in examples]) if found is None else found
-        pairs = [[(f.passage.title, f.passage.text) for f in here] for here in read]
+        if brief := [s for s in self.sources if s.brief]:
+            asked = sorted({q for demos in shown for q, _ in demos})
+            told = dict(zip(asked, map(_pairs, self.found(asked, sources=brief)), strict=True))
+            shown = [tuple((beside(told[q], q), a) for q, a in demos) for demos in shown]
         return [
-            "" if e.text is not None else messages(self.instruction, demos, e.prompt, e.history, here)
-            for e, demos, here in zip(examples, shown, pairs, strict=True)
+            "" if e.text is not None else messages(self.instruction, demos, e.prompt, e.history, _pairs(here))
+            for e, demos, here in zip(examples, shown, read, strict=True)
         ]
 
-    def found(self, questions: Sequence[str], k: int | None = None) -> list[list[Found]]:
-        """The passages that each question is shown, out of all sources, best first; `k` of each source, if given."""
+    def found(
+        self, questions: Sequence[str], k: int | None = None, sources: Sequence[Source] | None = None
+    ) -> list[list[Found]]:
+        """The passages that each question is shown, out of all or these sources, best first; `k` of each, if given."""
         made: list[list[Found]] = [[] for _ in questions]
-        for source in self.sources:
+        for source in self.sources if sources is None else sources:
             made = [[*m, *some] for m, some in zip(made, source.find(questions, self.home, k), strict=True)]
         return made
 
@@ -317,12 +328,13 @@ def _card_text(system: System) -> str:
     """The model card: what the System is and what it scored, as Markdown."""
     card, demos, decoding = system.card, system.demonstrations, system.decoding
     shown = "none" if not demos.pool else f"{demos.k or len(demos.pool)} ({demos.selection})"
+    sources = [f"{s.k} {s.settings.get('kind', 'passages')} of `{s.fingerprint[:16]}`" for s in system.sources]
     lines = [
         f"# A System for {card.get('task', 'a task')}", "",
         f"- base: `{system.model.base}` (`{system.model.content[:16]}`)",
         f"- transforms: {', '.join(f'{t.kind} `{t.fingerprint[:16]}`' for t in system.model.transforms) or 'none'}",
         f"- demonstrations: {shown}",
-        f"- sources: {', '.join(f'{s.k} passages of `{s.fingerprint[:16]}`' for s in system.sources) or 'none'}",
+        f"- sources: {', '.join(sources) or 'none'}",
         f"- calibration: {'yes' if decoding.prior else 'no'}",
         f"- recipe: {card.get('recipe', 'the base as it is')}", "",
     ]  # fmt: skip
@@ -357,19 +369,10 @@ def revive(
             Decoding(**{**decoding, "labels": labels, "stop": tuple(decoding["stop"]), "prior": ()}),
             prior=_finite(decoding["prior"], len(labels)),
         ),
-        tuple(_source(one, folders) for one in settings.get("sources", ())),
+        tuple(revive_source(one, folders) for one in settings.get("sources", ())),
         card,
         home,
     )
-
-
-def _source(settings: dict[str, Any], folders: dict[str, Path]) -> Source:
-    """A source from its settings; its folder is found by its fingerprint."""
-    body = {k: v for k, v in settings.items() if k != "kind"}
-    if settings["kind"] != Source.kind:
-        raise ValueError(f"a source of kind {settings['kind']!r}")
-    made = Source(**body)
-    return replace(made, folder=folders.get(made.fingerprint))
 
 
 def load(folder: str | Path, home: Path | None = None, *, trust: bool = False) -> System:
@@ -387,7 +390,7 @@ def load(folder: str | Path, home: Path | None = None, *, trust: bool = False) -
     try:
         body = json.loads(file.read_text(encoding="utf-8"))
         named = {"transforms": [f for _, f in body["model"]["transforms"]],
-                 "sources": [_source(s, {}).fingerprint for s in body.get("sources", ())]}  # fmt: skip
+                 "sources": [revive_source(s, {}).fingerprint for s in body.get("sources", ())]}  # fmt: skip
         if not all(isinstance(f, str) and f.isalnum() for prints in named.values() for f in prints):
             raise ValueError("a transform or source is named by its hash")
         folders = {f: path / kind / f for kind, prints in named.items() for f in prints}

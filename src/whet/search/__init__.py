@@ -235,6 +235,7 @@ def _training(job: _Job) -> Recipe | None:
     if job.wish.recipe:
         return None
     reading = [recipe(("rag", {"k": 1}), "finetune")] if not job.task.closed else []
+    reading += [recipe(("knowledge", {"k": 1}), "finetune")] if embed.available() else []
     wanted = [recipe(("continual", {"share": REPLAYED})), *reading, recipe("finetune")]
     for one in wanted:  # the first that has what it needs
         asked = not job.wish.methods or all(m.name in job.wish.methods for m in one.methods)

@@ -148,7 +148,7 @@ def render_rows(
     answers = [session.encode_answer(e.completion, end=True) for e in usable]
     # Demonstrations may come from the same rows: whoever sees its own answer only learns to copy.
     found = system.found([e.prompt for e in usable])
-    if raft and system.sources:
+    if raft and any(s.kind == "documents" for s in system.sources):
         found = taught(system, usable, found, *raft)
     prompts, cut = system.fitting(usable, session, [len(a) for a in answers], blind=True, found=found)
     encoded = session.encode(prompts)
