@@ -259,7 +259,7 @@ def in_memory(graph: Graph) -> Any:
     from whet.graph import Opened
 
     order = range(min(1000, len(graph.nodes)))
-    return Opened(graph, order, Words()([graph.nodes[n][0] for n in order]), {})
+    return Opened(graph, order, Words()([graph.nodes[n][0] for n in order]), 2, {})
 
 
 @pytest.fixture
@@ -387,7 +387,7 @@ def test_a_crash_while_indexing_leaves_nothing(home: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(graph, {}, folder, broken)  # type: ignore[arg-type]
+        build(graph, folder, broken)  # type: ignore[arg-type]
     assert not folder.exists() and not list(folder.parent.iterdir())
 
 

@@ -122,8 +122,9 @@ def identity(graph: Graph, *more: Any) -> str:
     return hashlib.sha256(body.encode() + graph.edges.tobytes()).hexdigest()
 
 
-def build(graph: Graph, learnt: Mapping[str, float], folder: Path, embedder: Embedder) -> None:
-    """Write a graph into a new folder, aside and then renamed: names to be found by meaning, and learnt weights."""
+def build(graph: Graph, folder: Path, embedder: Embedder, hops: int = 1, learnt: Mapping[str, float] | None = None
+          ) -> None:  # fmt: skip
+    """Write a graph into a new folder, aside and then renamed: also its names by meaning, and what was learnt."""
     import numpy as np
 
     with aside(folder) as work:
@@ -135,7 +136,8 @@ def build(graph: Graph, learnt: Mapping[str, float], folder: Path, embedder: Emb
         texts = [": ".join([graph.nodes[n][0], *([graph.described[n]] if n in graph.described else [])]) for n in order]
         np.save(work / "names.npy", embedder(texts), allow_pickle=False)
         body = {"relations": graph.relations, "inverses": [*graph.inverses.items()], "order": order,
-                "learnt": dict(learnt), "content": identity(graph, order, dict(learnt))}  # fmt: skip
+                "hops": hops, "learnt": dict(learnt or {})}  # fmt: skip
+        body["content"] = identity(graph, order, hops, body["learnt"])
         (work / "graph.json").write_text(json.dumps(body, ensure_ascii=False), encoding="utf-8")
 
 
@@ -146,6 +148,7 @@ class Opened:
     graph: Graph
     order: Sequence[int]
     vectors: np.ndarray[Any, Any]
+    hops: int
     learnt: Mapping[str, float]
 
 
@@ -159,9 +162,10 @@ def read(folder: Path) -> Opened:
         edges, vectors = (np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("edges", "names"))
         nodes = tuple(tuple(json.loads(line)) for line in lines)
         graph = Graph(nodes, tuple(body["relations"]), edges, dict(body["inverses"]))
-        if identity(graph, body["order"], body["learnt"]) != body["content"] or len(vectors) != len(body["order"]):
+        content = identity(graph, body["order"], body["hops"], body["learnt"])
+        if content != body["content"] or len(vectors) != len(body["order"]):
             raise ValueError("files that were changed")
-        return Opened(graph, body["order"], vectors, body["learnt"])
+        return Opened(graph, body["order"], vectors, body["hops"], body["learnt"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ArtifactError(f"the graph in {folder} cannot be read", expected=f"what whet wrote with {PACKAGE}",
                             found=str(error)[:120], do="build it again with `whet apply knowledge`"

@@ -92,20 +92,21 @@ class Knowledge:
 
     def _shown(self, graph: Graph, system: System, data: Learnable, run: Run) -> System:
         from whet.embed import Embedder
-        from whet.linking import GraphSource, Linker
+        from whet.linking import GraphSource, Linker, opened
 
         rows = [(e.prompt, e.answers or (e.completion,)) for e in data.train if e.completion and not e.choices]
-        embedder, plain = Embedder(run.home), run.store.artifact(identity(graph))
-        if run.tell is not None:
-            run.tell(f"indexing {len(graph.edges)} facts", 0, 1)
-        if not (plain / "graph.json").exists():
-            build(graph, {}, plain, embedder)
-        linker = Linker(read(plain), embedder)
-        hops = self.hops or linker.needed(rows, MOST_HOPS) or HOPS
-        name = identity(graph, rows, hops, run.seed)
-        folder = run.store.artifact(name)
+        name = identity(graph, rows, self.hops, run.seed)
+        folder, plain = run.store.artifact(name), run.store.artifact(identity(graph))
         if not (folder / "graph.json").exists():
-            build(graph, linker.learn(rows, hops, run.seed), folder, embedder)
+            if run.tell is not None:
+                run.tell(f"indexing {len(graph.edges)} facts", 0, 1)
+            embedder = Embedder(run.home)
+            if not (plain / "graph.json").exists():
+                build(graph, plain, embedder)
+            linker = Linker(read(plain), embedder)
+            hops = self.hops or linker.needed(rows, MOST_HOPS) or HOPS
+            build(graph, folder, embedder, hops, linker.learn(rows, hops, run.seed))
+        hops = opened(folder, run.home).opened.hops
         others = tuple(s for s in system.sources if not isinstance(s, GraphSource))
         run.notes.update(hops=hops)
         source = GraphSource(name, self.k, hops, folder)
