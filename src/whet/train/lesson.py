@@ -141,7 +141,8 @@ def render_rows(system: System, examples: Sequence[Example], session: TorchSessi
     the context window.
     """
     usable = [e for e in examples if e.completion and e.text is None]
-    answers = [session.encode_answer(e.completion, end=True) for e in usable]
+    said = system.decoding.said
+    answers = [session.encode_answer(e.completion if e.choices else said(e.completion), end=True) for e in usable]
     # Demonstrations may come from the same rows: whoever sees its own answer only learns to copy.
     prompts, cut = system.fitting(usable, session, [len(a) for a in answers], blind=True)
     encoded = session.encode(prompts)
