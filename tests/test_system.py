@@ -156,7 +156,7 @@ def test_saving_again_replaces(tmp_path: Path, home: Path) -> None:
     other = replace(FULL, instruction="Other.")
     other.save(folder)
     assert systems.load(folder) == other
-    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "system.json"]
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "prompt.txt", "system.json"]
     assert list(tmp_path.glob(".system*")) == []
     (empty := tmp_path / "empty").mkdir()
     FULL.save(empty)

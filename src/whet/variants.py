@@ -18,7 +18,7 @@ from whet.splits import shared_order
 from whet.system import System
 from whet.task import Example, Learnable
 
-LEAST = 8  # rows of the first rung, where there are that many
+LEAST = 16  # rows of the first rung, where there are that many
 ALPHA = 0.1  # two-sided: a variant that is kept is better by a one-sided test at 5 %
 
 

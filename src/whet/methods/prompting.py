@@ -179,7 +179,7 @@ def variants(
     `rest` are train rows that no variant is scored on: label words and examples of the form are taken from them.
     """
     labels = system.decoding.labels if system.decoding.closed else ()
-    readings = [*(_words(labels) if labels else _readings(system, rest)), *_reasoned(system, reason)]
+    readings = [*_readings(system, rest), *_words(labels), *_reasoned(system, reason)]
     heads = _labelled(system.instruction, labels, rest) if labels else _free(system, data, rest)
     axes: tuple[Sequence[Any], ...] = (heads, PLACES, FRAMES, readings)
     given = tuple(axis[0] for axis in axes)
@@ -260,13 +260,13 @@ def _letters(labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def _words(labels: Sequence[str]) -> list[Reading]:
-    """What may be said for each label: itself, written out, capitalised, or a letter."""
+    """What else may be said for each label: itself written out, capitalised, in lower case, or a letter."""
     plain = tuple(" ".join(re.sub(r"[_-]+", " ", label).split()) for label in labels)
     ways = [plain, tuple(w[:1].upper() + w[1:] for w in plain), tuple(w.casefold() for w in plain)]
     if len(labels) <= 26:
         ways.append(_letters(labels))
     usable = [w for w in dict.fromkeys(ways) if w != tuple(labels) and len(set(w)) == len(labels) and all(w)]
-    return [{}, *({"words": w} for w in usable)]
+    return [{"words": w} for w in usable]
 
 
 def _shortest(labels: Sequence[str], rest: Sequence[Example]) -> list[str]:
@@ -315,7 +315,7 @@ def _free(system: System, data: Learnable, rest: Sequence[Example]) -> list[Call
 
 
 def _readings(system: System, rest: Sequence[Example]) -> list[Reading]:
-    """How else an answer may be read off, where there are no labels: up to the first line; as a whole answer."""
+    """As it is, and how else an answer may be read off: per token or as a whole; what is generated, as one line."""
     if system.decoding.closed:
         return [{}, {"normalise": "mean" if system.decoding.normalise == "sum" else "sum"}]
     single = bool(rest) and not any("\n" in e.completion.strip() for e in rest)
