@@ -141,7 +141,7 @@ def dspy_sides(bench: Bench, part: str, tokens: int) -> list[Side]:
     logging.disable(logging.WARNING)
     labels = bench.task.labels
     model = adapter(bench.session)
-    dspy.configure(lm=model, adapter=dspy.ChatAdapter(use_json_adapter_fallback=False))
+    dspy.configure(lm=model, adapter=chat_adapter())
     fields = {"text": (str, dspy.InputField()), "label": (Literal[labels], dspy.OutputField())}
     program = dspy.Predict(dspy.make_signature(fields, bench.task.instruction))
     usable = [e for e in bench.data.train if e.completion]
@@ -193,13 +193,17 @@ def _dspy_scored(bench: Bench, name: str, compile: Callable[[], Any], labels: Se
     from whet.metrics import score_all
 
     before, begun = bench.spent(), time.perf_counter()
-    compiled = compile()
+    try:
+        compiled = compile()
+    except Exception as error:  # a small model's answers can end an optimizer
+        print(f"  {bench.task.name} {name} failed: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+        return []
     tokens, seconds = bench.spent() - before, time.perf_counter() - begun
     sent: dict[str, Any] = {}
     own: dict[str, str] = {}
 
     def answer(example: Any) -> None:
-        with dspy.context(adapter=_Heard(sent, example.id)):
+        with dspy.context(adapter=chat_adapter(sent, example.id)):
             try:
                 own[example.id] = str(compiled(text=example.prompt).label)
             except Exception:  # what cannot be parsed is a wrong answer
@@ -220,15 +224,27 @@ def _dspy_scored(bench: Bench, name: str, compile: Callable[[], Any], labels: Se
             Side(f"{name}, labels scored", score_all(bench.metric, best, bench.rows), tokens, seconds)]  # fmt: skip
 
 
-def _Heard(sent: dict[str, Any], name: str) -> Any:
-    """DSPy's chat adapter that remembers what it sent for a row last."""
+def chat_adapter(sent: dict[str, Any] | None = None, name: str = "") -> Any:
+    """DSPy's chat adapter, which remembers what it sent for a row last. Where a program wants one free text (MIPROv2's
+    proposals) and the model forgets the format, all that it said is taken: the optimizer would end with an error.
+    """
     import dspy
 
     class Heard(dspy.ChatAdapter):  # type: ignore[misc]
         def format(self, *args: Any, **kwargs: Any) -> Any:
             messages = super().format(*args, **kwargs)
-            sent[name] = tuple((m["role"], m["content"]) for m in messages)
+            if sent is not None:
+                sent[name] = tuple((m["role"], m["content"]) for m in messages)
             return messages
+
+        def parse(self, signature: Any, completion: str) -> Any:
+            try:
+                return super().parse(signature, completion)
+            except Exception:
+                outputs = list(signature.output_fields.items())
+                if len(outputs) != 1 or outputs[0][1].annotation is not str:
+                    raise
+                return {outputs[0][0]: completion.strip()}
 
     return Heard(use_json_adapter_fallback=False)
 

@@ -522,7 +522,7 @@ def test_calibration_hides_the_prompts_that_are_shown(tiny: System, home: Path) 
     with pytest.raises(ValueError):
         Calibrate(prompts=1)
     with pytest.raises(ValueError):
-        Calibrate(kind="contextual")
+        Calibrate(kind="nonsense")
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
