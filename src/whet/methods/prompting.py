@@ -23,7 +23,8 @@ from whet.task import Example, Learnable
 if TYPE_CHECKING:
     from whet.variants import Contest
 
-PROBED, PROBE_ROWS = 6, 32  # formats and rows of the headroom probe
+PROBED, PROBE_ROWS = 8, 64  # formats and rows of the headroom probe
+DOUBT = 0.2  # its p-value from which nothing is raced; a race for nothing costs tokens, but the verdict still holds
 MOST_LISTED = 30  # labels that are described or shown by an example; more would crowd the prompt
 LONG_LIST = 200  # characters of instruction above which it stands where all questions share it
 REASON_TOKENS = 192  # more of them where the model is to think before it answers
@@ -120,7 +121,7 @@ class Prompting:
         rows, probed = range(min(PROBE_ROWS, most)), pool[:PROBED]
         p_value = contest.alike(probed, rows, seed) if len(probed) > 1 else 1.0
         probe = {"p_value": p_value, "scores": [contest.merit(s, rows) for s in probed], "rows": len(rows)}
-        if p_value >= 0.1:
+        if p_value >= DOUBT:
             return pool[0], {"probe": probe, "why": "no headroom: prompts of very different form score alike"}
         best, rungs = contest.best(pool, most)
         return best, {"probe": probe, "rungs": rungs}

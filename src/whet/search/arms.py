@@ -34,6 +34,7 @@ def prompting_recipes(data: Learnable) -> list[Recipe]:
             recipe("calibrate"),
             recipe(("fewshot", {"k": k})),
             recipe(("fewshot", {"k": k, "draw": 0}), "calibrate"),
+            recipe("prompting"),
             recipe(("prompting", {"calibrated": True}), "calibrate"),
             *(recipe(("fewshot", {"k": k, "draw": draw}), "calibrate") for draw in (1, 2)),
         ]
