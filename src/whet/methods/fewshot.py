@@ -111,8 +111,6 @@ class FewShot:
             new = self._shown(rows, start, data, run, k)
         if k < self.k:
             run.notes["shown"] = f"{k} of {self.k}: the context window holds no more"
-        if self.selection == "nearest":
-            run.notes["neighbour"] = self._copied(usable, data, run)
         return self._raced(new, data, run) if self.order == "raced" else new
 
     def _shown(self, rows: Sequence[Example], start: System, data: Learnable, run: Run, k: int) -> System:
@@ -166,22 +164,6 @@ class FewShot:
         contest = Contest.of(data, rows, run.session(system.model), calibrated=bool(data.labels))
         best, run.notes["orders"] = contest.best(made, len(rows))
         return best
-
-    def _copied(self, usable: Sequence[Example], data: Learnable, run: Run) -> str:
-        """What copying the nearest other train row's answer scores, to be held against what the model makes of it."""
-        from whet.embed import Embedder, available
-        from whet.metrics import get, score_all
-
-        if not available() or not data.closed:
-            return "not measured"
-        vectors = Embedder(run.home)([e.prompt for e in usable])
-        rows = random.Random(0).sample(range(len(usable)), min(MOST_COMPARED, len(usable)))
-        near = vectors[rows] @ vectors.T
-        near[range(len(rows)), rows] = -2.0
-        metric = get(data.metric, data.folder, data.trusted)
-        answers = [usable[i].completion for i in near.argmax(axis=1)]
-        score = metric.aggregate(score_all(metric, answers, [usable[i] for i in rows]))
-        return f"copying the nearest train row's answer scores {score:.3f} within train"
 
     def _pick(self, usable: Sequence[Example], data: Learnable, seed: str, k: int, run: Run) -> list[Pair]:
         if self.selection == "fixed":
