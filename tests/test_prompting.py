@@ -266,6 +266,25 @@ def test_all_alike_is_cochrans_q(base: System) -> None:
     assert found == pytest.approx(chi2.sf(q, k - 1), abs=0.02)
 
 
+def test_improve_tries_it_as_large_as_the_budget_allows(base: System) -> None:
+    from whet.search import Wish
+    from whet.search.arms import cheap_arms, prompting_recipes
+    from whet.search.budget import Rates
+
+    assert {"prompting", "prompting(calibrated=True)+calibrate"} <= {r.name for r in prompting_recipes(DATA)}
+    free = replace(DATA, labels=(), metric="token_f1")
+    assert "prompting" in [r.name for r in prompting_recipes(free)]
+    assert "prompting" not in [r.name for r in prompting_recipes(replace(free, metric="recall@5"))]
+    run, wish = run_with(FakeSession("hash"), base), Wish(methods=("prompting",))
+    found = {}
+    for most in (1e9, 9.0, 0.5):
+        arms, skipped = cheap_arms(wish, [base], [""], DATA, ROWS[:100], Rates(1e3, 1e3, 1e3), run, most)
+        found[most] = [a[0].name for a in arms] or [s["why"] for s in skipped]
+    assert found[1e9] == ["prompting"] and found[9.0] == ["prompting(pool=12,examples=64)"]
+    assert "would take" in found[0.5][0]
+    assert run.session(base.model).spent.prefilled_tokens == 0  # the plan runs no model
+
+
 # --- a file of one's own, a stronger model ----------------------------------------------------------------------------
 
 
