@@ -4,8 +4,9 @@ Parts: `prompting` (zero-shot, whet's prompting with and without calibration; pe
 BootstrapFewShotWithRandomSearch and MIPROv2, given at least as many tokens to choose by) and `fewshot` (whet's
 selections, calibrated; peers: DSPy's KNNFewShot, lm-evaluation-harness's few-shot). Every side learns from the same
 train rows and is scored on the same first rows of confirm. DSPy runs on the same model through a small adapter, which
-joins its threads' requests to batches; its programs are scored twice: by their own parsing, and by whet's scoring of
-the labels behind their prompts, which cannot fail to parse. Differences are paired, with 95 % intervals.
+joins its threads' requests to batches; while it optimizes, labels are decoded under constraint, so that it compares
+answers and no parsing errors. Its programs are scored twice: by their own parsing of free generation, and by whet's
+scoring of the labels behind their prompts. Differences are paired, with 95 % intervals.
 
     .venv/bin/python benchmarks/context.py [--parts prompting,fewshot] [--task sst2 ...] [--rows 200] [--peers dspy]
 """
@@ -28,6 +29,7 @@ import common
 
 TASKS = ("sst2", "subj", "trec", "agnews", "boolq", "sst5")
 WAIT = 0.02  # seconds for which the adapter gathers requests of other threads
+TRAINSET = 200  # rows that DSPy takes demonstrations from
 VALSET = 32  # rows that DSPy's optimizers compare on: more of them, fewer candidates for as many tokens
 THREADS = 16
 
@@ -82,8 +84,13 @@ class Bench:
 # --- DSPy -------------------------------------------------------------------------------------------------------------
 
 
-def adapter(session: Any) -> Any:
-    """The session as a DSPy language model; what its threads ask at the same time is one batch."""
+def adapter(session: Any, labels: Sequence[str], constrained: threading.Event, most: int = 40) -> Any:
+    """The session as a DSPy language model; what its threads ask at the same time is one batch.
+
+    While `constrained` is set, a program that wants a label gets the likeliest one in the format that it asks for, as a
+    server with guided decoding would give it: a model as small as this one seldom keeps to the format by itself, and an
+    optimizer that sees nothing but parsing errors has nothing to choose by.
+    """
     import dspy
 
     from whet.engine import Sampling
@@ -98,11 +105,15 @@ def adapter(session: Any) -> Any:
                     batch.append(asked.get(timeout=left))
                 except queue.Empty:
                     break
-            for key in {b[1] for b in batch}:
+            for key in dict.fromkeys(b[1] for b in batch):
                 same = [b for b in batch if b[1] == key]
+                chats = [b[0] for b in same]
                 try:
-                    made = session.generate([b[0] for b in same], Sampling(key[0], key[1], n=key[2], seed=key[3]))
-                    found: Any = [[g.text for g in one] for one in made]
+                    if key is None:
+                        found: Any = [[says(labels)[i]] for i in chosen(session, chats, labels)]
+                    else:
+                        made = session.generate(chats, Sampling(key[0], key[1], n=key[2], seed=key[3]))
+                        found = [[g.text for g in one] for one in made]
                 except Exception as error:  # the thread that asked is to see it
                     found = [error] * len(same)
                 for one, texts in zip(same, found, strict=True):
@@ -118,16 +129,28 @@ def adapter(session: Any) -> Any:
             chat = tuple((m["role"], m["content"]) for m in messages or [{"role": "user", "content": prompt}])
             reply: queue.Queue[Any] = queue.Queue()
             rollout = kwargs.get("rollout_id") or 0
-            key = (kwargs.get("max_tokens") or 64, kwargs.get("temperature") or 0.0, kwargs.get("n") or 1, rollout)
-            asked.put((chat, key, reply))
-            texts = reply.get()
+            key = (kwargs.get("max_tokens") or most, kwargs.get("temperature") or 0.0, kwargs.get("n") or 1, rollout)
+            guided = constrained.is_set() and "output fields are:\n1. `label`" in chat[0][1]
+            asked.put((chat, None if guided else key, reply))
+            texts = reply.get() * (key[2] if guided else 1)
             if isinstance(texts, Exception):
                 raise texts
             choices = [Plain(message=Plain(content=t, tool_calls=None), finish_reason="stop", logprobs=None)
                        for t in texts]  # fmt: skip
             return Plain(choices=choices, usage={}, model="whet")
 
-    return Model("whet", temperature=0.0, max_tokens=64, cache=False)
+    return Model("whet", temperature=0.0, max_tokens=most, cache=False)
+
+
+def says(labels: Sequence[str]) -> list[str]:
+    """Each label as DSPy's chat adapter wants it."""
+    return [f"[[ ## label ## ]]\n{label}\n\n[[ ## completed ## ]]" for label in labels]
+
+
+def chosen(session: Any, chats: Sequence[Any], labels: Sequence[str]) -> list[int]:
+    """Number of the likeliest label behind each chat, in DSPy's format, by whet's scoring."""
+    rows = session.choose(chats, [[f"[[ ## label ## ]]\n{label}" for label in labels]] * len(chats))
+    return [max(range(len(labels)), key=lambda i: (row[i], -i)) for row in rows]
 
 
 def dspy_sides(bench: Bench, part: str, tokens: int) -> list[Side]:
@@ -140,13 +163,15 @@ def dspy_sides(bench: Bench, part: str, tokens: int) -> list[Side]:
 
     logging.disable(logging.WARNING)
     labels = bench.task.labels
-    model = adapter(bench.session)
+    constrained = threading.Event()
+    constrained.set()
+    model = adapter(bench.session, labels, constrained)
     dspy.configure(lm=model, adapter=chat_adapter())
     fields = {"text": (str, dspy.InputField()), "label": (Literal[labels], dspy.OutputField())}
     program = dspy.Predict(dspy.make_signature(fields, bench.task.instruction))
     usable = [e for e in bench.data.train if e.completion]
     train = [dspy.Example(text=e.prompt, label=e.completion).with_inputs("text")
-             for e in random.Random(bench.seed).sample(usable, min(400, len(usable)))]  # fmt: skip
+             for e in random.Random(bench.seed).sample(usable, min(TRAINSET + VALSET, len(usable)))]  # fmt: skip
     valset, rest = train[:VALSET], train[VALSET:]
 
     def right(example: Any, prediction: Any, trace: Any = None) -> bool:
@@ -167,14 +192,16 @@ def dspy_sides(bench: Bench, part: str, tokens: int) -> list[Side]:
     def mipro() -> Any:
         trials = max(3, round(tokens / (2 * one)))
         made = MIPROv2(
-            right, auto=None, num_candidates=6, num_threads=THREADS, max_errors=10**6, seed=bench.seed, **shots)
+            right, prompt_model=adapter(bench.session, labels, constrained, 160), auto=None, num_candidates=6,
+            num_threads=THREADS, max_errors=10**6, seed=bench.seed, **shots)  # fmt: skip
         return made.compile(program, trainset=rest, valset=valset, num_trials=trials, minibatch=False)
 
     def neighbours() -> Any:
         from whet.embed import Embedder
 
         embedder = Embedder(bench.run.home)
-        return KNNFewShot(8, rest, dspy.Embedder(lambda texts: embedder(list(texts))), max_bootstrapped_demos=0,
+        rows = [dspy.Example(text=e.prompt, label=e.completion).with_inputs("text") for e in usable]
+        return KNNFewShot(8, rows, dspy.Embedder(lambda texts: embedder(list(texts))), max_bootstrapped_demos=0,
                           max_labeled_demos=8).compile(program)  # fmt: skip
 
     made: dict[str, Callable[[], Any]] = (
@@ -182,11 +209,14 @@ def dspy_sides(bench: Bench, part: str, tokens: int) -> list[Side]:
         {"DSPy KNNFewShot": neighbours})  # fmt: skip
     sides = []
     for name, compile in made.items():
-        sides += _dspy_scored(bench, name, compile, labels)
+        constrained.set()
+        sides += _dspy_scored(bench, name, compile, labels, constrained)
     return sides
 
 
-def _dspy_scored(bench: Bench, name: str, compile: Callable[[], Any], labels: Sequence[str]) -> list[Side]:
+def _dspy_scored(
+    bench: Bench, name: str, compile: Callable[[], Any], labels: Sequence[str], constrained: threading.Event
+) -> list[Side]:
     """A compiled program on confirm: by its own parsing, and by the labels' scores behind its prompts."""
     import dspy
 
@@ -199,6 +229,7 @@ def _dspy_scored(bench: Bench, name: str, compile: Callable[[], Any], labels: Se
         print(f"  {bench.task.name} {name} failed: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
         return []
     tokens, seconds = bench.spent() - before, time.perf_counter() - begun
+    constrained.clear()
     sent: dict[str, Any] = {}
     own: dict[str, str] = {}
 
@@ -215,9 +246,7 @@ def _dspy_scored(bench: Bench, name: str, compile: Callable[[], Any], labels: Se
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(lambda job: job[0].run(answer, job[1]), [(copy_context(), e) for e in bench.rows]))
     chats = [sent[e.id] for e in bench.rows]
-    says = [f"[[ ## label ## ]]\n{label}" for label in labels]
-    scored = bench.session.choose(chats, [says] * len(chats))
-    best = [labels[max(range(len(labels)), key=lambda i: (row[i], -i))] for row in scored]
+    best = [labels[i] for i in chosen(bench.session, chats, labels)]
     print(f"  {bench.task.name} {name}: {tokens} tokens, {seconds:.0f} s", file=sys.stderr, flush=True)
     answers = [own[e.id] for e in bench.rows]
     return [Side(f"{name}, own parsing", score_all(bench.metric, answers, bench.rows), tokens, seconds),
