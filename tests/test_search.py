@@ -18,8 +18,8 @@ from whet.engine import Spent
 from whet.errors import MethodError, StoreError, TaskError, WhetError
 from whet.progress import Silent
 from whet.search.budget import Rates, seconds
-from whet.search.race import shared_order
 from whet.search.recipe import Recipe, parse, recipe
+from whet.splits import shared_order
 from whet.system import load
 from whet.task import Example
 

@@ -8,8 +8,9 @@ import math
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from whet import __version__
 from whet.engine import Progress, Prompt, Sampling, Session, open_session
 from whet.errors import ArtifactError, StoreError
+from whet.metrics import plain
 from whet.model import ModelRef, Transform, hash_files, local_folder, resolve
-from whet.prompt import beside, messages, shorten
+from whet.prompt import SLOT, messages, shorten, to_text
 from whet.retrieval import Found
 from whet.sources import Source, revive_source
 from whet.task import Example
@@ -66,7 +68,9 @@ class Decoding:
 
     `labels` is the task's closed set (a row's own choices take its place). `normalise` is "mean" (log-probability per
     token, so that long labels are not punished) or "sum" (of the whole answer, its end included). `prior` holds the
-    log-prior of each label that calibration subtracts, scaled like the scores.
+    log-prior of each label that calibration subtracts, scaled like the scores. `words` are what the model is to say in
+    place of each label. Of a generated text the answer is what stands behind the last `after`; of `votes` samples it is
+    the most frequent (self-consistency, Wang et al. 2023).
     """
 
     labels: tuple[str, ...] = ()
@@ -76,6 +80,36 @@ class Decoding:
     max_tokens: int = 64
     temperature: float = 0.0
     stop: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+    after: str = ""
+    votes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.words and (len(self.words) != len(self.labels) or len(set(self.words)) < len(self.words)):
+            raise ValueError(f"{len(self.words)} words for {len(self.labels)} labels; one of its own for each")
+        if self.votes < 1 or (self.votes > 1 and self.temperature <= 0):
+            raise ValueError("votes is at least 1, and several need a temperature above 0")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As plain data. What came later is left out at its default, so that older Systems keep their names."""
+        later = {f.name: f.default for f in fields(self) if f.name in ("words", "after", "votes")}
+        return {k: v for k, v in asdict(self).items() if k not in later or v != later[k]}
+
+    @property
+    def spoken(self) -> tuple[str, ...]:
+        """What is scored for each label: its word, or itself."""
+        return self.words or self.labels
+
+    def said(self, answer: str) -> str:
+        """What the model is to say for an answer: a label's word, else the answer itself."""
+        return self.words[self.labels.index(answer)] if self.words and answer in self.labels else answer
+
+    def read(self, text: str) -> str:
+        """The answer that a generated text gives: behind the last `after`, and the label of a word."""
+        text = (text.rpartition(self.after)[2] if self.after else text).strip()
+        meant = {plain(word): label for word, label in zip(self.words, self.labels, strict=False)}
+        return meant.get(plain(text), text)
 
 
 @dataclass(frozen=True)
@@ -96,6 +130,12 @@ def _pairs(found: Sequence[Found]) -> tuple[Pair, ...]:
     return tuple((f.passage.title, f.passage.text) for f in found)
 
 
+def _voted(texts: Sequence[str]) -> str:
+    """The most frequent text, however it is cased and spaced; the first of equals."""
+    most = Counter(map(plain, texts)).most_common(1)[0][0]
+    return next(text for text in texts if plain(text) == most)
+
+
 def _greatest(choices: Sequence[str], scores: tuple[float, ...], truncated: bool) -> Answer:
     """The choice with the greatest score, the first of equals."""
     best = max(range(len(choices)), key=lambda i: (scores[i], -i))
@@ -104,7 +144,10 @@ def _greatest(choices: Sequence[str], scores: tuple[float, ...], truncated: bool
 
 @dataclass(frozen=True)
 class System:
-    """Model, prompt, demonstrations, sources and decoding. Its fingerprint, of contents, is its identity."""
+    """Model, prompt, demonstrations, sources and decoding. Its fingerprint, of contents, is its identity.
+
+    `frame` is how a question is written, those of demonstrations too: `{question}` stands in it once.
+    """
 
     model: ModelRef
     instruction: str = ""
@@ -113,6 +156,11 @@ class System:
     sources: tuple[Source, ...] = ()
     card: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)
     home: Path = field(default=Path(".whet"), compare=False, repr=False)
+    frame: str = SLOT
+
+    def __post_init__(self) -> None:
+        if self.frame.count(SLOT) != 1:
+            raise ValueError(f"a frame has {SLOT} once, not {self.frame.count(SLOT)} times")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -121,9 +169,10 @@ class System:
             "model": self.model.identity,
             "instruction": self.instruction,
             "demonstrations": asdict(self.demonstrations),
-            "decoding": asdict(self.decoding),
+            "decoding": self.decoding.settings,
             # Left out where there are none, so that Systems written before there were sources keep their names.
             **({"sources": [s.settings for s in self.sources]} if self.sources else {}),
+            **({"frame": self.frame} if self.frame != SLOT else {}),
         }
 
     @property
@@ -161,14 +210,16 @@ class System:
         """
         shown = self.demonstrations.choose([e.prompt for e in examples], self.embedder, blind=blind)
         read = self.found([e.prompt for e in examples]) if found is None else found
+        said, told = self.decoding.said, dict[str, tuple[Pair, ...]]()
         if brief := [s for s in self.sources if s.brief]:
             asked = sorted({q for demos in shown for q, _ in demos})
             told = dict(zip(asked, map(_pairs, self.found(asked, sources=brief)), strict=True))
-            shown = [tuple((beside(told[q], q), a) for q, a in demos) for demos in shown]
         return [
-            "" if e.text is not None else messages(self.instruction, demos, e.prompt, e.history, _pairs(here))
+            "" if e.text is not None else
+            messages(self.instruction, [(q, said(a)) for q, a in demos], e.prompt, e.history, _pairs(here), self.frame,
+                     told)
             for e, demos, here in zip(examples, shown, read, strict=True)
-        ]
+        ]  # fmt: skip
 
     def found(
         self, questions: Sequence[str], k: int | None = None, sources: Sequence[Source] | None = None
@@ -235,8 +286,8 @@ class System:
     def _closed(
         self, examples: Sequence[Example], session: Session, found: Shown | None = None
     ) -> tuple[list[tuple[str, ...]], list[Prompt], list[bool]]:
-        """Each example's closed set, its prompt with room for the longest of the set, and who was shortened."""
-        sets = [e.choices or self.decoding.labels for e in examples]
+        """Each example's closed set as it is said, its prompt with room for the longest, and who was shortened."""
+        sets = [e.choices or self.decoding.spoken for e in examples]
         # A label is at most as many tokens as its bytes; one more ends the turn.
         room = [max(len(c.encode()) for c in choices) + 2 for choices in sets]
         prompts, cut = self.fitting(examples, session, room, found=found)
@@ -248,9 +299,10 @@ class System:
         sets, prompts, cut = self._closed(examples, session, found)
         # A row's own choices have no prior: calibration is of the task's labels.
         offsets = self.decoding.prior if not any(e.choices for e in examples) else ()
+        named = [e.choices or self.decoding.labels for e in examples]
         whole = self.decoding.normalise == "sum"
         rows = session.choose(prompts, sets, whole=whole, offsets=offsets, progress=progress)
-        return [_greatest(c, row, short) for c, row, short in zip(sets, rows, cut, strict=True)]
+        return [_greatest(c, row, short) for c, row, short in zip(named, rows, cut, strict=True)]
 
     def decide(self, scores: Sequence[float], truncated: bool = False) -> Answer:
         """The answer that uncalibrated scores of the labels lead to."""
@@ -263,9 +315,15 @@ class System:
     ) -> list[Answer]:
         decoding = self.decoding
         prompts, cut = self.fitting(examples, session, [decoding.max_tokens] * len(examples), found=found)
-        sampling = Sampling(decoding.max_tokens, decoding.temperature, stop=decoding.stop)
+        sampling = Sampling(decoding.max_tokens, decoding.temperature, n=decoding.votes, stop=decoding.stop)
         made = session.generate(prompts, sampling, progress)
-        return [Answer(g[0].text.strip(), (), short) for g, short in zip(made, cut, strict=True)]
+        return [Answer(_voted([decoding.read(g.text) for g in one]), (), s) for one, s in zip(made, cut, strict=True)]
+
+    @property
+    def prompt_text(self) -> str:
+        """The prompt as a file for people, which `prompting` takes back (`file`)."""
+        words = zip(self.decoding.labels, self.decoding.words, strict=False)
+        return to_text(self.instruction, self.frame, tuple(words))
 
     # --- on disk --------------------------------------------------------------------------------------------------
 
@@ -321,6 +379,8 @@ class System:
             shutil.copytree(local_folder(self.model, self.home), work / "base")
             body["base_hash"] = hash_files([p for p in (work / "base").iterdir() if p.is_file()])
         (work / "README.md").write_text(_card_text(self), encoding="utf-8")
+        with (work / "prompt.txt").open("w", encoding="utf-8", newline="") as file:
+            file.write(self.prompt_text)
         (work / "system.json").write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -366,12 +426,14 @@ def revive(
         settings["instruction"],
         Demonstrations(tuple((q, a) for q, a in demos["pool"]), demos["k"], demos["selection"]),
         replace(
-            Decoding(**{**decoding, "labels": labels, "stop": tuple(decoding["stop"]), "prior": ()}),
+            Decoding(**{**decoding, "labels": labels, "stop": tuple(decoding["stop"]), "prior": (),
+                        "words": tuple(decoding.get("words", ()))}),  # fmt: skip
             prior=_finite(decoding["prior"], len(labels)),
         ),
         tuple(revive_source(one, folders) for one in settings.get("sources", ())),
         card,
         home,
+        settings.get("frame", SLOT),
     )
 
 

@@ -28,8 +28,9 @@ from whet.search import out as output
 from whet.search.arms import cheap_arms, left_out
 from whet.search.budget import Rates, estimate, seconds
 from whet.search.budget import measure as measure_rates
-from whet.search.race import Race, Trial, shared_order
+from whet.search.race import Race, Trial
 from whet.search.recipe import Recipe, parse, recipe
+from whet.splits import shared_order
 from whet.store import Store
 from whet.system import Decoding, System
 from whet.task import Example, Learnable, Splits, Task

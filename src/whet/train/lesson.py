@@ -145,7 +145,8 @@ def render_rows(
     and how many prompts had to be shortened to fit the context window.
     """
     usable = [e for e in examples if e.completion and e.text is None]
-    answers = [session.encode_answer(e.completion, end=True) for e in usable]
+    said = system.decoding.said
+    answers = [session.encode_answer(e.completion if e.choices else said(e.completion), end=True) for e in usable]
     # Demonstrations may come from the same rows: whoever sees its own answer only learns to copy.
     found = system.found([e.prompt for e in usable])
     if raft and any(s.kind == "documents" for s in system.sources):
