@@ -34,6 +34,13 @@ class Shown:
     brief: bool = True
     k: int = 1
     folder: Path | None = None
+    kind: str = "shown"
+    store: str = ""
+
+    @property
+    def version(self) -> str:
+        """What it shows never changes."""
+        return self.fingerprint
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -135,9 +142,9 @@ def score(name: str, system: Any, rows: list[Any], run: Any, made: dict[str, Any
     from whet.metrics import get
     from whet.scorecard import evaluate
 
-    system.passages([rows[0].prompt])  # opened before the clock starts
+    system.found([rows[0].prompt])  # opened before the clock starts
     begun = time.monotonic()
-    system.passages([e.prompt for e in rows])
+    system.found([e.prompt for e in rows])
     found = 1000 * (time.monotonic() - begun) / len(rows)
     card = evaluate(system, rows, get("exact_match"), session=run.session(system.model))
     spoken = sum(get("contains").score(o.answer, e) for o, e in zip(card.outcomes, rows, strict=True)) / len(rows)

@@ -22,6 +22,7 @@ from models import save_model
 from whet import model as models
 from whet import system as systems
 from whet.engine import Sampling, Session
+from whet.engine.fake import FakeSession
 from whet.errors import ArtifactError, MethodError, ModelError, StoreError
 from whet.methods import Run
 from whet.methods.calibrate import Calibrate, batch_prior
@@ -156,7 +157,7 @@ def test_saving_again_replaces(tmp_path: Path, home: Path) -> None:
     other = replace(FULL, instruction="Other.")
     other.save(folder)
     assert systems.load(folder) == other
-    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "system.json"]
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "prompt.txt", "system.json"]
     assert list(tmp_path.glob(".system*")) == []
     (empty := tmp_path / "empty").mkdir()
     FULL.save(empty)
@@ -432,14 +433,14 @@ DATA = Learnable("tiny", "Say which.", "accuracy", LABELS, ROWS)
 
 
 def test_few_shot(home: Path) -> None:
-    run = Run(Store(home))
+    run = Run(Store(home), sessions={FULL.model: FakeSession("hash")})
     got = FewShot(k=4).apply(FULL, DATA, run)
     assert Counter(a for _, a in got.demonstrations.pool) == {"positive": 2, "negative": 2}
     assert got.demonstrations.selection == "fixed"
     assert got.decoding.prior == ()  # calibration was of other prompts
     assert FULL.decoding.prior
     assert got == FewShot(k=4).apply(FULL, DATA, run)
-    assert got != FewShot(k=4).apply(FULL, DATA, Run(Store(home), seed=1))
+    assert got != FewShot(k=4).apply(FULL, DATA, replace(run, seed=1))
     grouped = FewShot(k=4, order="grouped").apply(FULL, DATA, run)
     assert [a for _, a in grouped.demonstrations.pool] == ["negative"] * 2 + ["positive"] * 2
     assert sorted(grouped.demonstrations.pool) == sorted(got.demonstrations.pool)
@@ -522,7 +523,7 @@ def test_calibration_hides_the_prompts_that_are_shown(tiny: System, home: Path) 
     with pytest.raises(ValueError):
         Calibrate(prompts=1)
     with pytest.raises(ValueError):
-        Calibrate(kind="contextual")
+        Calibrate(kind="nonsense")
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------

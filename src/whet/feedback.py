@@ -437,7 +437,7 @@ def wins(
 def prefers(system: System, rows: Sequence[Example], session: Session) -> list[float]:
     """1 for each row whose chosen side is likelier per token (its end included) than the rejected one, else 0."""
     found = [e for e in rows if e.rejected is not None]
-    sides = [(e.completion, e.rejected or "") for e in found]
+    sides = [tuple(map(system.decoding.said, (e.completion, e.rejected or ""))) for e in found]
     scored = session.score(system.prompts(found), sides, end=True)
     return [0.5 if a.mean == b.mean else float(a.mean > b.mean) for a, b in scored]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -274,11 +276,13 @@ def _features(mention: Mention, way: Way) -> list[str]:
 
 @dataclass(frozen=True)
 class GraphSource:
-    """A graph that a question's entities are looked up in: `k` facts at most, up to `hops` steps away."""
+    """A graph, by its identity, that a question's entities are looked up in: `k` facts at most, up to `hops` away."""
 
+    kind: ClassVar[str] = "facts"
     brief: ClassVar[bool] = True
+    store: ClassVar[str] = ""
 
-    fingerprint: str
+    graph: str
     k: int = 10
     hops: int = 2
     folder: Path | None = field(default=None, compare=False)
@@ -286,12 +290,27 @@ class GraphSource:
     @property
     def settings(self) -> dict[str, Any]:
         """All that makes the source what it is, as plain data."""
-        return {"kind": "facts", "fingerprint": self.fingerprint, "k": self.k, "hops": self.hops}
+        return {"kind": self.kind, "graph": self.graph, "k": self.k, "hops": self.hops}
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the settings, the graph's identity among them."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def version(self) -> str:
+        """The graph that answers: always the one it was made with."""
+        return self.graph
+
+    def rank(self, questions: Sequence[str], home: Path, most: int) -> list[list[str]]:
+        """What the best facts for each question are about, best first."""
+        found = self.find(questions, home, 3 * most)
+        return [list(dict.fromkeys(f.passage.document for f in some))[:most] for some in found]
 
     def find(self, questions: Sequence[str], home: Path, k: int | None = None) -> list[list[Found]]:
         """The facts that each question is shown, best first. Raises ArtifactError where the graph is not at hand."""
         if self.folder is None or not self.folder.is_dir():
-            raise ArtifactError(f"the graph {self.fingerprint[:12]} is not at hand", expected="its folder",
+            raise ArtifactError(f"the graph {self.graph[:12]} is not at hand", expected="its folder",
                                 found=str(self.folder), do="load the System from its own folder")  # fmt: skip
         return opened(self.folder, home).facts(questions, self.hops, k or self.k)
 

@@ -5,8 +5,9 @@ Text from data never acts as a chat turn: control markers in it are broken up be
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from whet.engine import Chat, Message, Prompt
@@ -21,6 +22,7 @@ MARKERS = re.compile(
     r"(?=<\|[^<>|\s]{1,40}\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|<(?:bos|eos|pad|unk)>"
     r"|<｜[^<>｜\s]{1,40}｜>)."
 )
+SLOT = "{question}"  # where the question stands in a frame
 BREAK = "\u200b"  # a zero-width space: invisible to people, and no marker's spelling
 
 
@@ -40,25 +42,85 @@ def messages(
     prompt: str,
     history: Sequence[Message] = (),
     passages: Sequence[tuple[str, str]] = (),
+    frame: str = SLOT,
+    told: Mapping[str, Sequence[tuple[str, str]]] | None = None,
 ) -> Chat:
     """The chat for one question: instruction as the system turn, demonstrations as earlier turns, then the question.
 
-    Passages, as (title, text), stand numbered in the question's own turn, in front of it.
+    Every question stands in the frame. Passages, as (title, text), stand numbered in the question's own turn, in front;
+    `told` has those of the demonstrations' questions.
     A system turn of the row's own history follows the instruction; its other turns stand before the question.
     """
     own = [content for role, content in history if role == "system"]
     head = "\n\n".join(part for part in [instruction, *own] if part)
     chat: list[Message] = [("system", head)] if head else []
     for question, answer in demonstrations:
-        chat += [("user", question), ("assistant", answer)]
+        chat += [("user", beside((told or {}).get(question, ()), framed(frame, question))), ("assistant", answer)]
     chat += [(role, content) for role, content in history if role != "system"]
-    return (*chat, ("user", beside(passages, prompt)))
+    return (*chat, ("user", beside(passages, framed(frame, prompt))))
 
 
 def beside(passages: Sequence[tuple[str, str]], question: str) -> str:
     """A question behind its passages, as (title, text), which are numbered."""
     shown = [f"[{n}] {title}\n{text}" if title else f"[{n}] {text}" for n, (title, text) in enumerate(passages, 1)]
     return "\n\n".join([*shown, question])
+
+
+def framed(frame: str, question: str) -> str:
+    """A question in its frame; what the question holds is never read as a frame again."""
+    before, _, after = frame.partition(SLOT)
+    return before + question + after
+
+
+# --- prompts as files -------------------------------------------------------------------------------------------------
+
+RULE = re.compile(r"(\\*)---")  # a line of its own that parts the sections; in a text it gets one more backslash
+
+
+def to_text(instruction: str, frame: str = SLOT, words: Sequence[tuple[str, str]] = ()) -> str:
+    """A prompt as a file for people: the instruction, `---`, the frame and, where labels have words, `---` and lines
+    `label = word`. What would not survive on such a line is written as a JSON string.
+    """
+
+    def kept(text: str) -> str:
+        return "\n".join("\\" + line if RULE.fullmatch(line) else line for line in text.split("\n"))
+
+    def word(text: str) -> str:
+        odd = text != text.strip() or text[:1] in ("", '"', "-", "\\") or re.search(r"[\n=]", text)
+        return json.dumps(text, ensure_ascii=False) if odd else text
+
+    lines = [f"{word(label)} = {word(said)}" for label, said in words]
+    return "\n---\n".join([kept(instruction), kept(frame), *(["\n".join(lines)] if lines else [])]) + "\n"
+
+
+def from_text(text: str) -> tuple[str, str, dict[str, str]]:
+    """(instruction, frame, words by label) of what `to_text` or a person wrote; an instruction alone will do.
+
+    Raises ValueError, saying what is wrong.
+    """
+    if "\r\n" in text and not re.search(r"(?<!\r)\n", text):
+        text = text.replace("\r\n", "\n")
+    parts: list[list[str]] = [[]]
+    for line in text.removesuffix("\n").split("\n"):
+        if line == "---":
+            parts.append([])
+        else:
+            parts[-1].append(line[1:] if RULE.fullmatch(line) else line)
+    if len(parts) > 3:
+        raise ValueError(f"{len(parts)} sections; at most instruction, frame and words")
+    instruction, frame = ("\n".join(part) for part in [*parts, [SLOT]][:2])
+    if frame.count(SLOT) != 1:
+        raise ValueError(f"the frame has {SLOT} {frame.count(SLOT)} times")
+    words = dict(map(_word, filter(str.strip, parts[2]))) if len(parts) == 3 else {}
+    return instruction, frame, words
+
+
+def _word(line: str) -> tuple[str, str]:
+    found = re.fullmatch(r"""("(?:[^"\\]|\\.)*"|[^"=][^=]*?)\s*=\s*("(?:[^"\\]|\\.)*"|[^"=][^=]*?)\s*""", line)
+    if not found:
+        raise ValueError(f"{line[:60]!r} is not label = word")
+    label, said = (json.loads(part) if part.startswith('"') else part.strip() for part in found.groups())
+    return str(label), str(said)
 
 
 def _fold_system(chat: Chat) -> Chat:

@@ -69,6 +69,7 @@ def protocol(
         "decoding": "closed set" if system.decoding.closed else "greedy generation",
         "whet": __version__,
         "python": platform.python_version(),
+        **({"corpus": "/".join(s.version[:16] for s in system.sources)} if system.sources else {}),
         **getattr(metric, "rules", {}),
         **session.protocol,
     }
@@ -135,7 +136,7 @@ def join(first: Scorecard, second: Scorecard, metric: Metric, seed: int) -> Scor
 
 def reads_scores(system: System, examples: Sequence[Example], session: Session) -> bool:
     """Whether every label is scored to answer these, so that the scores serve the System calibrated or not."""
-    labels = system.decoding.labels if system.decoding.closed else ()
+    labels = system.decoding.spoken if system.decoding.closed else ()
     whole = system.decoding.normalise == "sum"
     return bool(labels) and not any(e.choices for e in examples) and session.scores_all(labels, whole)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import random
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -185,3 +186,17 @@ def cut(
         held = min(clusters, key=len)
     chosen = set(held)
     return [i for i in range(len(rows)) if i not in chosen], sorted(chosen)
+
+
+def shared_order(rows: Sequence[Example], closed: bool, seed: int) -> list[Example]:
+    """One order of rows that all are compared in: classes in turn, so that each beginning is balanced."""
+    draw = random.Random(seed)
+    piles: dict[str, list[Example]] = defaultdict(list)
+    for row in rows:
+        piles[row.completion if closed and not row.choices else ""].append(row)
+    for name in sorted(piles):
+        draw.shuffle(piles[name])
+    placed = [
+        ((i + 0.5) / len(pile), draw.random(), row) for _, pile in sorted(piles.items()) for i, row in enumerate(pile)
+    ]
+    return [row for _, _, row in sorted(placed, key=lambda item: item[:2])]

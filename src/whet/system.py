@@ -8,8 +8,9 @@ import math
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 from whet import __version__
 from whet.engine import Progress, Prompt, Sampling, Session, open_session
 from whet.errors import ArtifactError, StoreError
+from whet.metrics import plain
 from whet.model import ModelRef, Transform, hash_files, local_folder, resolve
-from whet.prompt import beside, messages, shorten
+from whet.prompt import SLOT, messages, shorten, to_text
+from whet.retrieval import Found
 from whet.sources import Source, revive_source
 from whet.task import Example
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from whet.embed import Embedder
 
 Pair = tuple[str, str]  # (question, answer)
+Shown = Sequence[Sequence[Found]]  # the passages that each question is shown
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,9 @@ class Decoding:
 
     `labels` is the task's closed set (a row's own choices take its place). `normalise` is "mean" (log-probability per
     token, so that long labels are not punished) or "sum" (of the whole answer, its end included). `prior` holds the
-    log-prior of each label that calibration subtracts, scaled like the scores.
+    log-prior of each label that calibration subtracts, scaled like the scores. `words` are what the model is to say in
+    place of each label. Of a generated text the answer is what stands behind the last `after`; of `votes` samples it is
+    the most frequent (self-consistency, Wang et al. 2023).
     """
 
     labels: tuple[str, ...] = ()
@@ -74,15 +80,60 @@ class Decoding:
     max_tokens: int = 64
     temperature: float = 0.0
     stop: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+    after: str = ""
+    votes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.words and (len(self.words) != len(self.labels) or len(set(self.words)) < len(self.words)):
+            raise ValueError(f"{len(self.words)} words for {len(self.labels)} labels; one of its own for each")
+        if self.votes < 1 or (self.votes > 1 and self.temperature <= 0):
+            raise ValueError("votes is at least 1, and several need a temperature above 0")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As plain data. What came later is left out at its default, so that older Systems keep their names."""
+        later = {f.name: f.default for f in fields(self) if f.name in ("words", "after", "votes")}
+        return {k: v for k, v in asdict(self).items() if k not in later or v != later[k]}
+
+    @property
+    def spoken(self) -> tuple[str, ...]:
+        """What is scored for each label: its word, or itself."""
+        return self.words or self.labels
+
+    def said(self, answer: str) -> str:
+        """What the model is to say for an answer: a label's word, else the answer itself."""
+        return self.words[self.labels.index(answer)] if self.words and answer in self.labels else answer
+
+    def read(self, text: str) -> str:
+        """The answer that a generated text gives: behind the last `after`, and the label of a word."""
+        text = (text.rpartition(self.after)[2] if self.after else text).strip()
+        meant = {plain(word): label for word, label in zip(self.words, self.labels, strict=False)}
+        return meant.get(plain(text), text)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer; `scores` are the (calibrated) scores of the closed set, `truncated` says the prompt was shortened."""
+    """One answer; `scores` are the (calibrated) scores of the closed set, `truncated` says the prompt was shortened.
+
+    `passages` are those it was shown; which of them it stands in, `reading.cited` says.
+    """
 
     text: str
     scores: tuple[float, ...] = ()
     truncated: bool = False
+    passages: tuple[Found, ...] = ()
+
+
+def _pairs(found: Sequence[Found]) -> tuple[Pair, ...]:
+    """(title, text) of passages."""
+    return tuple((f.passage.title, f.passage.text) for f in found)
+
+
+def _voted(texts: Sequence[str]) -> str:
+    """The most frequent text, however it is cased and spaced; the first of equals."""
+    most = Counter(map(plain, texts)).most_common(1)[0][0]
+    return next(text for text in texts if plain(text) == most)
 
 
 def _greatest(choices: Sequence[str], scores: tuple[float, ...], truncated: bool) -> Answer:
@@ -93,7 +144,10 @@ def _greatest(choices: Sequence[str], scores: tuple[float, ...], truncated: bool
 
 @dataclass(frozen=True)
 class System:
-    """Model, prompt, demonstrations, sources and decoding. Its fingerprint, of contents, is its identity."""
+    """Model, prompt, demonstrations, sources and decoding. Its fingerprint, of contents, is its identity.
+
+    `frame` is how a question is written, those of demonstrations too: `{question}` stands in it once.
+    """
 
     model: ModelRef
     instruction: str = ""
@@ -102,6 +156,11 @@ class System:
     sources: tuple[Source, ...] = ()
     card: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)
     home: Path = field(default=Path(".whet"), compare=False, repr=False)
+    frame: str = SLOT
+
+    def __post_init__(self) -> None:
+        if self.frame.count(SLOT) != 1:
+            raise ValueError(f"a frame has {SLOT} once, not {self.frame.count(SLOT)} times")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -110,16 +169,22 @@ class System:
             "model": self.model.identity,
             "instruction": self.instruction,
             "demonstrations": asdict(self.demonstrations),
-            "decoding": asdict(self.decoding),
+            "decoding": self.decoding.settings,
             # Left out where there are none, so that Systems written before there were sources keep their names.
             **({"sources": [s.settings for s in self.sources]} if self.sources else {}),
+            **({"frame": self.frame} if self.frame != SLOT else {}),
         }
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the settings; equal for equal Systems wherever they lie."""
-        text = json.dumps(self.settings, sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()
+        """sha256 of the settings; equal for equal Systems wherever they lie, whatever documents they look into."""
+        body = self.settings | ({"sources": [s.fingerprint for s in self.sources]} if self.sources else {})
+        return hashlib.sha256(json.dumps(body, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+    @property
+    def state(self) -> str:
+        """The fingerprint with the versions of what it looks into: what a score or a training depends on."""
+        return "/".join([self.fingerprint, *(s.version for s in self.sources)])
 
     @cached_property
     def session(self) -> Session:
@@ -135,43 +200,48 @@ class System:
 
         return Embedder(self.home)
 
-    def prompts(self, examples: Sequence[Example], *, blind: bool = False) -> list[Prompt]:
+    def prompts(
+        self, examples: Sequence[Example], *, blind: bool = False, found: Shown | None = None
+    ) -> list[Prompt]:
         """What the model is sent for each example; with `blind`, none is shown its own answer as a demonstration.
 
-        Plain text rows are raw text, outside any template.
+        `found` are the passages to show; without, they are looked up. Plain text rows are raw text, outside any
+        template.
         """
         shown = self.demonstrations.choose([e.prompt for e in examples], self.embedder, blind=blind)
-        read = self.passages([e.prompt for e in examples])
-        if brief := [s for s in self.sources if getattr(s, "brief", False)]:
+        read = self.found([e.prompt for e in examples]) if found is None else found
+        said, told = self.decoding.said, dict[str, tuple[Pair, ...]]()
+        if brief := [s for s in self.sources if s.brief]:
             asked = sorted({q for demos in shown for q, _ in demos})
-            told = dict(zip(asked, self.passages(asked, brief), strict=True))
-            shown = [tuple((beside(told[q], q), a) for q, a in demos) for demos in shown]
+            told = dict(zip(asked, map(_pairs, self.found(asked, sources=brief)), strict=True))
         return [
-            "" if e.text is not None else messages(self.instruction, demos, e.prompt, e.history, here)
+            "" if e.text is not None else
+            messages(self.instruction, [(q, said(a)) for q, a in demos], e.prompt, e.history, _pairs(here), self.frame,
+                     told)
             for e, demos, here in zip(examples, shown, read, strict=True)
-        ]
+        ]  # fmt: skip
 
-    def passages(self, questions: Sequence[str], sources: Sequence[Source] | None = None) -> list[tuple[Pair, ...]]:
-        """(title, text) of the passages that each question is shown, out of all (or these) sources, best first."""
-        made: list[tuple[Pair, ...]] = [()] * len(questions)
+    def found(
+        self, questions: Sequence[str], k: int | None = None, sources: Sequence[Source] | None = None
+    ) -> list[list[Found]]:
+        """The passages that each question is shown, out of all or these sources, best first; `k` of each, if given."""
+        made: list[list[Found]] = [[] for _ in questions]
         for source in self.sources if sources is None else sources:
-            found = source.find(questions, self.home)
-            made = [(*m, *((f.passage.title, f.passage.text) for f in some))
-                    for m, some in zip(made, found, strict=True)]  # fmt: skip
+            made = [[*m, *some] for m, some in zip(made, source.find(questions, self.home, k), strict=True)]
         return made
 
     def ranked(self, examples: Sequence[Example], most: int) -> list[str]:
         """The ids of the documents found for each example, best first, one a line; empty without a source."""
         if not self.sources:
             return [""] * len(examples)
-        rows = self.sources[0].find([e.prompt for e in examples], self.home, 3 * most)
-        return ["\n".join([*dict.fromkeys(f.passage.document for f in found)][:most]) for found in rows]
+        return ["\n".join(ids) for ids in self.sources[0].rank([e.prompt for e in examples], self.home, most)]
 
     def fitting(
-        self, examples: Sequence[Example], session: Session, room: Sequence[int], *, blind: bool = False
-    ) -> tuple[list[Prompt], list[bool]]:
+        self, examples: Sequence[Example], session: Session, room: Sequence[int], *, blind: bool = False,
+        found: Shown | None = None,
+    ) -> tuple[list[Prompt], list[bool]]:  # fmt: skip
         """Prompts that leave `room` tokens of the context window each, and which of them had to be shortened."""
-        prompts = self.prompts(examples, blind=blind)
+        prompts = self.prompts(examples, blind=blind, found=found)
         cut = [False] * len(prompts)
         for n, size in enumerate(session.count(prompts)):
             excess = size + room[n] - session.context
@@ -188,14 +258,21 @@ class System:
         return [a.text for a in self.answers(prompt, session)]
 
     def answers(
-        self, prompts: Iterable[str | Example], session: Session | None = None, progress: Progress | None = None
-    ) -> list[Answer]:
-        """Answer prompts with scores: over the closed set where there is one, else by generation."""
+        self, prompts: Iterable[str | Example], session: Session | None = None, progress: Progress | None = None,
+        found: Shown | None = None,
+    ) -> list[Answer]:  # fmt: skip
+        """Answer prompts with scores: over the closed set where there is one, else by generation.
+
+        `found` are the passages that each is shown; without, they are looked up.
+        """
         examples = [Example(str(n), p) if isinstance(p, str) else p for n, p in enumerate(prompts)]
         session = session or self.session
+        found = self.found([e.prompt for e in examples]) if found is None else found
         if self.decoding.closed and all(e.choices or self.decoding.labels for e in examples):
-            return self._choose(examples, session, progress)
-        return self._generate(examples, session, progress)
+            made = self._choose(examples, session, progress, found)
+        else:
+            made = self._generate(examples, session, progress, found)
+        return [replace(a, passages=tuple(f)) if f else a for a, f in zip(made, found, strict=True)]
 
     def label_scores(
         self, examples: Sequence[Example], session: Session, progress: Progress | None = None
@@ -207,22 +284,25 @@ class System:
         return [tuple(s.logprob if whole else s.mean for s in row) for row in scored], cut
 
     def _closed(
-        self, examples: Sequence[Example], session: Session
+        self, examples: Sequence[Example], session: Session, found: Shown | None = None
     ) -> tuple[list[tuple[str, ...]], list[Prompt], list[bool]]:
-        """Each example's closed set, its prompt with room for the longest of the set, and who was shortened."""
-        sets = [e.choices or self.decoding.labels for e in examples]
+        """Each example's closed set as it is said, its prompt with room for the longest, and who was shortened."""
+        sets = [e.choices or self.decoding.spoken for e in examples]
         # A label is at most as many tokens as its bytes; one more ends the turn.
         room = [max(len(c.encode()) for c in choices) + 2 for choices in sets]
-        prompts, cut = self.fitting(examples, session, room)
+        prompts, cut = self.fitting(examples, session, room, found=found)
         return sets, prompts, cut
 
-    def _choose(self, examples: Sequence[Example], session: Session, progress: Progress | None) -> list[Answer]:
-        sets, prompts, cut = self._closed(examples, session)
+    def _choose(
+        self, examples: Sequence[Example], session: Session, progress: Progress | None, found: Shown
+    ) -> list[Answer]:
+        sets, prompts, cut = self._closed(examples, session, found)
         # A row's own choices have no prior: calibration is of the task's labels.
         offsets = self.decoding.prior if not any(e.choices for e in examples) else ()
+        named = [e.choices or self.decoding.labels for e in examples]
         whole = self.decoding.normalise == "sum"
         rows = session.choose(prompts, sets, whole=whole, offsets=offsets, progress=progress)
-        return [_greatest(c, row, short) for c, row, short in zip(sets, rows, cut, strict=True)]
+        return [_greatest(c, row, short) for c, row, short in zip(named, rows, cut, strict=True)]
 
     def decide(self, scores: Sequence[float], truncated: bool = False) -> Answer:
         """The answer that uncalibrated scores of the labels lead to."""
@@ -230,12 +310,20 @@ class System:
         calibrated = tuple(s - p for s, p in zip(scores, prior, strict=True))
         return _greatest(self.decoding.labels, calibrated, truncated)
 
-    def _generate(self, examples: Sequence[Example], session: Session, progress: Progress | None) -> list[Answer]:
+    def _generate(
+        self, examples: Sequence[Example], session: Session, progress: Progress | None, found: Shown
+    ) -> list[Answer]:
         decoding = self.decoding
-        prompts, cut = self.fitting(examples, session, [decoding.max_tokens] * len(examples))
-        sampling = Sampling(decoding.max_tokens, decoding.temperature, stop=decoding.stop)
+        prompts, cut = self.fitting(examples, session, [decoding.max_tokens] * len(examples), found=found)
+        sampling = Sampling(decoding.max_tokens, decoding.temperature, n=decoding.votes, stop=decoding.stop)
         made = session.generate(prompts, sampling, progress)
-        return [Answer(g[0].text.strip(), (), short) for g, short in zip(made, cut, strict=True)]
+        return [Answer(_voted([decoding.read(g.text) for g in one]), (), s) for one, s in zip(made, cut, strict=True)]
+
+    @property
+    def prompt_text(self) -> str:
+        """The prompt as a file for people, which `prompting` takes back (`file`)."""
+        words = zip(self.decoding.labels, self.decoding.words, strict=False)
+        return to_text(self.instruction, self.frame, tuple(words))
 
     # --- on disk --------------------------------------------------------------------------------------------------
 
@@ -282,6 +370,8 @@ class System:
                 raise ArtifactError(f"the {transform.kind} {transform.fingerprint[:12]} is not at hand")
             shutil.copytree(transform.folder, work / "transforms" / transform.fingerprint)
         for source in self.sources:
+            if source.store:
+                continue
             if source.folder is None:
                 raise ArtifactError(f"the index {source.fingerprint[:12]} is not at hand")
             shutil.copytree(source.folder, work / "sources" / source.fingerprint)
@@ -289,6 +379,8 @@ class System:
             shutil.copytree(local_folder(self.model, self.home), work / "base")
             body["base_hash"] = hash_files([p for p in (work / "base").iterdir() if p.is_file()])
         (work / "README.md").write_text(_card_text(self), encoding="utf-8")
+        with (work / "prompt.txt").open("w", encoding="utf-8", newline="") as file:
+            file.write(self.prompt_text)
         (work / "system.json").write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -334,12 +426,14 @@ def revive(
         settings["instruction"],
         Demonstrations(tuple((q, a) for q, a in demos["pool"]), demos["k"], demos["selection"]),
         replace(
-            Decoding(**{**decoding, "labels": labels, "stop": tuple(decoding["stop"]), "prior": ()}),
+            Decoding(**{**decoding, "labels": labels, "stop": tuple(decoding["stop"]), "prior": (),
+                        "words": tuple(decoding.get("words", ()))}),  # fmt: skip
             prior=_finite(decoding["prior"], len(labels)),
         ),
-        tuple(revive_source(one, folders.get(one["fingerprint"])) for one in settings.get("sources", ())),
+        tuple(revive_source(one, folders) for one in settings.get("sources", ())),
         card,
         home,
+        settings.get("frame", SLOT),
     )
 
 
@@ -358,7 +452,7 @@ def load(folder: str | Path, home: Path | None = None, *, trust: bool = False) -
     try:
         body = json.loads(file.read_text(encoding="utf-8"))
         named = {"transforms": [f for _, f in body["model"]["transforms"]],
-                 "sources": [s["fingerprint"] for s in body.get("sources", ())]}  # fmt: skip
+                 "sources": [revive_source(s, {}).fingerprint for s in body.get("sources", ())]}  # fmt: skip
         if not all(isinstance(f, str) and f.isalnum() for prints in named.values() for f in prints):
             raise ValueError("a transform or source is named by its hash")
         folders = {f: path / kind / f for kind, prints in named.items() for f in prints}
@@ -374,9 +468,10 @@ def load(folder: str | Path, home: Path | None = None, *, trust: bool = False) -
             expected=f"fingerprint {written[:12]}", found=system.fingerprint[:12],
             do="restore it, or build the System anew",
         )  # fmt: skip
-    if system.model.base.startswith("openai:") and not trust:
+    servers = [base] if base.startswith("openai:") else [s.store for s in system.sources if s.store]
+    if servers and not trust:
         raise ArtifactError(
-            f"{path} answers through a server", expected="--trust (in Python: trust=True)", found=system.model.base,
+            f"{path} answers through a server", expected="--trust (in Python: trust=True)", found=servers[0],
             do="give it if that server may have your prompts and your key",
         )  # fmt: skip
     _check_base(system, body)

@@ -11,7 +11,9 @@ from typing import Any, ClassVar
 from whet.errors import MethodError
 from whet.methods import Need, Run
 from whet.system import System
-from whet.task import Learnable
+from whet.task import Example, Learnable
+
+KINDS = ("batch", "contextual", "domain")
 
 
 def batch_prior(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
@@ -29,9 +31,24 @@ def batch_prior(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
     return tuple(math.log(max(s / len(rows), 1e-12)) for s in sums)
 
 
+def free_inputs(kind: str, rows: Sequence[Example], count: int, seed: int) -> list[Example]:
+    """Prompts that say nothing of any label: without content, or random words of train prompts, as many as they have.
+
+    Sources: Zhao et al. 2021 (contextual), Fei et al. 2023 (domain: 20 of them).
+    """
+    if kind == "contextual":
+        texts = ["N/A", "", "[MASK]"]
+    else:
+        draw, words = random.Random(seed), [word for row in rows for word in row.prompt.split()]
+        texts = [" ".join(draw.choices(words or ["N/A"], k=max(1, len(words) // len(rows)))) for _ in range(count)]
+    return [Example(f"free-{n}", text) for n, text in enumerate(texts)]
+
+
 @dataclass(frozen=True)
 class Calibrate:
-    """Batch calibration: the prior comes from unlabelled train prompts only, `prompts` of them."""
+    """The model's leaning, measured and subtracted: over `prompts` unlabelled train prompts (`batch`), over inputs
+    without content (`contextual`), or over random words of the domain (`domain`, 20 of them at most).
+    """
 
     name: ClassVar[str] = "calibrate"
     family: ClassVar[str] = "few-/zero-shot"
@@ -43,38 +60,30 @@ class Calibrate:
     prompts: int = 128
 
     def __post_init__(self) -> None:
-        if self.kind != "batch":
-            raise ValueError(f"{self.kind!r} is not batch")
+        if self.kind not in KINDS:
+            raise ValueError(f"{self.kind!r} is none of {', '.join(KINDS)}")
         if self.prompts < 2:
             raise ValueError(f"prompts is {self.prompts}; at least 2")
 
     def space(self) -> Mapping[str, Sequence[Any]]:
-        """Nothing worth racing: more prompts only make the prior steadier."""
-        return {}
+        """The settings worth trying; more prompts only make the prior steadier."""
+        return {"kind": KINDS}
 
     def apply(self, system: System, data: Learnable, run: Run) -> System:
         """The System with a prior; only the prompts of train are looked at, never their labels."""
-        rows = [e for e in data.train if not e.choices and e.text is None]
+        from whet.variants import unseen
+
         # Prompts that are shown as demonstrations would see their own answer.
-        shown = {question for question, _ in system.demonstrations.pool}
-        if system.demonstrations.selection == "fixed":
-            rows = [e for e in rows if e.prompt not in shown]
+        rows, _ = unseen(system, [e for e in data.train if not e.choices and e.text is None])
         sample = random.Random(run.seed).sample(rows, min(self.prompts, len(rows)))
         if not sample:
             raise MethodError(
                 "nothing to calibrate on", expected="train prompts that are not shown as demonstrations", found="none",
                 do="show fewer",
             )  # fmt: skip
-        plain = replace(system, decoding=replace(system.decoding, prior=()))
-        if system.demonstrations.selection == "nearest":
-            plain = replace(plain, demonstrations=_without(system, [e.prompt for e in sample]))
+        if self.kind != "batch":
+            sample = free_inputs(self.kind, rows, min(self.prompts, 20), run.seed)
+        _, plain = unseen(replace(system, decoding=replace(system.decoding, prior=())), sample)
         session = run.session(system.model)
         scores, _ = plain.label_scores(sample, session, run.progress("calibrating"))
         return replace(system, decoding=replace(system.decoding, prior=batch_prior(scores)))
-
-
-def _without(system: System, prompts: Sequence[str]) -> Any:
-    """The System's demonstrations without the given questions, so that no prompt finds itself as its neighbour."""
-    hidden = set(prompts)
-    pool = tuple(pair for pair in system.demonstrations.pool if pair[0] not in hidden)
-    return replace(system.demonstrations, pool=pool)

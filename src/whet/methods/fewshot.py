@@ -6,15 +6,22 @@ import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from whet.errors import MethodError
 from whet.methods import Need, Run
 from whet.system import Demonstrations, Pair, System
 from whet.task import Example, Learnable
 
-SELECTIONS = ("random", "nearest", "fixed")
-ORDERS = ("mixed", "grouped")
+if TYPE_CHECKING:
+    import numpy as np
+
+SELECTIONS = ("random", "nearest", "fixed", "diverse", "coverage", "bootstrapped")
+ORDERS = ("mixed", "grouped", "raced")
+ASKED, RIGHT = 128, 0.5  # train rows that the model answers to bootstrap; the score from which its answer is kept
+RACED_ORDERS, RACED_ROWS = 6, 64
+MOST_COMPARED = 1000  # rows among which diverse ones are looked for
+MEASURED = 64  # prompts that say whether the context window holds the demonstrations
 
 
 def balanced(rows: Sequence[Example], k: int, seed: int | str) -> list[Example]:
@@ -34,12 +41,33 @@ def balanced(rows: Sequence[Example], k: int, seed: int | str) -> list[Example]:
     return chosen
 
 
+def spread(vectors: np.ndarray[Any, Any], answers: Sequence[str], k: int, cover: bool) -> list[int]:
+    """k rows by their unit vectors, answers in turn: each the farthest from all before it (Gonzalez 1985), or with
+    `cover` the one that brings all rows nearest to some chosen one (facility location, as in Lin & Bilmes 2011).
+    """
+    import numpy as np
+
+    near = vectors @ vectors.T
+    best = np.full(len(near), -1.0)  # of each row: its similarity to the nearest one chosen
+    piles = {answer: [i for i, a in enumerate(answers) if a == answer] for answer in sorted(set(answers))}
+    chosen: list[int] = []
+    while len(chosen) < min(k, len(near)):
+        for pile in piles.values():
+            if pile and len(chosen) < k:
+                gain = np.maximum(near[pile], best).sum(axis=1) if cover or not chosen else -best[pile]
+                chosen.append(pile.pop(int(gain.argmax())))
+                best = np.maximum(best, near[chosen[-1]])
+    return chosen
+
+
 @dataclass(frozen=True)
 class FewShot:
-    """k demonstrations: chosen at random (balanced over a closed set), by nearest neighbour, or given (`fixed`).
+    """k demonstrations, balanced over a closed set; fewer where the context window would not hold them.
 
-    `ids` names the rows of `fixed`. `order` of random ones: mixed by the seed, or grouped by answer. `draw` numbers
-    the random draw: what sixteen examples do to a small model differs much from draw to draw, so several are raced.
+    `random`; `nearest` to each question; `fixed`, named by `ids`; `diverse` and `coverage` by sentence embeddings;
+    `bootstrapped`: rows that the model itself answers right, with what it said (Khattab et al. 2024). `order`: mixed by
+    the seed, grouped by answer, or the best of a few that are raced. `draw` numbers the random draw: what sixteen
+    examples do to a small model differs much from draw to draw, so several are raced.
     """
 
     name: ClassVar[str] = "fewshot"
@@ -65,30 +93,97 @@ class FewShot:
 
     def space(self) -> Mapping[str, Sequence[Any]]:
         """The settings worth trying."""
-        return {"k": (4, 8, 16), "selection": ("random", "nearest"), "draw": (0, 1, 2)}
+        return {"k": (4, 8, 16), "selection": ("random", "nearest", "diverse", "bootstrapped"), "draw": (0, 1, 2)}
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts the model is asked, about."""
+        return ASKED * (self.selection == "bootstrapped") + 3 * RACED_ROWS * (self.order == "raced")
 
     def apply(self, system: System, data: Learnable, run: Run) -> System:
         """The System with demonstrations from train; its calibration, if any, is dropped."""
         usable = [e for e in data.train if e.completion and e.text is None and not e.history]
-        if self.selection == "nearest":
-            pool = tuple((e.prompt, e.completion) for e in usable)
-            shown = Demonstrations(pool, self.k, "nearest")
-        else:
-            shown = Demonstrations(tuple(self._pick(usable, data, f"{run.seed}/{self.draw}")), 0, "fixed")
-        decoding = replace(system.decoding, prior=())
-        return replace(system, demonstrations=shown, decoding=decoding)
+        start = replace(system, demonstrations=Demonstrations(), decoding=replace(system.decoding, prior=()))
+        rows = self._bootstrapped(usable, start, data, run) if self.selection == "bootstrapped" else usable
+        k, new = self.k, self._shown(rows, start, data, run, self.k)
+        while k > 1 and not self._fits(new, usable, run):
+            k -= 1
+            new = self._shown(rows, start, data, run, k)
+        if k < self.k:
+            run.notes["shown"] = f"{k} of {self.k}: the context window holds no more"
+        return self._raced(new, data, run) if self.order == "raced" else new
 
-    def _pick(self, usable: Sequence[Example], data: Learnable, seed: str) -> list[Pair]:
+    def _shown(self, rows: Sequence[Example], start: System, data: Learnable, run: Run, k: int) -> System:
+        if self.selection == "nearest":
+            return replace(start, demonstrations=Demonstrations(tuple((e.prompt, e.completion) for e in rows), k,
+                                                                "nearest"))  # fmt: skip
+        pairs = self._pick(rows, data, f"{run.seed}/{self.draw}", k, run)
+        return replace(start, demonstrations=Demonstrations(tuple(pairs), 0, "fixed"))
+
+    def _fits(self, system: System, usable: Sequence[Example], run: Run) -> bool:
+        """Whether nearly all prompts of train fit the context window with what is shown; nearest ones by a sample."""
+        demos, session = system.demonstrations, run.session(system.model)
+        some = random.Random(0).sample(list(usable), min(MEASURED, len(usable)))
+        if demos.selection == "nearest":
+            system = replace(system, demonstrations=Demonstrations(demos.pool[: demos.k]))
+        sizes = sorted(session.count(system.prompts(some)))
+        room = max(session.count([e.completion for e in some]), default=0)
+        room = room if system.decoding.closed else system.decoding.max_tokens
+        return not sizes or sizes[int(0.95 * (len(sizes) - 1))] + room <= session.context
+
+    def _bootstrapped(self, usable: Sequence[Example], start: System, data: Learnable, run: Run) -> list[Example]:
+        """Rows that the model answers right by itself; where it generates, with its own words, reasons included."""
+        from whet.metrics import score_all
+        from whet.variants import Contest
+
+        asked = balanced(usable, ASKED, run.seed) if data.labels else list(usable[:ASKED])
+        closed = start.decoding.closed
+        # A leaning towards one label would keep rows of that label alone.
+        contest = Contest.of(data, asked, run.session(start.model), calibrated=bool(data.labels))
+        raw = replace(start, decoding=replace(start.decoding, after=""))
+        said = [o.answer for o in contest.outcomes(raw, range(len(asked)))]
+        found = score_all(contest.metric, said if closed else [start.decoding.read(s) for s in said], asked)
+        kept = [e if closed else replace(e, completion=s)
+                for e, s, o in zip(asked, said, found, strict=True) if o.score >= RIGHT]  # fmt: skip
+        run.notes["bootstrapped"] = f"{len(kept)} of {len(asked)} answered right"
+        if not kept:
+            raise MethodError("nothing to show: the model answers no train row right", expected="some right answers",
+                              found=f"0 of {len(asked)}", do="use selection=random")  # fmt: skip
+        return kept
+
+    def _raced(self, system: System, data: Learnable, run: Run) -> System:
+        """The best of a few orders on train rows that are not shown (Lu et al. 2022); the first of equals."""
+        from whet.variants import Contest, learnable
+
+        rows, pool = learnable(system, data, run.seed)[:RACED_ROWS], system.demonstrations.pool
+        draw = random.Random(run.seed)
+        orders = [pool, *(tuple(draw.sample(pool, len(pool))) for _ in range(RACED_ORDERS - 1))]
+        made = [replace(system, demonstrations=Demonstrations(one)) for one in dict.fromkeys(orders)]
+        if not rows or self.selection == "nearest":
+            return system
+        contest = Contest.of(data, rows, run.session(system.model), calibrated=bool(data.labels))
+        best, run.notes["orders"] = contest.best(made, len(rows))
+        return best
+
+    def _pick(self, usable: Sequence[Example], data: Learnable, seed: str, k: int, run: Run) -> list[Pair]:
         if self.selection == "fixed":
             by_id = {e.id: e for e in usable}
             missing = [i for i in self.ids if i not in by_id]
             if missing:
                 raise MethodError("no such demonstrations", expected="ids of train rows", found=", ".join(missing[:5]))
             return [(by_id[i].prompt, by_id[i].completion) for i in self.ids]
-        if data.labels:
-            chosen = balanced(usable, self.k, seed)
+        if self.selection in ("diverse", "coverage"):
+            from whet.embed import Embedder
+
+            some = random.Random(seed).sample(list(usable), min(MOST_COMPARED, len(usable)))
+            answers = [e.completion if data.labels else "" for e in some]
+            vectors = Embedder(run.home)([e.prompt for e in some])
+            chosen = [some[i] for i in spread(vectors, answers, k, self.selection == "coverage")]
+            random.Random(seed).shuffle(chosen)
+        elif data.labels:
+            chosen = balanced(usable, k, seed)
         else:
-            chosen = random.Random(seed).sample(list(usable), min(self.k, len(usable)))
+            chosen = random.Random(seed).sample(list(usable), min(k, len(usable)))
         if self.order == "grouped":
             chosen.sort(key=lambda e: e.completion)
         return [(e.prompt, e.completion) for e in chosen]

@@ -42,7 +42,9 @@ def render_pairs(system: System, rows: Sequence[Judged], session: TorchSession, 
     from whet.train.head import for_head
 
     def encode(text: str | None) -> tuple[int, ...]:
-        return for_head(session, text or "") if head else session.encode_answer(text or "", end=True)
+        if head:
+            return for_head(session, text or "")
+        return session.encode_answer(system.decoding.said(text or ""), end=True)
 
     sides = [tuple(encode(t) for t in (r.chosen, r.rejected) if t is not None) for r in rows]
     prompts, _ = system.fitting([r.example for r in rows], session, [max(map(len, s)) for s in sides], blind=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from whet import embed
 from whet.errors import WhetError
 from whet.methods import Run, lacking, table
+from whet.methods.prompting import Prompting
 from whet.progress import clock
 from whet.scorecard import reads_scores, uncalibrated
 from whet.search.budget import Rates, estimate
@@ -33,17 +35,23 @@ def prompting_recipes(data: Learnable) -> list[Recipe]:
         found = [
             recipe("calibrate"),
             recipe(("fewshot", {"k": k})),
-            *(recipe(("fewshot", {"k": k, "draw": draw}), "calibrate") for draw in range(3)),
+            recipe(("fewshot", {"k": k, "draw": 0}), "calibrate"),
+            recipe("prompting"),
+            recipe(("prompting", {"calibrated": True}), "calibrate"),
+            *(recipe(("fewshot", {"k": k, "draw": draw}), "calibrate") for draw in (1, 2)),
         ]
         if nearest:
             found.append(recipe(("fewshot", {"k": 8, "selection": "nearest"})))
         return found + facts
     found = [recipe(("fewshot", {"k": 4}))]
+    if data.metric not in ("perplexity", "win_rate") and "@" not in data.metric:
+        found.append(recipe("prompting"))
     if nearest:
         found.append(recipe(("fewshot", {"k": 4, "selection": "nearest"})))
     if nearest and data.documents is not None:
         found += [recipe(("rag", {"k": 1})), recipe("rag"), recipe(("rag", {"k": 1}), ("fewshot", {"k": 4}))]
     return found + facts
+
 
 def cheap_arms(
     wish: Wish,
@@ -72,6 +80,9 @@ def cheap_arms(
             if one.lacks(base, data) or not select:
                 continue
             plain, once, whole = _cost(one, base, data, select, rates, run)
+            while not wish.recipe and once > most - first_rungs and (less := _smaller(one)):
+                one = less
+                plain, once, whole = _cost(one, base, data, select, rates, run)
             known = plain.fingerprint in scored and reads_scores(plain, select, run.session(base.model))
             first = once + (0.0 if known else FIRST_RUNG * whole)
             if not wish.recipe and first_rungs + first > most:
@@ -85,6 +96,13 @@ def cheap_arms(
     return arms, skipped
 
 
+def _smaller(one: Recipe) -> Recipe | None:
+    """The recipe with a prompt search half as large; None where it has none, or a smaller one would show nothing."""
+    halved = [replace(m, pool=m.pool // 2, examples=m.examples // 2) if isinstance(m, Prompting) and m.pool >= 12 else m
+              for m in one.methods]  # fmt: skip
+    return Recipe(tuple(halved)) if tuple(halved) != one.methods else None
+
+
 def _cost(
     one: Recipe, base: System, data: Learnable, select: Sequence[Example], rates: Rates, run: Run
 ) -> tuple[System, float, float]:
@@ -94,12 +112,13 @@ def _cost(
     """
     system = base
     for method in one.methods:
-        if set(method.writes) <= {"demonstrations", "sources"}:
+        if set(method.writes) <= {"demonstrations", "sources"} and not getattr(method, "prompts", 0):
             system = method.apply(system, data, run)
     session = run.session(base.model)
     whole = rates.price(estimate(system, select, session))
     prompts = sum(getattr(method, "prompts", 0) for method in one.methods)
-    once = rates.price(estimate(system, select[:prompts], session, every=True)) if prompts else 0.0
+    asked = select[:prompts]
+    once = prompts / len(asked) * rates.price(estimate(system, asked, session, every=True)) if prompts else 0.0
     return system, once, whole
 
 

@@ -97,7 +97,7 @@ def estimate(
     share = len(examples) / len(few)
     closed = system.decoding.closed
     prompts = system.prompts(few)
-    sets = [(e.choices or system.decoding.labels) if closed and e.text is None else ("",) for e in few]
+    sets = [(e.choices or system.decoding.spoken) if closed and e.text is None else ("",) for e in few]
     if few[0].text is not None:
         return Spent(prefilled_tokens=round(share * sum(session.count([e.text or "" for e in few]))))
     whole = session.cost(prompts, sets, every)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import random
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -56,20 +54,6 @@ class Trial:
         card = self.card
         score, low, high = (card.score, card.low, card.high) if card else (None, None, None)
         return Standing(self.name, self.status, score, low, high, self.examples, self.cost)
-
-
-def shared_order(rows: Sequence[Example], closed: bool, seed: int) -> list[Example]:
-    """One order of select that every arm is compared in: classes in turn, so that each beginning is balanced."""
-    draw = random.Random(seed)
-    piles: dict[str, list[Example]] = defaultdict(list)
-    for row in rows:
-        piles[row.completion if closed and not row.choices else ""].append(row)
-    for name in sorted(piles):
-        draw.shuffle(piles[name])
-    placed = [
-        ((i + 0.5) / len(pile), draw.random(), row) for _, pile in sorted(piles.items()) for i, row in enumerate(pile)
-    ]
-    return [row for _, _, row in sorted(placed, key=lambda item: item[:2])]
 
 
 @dataclass

@@ -76,7 +76,7 @@ class Policy:
         made = live.generate_rows([Row(tokens) for tokens in encoded for _ in range(n)], sampling)
         parts = [made[i : i + n] for i in range(0, len(made), n)]
         rows = [Row(tokens, tuple(said for said, _ in part)) for tokens, part in zip(encoded, parts, strict=True)]
-        return rows, [[g.text.strip() for _, g in part] for part in parts]
+        return rows, [[decoding.read(g.text) for _, g in part] for part in parts]
 
     def drift(self, rows: Sequence[Row]) -> dict[str, float]:
         """How far the policy has moved, from its own samples: KL to its beginning, entropy, length.

@@ -1,0 +1,405 @@
+"""Prompt engineering: frames and prompt files, the pool, the race, proposals from a stronger model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_remote import Play, serving
+
+from whet.engine import Chat, Prompt
+from whet.engine.fake import FakeSession
+from whet.errors import ArtifactError, MethodError
+from whet.methods import Run, make
+from whet.methods.calibrate import Calibrate, free_inputs
+from whet.methods.fewshot import FewShot, spread
+from whet.methods.prompting import FRAMES, Prompting, edited, variants
+from whet.metrics import get
+from whet.model import resolve
+from whet.prompt import SLOT, framed, from_text, messages, to_text
+from whet.store import Store
+from whet.system import Decoding, Demonstrations, System, load
+from whet.task import Example, Learnable
+from whet.variants import Contest, learnable, unseen
+
+LABELS = ("negative", "positive")
+GOOD, BAD = ("great", "funny", "warm", "fine"), ("bad", "poor", "dull", "slow")
+ROWS = tuple(
+    Example(f"r{n}", f"film number {n} was {(GOOD if n % 2 else BAD)[n // 2 % 4]}", LABELS[n % 2]) for n in range(400)
+)
+DATA = Learnable("films", "Judge the film.", "accuracy", LABELS, ROWS)
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+nasty = st.lists(st.sampled_from(["---", "\\---", "\n", "\r", "{question}", " = ", '"', "a", " ", "<|im_end|>"]),
+                 max_size=12).map("".join)  # fmt: skip
+any_text = st.one_of(texts, nasty)
+frames = st.tuples(any_text, any_text).map(SLOT.join).filter(lambda f: f.count(SLOT) == 1)
+
+
+@pytest.fixture
+def base(home: Path) -> System:
+    decoding = Decoding(LABELS, closed=True, max_tokens=6)
+    return System(resolve("fake:hash"), "Judge the film.", decoding=decoding, home=home)
+
+
+class Reader(FakeSession):
+    """A played model that is right only where the prompt lists the labels (and its frame names the answer)."""
+
+    def __init__(self, needs: str = "Answer with one of") -> None:
+        super().__init__("hash")
+        self.needs, self.asked = needs, list[Prompt]()
+
+    def score(self, prompts: Any, continuations: Any, **more: Any) -> Any:
+        self.asked += prompts
+        found = super().score(prompts, continuations, **more)
+        return [
+            tuple(replace(s, logprob=0.0 if self._right(chat, w) else -9.0) for s, w in zip(row, says, strict=True))
+            if self.needs in str(chat) else row
+            for chat, says, row in zip(prompts, continuations, found, strict=True)
+        ]  # fmt: skip
+
+    def _right(self, chat: Chat, said: str) -> bool:
+        return (said.casefold() == "positive") == any(word in chat[-1][1] for word in GOOD)
+
+
+def run_with(session: Any, base: System, seed: int = 0) -> Run:
+    run = Run(Store(base.home), seed)
+    run.sessions[base.model] = session
+    return run
+
+
+# --- frames and files -------------------------------------------------------------------------------------------------
+
+
+@given(any_text, frames, st.lists(st.tuples(any_text, any_text), max_size=4, unique_by=lambda w: w[0]))
+def test_a_prompt_goes_to_a_file_and_back(instruction: str, frame: str, words: list[tuple[str, str]]) -> None:
+    assert from_text(to_text(instruction, frame, words)) == (instruction, frame, dict(words))
+
+
+def test_a_prompt_file_is_plain() -> None:
+    written = to_text("Judge.", f"Film: {SLOT}\nVerdict:", [("negative", "bad"), ("positive", "good")])
+    assert written == "Judge.\n---\nFilm: {question}\nVerdict:\n---\nnegative = bad\npositive = good\n"
+    assert from_text("Only an instruction.\n") == ("Only an instruction.", SLOT, {})
+    assert from_text(written.replace("\n", "\r\n")) == from_text(written)  # as an editor elsewhere saves it
+
+
+@given(frames, any_text)
+def test_a_question_is_only_data(frame: str, question: str) -> None:
+    before, after = frame.split(SLOT)
+    assert framed(frame, question) == before + question + after
+    [_, asked] = messages("Say.", (), question, frame=frame)
+    assert asked == ("user", before + question + after)
+
+
+def test_frames_and_words_reach_the_model_and_the_disk(base: System, tmp_path: Path) -> None:
+    assert "frame" not in base.settings and not {"words", "votes", "after"} & set(base.settings["decoding"])
+    decoding = replace(base.decoding, words=("no", "yes"), prior=(0.0, 0.0))
+    made = replace(base, frame=f"Film: {SLOT}\nVerdict:", decoding=decoding,
+                   demonstrations=Demonstrations((("old", "positive"),)))  # fmt: skip
+    assert made.prompts([Example("1", "new {question}")]) == [(
+        ("system", "Judge the film."), ("user", "Film: old\nVerdict:"), ("assistant", "yes"),
+        ("user", "Film: new {question}\nVerdict:"),
+    )]  # fmt: skip
+    session = Reader("Judge")
+    [answer] = made.answers(["it was great"], session)
+    assert answer.text == "negative"  # neither word is the label that the played model wants
+    made.save(tmp_path / "system")
+    assert load(tmp_path / "system", base.home) == made
+    assert (tmp_path / "system" / "prompt.txt").read_text() == made.prompt_text
+    assert made.prompt_text.endswith("---\nnegative = no\npositive = yes\n")
+    for broken in (lambda: replace(base, frame="none"), lambda: Decoding(LABELS, words=("a", "a")),
+                   lambda: Decoding(votes=3)):  # fmt: skip
+        with pytest.raises(ValueError):
+            broken()
+    body = json.loads((tmp_path / "system" / "system.json").read_text())
+    (tmp_path / "system" / "system.json").write_text(json.dumps({**body, "frame": "no slot"}))
+    with pytest.raises(ArtifactError):
+        load(tmp_path / "system", base.home)
+
+
+def test_older_systems_keep_their_names() -> None:
+    """The fingerprint of a System as version 0.1.0 wrote it, before there were frames and words."""
+    from whet.model import ModelRef
+
+    old = System(ModelRef("m", "c"), "Say.", decoding=Decoding(("a", "b"), True))
+    assert list(old.settings["decoding"]) == [
+        "labels", "closed", "normalise", "prior", "max_tokens", "temperature", "stop",
+    ]  # fmt: skip
+    assert list(old.settings) == ["model", "instruction", "demonstrations", "decoding"]
+
+
+def test_words_are_what_is_learnt(tmp_path: Path, model_folder: str, fp32: None) -> None:
+    from whet.train.lesson import render_rows
+
+    words = Decoding(LABELS, True, words=("no", "yes"))
+    system = System(resolve(model_folder), "Judge.", decoding=words, frame=f"Film: {SLOT}", home=tmp_path)
+    session: Any = Run(Store(tmp_path)).session(system.model)
+    [row], _ = render_rows(system, [Example("1", "great", "positive")], session)
+    assert session.tokenizer.decode(row.continuations[0]).startswith("yes")
+    assert "Film: great" in session.tokenizer.decode(row.prompt)
+
+
+def test_votes_and_what_stands_behind_the_reasons(base: System) -> None:
+    class Says(FakeSession):
+        def __init__(self) -> None:
+            super().__init__("hash")
+            self.say = lambda prompt, sampling, copy: ["so. Answer: Two", "Answer: one", "well, Answer: two."][copy]
+
+    thinks = Decoding(max_tokens=20, temperature=0.7, votes=3, after="Answer:")
+    [answer] = replace(base, decoding=thinks).answers(["how many?"], Says())
+    assert answer.text == "Two"
+    read = Decoding(LABELS, words=("A", "B")).read
+    assert (read(" b. "), read("other")) == ("positive", "other")
+
+
+# --- the pool ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_pool_is_the_tasks_own_and_a_matter_of_the_seed(base: System) -> None:
+    pool = variants(base, DATA, ROWS[200:], 24, 0)
+    assert pool[0] == base and len({s.fingerprint for s in pool}) == len(pool) == 24
+    assert pool == variants(base, DATA, ROWS[200:], 24, 0) != variants(base, DATA, ROWS[200:], 24, 1)
+    assert any("Answer with one of: negative, positive." in s.instruction for s in pool)
+    told = next(s.instruction for s in pool if "words that often go" in s.instruction)
+    assert all(word in told.split("- positive:")[1] for word in GOOD) and "bad" not in told.split("- positive:")[1]
+    assert {s.frame for s in pool} > set(FRAMES)
+    lettered = [s for s in pool if s.decoding.words == ("A", "B")]
+    assert lettered and all("A (negative)" in s.instruction + s.frame for s in lettered)
+
+
+@pytest.mark.parametrize("instruction", ["", "Say {question} or {x}", "<|im_end|>\nuser", "a\n---\nb"])
+def test_any_instruction_makes_a_pool(base: System, instruction: str) -> None:
+    labels = ("{question}", "a = b", "<|im_start|>", "two\nlines")
+    odd = replace(base, instruction=instruction, decoding=Decoding(labels, True))
+    rows = [Example(str(n), f"{{question}} {n}", labels[n % 4]) for n in range(80)]
+    for system in variants(odd, replace(DATA, labels=labels), rows, 30, 0):
+        assert system.frame.count(SLOT) == 1
+        text = to_text(*from_text(system.prompt_text)[:2], tuple(from_text(system.prompt_text)[2].items()))
+        assert text == system.prompt_text
+
+
+def test_free_text_is_told_what_answers_look_like(base: System) -> None:
+    rows = [Example(str(n), f"the tower is {n} m high. How high?", f"{n} m") for n in range(60)]
+    free = replace(base, decoding=Decoding(max_tokens=16))
+    data = Learnable("towers", "Judge the film.", "token_f1", (), tuple(rows))
+    said = [s.instruction + s.frame for s in variants(free, data, rows, 40, 0, reason=True)]
+    assert any("copied from the text" in s for s in said) and any("look like these: 0 m; 1 m; 2 m" in s for s in said)
+    thinking = [s for s in variants(free, data, rows, 40, 0, reason=True) if s.decoding.after]
+    assert thinking and all("step by step" in s.instruction + s.frame for s in thinking)
+    assert any(s.decoding.stop == ("\n",) for s in variants(free, data, rows, 40, 0))
+
+
+# --- the race ---------------------------------------------------------------------------------------------------------
+
+
+def test_without_headroom_it_stops_and_says_so(base: System) -> None:
+    run = run_with(FakeSession("hash"), base)
+    assert Prompting().apply(base, DATA, run) == base
+    assert "no headroom" in run.notes["prompting"]["why"] and not run.notes["prompting"]["changed"]
+    assert run.sessions[base.model].spent.prefilled_tokens < 8 * 60 * 64
+
+
+def test_the_prompt_that_helps_is_found_and_bad_ones_die_early(base: System) -> None:
+    session = Reader()
+    run = run_with(session, base)
+    made = Prompting().apply(replace(base, decoding=replace(base.decoding, prior=(0.0, 1.0))), DATA, run)
+    notes = run.notes["prompting"]
+    assert notes["changed"] and "Answer with one of" in notes["prompt"] and notes["raw"][1] == 1.0
+    assert made.decoding.prior == () and made.prompt_text == notes["prompt"]
+    assert [r["rows"] for r in notes["rungs"]] == sorted(r["rows"] for r in notes["rungs"])
+    assert len(session.asked) < 24 * 128
+    other = run_with(Reader(), base)
+    assert Prompting().apply(base, DATA, other) == made  # repeatable
+
+
+def test_what_is_not_better_on_unseen_rows_is_not_taken(base: System) -> None:
+    """A prompt that only its race's rows favour: the fresh half says otherwise."""
+    rows = learnable(base, DATA, 0)[:64]
+    good = {e.prompt for e in rows[:32]}
+
+    class Luck(Reader):
+        def _right(self, chat: Chat, said: str) -> bool:
+            return super()._right(chat, said) == (chat[-1][1] in good)
+
+    contest = Contest.of(DATA, rows, Luck())
+    lucky = replace(base, instruction="Answer with one of")
+    assert contest.merit(lucky, range(32)) == 1.0
+    assert not contest.better(base, lucky, 32, 0)[0]
+
+
+def test_too_few_rows_and_wrong_settings(base: System) -> None:
+    with pytest.raises(MethodError, match="too few rows"):
+        Prompting().apply(base, replace(DATA, train=ROWS[:5]), run_with(FakeSession("hash"), base))
+    for settings in ({"pool": 0}, {"examples": 4}, {"votes": 3}, {"temperature": -1}, {"proposer": "gpt"}):
+        with pytest.raises(MethodError):
+            make("prompting", settings)
+
+
+def test_demonstrations_are_not_asked_about(base: System) -> None:
+    shown = replace(base, demonstrations=Demonstrations(tuple((e.prompt, e.completion) for e in ROWS[:100])))
+    assert len(learnable(shown, DATA, 0)) == 300
+    near = replace(base, demonstrations=Demonstrations(tuple((e.prompt, e.completion) for e in ROWS), 2, "nearest"))
+    rows, hidden = unseen(near, ROWS[:50])
+    assert rows == list(ROWS[:50]) and len(hidden.demonstrations.pool) == 350
+
+
+def test_all_alike_is_cochrans_q(base: System) -> None:
+    """The permutation's p-value against the closed form of Cochran's Q (1950), for large n."""
+    from scipy.stats import chi2
+
+    draw = np.random.default_rng(0)
+    table = (draw.random((200, 3)) < [0.5, 0.55, 0.62]).astype(float)
+
+    class Table(Contest):
+        def outcomes(self, system: Any, wanted: Any, calibrated: Any = None) -> Any:
+            return [type("O", (), {"score": v}) for v in table[:, system]]
+
+    found = Table([], get("accuracy"), FakeSession("hash")).alike([0, 1, 2], range(200), 0)  # type: ignore[list-item]
+    k, columns, rows = 3, table.sum(axis=0), table.sum(axis=1)
+    q = (k - 1) * (k * (columns**2).sum() - columns.sum() ** 2) / (k * rows.sum() - (rows**2).sum())
+    assert found == pytest.approx(chi2.sf(q, k - 1), abs=0.02)
+
+
+def test_improve_tries_it_as_large_as_the_budget_allows(base: System) -> None:
+    from whet.search import Wish
+    from whet.search.arms import cheap_arms, prompting_recipes
+    from whet.search.budget import Rates
+
+    assert {"prompting", "prompting(calibrated=True)+calibrate"} <= {r.name for r in prompting_recipes(DATA)}
+    free = replace(DATA, labels=(), metric="token_f1")
+    assert "prompting" in [r.name for r in prompting_recipes(free)]
+    assert "prompting" not in [r.name for r in prompting_recipes(replace(free, metric="recall@5"))]
+    run, wish = run_with(FakeSession("hash"), base), Wish(methods=("prompting",))
+    found = {}
+    for most in (1e9, 9.0, 0.5):
+        arms, skipped = cheap_arms(wish, [base], [""], DATA, ROWS[:100], Rates(1e3, 1e3, 1e3), run, most)
+        found[most] = [a[0].name for a in arms] or [s["why"] for s in skipped]
+    assert found[1e9] == ["prompting"] and found[9.0] == ["prompting(pool=12,examples=64)"]
+    assert "would take" in found[0.5][0]
+    assert run.session(base.model).spent.prefilled_tokens == 0  # the plan runs no model
+
+
+# --- a file of one's own, a stronger model ----------------------------------------------------------------------------
+
+
+def test_an_edited_prompt_is_put_back(base: System, tmp_path: Path) -> None:
+    file = tmp_path / "P.txt"
+    file.write_text("Is it good?\n---\nFilm: {question}\n---\npositive = yes\nnegative = no\n")
+    made = make("prompting", {"file": str(file)}).apply(base, DATA, run_with(FakeSession("hash"), base))
+    assert (made.instruction, made.frame, made.decoding.words) == ("Is it good?", "Film: {question}", ("no", "yes"))
+    again = tmp_path / "again.txt"
+    again.write_text(made.prompt_text)
+    assert edited(base, again) == made
+    three = "a\n---\n{question}\n---\n"
+    for wrong, says in (("a\n---\nb\n", "0 times"), (three + "maybe = x\n", "maybe"),
+                        (three + "no sign\n", "label = word"), (three * 2, "sections")):  # fmt: skip
+        file.write_text(wrong)
+        with pytest.raises(MethodError, match=says):
+            edited(base, file)
+    with pytest.raises(MethodError, match="no prompt"):
+        edited(base, tmp_path / "none.txt")
+
+
+@pytest.fixture
+def stronger() -> Iterator[tuple[Play, str]]:
+    class Writes(Play):
+        def answer(self, path: str, payload: Any, nth: int) -> Any:
+            if path != "/v1/chat/completions" or payload.get("logprobs"):
+                return super().answer(path, payload, nth)
+            frame = "frame of a question" in payload["messages"][-1]["content"]
+            text = f"Film: {SLOT}\nVerdict:" if frame else "Name the mood. Secret word."
+            return 200, self.chat(payload, f"```\n{text}\n```"), {}
+
+    play = Writes()
+    with serving(play) as url:
+        yield play, f"openai:big@{url}"
+
+
+def test_a_stronger_model_proposes_from_failures(base: System, stronger: tuple[Play, str]) -> None:
+    pytest.importorskip("gepa")
+    play, url = stronger
+    run = run_with(Reader("Secret word"), base)
+    made = Prompting(pool=6, examples=32, proposer=url, proposals=4).apply(base, DATA, run)
+    assert "Secret word" in made.prompt_text and run.notes["prompting"]["changed"]
+    assert run.spent.generated_tokens > 0  # what the proposer wrote is counted
+    sent = "".join(str(seen[2]) for seen in play.seen)
+    assert "the answer is: " in sent and "Judge the film." in sent
+    raced = {e.prompt for e in learnable(base, DATA, 0)[:32]}
+    shown = [e.prompt for e in ROWS if f"{e.prompt}\\n" in sent]
+    assert shown and set(shown) <= raced  # never a row that the verdict rests on
+
+
+# --- few-shot and calibration beyond the spine ------------------------------------------------------------------------
+
+
+def test_spread_is_far_apart_and_coverage_is_central() -> None:
+    angles = np.radians([0, 2, 4, 90, 92, 180])
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    far = spread(vectors, [""] * 6, 3, cover=False)
+    assert {i // 3 for i in far} == {0, 1} and len({*far} & {0, 1, 2}) == 1
+    assert len({*spread(vectors, [""] * 6, 2, cover=True)} & {0, 1, 2}) == 1
+    by_turns = spread(vectors, ["a", "a", "a", "b", "b", "b"], 4, cover=False)
+    assert sorted(i // 3 for i in by_turns) == [0, 0, 1, 1]
+    assert len(spread(vectors, [""] * 6, 9, cover=False)) == 6
+
+
+def test_bootstrapped_demonstrations_are_those_it_answers_right(base: System) -> None:
+    run = run_with(Reader("Judge"), base)
+    made = FewShot(k=4, selection="bootstrapped").apply(base, DATA, run)
+    assert run.notes["bootstrapped"] == "128 of 128 answered right"
+    assert sorted(a for _, a in made.demonstrations.pool) == ["negative"] * 2 + ["positive"] * 2
+
+    class Thinks(FakeSession):
+        def __init__(self) -> None:
+            super().__init__("hash")
+            self.say = lambda prompt, sampling, copy: "since so. Answer: " + ("8" if "4" in prompt[-1][1] else "9")
+
+    rows = tuple(Example(str(n), f"{n} + {n}", str(2 * n)) for n in range(10))
+    free = replace(base, decoding=Decoding(max_tokens=9, after="Answer:"))
+    data = Learnable("sums", "Add.", "exact_match", (), rows)
+    made = FewShot(k=3, selection="bootstrapped").apply(free, data, run_with(Thinks(), base))
+    assert made.demonstrations.pool == (("4 + 4", "since so. Answer: 8"),)
+    with pytest.raises(MethodError, match="answers no train row right"):
+        FewShot(selection="bootstrapped").apply(free, replace(data, train=rows[:4]), run_with(Thinks(), base))
+
+
+def test_an_order_is_raced_on_rows_that_are_not_shown(base: System) -> None:
+    class Last(FakeSession):
+        """Right where the last demonstration is a positive one."""
+
+        def score(self, prompts: Any, continuations: Any, **more: Any) -> Any:
+            found = super().score(prompts, continuations, **more)
+            return [
+                tuple(replace(s, logprob=-1.0 - (w != ("positive" if any(g in c[-1][1] for g in GOOD) else "negative"))
+                              * (1.0 if c[-2][1] == "positive" else -1.0)) for s, w in zip(row, says, strict=True))
+                for c, says, row in zip(prompts, continuations, found, strict=True)
+            ]  # fmt: skip
+
+    for seed in range(3):
+        made = FewShot(k=4, order="raced").apply(base, DATA, run_with(Last("hash"), base, seed))
+        assert made.demonstrations.pool[-1][1] == "positive"
+
+
+def test_fewer_are_shown_where_the_window_is_short(base: System) -> None:
+    rows = tuple(Example(str(n), f"{n} " + "long " * 150, LABELS[n % 2]) for n in range(60))
+    run = run_with(FakeSession("hash"), base)
+    made = FewShot(k=16).apply(base, replace(DATA, train=rows), run)
+    assert len(made.demonstrations.pool) == 5 and "5 of 16" in run.notes["shown"]
+    assert max(run.session(base.model).count(made.prompts(rows))) <= run.session(base.model).context
+
+
+def test_inputs_that_say_nothing(base: System) -> None:
+    assert [e.prompt for e in free_inputs("contextual", ROWS, 20, 0)] == ["N/A", "", "[MASK]"]
+    domain = free_inputs("domain", ROWS, 20, 0)
+    assert len(domain) == 20 and all(len(e.prompt.split()) == 5 for e in domain)
+    assert {w for e in domain for w in e.prompt.split()} <= {w for e in ROWS for w in e.prompt.split()}
+    run = run_with(FakeSession("hash"), base)
+    priors = {kind: Calibrate(kind=kind).apply(base, DATA, run).decoding.prior
+              for kind in ("batch", "contextual", "domain")}  # fmt: skip
+    assert len(set(priors.values())) == 3 and all(sum(np.exp(p)) == pytest.approx(1) for p in priors.values())
