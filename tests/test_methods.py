@@ -52,12 +52,14 @@ def data(earlier: Path, tmp_path: Path) -> Learnable:
     """A task with everything that a Method may need."""
     documents = tmp_path / "documents.jsonl"
     documents.write_text(json.dumps({"id": "d", "text": "the movie was great"}) + "\n")
+    knowledge = tmp_path / "knowledge.tsv"
+    knowledge.write_text("movie 1\tmade by\tAnn\nmovie 2\tmade by\tBob\n")
     judged = tuple(
         Judged(f"j{n}", f"movie {n} was {WORDS[LABELS[n % 2]][n % 4]}", LABELS[n % 2], LABELS[1 - n % 2],
                annotator=("ann", "bob")[n % 3 == 0]) for n in range(24)
     )  # fmt: skip
     return Learnable("tiny", "what is the review?", "accuracy", LABELS, rows(32), earlier=(earlier,), judged=judged,
-                     documents=documents)  # fmt: skip
+                     documents=documents, knowledge=knowledge)  # fmt: skip
 
 
 @pytest.fixture

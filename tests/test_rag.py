@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +14,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whet import documents, embed, metrics, system
-from whet.documents import Document, passages
+from whet import documents, embed, metrics, reading, system
+from whet.documents import Document, Passage, passages
 from whet.errors import ArtifactError, MethodError, TaskError
 from whet.methods import Run
 from whet.methods.rag import Rag
 from whet.model import resolve
 from whet.prompt import messages
-from whet.retrieval import Index, Source, build, identity
+from whet.retrieval import Found, Index, Source, build
 from whet.scorecard import evaluate
 from whet.store import Store
-from whet.system import System
+from whet.system import Answer, System
 from whet.task import Example, Learnable
 
 TEXTS = {
@@ -104,8 +108,6 @@ def test_bad_documents_are_named(tmp_path: Path, name: str, body: str, said: str
     (tmp_path / name).write_text(body)
     with pytest.raises(TaskError, match=said):
         documents.load(tmp_path / name)
-    with pytest.raises(TaskError, match="cannot be read by this version"):
-        documents.load("https://example.org")
 
 
 def test_large_files_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,24 +173,23 @@ def test_what_is_asked_is_found_and_kept(data: Learnable, home: Path, tmp_path: 
     made = Rag(k=1).apply(base, data, run)
     assert run.notes["documents"] == 3 and run.notes["passages"] == 3
     asked = ("When must I descale it?", "why does my light flicker?", "part LB-7")
-    assert [p[0][0] for p in made.passages(asked)] == ["kettle", "lamp", "lamp"]
+    assert [f[0].passage.title for f in made.found(asked)] == ["kettle", "lamp", "lamp"]
     [chat] = made.prompts([Example("1", asked[0])])
     assert "six weeks" in chat[-1][1] and chat[-1][1].endswith(asked[0])
     assert made.fingerprint != base.fingerprint == replace_sources(made).fingerprint
     for mix in ("words", "meaning"):
         other = Rag(k=1, mix=mix).apply(base, data, run)
-        assert other.passages(["descale the kettle"])[0][0][0] == "kettle" and other.fingerprint != made.fingerprint
-    assert Rag(k=1, threshold=0.9).apply(base, data, run).passages(["the moon"]) == [()]
+        assert other.found(["descale the kettle"])[0][0].passage.title == "kettle"
+        assert other.fingerprint != made.fingerprint
+    assert Rag(k=1, threshold=0.9).apply(base, data, run).found(["the moon"]) == [[]]
     folder = made.save(tmp_path / "system")
     again = system.load(folder, home)
-    assert again.fingerprint == made.fingerprint and again.passages(asked) == made.passages(asked)
+    assert again.fingerprint == made.fingerprint and again.found(asked) == made.found(asked)
     assert again.sources[0].folder == folder / "sources" / made.sources[0].fingerprint
 
 
 def replace_sources(made: System) -> System:
     """The same System without its sources."""
-    from dataclasses import replace
-
     return replace(made, sources=())
 
 
@@ -208,31 +209,34 @@ def test_a_spoilt_index_is_refused(data: Learnable, home: Path) -> None:
     made = Rag().apply(System(resolve("fake:hash"), home=home), data, Run(Store(home)))
     folder = made.sources[0].folder
     assert folder is not None
+    folder = folder / made.sources[0].version
     body = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps({**body, "embedder": "another"}))
     with pytest.raises(ArtifactError, match="another embedding model.*build it again"):
         Index(folder, embed.Embedder(home))
-    (folder / "index.json").write_text(json.dumps({**body, "identity": "0" * 64}))
-    with pytest.raises(ArtifactError, match="was changed"):
+    (folder / "index.json").write_text(json.dumps(body))
+    text = (folder / "passages.jsonl").read_text()
+    (folder / "passages.jsonl").write_text(text.replace("six", "ten"))
+    with pytest.raises(ArtifactError, match="was changed: passages.jsonl"):
         Index(folder, embed.Embedder(home))
     (folder / "index.json").unlink()
     with pytest.raises(ArtifactError, match="cannot be read"):
         Index(folder, embed.Embedder(home))
     with pytest.raises(ArtifactError, match="not at hand"):
-        Source("abc").find(["x"], home)
+        Source().find(["x"], home)
 
 
 @needs_embedder
 def test_a_crash_while_indexing_leaves_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = [p for k, v in TEXTS.items() for p in passages(Document(k, k, v, k))]
-    folder = home / "artifacts" / identity(pieces)
+    folder = home / "artifacts" / "corpus"
 
     def broken(texts: Any) -> Any:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         build(pieces, folder, broken)  # type: ignore[arg-type]
-    assert not folder.exists() and not list(folder.parent.iterdir())
+    assert not list(folder.iterdir())
 
 
 def test_settings_are_checked() -> None:
@@ -241,3 +245,215 @@ def test_settings_are_checked() -> None:
             Rag(**bad)
     with pytest.raises(MethodError, match="rag needs documents"):
         Rag().apply(System(resolve("fake:hash")), Learnable("t", "", "token_f1"), Run(Store(Path("/tmp/unused-whet"))))
+
+
+# --- documents that change --------------------------------------------------------------------------------------------
+
+
+@needs_embedder
+def test_documents_change_beneath_a_system(data: Learnable, home: Path, tmp_path: Path) -> None:
+    made = Rag(k=1).apply(System(resolve("fake:hash"), "Answer.", home=home), data, Run(Store(home)))
+    opened = system.load(made.save(tmp_path / "system"), home)
+    [source] = opened.sources
+    asked, state = ["What does the toaster weigh?"], opened.state
+    before = source.version
+    _, embedded = source.change(home, [Document("toaster", "toaster", "The toaster weighs 900 grams.", "new")])
+    assert embedded == 1  # the three others keep their vectors
+    assert opened.found(asked)[0][0].passage.document == "toaster"
+    assert opened.fingerprint == made.fingerprint and opened.state != state
+    heavier = Document("toaster", "toaster", "The toaster weighs two kilos.", "new")
+    _, embedded = source.change(home, [heavier], ["lamp"])
+    assert embedded == 1
+    assert "two kilos" in opened.found(asked)[0][0].passage.text
+    assert "lamp" not in {f.passage.document for f in opened.found(["lamp"], 9)[0]}
+    assert system.load(tmp_path / "system", home).found(asked) == opened.found(asked)
+    with pytest.raises(ArtifactError, match="no such document.*cup"):
+        source.change(home, drop=["cup"])
+    source.change(home, drop=["kettle", "returns", "toaster"])
+    assert opened.found(asked) == [[]]
+    assert made.found(asked)[0] and made.sources[0].version == before  # the store's own corpus is untouched
+
+
+@needs_embedder
+def test_a_crash_while_documents_change_leaves_the_old_index(
+    data: Learnable, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Rag(k=1).apply(System(resolve("fake:hash"), home=home), data, Run(Store(home)))
+    [source] = made.sources
+    found = made.found(["descale"])
+    for name in ("_hash", "write_text"):  # while files are written, and before the new generation is made current
+        with monkeypatch.context() as spoilt:
+            spoilt.setattr(f"whet.retrieval.{name}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                source.change(home, [Document("cup", "cup", "A cup.", "new")])
+        assert made.found(["descale"]) == found
+    assert source.change(home, [Document("cup", "cup", "A cup.", "new")])[1] in (0, 1)
+    assert made.found(["a cup"])[0][0].passage.document == "cup"
+
+
+@needs_embedder
+def test_many_passages_are_searched_through_lists(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss")
+    from whet import retrieval
+
+    pieces = [Passage(str(n), "", f"Part {n} is kept on shelf {n % 37}.", "x", 0) for n in range(400)]
+    ask = [f"Where is part {n} kept?" for n in range(0, 400, 20)]
+    exact = Index(home / "a" / build(pieces, home / "a", embed.Embedder(home)), embed.Embedder(home))
+    monkeypatch.setattr(retrieval, "EXACT", 100)
+    listed = Index(home / "b" / build(pieces, home / "b", embed.Embedder(home)), embed.Embedder(home))
+    assert (listed.folder / "near.faiss").exists() and not (exact.folder / "near.faiss").exists()
+    pairs = zip(exact.search(ask, 10, "meaning"), listed.search(ask, 10, "meaning"), strict=True)
+    shared = [len({f.passage.document for f in a} & {f.passage.document for f in b}) / 10 for a, b in pairs]
+    assert sum(shared) / len(shared) >= 0.9
+
+
+def test_a_cross_encoder_reads_again(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+    from whet import retrieval
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "blue", "green"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "model")
+    small = BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+                       num_labels=1)  # fmt: skip
+    BertForSequenceClassification(small).save_pretrained(tmp_path / "model")
+    found = [retrieval.Found(p, 0.0) for t in words[5:] for p in passages(Document(t, "", t, "x"))]
+    made = retrieval.reranked("red", found, str(tmp_path / "model"))
+    score = retrieval._cross_encoder(str(tmp_path / "model"))
+    assert sorted(made, key=lambda f: -float(score([("red", f.passage.text)])[0])) == made and set(made) == set(found)
+    with pytest.raises(MethodError, match="reranker.*cannot be opened"):
+        retrieval.reranked("red", found, str(tmp_path / "nowhere"))
+
+
+# --- pages and databases ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def site() -> Iterator[str]:
+    """A small site on this machine."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/moved":
+                self.send_response(302)
+                self.send_header("location", "/page")
+                self.end_headers()
+                return
+            self.send_response(200 if self.path == "/page" else 404)
+            self.send_header("content-type", "text/html; charset=utf-8")
+            self.end_headers()
+            self.wfile.write(b"<title>Opening hours</title><script>x()</script><p>We open at nine.</p>")
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://localhost:{server.server_port}"
+    server.shutdown()
+
+
+def test_pages_are_fetched_from_public_addresses_only(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for url in (f"{site}/page", "http://169.254.169.254/latest", "http://[::1]/", "http://10.0.0.7/"):
+        with pytest.raises(TaskError, match="leads to a private address"):
+            documents.load(url)
+    monkeypatch.setattr(documents, "_public", lambda url: "127.0.0.1")
+    found, _ = documents.load(f"{site}/page\n{site}/moved")
+    assert [d.id for d in found] == [f"{site}/page", f"{site}/moved"]
+    assert found[0].title == "Opening hours" and "at nine" in found[0].text and "x()" not in found[0].text
+    with pytest.raises(TaskError, match="cannot be fetched.*404"):
+        documents.load(f"{site}/gone")
+    monkeypatch.setattr(documents, "MOST_BYTES", 10)
+    with pytest.raises(TaskError, match="too large"):
+        documents.load(f"{site}/page")
+
+
+def test_a_redirect_to_a_private_address_is_refused(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    public, seen = documents._public, list[str]()
+
+    def first_only(url: str) -> str:
+        seen.append(url)
+        return "127.0.0.1" if len(seen) == 1 else public(url)
+
+    monkeypatch.setattr(documents, "_public", first_only)
+    with pytest.raises(TaskError, match="leads to a private address"):
+        documents.load(f"{site}/moved")
+    assert seen == [f"{site}/moved", f"{site}/page"]
+
+
+def test_rows_of_a_database_are_read_where_it_is_trusted(tmp_path: Path) -> None:
+    import sqlite3
+
+    with sqlite3.connect(tmp_path / "shop.db") as base:
+        base.execute("create table pages (id text, title text, text text)")
+        base.executemany("insert into pages values (?, ?, ?)", [("a", "A", "from a row"), ("b", "B", None)])
+    query = "sqlite:///shop.db SELECT id, title, text FROM pages"
+    [found], _ = documents.load(query, tmp_path, trusted=True)
+    assert (found.id, found.title, found.text) == ("a", "A", "from a row")
+    for bad, trusted, said in [
+        (query, False, "a task you trust"),
+        ("sqlite:///../shop.db SELECT 1", True, "not there"),
+        ("sqlite:///shop.db DROP TABLE pages", True, "the query cannot be read"),
+        ("select * from pages", True, "the query cannot be read"),
+        ("sqlite:///shop.db SELECT body FROM pages", True, "refuses the query"),
+        ("sqlite:///shop.db SELECT id FROM pages", True, "no text"),
+        ("sqlite:///shop.db with x as (select 1) delete from pages", True, "refuses the query"),
+    ]:
+        with pytest.raises(TaskError, match=said):
+            documents.load(bad, tmp_path, trusted)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def found_in(**texts: str) -> list[Found]:
+    """Passages by the names of their documents."""
+    return [Found(Passage(name, "", text, name, 0), 1.0) for name, text in texts.items()]
+
+
+def test_what_holds_an_answer() -> None:
+    row = Example("1", "q", "Six weeks", evidence=(("kettle", 1.0),))
+    kettle, lamp = found_in(kettle="every six weeks.", lamp="after six weeks")
+    assert reading.holds(kettle, row) and not reading.holds(lamp, row)
+    assert reading.holds(lamp, replace(row, evidence=()))
+    assert not reading.holds(*found_in(kettle="never"), row)
+    assert not reading.says("sixty weeks", "six") and reading.says("It's SIX, now", "six")
+    assert reading.cited("six weeks!", [kettle, lamp]) == (kettle, lamp) and reading.cited("ten", [kettle]) == ()
+
+
+@needs_embedder
+def test_training_rows_are_shown_the_passage_and_distractors(data: Learnable, home: Path) -> None:
+    made = Rag(k=1).apply(System(resolve("fake:hash"), home=home), data, Run(Store(home)))
+    missed = Example("1", "why does my light flicker?", "thirty days", evidence=(("returns", 1.0),))
+    hit = Example("2", "descale the kettle", "six weeks", evidence=(("kettle", 1.0),))
+    none = Example("3", "descale the kettle", "eleven")
+    shown = made.found([e.prompt for e in (missed, hit, none)])
+    names = [[f.passage.document for f in here] for here in reading.taught(made, (missed, hit, none), shown, 0.0, 0)]
+    assert names == [["returns"], ["kettle"], ["kettle"]]
+    rows = [replace(hit, id=str(n)) for n in range(200)]
+    shown = made.found([e.prompt for e in rows])
+    without = [here[0].passage.document != "kettle" for here in reading.taught(made, rows, shown, 0.3, 0)]
+    assert 30 < sum(without) < 90 and all(len(here) == 1 for here in shown)
+
+
+@needs_embedder
+def test_reading_is_measured_apart(data: Learnable, home: Path) -> None:
+    from whet.engine import open_session
+
+    made = Rag(k=1).apply(System(resolve("fake:hash"), home=home), data, Run(Store(home)))
+    rows = [Example("1", "descale the kettle", "six weeks", evidence=(("kettle", 1.0),)),
+            Example("2", "why does my light flicker?", "thirty days", evidence=(("returns", 1.0),))]  # fmt: skip
+
+    class Reader(System):
+        """Answers with what it is shown."""
+
+        def _generate(self, examples: Any, session: Any, progress: Any, found: Any) -> Any:
+            return [Answer("six weeks" if "six weeks" in f[0].passage.text else "thirty days" if "thirty days" in
+                           f[0].passage.text else "unknown") for f in found]  # fmt: skip
+
+    reader = Reader(**{f.name: getattr(made, f.name) for f in fields(made)})
+    got = reading.measure(reader, rows, metrics.get("exact_match"), open_session(made.model, home))
+    assert got == reading.Reading(2, 50.0, 100.0, 0.0, 100.0, 0.0, 50.0, 50.0)
+    [answer, _] = reader.answers(rows)
+    assert [f.passage.document for f in answer.passages] == ["kettle"]

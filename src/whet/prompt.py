@@ -46,17 +46,23 @@ def messages(
 ) -> Chat:
     """The chat for one question: instruction as the system turn, demonstrations as earlier turns, then the question.
 
-    Every question stands in the frame. Passages, as (title, text), stand numbered in the question's own turn, in front.
+    The question stands in the frame; demonstrations come as they are to be shown. Passages, as (title, text), stand
+    numbered in the question's own turn, in front.
     A system turn of the row's own history follows the instruction; its other turns stand before the question.
     """
     own = [content for role, content in history if role == "system"]
     head = "\n\n".join(part for part in [instruction, *own] if part)
     chat: list[Message] = [("system", head)] if head else []
     for question, answer in demonstrations:
-        chat += [("user", framed(frame, question)), ("assistant", answer)]
+        chat += [("user", question), ("assistant", answer)]
     chat += [(role, content) for role, content in history if role != "system"]
+    return (*chat, ("user", beside(passages, framed(frame, prompt))))
+
+
+def beside(passages: Sequence[tuple[str, str]], question: str) -> str:
+    """A question behind its passages, as (title, text), which are numbered."""
     shown = [f"[{n}] {title}\n{text}" if title else f"[{n}] {text}" for n, (title, text) in enumerate(passages, 1)]
-    return (*chat, ("user", "\n\n".join([*shown, framed(frame, prompt)])))
+    return "\n\n".join([*shown, question])
 
 
 def framed(frame: str, question: str) -> str:

@@ -1,72 +1,193 @@
-"""The index over passages: BM25 and sentence embeddings, on disk and memory-mapped, fused by reciprocal ranks."""
+"""The index over passages: BM25 and sentence embeddings, on disk and memory-mapped, merged into one ranking.
+
+A corpus is a folder of generations, each an index that never changes; `current` names the one that answers. A change
+writes the next generation beside it and then renames `current`: the next question sees it, and a crash leaves the old.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+import mmap
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from whet.documents import Passage
+from whet.documents import Document, Passage, passages
 from whet.embed import PACKAGE, Embedder
 from whet.errors import ArtifactError, MethodError
 from whet.model import aside
+from whet.store import write_text
 
 if TYPE_CHECKING:
     import numpy as np
 
-MIXES = ("both", "words", "meaning")
-DEPTH = 100  # passages of each ranking that are fused
+    from whet.databases import Database
+
+    Vectors = np.ndarray[Any, Any]
+
+MIXES = ("both", "ranks", "words", "meaning")
+Key = TypeVar("Key", int, str)
+DEPTH = 100  # passages of each ranking that are merged
 RANK_CONSTANT = 60  # of reciprocal rank fusion (Cormack et al. 2009)
 BATCH = 64  # questions whose similarities are held at once
+EXACT = 50_000  # passages up to which vectors are compared one by one; beyond, through FAISS's inverted lists
+NEAR_ENOUGH = 0.98  # share of the true ten nearest that the lists must give on a sample
+RERANKED = 20  # passages that a cross-encoder reads for each question, at least
 
 
 @dataclass(frozen=True)
 class Found:
-    """A passage that was found, with its cosine similarity to the question."""
+    """A passage that was found, with its cosine similarity to the question; equal where the passages are."""
 
     passage: Passage
-    similarity: float
+    similarity: float = field(compare=False)
 
 
-def identity(passages: Sequence[Passage]) -> str:
-    """What an index is named by: its passages and the model that embeds them."""
-    body = json.dumps([PACKAGE, [asdict(p) for p in passages]], sort_keys=True)
+def identity(pieces: Sequence[Passage]) -> str:
+    """What a generation is named by: its passages, and how words and meanings are told from them."""
+    body = json.dumps([PACKAGE, "snowball", [asdict(p) for p in pieces]], sort_keys=True)
     return hashlib.sha256(body.encode()).hexdigest()
 
 
-def build(passages: Sequence[Passage], folder: Path, embedder: Embedder) -> None:
-    """Write an index over passages into a new folder, aside and then renamed."""
-    import numpy as np
-
-    with aside(folder) as work:
-        work.mkdir(exist_ok=True)
-        texts = [_shown(p) for p in passages]
-        np.save(work / "dense.npy", embedder(texts), allow_pickle=False)
-        words = _bm25s()
-        ranker = words.BM25(method="lucene")
-        ranker.index(words.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
-        ranker.save(str(work / "words"))
-        lines = [json.dumps(asdict(p), ensure_ascii=False) for p in passages]
-        (work / "passages.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        body = {"embedder": PACKAGE, "passages": len(passages), "identity": identity(passages)}
-        (work / "index.json").write_text(json.dumps(body), encoding="utf-8")
-
-
-def _shown(passage: Passage) -> str:
+def shown(passage: Passage) -> str:
+    """A passage as it is indexed and read: title, then text."""
     return f"{passage.title}\n{passage.text}" if passage.title else passage.text
 
 
-def _bm25s() -> Any:
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def build(pieces: Sequence[Passage], folder: Path, embedder: Embedder, before: Index | None = None) -> str:
+    """Give a corpus a generation over these passages and make it current; returns its name.
+
+    Vectors of texts that the generation `before` holds are taken from there; only the others are embedded.
+    """
+    import numpy as np
+
+    name = identity(pieces)
+    with aside(folder / name) as work:
+        texts = [shown(p) for p in pieces]
+        vectors = _vectors(texts, embedder, before)
+        if len(pieces) > EXACT:
+            _into_lists(vectors, work / "near.faiss")
+            vectors = vectors.astype(np.float16)
+        np.save(work / "dense.npy", vectors, allow_pickle=False)
+        if pieces:
+            ranker = package("bm25s").BM25(method="lucene")
+            ranker.index(_stems(texts), show_progress=False)
+            ranker.save(str(work / "words"))
+        lines = [json.dumps(asdict(p), ensure_ascii=False).encode() + b"\n" for p in pieces]
+        (work / "passages.jsonl").write_bytes(b"".join(lines))
+        np.save(work / "lines.npy", np.cumsum([0, *map(len, lines)], dtype=np.int64), allow_pickle=False)
+        files = {str(p.relative_to(work)): _hash(p) for p in sorted(work.rglob("*")) if p.is_file()}
+        body = {"embedder": PACKAGE, "passages": len(pieces), "files": files}
+        (work / "index.json").write_text(json.dumps(body, indent=1), encoding="utf-8")
+    write_text(folder / "current", name)
+    return name
+
+
+def _vectors(texts: Sequence[str], embedder: Embedder, before: Index | None) -> Vectors:
+    import numpy as np
+
+    old = {shown(p): n for n, p in enumerate(before)} if before else {}
+    new = [t for t in dict.fromkeys(texts) if t not in old]
+    made = np.asarray(embedder(new), np.float32)
+    at = {text: n for n, text in enumerate(new)}
+    result = np.empty((len(texts), made.shape[1]), np.float32)
+    for n, text in enumerate(texts):
+        result[n] = before.dense[old[text]] if before and text in old else made[at[text]]
+    return result
+
+
+def _stems(texts: Sequence[str]) -> Any:
+    """The words of texts as BM25 counts them: without English stop words, as Snowball's stems."""
+    return package("bm25s").tokenize(list(texts), stopwords="en", stemmer=package("Stemmer").Stemmer("english"),
+                                     show_progress=False)  # fmt: skip
+
+
+def _into_lists(vectors: Vectors, file: Path) -> None:
+    """Inverted lists over many vectors (FAISS, half precision); how many a search reads is found by measuring.
+
+    The sample's questions lie as far from their passages as questions do (a cosine of 0.7), which few lists miss.
+    """
+    import numpy as np
+
+    faiss, draw = package("faiss"), np.random.default_rng(0)
+    lists = int(4 * math.sqrt(len(vectors)))
+    near = faiss.index_factory(vectors.shape[1], f"IVF{lists},SQfp16", faiss.METRIC_INNER_PRODUCT)
+    near.train(vectors[draw.choice(len(vectors), min(len(vectors), 50 * lists), replace=False)])
+    near.add(vectors)
+    asked = vectors[draw.choice(len(vectors), 200, replace=False)]
+    noise = draw.standard_normal(asked.shape, np.float32)
+    asked = asked + noise / np.linalg.norm(noise, axis=1, keepdims=True)
+    exact = np.argpartition(-(asked @ vectors.T), 10, axis=1)[:, :10]
+    near.nprobe = 8
+    while near.nprobe < lists:
+        _, got = near.search(asked, 10)
+        if np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, got, strict=True)]) >= NEAR_ENOUGH:
+            break
+        near.nprobe = min(lists, 2 * near.nprobe)
+    faiss.write_index(near, str(file))
+
+
+def change(
+    folder: Path, home: Path, put: Iterable[Document] = (), drop: Iterable[str] = (), words: int = 200
+) -> tuple[str, int]:
+    """Put documents into a corpus (one whose id is there is replaced) and drop others by id.
+
+    Returns the new generation's name and how many passages had to be embedded. Raises ArtifactError for an id to drop
+    that is not there.
+    """
+    with _alone(folder):
+        before = opened(folder, current(folder), home)
+        new, gone = list(put), set(drop)
+        here = {p.document for p in before}
+        if unknown := sorted(gone - here):
+            raise ArtifactError("no such document", expected="ids of documents", found=", ".join(unknown[:5]),
+                                do="see `whet documents SYSTEM`")  # fmt: skip
+        gone |= {d.id for d in new}
+        pieces = [p for p in before if p.document not in gone]
+        pieces += [p for d in new for p in passages(d, words)]
+        had = {shown(p) for p in before}
+        name = build(pieces, folder, Embedder(home), before)
+        for old in folder.iterdir():  # one generation back stays: who reads it still may
+            if old.is_dir() and old.name not in (name, before.name):
+                shutil.rmtree(old, ignore_errors=True)
+        return name, len({shown(p) for p in pieces} - had)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One change at a time."""
+    with (folder / "lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def package(name: str, extra: str = "rag") -> Any:
+    """A package of an extra. Raises MethodError where it is absent."""
     try:
-        return import_module("bm25s")
+        return import_module(name)
     except ImportError as error:
-        raise MethodError("retrieval needs bm25s", expected="the package", found="none", do="pip install 'whet[rag]'"
-                          ) from error  # fmt: skip
+        raise MethodError(f"retrieval needs {name}", expected="the package", found="none",
+                          do=f"pip install 'whet[{extra}]'") from error  # fmt: skip
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def _refused(folder: Path, why: str, expected: str, found: str) -> ArtifactError:
@@ -74,93 +195,257 @@ def _refused(folder: Path, why: str, expected: str, found: str) -> ArtifactError
                          do="build it again with `whet apply rag`")  # fmt: skip
 
 
+def current(folder: Path) -> str:
+    """The generation of a corpus that answers now. Raises ArtifactError where there is none."""
+    try:
+        return (folder / "current").read_text(encoding="utf-8")
+    except OSError as error:
+        raise _refused(folder, "cannot be read", "what whet wrote", error.strerror or str(error)) from error
+
+
 @lru_cache(maxsize=4)
-def opened(folder: Path, home: Path) -> Index:
-    """The index in a folder, opened once."""
-    return Index(folder, Embedder(home))
+def opened(folder: Path, name: str, home: Path) -> Index:
+    """A generation of a corpus, opened and checked once."""
+    return Index(folder / name, Embedder(home))
 
 
-class Index:
-    """An index as `build` wrote it. Raises ArtifactError where it is incomplete or another model embedded it."""
+class Corpus(ABC, Generic[Key]):
+    """Passages by their keys, and the search over them, wherever they lie."""
+
+    @abstractmethod
+    def __getitem__(self, key: Key) -> Passage:
+        """The passage of a key that `candidates` gave."""
+
+    @abstractmethod
+    def ids(self) -> list[str]:
+        """The ids of all documents."""
+
+    @abstractmethod
+    def candidates(self, questions: Sequence[str], depth: int) -> Iterator[tuple[dict[Key, float], dict[Key, float]]]:
+        """For each question the scores by words, where above zero, and the cosine similarity of all candidates.
+
+        Candidates are the `depth` best of each. Equal ones stand in the order of the documents.
+        """
+
+    def search(self, questions: Sequence[str], k: int, mix: str = "both", reranker: str = "") -> list[list[Found]]:
+        """The k best passages for each question, best first; equal ones in the order of the documents."""
+        made: list[list[Found]] = []
+        wanted = max(k, RERANKED) if reranker else k
+        for question, (words, near) in zip(questions, self.candidates(questions, max(DEPTH, wanted)), strict=True):
+            found = [Found(self[p], near[p]) for p in merged(words, near, mix)[:wanted]]
+            made.append(reranked(question, found, reranker)[:k] if reranker else found)
+        return made
+
+    def rank(self, questions: Sequence[str], most: int, mix: str = "both") -> list[list[str]]:
+        """The ids of the best documents for each question, best first; each counts by the best of its passages."""
+        made = []
+        for words, near in self.candidates(questions, max(DEPTH, most)):
+            name = {p: self[p].document for p in near}
+            best: list[dict[str, float]] = [{}, {}]
+            for scores, of in zip((words, near), best, strict=True):
+                for passage in scores:
+                    of[name[passage]] = max(scores[passage], of.get(name[passage], -1.0))
+            made.append(merged(best[0], best[1], mix)[:most])
+        return made
+
+
+class Index(Corpus[int]):
+    """A generation as `build` wrote it: passages by number, and the search over them.
+
+    Raises ArtifactError where a file was changed or is missing, or where another model embedded it.
+    """
 
     def __init__(self, folder: Path, embedder: Embedder) -> None:
-        self.folder, self.embedder = folder, embedder
+        self.folder, self.name, self.embedder = folder, folder.name, embedder
         try:
             body = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-            lines = (folder / "passages.jsonl").read_text(encoding="utf-8").splitlines()
-            self.passages = [Passage(**json.loads(line)) for line in lines]
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            if body["embedder"] != PACKAGE:
+                raise _refused(folder, "was made by another embedding model", PACKAGE, body["embedder"])
+            for file, digest in body["files"].items():
+                if (found := _hash(folder / file)) != digest:
+                    raise _refused(folder, f"was changed: {file}", digest[:12], found[:12])
+            self.size = int(body["passages"])
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise _refused(folder, "cannot be read", "what whet wrote", str(error)[:120]) from error
-        if body["embedder"] != PACKAGE:
-            raise _refused(folder, "was made by another embedding model", PACKAGE, body["embedder"])
-        if (found := identity(self.passages)) != body["identity"]:
-            raise _refused(folder, "was changed", body["identity"][:12], found[:12])
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[Passage]:
+        return (self[n] for n in range(self.size))
+
+    def __getitem__(self, number: int) -> Passage:
+        begin, end = self._lines[number : number + 2]
+        return Passage(**json.loads(self._text[begin:end]))
+
+    def ids(self) -> list[str]:
+        """The ids of all documents, in their order."""
+        return list(dict.fromkeys(p.document for p in self))
 
     @cached_property
-    def _dense(self) -> np.ndarray[Any, Any]:
+    def _text(self) -> Any:
+        with (self.folder / "passages.jsonl").open("rb") as stream:
+            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
+
+    @cached_property
+    def _lines(self) -> Vectors:
+        return self._array("lines")
+
+    @cached_property
+    def dense(self) -> Vectors:
+        """Vectors of all passages [n, 384], memory-mapped."""
+        return self._array("dense")
+
+    def _array(self, name: str) -> Vectors:
         import numpy as np
 
-        return np.asarray(np.load(self.folder / "dense.npy", mmap_mode="r", allow_pickle=False))
+        return np.asarray(np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
+
+    @cached_property
+    def _lists(self) -> Any:
+        faiss, file = package("faiss"), self.folder / "near.faiss"
+        return faiss.read_index(str(file), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY) if file.exists() else None
 
     @cached_property
     def _words(self) -> Any:
-        return _bm25s().BM25.load(str(self.folder / "words"), mmap=True)
+        return package("bm25s").BM25.load(str(self.folder / "words"), mmap=True)
 
-    def search(self, questions: Sequence[str], k: int, mix: str = "both") -> list[list[Found]]:
-        """The k best passages for each question, best first; equal ones in the order of the documents."""
-        import numpy as np
-
-        made: list[list[Found]] = []
-        depth = min(max(DEPTH, k), len(self.passages))
+    def candidates(self, questions: Sequence[str], depth: int) -> Iterator[tuple[dict[int, float], dict[int, float]]]:
+        """BM25 scores, and cosine similarities by all vectors or, of many passages, through the inverted lists."""
+        depth = min(depth, self.size)
         for at in range(0, len(questions), BATCH):
             some = list(questions[at : at + BATCH])
-            near = self.embedder(some) @ self._dense.T
-            rankings = []
-            if mix != "words":
-                rankings.append(np.argsort(-near, axis=1, kind="stable")[:, :depth])
-            if mix != "meaning":
-                rankings.append(self._by_words(some, depth))
+            if not self.size:
+                yield from (({}, {}) for _ in some)
+                continue
+            asked = self.embedder(some)
+            nearest = self._by_meaning(asked, depth)
+            tops, scores = self._words.retrieve(_stems(some), k=depth, show_progress=False, n_threads=0)
             for n in range(len(some)):
-                scores: dict[int, float] = {}
-                for ranking in rankings:
-                    for rank, passage in enumerate(ranking[n]):
-                        if passage >= 0:
-                            scores[int(passage)] = scores.get(int(passage), 0.0) + 1 / (RANK_CONSTANT + rank + 1)
-                best = sorted(scores, key=lambda p: (-scores[p], p))[:k]
-                made.append([Found(self.passages[p], float(near[n, p])) for p in best])
-        return made
+                words = dict(sorted((int(p), float(s)) for p, s in zip(tops[n], scores[n], strict=True) if s > 0))
+                both = sorted({*words, *(int(p) for p in nearest[n] if p >= 0)})
+                yield words, dict(zip(both, (self.dense[both] @ asked[n]).tolist(), strict=True))
 
-    def _by_words(self, questions: list[str], depth: int) -> np.ndarray[Any, Any]:
-        """Passages by BM25 [questions, depth]; -1 where no word of the question occurs."""
+    def _by_meaning(self, asked: Vectors, depth: int) -> Vectors:
+        """Passages by cosine similarity [questions, depth]; -1 where the lists gave fewer."""
         import numpy as np
 
-        tokens = _bm25s().tokenize(questions, stopwords="en", show_progress=False)
-        best, scores = self._words.retrieve(tokens, k=depth, show_progress=False, n_threads=0)
-        return np.where(scores > 0, best, -1)
+        if self.size > EXACT and self._lists is not None:
+            return np.asarray(self._lists.search(asked, depth)[1])
+        return np.argsort(-(asked @ self.dense.T), axis=1, kind="stable")[:, :depth]
+
+
+def merged(words: Mapping[Key, float], near: Mapping[Key, float], mix: str) -> list[Key]:
+    """Candidates by words and by meaning as one ranking, best first; equal ones in order.
+
+    `both`: the mean of the two scores, each scaled to 0 … 1 over the candidates (Bruch et al. 2023, who find it above
+    reciprocal ranks). `ranks`: the sum of 1 / (60 + rank) (Cormack et al. 2009). `words`, `meaning`: one alone.
+    """
+    if mix in ("words", "meaning"):
+        scores: Mapping[Key, float] = words if mix == "words" else near
+    elif mix == "ranks":
+        orders = [{key: n for n, key in enumerate(merged(words, near, one), 1)} for one in ("words", "meaning")]
+        scores = {key: sum(1 / (RANK_CONSTANT + o[key]) for o in orders if key in o) for key in near}
+    else:
+        top = max(words.values(), default=1.0)
+        low, high = min(near.values(), default=0.0), max(near.values(), default=1.0)
+        scores = {k: words.get(k, 0.0) / top + (v - low) / ((high - low) or 1.0) for k, v in near.items()}
+    return sorted(scores, key=lambda key: -scores[key])
+
+
+@lru_cache(maxsize=1)
+def _cross_encoder(name: str) -> Callable[[list[tuple[str, str]]], Any]:
+    from sentence_transformers import CrossEncoder
+
+    from whet.model import quiet
+
+    try:
+        model = quiet(CrossEncoder, name)
+    except Exception as error:  # the hub and its files fail in many ways
+        raise MethodError(f"the reranker {name!r} cannot be opened", expected="a cross-encoder's folder or Hub id",
+                          found=str(error)[:120], do="name another, or none") from error  # fmt: skip
+    return lambda rows: model.predict(rows, show_progress_bar=False)
+
+
+def reranked(question: str, found: Sequence[Found], reranker: str) -> list[Found]:
+    """What was found in the order of a cross-encoder that reads question and passage together."""
+    scores = _cross_encoder(reranker)([(question, shown(f.passage)) for f in found]) if found else []
+    return [f for _, _, f in sorted((-float(s), n, f) for (n, f), s in zip(enumerate(found), scores, strict=True))]
+
+
+# --- as part of a System ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Source:
-    """Documents that a question is looked up in when it is asked: an index by its identity, and how it is read.
+    """Documents that a question is looked up in when it is asked: how they are read, and where their corpus lies.
 
-    `k` passages at most, those below `threshold` of cosine similarity left out. `folder` says where the index lies.
+    `k` passages at most, those below `threshold` of cosine similarity left out; `chunk` is the words of a passage.
+    `store` is the URL of the database that holds the corpus; empty: it is `folder`. The identity is of the settings
+    alone, so that documents can change beneath a System; `made` names the generation that it was made with, `version`
+    the one that answers now.
     """
 
-    fingerprint: str
+    kind: ClassVar[str] = "documents"
+    brief: ClassVar[bool] = False
+
     k: int = 3
     mix: str = "both"
     threshold: float = 0.0
+    chunk: int = 200
+    reranker: str = ""
+    store: str = ""
+    made: str = field(default="", compare=False)
     folder: Path | None = field(default=None, compare=False)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that makes the source what it is, as plain data."""
-        return {"fingerprint": self.fingerprint, "k": self.k, "mix": self.mix, "threshold": self.threshold}
+        """What makes the source what it is, as plain data."""
+        names = ("k", "mix", "threshold", "chunk", "reranker", "store", "made")
+        return {"kind": self.kind, **{name: getattr(self, name) for name in names}}
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the settings and the embedding model: never of the documents."""
+        body = {k: v for k, v in self.settings.items() if k != "made"}
+        return hashlib.sha256(json.dumps([PACKAGE, body], sort_keys=True).encode()).hexdigest()
+
+    @property
+    def version(self) -> str:
+        """The generation that answers now. Raises ArtifactError where the corpus is not at hand."""
+        return self._database(Path()).version if self.store else current(self._place())
+
+    def _database(self, home: Path) -> Database:
+        from whet.databases import opened as connected
+
+        return connected(self.store, self.made, home)
+
+    def corpus(self, home: Path) -> Corpus[Any]:
+        """The passages as they are now, opened."""
+        return self._database(home) if self.store else opened(self._place(), self.version, home)
+
+    def _place(self) -> Path:
+        if self.folder is None or not self.folder.is_dir():
+            raise ArtifactError(f"the documents {self.made[:12]} are not at hand", expected="their folder",
+                                found=str(self.folder), do="load the System from its own folder")  # fmt: skip
+        return self.folder
 
     def find(self, questions: Sequence[str], home: Path, k: int | None = None) -> list[list[Found]]:
-        """The passages that each question is shown, best first. Raises ArtifactError where the index is not at hand."""
-        if self.folder is None or not self.folder.is_dir():
-            raise ArtifactError(f"the index {self.fingerprint[:12]} is not at hand", expected="its folder",
-                                found=str(self.folder), do="load the System from its own folder")  # fmt: skip
-        found = opened(self.folder, home).search(questions, k or self.k, self.mix)
-        return [[f for f in some if f.similarity >= self.threshold] for some in found]
+        """The passages that each question is shown, best first; ArtifactError where the index is not at hand."""
+        found = self.corpus(home).search(questions, k or self.k, self.mix, self.reranker)
+        return [[f for f in some if f.similarity >= self.threshold or not self.threshold] for some in found]
+
+    def rank(self, questions: Sequence[str], home: Path, most: int) -> list[list[str]]:
+        """The ids of the best documents for each question, best first."""
+        if self.reranker:
+            found = self.find(questions, home, 3 * most)
+            return [list(dict.fromkeys(f.passage.document for f in some))[:most] for some in found]
+        return self.corpus(home).rank(questions, most, self.mix)
+
+    def change(self, home: Path, put: Iterable[Document] = (), drop: Iterable[str] = ()) -> tuple[str, int]:
+        """Put documents in and drop others, for the next question to see; as `retrieval.change`."""
+        if self.store:
+            return self._database(home).change(put, drop, self.chunk)
+        return change(self._place(), home, put, drop, self.chunk)
+
+

@@ -69,6 +69,7 @@ def protocol(
         "decoding": "closed set" if system.decoding.closed else "greedy generation",
         "whet": __version__,
         "python": platform.python_version(),
+        **({"corpus": "/".join(s.version[:16] for s in system.sources)} if system.sources else {}),
         **getattr(metric, "rules", {}),
         **session.protocol,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -32,6 +33,22 @@ Scores = tuple[str, dict[str, tuple[float, ...]]]  # their key, and by the hash 
 def home_folder() -> Path:
     """Where things are kept: `WHET_HOME`, else `.whet` in the working folder."""
     return Path(os.environ.get("WHET_HOME") or ".whet").absolute()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside and rename it into place. Raises StoreError where that fails; the old file stays."""
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        found = error.strerror or str(error)
+        raise StoreError(f"cannot write {path}", found=found, do="free space, or choose another --out") from error
 
 
 def _outcome(body: dict[str, Any]) -> Outcome:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from whet.baselines import Embed
     from whet.task import Example
 
+# (rows to learn from, rows to judge) -> scores of the labels [rows to judge, labels], as log-probabilities
+Judge = Callable[[Sequence["Example"], Sequence["Example"]], Sequence[Sequence[float]]]
 FOLDS = 5
 LEAST_ROWS = 50
 SURE = 0.85  # how likely a label must be wrong for its row to be named
@@ -29,24 +31,44 @@ class Suspect:
     chance: float
 
 
-def find(rows: Sequence[Example], embed: Embed, seed: int = 0) -> tuple[Suspect, ...]:
+def find(
+    rows: Sequence[Example], embed: Embed, seed: int = 0, judge: Judge | None = None, order_of: Sequence[str] = ()
+) -> tuple[Suspect, ...]:
     """Rows of a closed set whose label is probably wrong, the surest first; none where there are too few rows.
 
-    Each row is judged by a logistic regression on embeddings and on words that has not seen it.
+    Each row is judged by a logistic regression on embeddings and on words that has not seen it, and by `judge`, if
+    given: trained on one half of the rows, it gives scores of the labels, in the order of `order_of`, for the other.
     """
     labels = sorted({r.completion for r in rows})
     counts = {label: sum(r.completion == label for r in rows) for label in labels}
     if len(rows) < LEAST_ROWS or len(labels) < 2 or min(counts.values()) < FOLDS:
         return ()
     given = np.array([labels.index(r.completion) for r in rows])
-    wrong, rather = wrong_chances(_unseen(rows, given, embed, seed), given)
+    views = _unseen(rows, given, embed, seed)
+    if judge is not None:
+        views.append(_halves(rows, given, judge, [order_of.index(x) for x in labels], seed))
+    mean = np.exp(np.mean(np.log(np.clip(views, 1e-9, 1.0)), axis=0))
+    wrong, rather = wrong_chances(mean / mean.sum(axis=1, keepdims=True), given)
     order = np.argsort(-wrong, kind="stable")
     named = [i for i in order if wrong[i] >= SURE]
     return tuple(Suspect(rows[i].id, labels[given[i]], labels[rather[i]], round(float(wrong[i]), 3)) for i in named)
 
 
-def _unseen(rows: Sequence[Example], given: NDArray[Any], embed: Embed, seed: int) -> NDArray[np.float64]:
-    """Probabilities [rows, labels], each row's from a classifier that was fitted without it."""
+def _halves(
+    rows: Sequence[Example], given: NDArray[Any], judge: Judge, columns: Sequence[int], seed: int
+) -> NDArray[np.float64]:
+    """Probabilities [rows, labels], each row's by what was trained on the other half."""
+    from scipy.special import softmax
+    from sklearn.model_selection import StratifiedKFold
+
+    made = np.empty((len(rows), len(columns)))
+    for fit, held in StratifiedKFold(2, shuffle=True, random_state=seed).split(given, given):
+        made[held] = np.array(judge([rows[i] for i in fit], [rows[i] for i in held]))[:, columns]
+    return np.asarray(softmax(made, axis=1), dtype=np.float64)
+
+
+def _unseen(rows: Sequence[Example], given: NDArray[Any], embed: Embed, seed: int) -> list[NDArray[np.float64]]:
+    """Probabilities [rows, labels] by embeddings and by words, each row's from a classifier fitted without it."""
     from scipy.sparse import csr_matrix, hstack
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
@@ -58,13 +80,10 @@ def _unseen(rows: Sequence[Example], given: NDArray[Any], embed: Embed, seed: in
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
     # Regularised more than a baseline: noise must not be learnt by heart.
     parts = [np.asarray(embed(texts), dtype=float), hstack([csr_matrix(words)]).tocsr()]
-    found = [
+    return [
         cross_val_predict(LogisticRegression(C=c, max_iter=300), x, given, cv=folds, method="predict_proba")
         for x, c in zip(parts, (3.0, 1.0), strict=True)
     ]
-    mean = np.exp(np.mean(np.log(np.clip(found, 1e-9, 1.0)), axis=0))
-    chances: NDArray[np.float64] = mean / mean.sum(axis=1, keepdims=True)
-    return chances
 
 
 def wrong_chances(chances: NDArray[np.float64], given: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[Any]]:

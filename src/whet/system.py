@@ -20,14 +20,16 @@ from whet.engine import Progress, Prompt, Sampling, Session, open_session
 from whet.errors import ArtifactError, StoreError
 from whet.metrics import plain
 from whet.model import ModelRef, Transform, hash_files, local_folder, resolve
-from whet.prompt import SLOT, messages, shorten, to_text
-from whet.retrieval import Source
+from whet.prompt import SLOT, beside, framed, messages, shorten, to_text
+from whet.retrieval import Found
+from whet.sources import Source, revive_source
 from whet.task import Example
 
 if TYPE_CHECKING:
     from whet.embed import Embedder
 
 Pair = tuple[str, str]  # (question, answer)
+Shown = Sequence[Sequence[Found]]  # the passages that each question is shown
 
 
 @dataclass(frozen=True)
@@ -112,11 +114,20 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer; `scores` are the (calibrated) scores of the closed set, `truncated` says the prompt was shortened."""
+    """One answer; `scores` are the (calibrated) scores of the closed set, `truncated` says the prompt was shortened.
+
+    `passages` are those it was shown; which of them it stands in, `reading.cited` says.
+    """
 
     text: str
     scores: tuple[float, ...] = ()
     truncated: bool = False
+    passages: tuple[Found, ...] = ()
+
+
+def _pairs(found: Sequence[Found]) -> tuple[Pair, ...]:
+    """(title, text) of passages."""
+    return tuple((f.passage.title, f.passage.text) for f in found)
 
 
 def _voted(texts: Sequence[str]) -> str:
@@ -166,9 +177,14 @@ class System:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the settings; equal for equal Systems wherever they lie."""
-        text = json.dumps(self.settings, sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()
+        """sha256 of the settings; equal for equal Systems wherever they lie, whatever documents they look into."""
+        body = self.settings | ({"sources": [s.fingerprint for s in self.sources]} if self.sources else {})
+        return hashlib.sha256(json.dumps(body, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+    @property
+    def state(self) -> str:
+        """The fingerprint with the versions of what it looks into: what a score or a training depends on."""
+        return "/".join([self.fingerprint, *(s.version for s in self.sources)])
 
     @cached_property
     def session(self) -> Session:
@@ -184,41 +200,51 @@ class System:
 
         return Embedder(self.home)
 
-    def prompts(self, examples: Sequence[Example], *, blind: bool = False) -> list[Prompt]:
+    def prompts(
+        self, examples: Sequence[Example], *, blind: bool = False, found: Shown | None = None
+    ) -> list[Prompt]:
         """What the model is sent for each example; with `blind`, none is shown its own answer as a demonstration.
 
-        Plain text rows are raw text, outside any template.
+        `found` are the passages to show; without, they are looked up. Plain text rows are raw text, outside any
+        template.
         """
         shown = self.demonstrations.choose([e.prompt for e in examples], self.embedder, blind=blind)
-        read = self.passages([e.prompt for e in examples])
-        said = self.decoding.said
+        read = self.found([e.prompt for e in examples]) if found is None else found
+        brief, told = [s for s in self.sources if s.brief], dict[str, tuple[Pair, ...]]()
+        if brief:
+            asked = sorted({q for demos in shown for q, _ in demos})
+            told = dict(zip(asked, map(_pairs, self.found(asked, sources=brief)), strict=True))
+
+        def turn(question: str, answer: str) -> Pair:
+            return beside(told.get(question, ()), framed(self.frame, question)), self.decoding.said(answer)
+
         return [
             "" if e.text is not None else
-            messages(self.instruction, [(q, said(a)) for q, a in demos], e.prompt, e.history, here, self.frame)
+            messages(self.instruction, [turn(*pair) for pair in demos], e.prompt, e.history, _pairs(here), self.frame)
             for e, demos, here in zip(examples, shown, read, strict=True)
         ]  # fmt: skip
 
-    def passages(self, questions: Sequence[str]) -> list[tuple[Pair, ...]]:
-        """(title, text) of the passages that each question is shown, out of all sources, best first."""
-        made: list[tuple[Pair, ...]] = [()] * len(questions)
-        for source in self.sources:
-            found = source.find(questions, self.home)
-            made = [(*m, *((f.passage.title, f.passage.text) for f in some))
-                    for m, some in zip(made, found, strict=True)]  # fmt: skip
+    def found(
+        self, questions: Sequence[str], k: int | None = None, sources: Sequence[Source] | None = None
+    ) -> list[list[Found]]:
+        """The passages that each question is shown, out of all or these sources, best first; `k` of each, if given."""
+        made: list[list[Found]] = [[] for _ in questions]
+        for source in self.sources if sources is None else sources:
+            made = [[*m, *some] for m, some in zip(made, source.find(questions, self.home, k), strict=True)]
         return made
 
     def ranked(self, examples: Sequence[Example], most: int) -> list[str]:
         """The ids of the documents found for each example, best first, one a line; empty without a source."""
         if not self.sources:
             return [""] * len(examples)
-        rows = self.sources[0].find([e.prompt for e in examples], self.home, 3 * most)
-        return ["\n".join([*dict.fromkeys(f.passage.document for f in found)][:most]) for found in rows]
+        return ["\n".join(ids) for ids in self.sources[0].rank([e.prompt for e in examples], self.home, most)]
 
     def fitting(
-        self, examples: Sequence[Example], session: Session, room: Sequence[int], *, blind: bool = False
-    ) -> tuple[list[Prompt], list[bool]]:
+        self, examples: Sequence[Example], session: Session, room: Sequence[int], *, blind: bool = False,
+        found: Shown | None = None,
+    ) -> tuple[list[Prompt], list[bool]]:  # fmt: skip
         """Prompts that leave `room` tokens of the context window each, and which of them had to be shortened."""
-        prompts = self.prompts(examples, blind=blind)
+        prompts = self.prompts(examples, blind=blind, found=found)
         cut = [False] * len(prompts)
         for n, size in enumerate(session.count(prompts)):
             excess = size + room[n] - session.context
@@ -235,14 +261,21 @@ class System:
         return [a.text for a in self.answers(prompt, session)]
 
     def answers(
-        self, prompts: Iterable[str | Example], session: Session | None = None, progress: Progress | None = None
-    ) -> list[Answer]:
-        """Answer prompts with scores: over the closed set where there is one, else by generation."""
+        self, prompts: Iterable[str | Example], session: Session | None = None, progress: Progress | None = None,
+        found: Shown | None = None,
+    ) -> list[Answer]:  # fmt: skip
+        """Answer prompts with scores: over the closed set where there is one, else by generation.
+
+        `found` are the passages that each is shown; without, they are looked up.
+        """
         examples = [Example(str(n), p) if isinstance(p, str) else p for n, p in enumerate(prompts)]
         session = session or self.session
+        found = self.found([e.prompt for e in examples]) if found is None else found
         if self.decoding.closed and all(e.choices or self.decoding.labels for e in examples):
-            return self._choose(examples, session, progress)
-        return self._generate(examples, session, progress)
+            made = self._choose(examples, session, progress, found)
+        else:
+            made = self._generate(examples, session, progress, found)
+        return [replace(a, passages=tuple(f)) if f else a for a, f in zip(made, found, strict=True)]
 
     def label_scores(
         self, examples: Sequence[Example], session: Session, progress: Progress | None = None
@@ -254,17 +287,19 @@ class System:
         return [tuple(s.logprob if whole else s.mean for s in row) for row in scored], cut
 
     def _closed(
-        self, examples: Sequence[Example], session: Session
+        self, examples: Sequence[Example], session: Session, found: Shown | None = None
     ) -> tuple[list[tuple[str, ...]], list[Prompt], list[bool]]:
         """Each example's closed set as it is said, its prompt with room for the longest, and who was shortened."""
         sets = [e.choices or self.decoding.spoken for e in examples]
         # A label is at most as many tokens as its bytes; one more ends the turn.
         room = [max(len(c.encode()) for c in choices) + 2 for choices in sets]
-        prompts, cut = self.fitting(examples, session, room)
+        prompts, cut = self.fitting(examples, session, room, found=found)
         return sets, prompts, cut
 
-    def _choose(self, examples: Sequence[Example], session: Session, progress: Progress | None) -> list[Answer]:
-        sets, prompts, cut = self._closed(examples, session)
+    def _choose(
+        self, examples: Sequence[Example], session: Session, progress: Progress | None, found: Shown
+    ) -> list[Answer]:
+        sets, prompts, cut = self._closed(examples, session, found)
         # A row's own choices have no prior: calibration is of the task's labels.
         offsets = self.decoding.prior if not any(e.choices for e in examples) else ()
         named = [e.choices or self.decoding.labels for e in examples]
@@ -278,9 +313,11 @@ class System:
         calibrated = tuple(s - p for s, p in zip(scores, prior, strict=True))
         return _greatest(self.decoding.labels, calibrated, truncated)
 
-    def _generate(self, examples: Sequence[Example], session: Session, progress: Progress | None) -> list[Answer]:
+    def _generate(
+        self, examples: Sequence[Example], session: Session, progress: Progress | None, found: Shown
+    ) -> list[Answer]:
         decoding = self.decoding
-        prompts, cut = self.fitting(examples, session, [decoding.max_tokens] * len(examples))
+        prompts, cut = self.fitting(examples, session, [decoding.max_tokens] * len(examples), found=found)
         sampling = Sampling(decoding.max_tokens, decoding.temperature, n=decoding.votes, stop=decoding.stop)
         made = session.generate(prompts, sampling, progress)
         return [Answer(_voted([decoding.read(g.text) for g in one]), (), s) for one, s in zip(made, cut, strict=True)]
@@ -336,6 +373,8 @@ class System:
                 raise ArtifactError(f"the {transform.kind} {transform.fingerprint[:12]} is not at hand")
             shutil.copytree(transform.folder, work / "transforms" / transform.fingerprint)
         for source in self.sources:
+            if source.store:
+                continue
             if source.folder is None:
                 raise ArtifactError(f"the index {source.fingerprint[:12]} is not at hand")
             shutil.copytree(source.folder, work / "sources" / source.fingerprint)
@@ -352,12 +391,13 @@ def _card_text(system: System) -> str:
     """The model card: what the System is and what it scored, as Markdown."""
     card, demos, decoding = system.card, system.demonstrations, system.decoding
     shown = "none" if not demos.pool else f"{demos.k or len(demos.pool)} ({demos.selection})"
+    sources = [f"{s.k} {s.settings.get('kind', 'passages')} of `{s.fingerprint[:16]}`" for s in system.sources]
     lines = [
         f"# A System for {card.get('task', 'a task')}", "",
         f"- base: `{system.model.base}` (`{system.model.content[:16]}`)",
         f"- transforms: {', '.join(f'{t.kind} `{t.fingerprint[:16]}`' for t in system.model.transforms) or 'none'}",
         f"- demonstrations: {shown}",
-        f"- sources: {', '.join(f'{s.k} passages of `{s.fingerprint[:16]}`' for s in system.sources) or 'none'}",
+        f"- sources: {', '.join(sources) or 'none'}",
         f"- calibration: {'yes' if decoding.prior else 'no'}",
         f"- recipe: {card.get('recipe', 'the base as it is')}", "",
     ]  # fmt: skip
@@ -393,7 +433,7 @@ def revive(
                         "words": tuple(decoding.get("words", ()))}),  # fmt: skip
             prior=_finite(decoding["prior"], len(labels)),
         ),
-        tuple(Source(**one, folder=folders.get(one["fingerprint"])) for one in settings.get("sources", ())),
+        tuple(revive_source(one, folders) for one in settings.get("sources", ())),
         card,
         home,
         settings.get("frame", SLOT),
@@ -415,7 +455,7 @@ def load(folder: str | Path, home: Path | None = None, *, trust: bool = False) -
     try:
         body = json.loads(file.read_text(encoding="utf-8"))
         named = {"transforms": [f for _, f in body["model"]["transforms"]],
-                 "sources": [s["fingerprint"] for s in body.get("sources", ())]}  # fmt: skip
+                 "sources": [revive_source(s, {}).fingerprint for s in body.get("sources", ())]}  # fmt: skip
         if not all(isinstance(f, str) and f.isalnum() for prints in named.values() for f in prints):
             raise ValueError("a transform or source is named by its hash")
         folders = {f: path / kind / f for kind, prints in named.items() for f in prints}
@@ -431,9 +471,10 @@ def load(folder: str | Path, home: Path | None = None, *, trust: bool = False) -
             expected=f"fingerprint {written[:12]}", found=system.fingerprint[:12],
             do="restore it, or build the System anew",
         )  # fmt: skip
-    if system.model.base.startswith("openai:") and not trust:
+    servers = [base] if base.startswith("openai:") else [s.store for s in system.sources if s.store]
+    if servers and not trust:
         raise ArtifactError(
-            f"{path} answers through a server", expected="--trust (in Python: trust=True)", found=system.model.base,
+            f"{path} answers through a server", expected="--trust (in Python: trust=True)", found=servers[0],
             do="give it if that server may have your prompts and your key",
         )  # fmt: skip
     _check_base(system, body)

@@ -84,7 +84,7 @@ class Preference(ABC):
         if not rows:
             raise MethodError(f"{self.name} finds nothing to learn from", expected="pairs of answers to one prompt",
                               found="single judgements", do="use kto, which needs no pairs")  # fmt: skip
-        name = key(self.name, asdict(self), system.fingerprint, digest(rows), run.seed, run.fidelity,
+        name = key(self.name, asdict(self), system.state, digest(rows), run.seed, run.fidelity,
                    run.trained_tokens, run.previous)  # fmt: skip
         adapter = Adapter("lora", self.rank, 2 * self.rank)
         taught = teach(system, run, name, adapter, lambda live: self._lesson(system, rows, run, live))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from whet.engine import Spent
 from whet.errors import MethodError
 from whet.methods import Need, Run
 from whet.system import System
@@ -15,12 +16,14 @@ from whet.task import Example, Learnable
 if TYPE_CHECKING:
     from whet.engine.prefix import Row
     from whet.engine.torch import TorchSession
+    from whet.suspects import Suspect
     from whet.train.lesson import Lesson
     from whet.train.loop import Curves
 
 LEAST_STEPS = 64  # where the budget allows fewer steps of `batch` rows, a step takes fewer rows
 LEAST_BATCH = 8
 MANY_STEPS = 24  # from here on there are four validations, else two
+CROSS_EPOCHS = 2.0  # of the trainings that suspects are told by: longer ones learn wrong labels by heart
 SAMPLED = 256  # rows looked at to tell how many tokens a row costs
 CHECKED = 0.06  # rows to validate on as a share of the rows trained on: looking must not cost more than learning
 
@@ -32,7 +35,9 @@ class FineTune:
     Defaults: LoRA of rank 16 and alpha 2·rank (as in the LoRA literature), learning rate 1e-3 and 32 rows a step
     (measured in LOG.md; full training wants a tenth of that). `epochs` is what is wanted; the budget may allow less,
     and a short training takes smaller steps, so that there are enough of them. `clean` leaves out rows whose label is
-    probably wrong. `bits` of the frozen base: 8 or 4 save memory in training (QLoRA); the System keeps the whole base.
+    probably wrong. A System with documents is trained to read them (RAFT): from a share `absent` of the rows the
+    passage that holds the answer is taken out. `bits` of the frozen base: 8 or 4 save memory in training (QLoRA); the
+    System keeps the whole base.
     """
 
     name: ClassVar[str] = "finetune"
@@ -48,6 +53,7 @@ class FineTune:
     batch: int = 32
     recompute: bool = False
     clean: bool = False
+    absent: float = 0.1
     bits: int = 16
 
     def __post_init__(self) -> None:
@@ -55,6 +61,8 @@ class FineTune:
             raise ValueError("rank, batch, learning_rate and epochs are positive")
         if self.adapter not in ("lora", "rslora", "dora", "full"):
             raise ValueError(f"adapter is {self.adapter!r}; one of lora, rslora, dora, full")
+        if not 0 <= self.absent < 1:
+            raise ValueError(f"absent is {self.absent}; from 0 to below 1")
         if self.bits not in (4, 8, 16) or (self.bits < 16 and self.adapter == "full"):
             raise ValueError(f"bits is {self.bits}; 4, 8 or 16, and 16 for full training")
 
@@ -75,37 +83,49 @@ class FineTune:
         from whet.train.adapters import Adapter
         from whet.train.lesson import key, teach
 
-        name = key(asdict(self), system.fingerprint, rows_hash(data.train), run.seed, run.fidelity, run.trained_tokens,
+        name = key(asdict(self), system.state, rows_hash(data.train), run.seed, run.fidelity, run.trained_tokens,
                    run.previous)  # fmt: skip
         adapter = Adapter(self.adapter, self.rank, 2 * self.rank, bits=self.bits)
-        taught = teach(system, run, name, adapter, lambda live: self._lesson(system, data, run, live))
+        finished = (run.store.artifact(name) / "done.json").exists()
+        wrong = self.suspects(system, data, run) if self.clean and not finished else ()
+        taught = teach(system, run, name, adapter, lambda live: self._lesson(system, data, run, live, wrong))
         return replace(taught, decoding=replace(system.decoding, prior=(), normalise="sum"))
 
-    def _prepared(self, data: Learnable, run: Run) -> tuple[list[Example], dict[str, Any]]:
-        """Rows that can be trained on, each once, without suspects where that is wanted; and what was left out."""
-        having = [e for e in data.train if e.completion or e.text]
-        usable = list({(e.prompt, e.completion, e.text, e.history): e for e in having}.values())
-        notes: dict[str, Any] = {"duplicates": len(having) - len(usable)}
-        if self.clean:
-            if not data.labels:
-                raise MethodError("clean needs a closed set", expected="labels in task.yaml", found="none")
-            from whet import suspects
-            from whet.embed import Embedder
+    def suspects(self, system: System, data: Learnable, run: Run) -> tuple[Suspect, ...]:
+        """Rows whose label is probably wrong, by classifiers and by the model, each trained on the other rows."""
+        from whet import suspects
+        from whet.embed import Embedder
 
-            named = suspects.find([e for e in usable if e.text is None], Embedder(run.home), run.seed)
-            wrong = {s.id for s in named}
-            usable = [e for e in usable if e.id not in wrong]
-            notes["suspects"] = [asdict(s) for s in named]
-        return usable, notes
+        if not data.labels:
+            raise MethodError("clean needs a closed set", expected="labels in task.yaml", found="none")
+        rows, _ = _each_once([e for e in data.train if e.completion and e.text is None])
 
-    def _lesson(self, system: System, data: Learnable, run: Run, live: TorchSession) -> Lesson:
+        def judge(fit: Sequence[Example], held: Sequence[Example]) -> list[tuple[float, ...]]:
+            """Log-probabilities of the labels of `held`, by the model trained on `fit`."""
+            most = None if run.trained_tokens is None else run.trained_tokens // 4
+            within = replace(run, trained_tokens=most, spent=Spent(), notes={}, previous=None)
+            method = replace(self, clean=False, epochs=min(self.epochs, CROSS_EPOCHS))
+            taught = method.apply(system, replace(data, train=tuple(fit)), within)
+            scores, _ = taught.label_scores(held, run.session(taught.model), run.progress("looking for suspects"))
+            run.sessions.pop(taught.model)
+            run.spent += within.spent
+            return scores
+
+        return suspects.find(rows, Embedder(run.home), run.seed, judge, data.labels)
+
+    def _lesson(
+        self, system: System, data: Learnable, run: Run, live: TorchSession, wrong: Sequence[Suspect] = ()
+    ) -> Lesson:
         from whet.train.batches import steps, tokens_per_row
         from whet.train.fit import twice_the_data, verdict
         from whet.train.lesson import Lesson, mean_loss, render_rows
         from whet.train.loop import Schedule, Settings
         from whet.train.losses import NextToken
 
-        usable, found = self._prepared(data, run)
+        usable, repeated = _each_once([e for e in data.train if e.completion or e.text])
+        named = {s.id for s in wrong}
+        usable = [e for e in usable if e.id not in named]
+        found = {"duplicates": repeated, **({"suspects": [asdict(s) for s in wrong]} if self.clean else {})}
         data = replace(data, train=tuple(usable))
         if not usable:
             raise MethodError("nothing to train on", expected="train rows with completions or text", found="none")
@@ -117,7 +137,7 @@ class FineTune:
             batch = max(min(LEAST_BATCH, batch), min(batch, round(wanted / LEAST_STEPS)))
             wanted = min(wanted, run.trained_tokens / tokens_per_row(some, batch, run.seed))  # smaller steps share less
         fit, held = data.validation(seed=run.seed, most=max(24, min(128, round(CHECKED * wanted))))
-        rows, cut = render_rows(system, fit, live)
+        rows, cut = render_rows(system, fit, live, (self.absent, run.seed))
         checks, _ = render_rows(system, held, live)
         count = max(1, round(run.fidelity * min(wanted, self.epochs * len(rows)) / batch))
         validations = 4 if count >= MANY_STEPS else 2
@@ -137,6 +157,12 @@ class FineTune:
             {"rows": len(rows), "batch": batch, "shortened": cut, **found, "row_tokens": _lengths(rows)},
             after,
         )
+
+
+def _each_once(rows: Sequence[Example]) -> tuple[list[Example], int]:
+    """Rows without their repetitions, and how many those were."""
+    usable = list({(e.prompt, e.completion, e.text, e.history): e for e in rows}.values())
+    return usable, len(rows) - len(usable)
 
 
 def _lengths(rows: Sequence[Row]) -> dict[str, int]:

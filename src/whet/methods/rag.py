@@ -14,10 +14,12 @@ from whet.task import Learnable
 
 @dataclass(frozen=True)
 class Rag:
-    """The k best passages by BM25 and sentence embeddings, fused by reciprocal ranks, in front of each question.
+    """The k best passages by BM25 and sentence embeddings, merged into one ranking, in front of each question.
 
-    `chunk` is the words of a passage at most. `mix`: both, words (BM25) or meaning (embeddings). Passages whose cosine
-    similarity lies below `threshold` are left out. Defaults: three passages, what a small model can still read.
+    `chunk` is the words of a passage at most. `mix`: both (their scaled scores), ranks (their reciprocal ranks), words
+    (BM25) or meaning (embeddings). Passages whose cosine similarity lies below `threshold` are left out. `reranker`
+    names a cross-encoder (a folder or Hub id) that reads the best twenty again. `store` puts the passages into a
+    database (postgresql://… or qdrant://…). Defaults: three passages, what a small model can still read.
     """
 
     name: ClassVar[str] = "rag"
@@ -30,6 +32,8 @@ class Rag:
     chunk: int = 200
     mix: str = "both"
     threshold: float = 0.0
+    reranker: str = ""
+    store: str = ""
 
     def __post_init__(self) -> None:
         if self.k < 1 or not 20 <= self.chunk <= 1000 or not 0 <= self.threshold < 1:
@@ -44,21 +48,23 @@ class Rag:
     def apply(self, system: System, data: Learnable, run: Run) -> System:
         """The System with the task's documents as its source; an index that was built before is found again."""
         from whet import documents
+        from whet.databases import opened
         from whet.embed import Embedder
         from whet.errors import MethodError
         from whet.retrieval import Source, build, identity
 
         if data.documents is None:
             raise MethodError("rag needs documents", expected="documents in task.yaml", found="none")
-        texts, notes = documents.load(data.documents)
-        overlap = min(documents.OVERLAP, self.chunk // 4)
-        pieces = [p for text in texts for p in documents.passages(text, self.chunk, overlap)]
+        texts, notes = documents.load(data.documents, data.folder, data.trusted)
+        pieces = [p for text in texts for p in documents.passages(text, self.chunk)]
         name = identity(pieces)
-        folder = run.store.artifact(name)
-        if not (folder / "index.json").exists():
-            if run.tell is not None:
-                run.tell(f"indexing {len(pieces)} passages", 0, 1)
+        if run.tell is not None:
+            run.tell(f"indexing {len(pieces)} passages", 0, 1)
+        folder = None if self.store else run.store.artifact(name)
+        if folder is not None and not (folder / "current").exists():
             build(pieces, folder, Embedder(run.home))
+        if self.store and (base := opened(self.store, name, run.home)).version == "":
+            base.build(pieces, name)
         run.notes.update(documents=len(texts), passages=len(pieces), left_out=list(notes))
-        source = Source(name, self.k, self.mix, self.threshold, folder)
+        source = Source(self.k, self.mix, self.threshold, self.chunk, self.reranker, self.store, name, folder)
         return replace(system, sources=(source,), decoding=replace(system.decoding, prior=()))

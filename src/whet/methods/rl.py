@@ -100,7 +100,7 @@ class RL:
         from whet.train.lesson import key, teach
 
         judge, prompts, own = self._judge(system, data, run)
-        name = key("rl", asdict(self), system.fingerprint, judge.name, rows_hash(prompts), run.seed, run.fidelity,
+        name = key("rl", asdict(self), system.state, judge.name, rows_hash(prompts), run.seed, run.fidelity,
                    run.trained_tokens, run.previous)  # fmt: skip
         adapter = Adapter("lora", self.rank, 2 * self.rank)
         taught = teach(system, run, name, adapter, lambda live: self._lesson(system, prompts, judge, own, run, live))

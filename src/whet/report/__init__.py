@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 from whet.errors import StoreError
 from whet.report import figures, view
 from whet.report.view import Arm, Record, Scale, line, number, record, records, sequence
+from whet.store import write_text
 
 TILES = 20  # labels up to which base and chosen stand side by side
 CELLS = 40  # labels up to which a matrix can still be read
@@ -78,16 +77,12 @@ def write(path: Path, result: dict[str, Any], details: dict[str, Any]) -> None:
                               trim_blocks=True, lstrip_blocks=True)
     environment.filters["breakable"] = _breakable
     html = environment.get_template("page.html").render(_page(result, details))
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Lone surrogates, which JSON allows in data, are no text that UTF-8 can hold.
-        aside.write_bytes(html.encode("utf-8", "replace"))
-        os.replace(aside, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
         raise StoreError(f"the report {path} cannot be written: {error.strerror}", do="choose another --out") from error
+    # Lone surrogates, which JSON allows in data, are no text that UTF-8 can hold.
+    write_text(path, html.encode("utf-8", "replace").decode())
 
 
 # -- the page's parts --------------------------------------------------------------------------------------------

@@ -86,6 +86,7 @@ class _Job:
     reserve: float
     race: Race
     earlier: tuple[Known, ...] = ()  # tasks that must not get worse
+    alone: Trial | None = None  # the only candidate, where there are no rows to select by
     notes: list[str] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     plan: list[dict[str, Any]] = field(default_factory=list)
@@ -132,7 +133,7 @@ def improve(
     try:
         begun = time.monotonic()
         _race(job)
-        finalist = _finalist(job)
+        finalist = job.alone or _finalist(job)
         return _finish(job, finalist, begun)
     finally:
         job.watch.close()
@@ -215,8 +216,14 @@ def _race(job: _Job) -> None:
         spent = sum(p["minutes"] for p in job.plan) * 60
         job.plan.append({"arm": tuned.name, "minutes": max(0.0, race.seconds - spent) / 60, "most": True})
     job.plan.append({"arm": "confirm on sealed data", "minutes": job.reserve / 60})
+    untried = None if race.select else _untried(job)
+    if untried:
+        why = "there are no rows to select by, so it is confirmed with its defaults, as the only candidate"
+        job.plan.insert(-1, {"arm": untried.name, "minutes": 0.0})
+        job.notes.append(f"{untried.name}: {why}")
     _print_plan(job)
     if not race.select:
+        job.alone = race.enter(untried, job.bases[0]) if untried else None
         return
     for base, label in zip(job.bases, labels, strict=True):
         trial = race.enter(Recipe(), base, label=label)
@@ -231,11 +238,19 @@ def _race(job: _Job) -> None:
         _train_and_combine(job, tuned, each)
 
 
+def _untried(job: _Job) -> Recipe | None:
+    """The one recipe that is worth confirming where nothing can be learnt from or selected by: looking things up."""
+    asked = [parse(job.wish.recipe)] if job.wish.recipe else [recipe("rag"), recipe("knowledge")]
+    wished = [r for r in asked if not job.wish.methods or all(m.name in job.wish.methods for m in r.methods)]
+    return next((r for r in wished if not r.lacks(job.bases[0], job.splits.learnable)), None)
+
+
 def _training(job: _Job) -> Recipe | None:
     """The recipe that trains, where training was asked for and can be had."""
     if job.wish.recipe:
         return None
     reading = [recipe(("rag", {"k": 1}), "finetune")] if not job.task.closed else []
+    reading += [recipe(("knowledge", {"k": 1}), "finetune")] if embed.available() else []
     wanted = [recipe(("continual", {"share": REPLAYED})), *reading, recipe("finetune")]
     for one in wanted:  # the first that has what it needs
         asked = not job.wish.methods or all(m.name in job.wish.methods for m in one.methods)

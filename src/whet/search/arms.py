@@ -27,6 +27,8 @@ Arm = tuple[Recipe, System, str, float]  # recipe, the base it starts from, its 
 def prompting_recipes(data: Learnable) -> list[Recipe]:
     """Recipes that leave the weights alone, for this kind of task."""
     nearest = embed.available()
+    one = ("knowledge", {"k": 1})
+    facts = [recipe(one), recipe("knowledge"), recipe(one, ("fewshot", {"k": 4}))] if nearest else []
     if data.labels:
         # Many labels: a balanced sample cannot show them all, so the neighbours' labels matter more.
         k = 16 if len(data.labels) <= 16 else 8
@@ -40,7 +42,7 @@ def prompting_recipes(data: Learnable) -> list[Recipe]:
         ]
         if nearest:
             found.append(recipe(("fewshot", {"k": 8, "selection": "nearest"})))
-        return found
+        return found + facts
     found = [recipe(("fewshot", {"k": 4}))]
     if data.metric not in ("perplexity", "win_rate") and "@" not in data.metric:
         found.append(recipe("prompting"))
@@ -48,7 +50,7 @@ def prompting_recipes(data: Learnable) -> list[Recipe]:
         found.append(recipe(("fewshot", {"k": 4, "selection": "nearest"})))
     if nearest and data.documents is not None:
         found += [recipe(("rag", {"k": 1})), recipe("rag"), recipe(("rag", {"k": 1}), ("fewshot", {"k": 4}))]
-    return found
+    return found + facts
 
 
 def cheap_arms(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,27 +11,12 @@ from whet.engine import Spent
 from whet.errors import StoreError
 from whet.metrics import Outcome
 from whet.scorecard import Scorecard
+from whet.store import write_text
 from whet.system import System
 
 if TYPE_CHECKING:
     from whet.search import _Job
     from whet.search.race import Trial
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file aside and rename it into place. Raises StoreError where that fails; the old file stays."""
-    temporary = None
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        found = error.strerror or str(error)
-        raise StoreError(f"cannot write {path}", found=found, do="free space, or choose another --out") from error
 
 
 def claim(folder: Path, key: str, task: str) -> None:

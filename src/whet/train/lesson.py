@@ -15,6 +15,7 @@ from whet.engine.torch import TorchSession, give_back_memory
 from whet.errors import MethodError
 from whet.methods import Run
 from whet.model import Transform, aside, hash_files, save_weights
+from whet.reading import taught
 from whet.system import System
 from whet.task import Example
 from whet.train.adapters import Adapter, adapted
@@ -134,17 +135,23 @@ def keep(tuned: Any, adapter: Adapter, made: Path, body: dict[str, Any]) -> None
         (work / "done.json").write_text(json.dumps(body), encoding="utf-8")
 
 
-def render_rows(system: System, examples: Sequence[Example], session: TorchSession) -> tuple[list[Row], int]:
+def render_rows(
+    system: System, examples: Sequence[Example], session: TorchSession, raft: tuple[float, int] | None = None
+) -> tuple[list[Row], int]:
     """Training rows as the System renders its prompts, the completion and the end of turn behind them.
 
-    Plain text becomes rows of its own, in windows. Returns the rows and how many prompts had to be shortened to fit
-    the context window.
+    `raft`, as (absent, seed), says how the passages of a System with documents are arranged for learning
+    (`reading.taught`); without, they are as found. Plain text becomes rows of its own, in windows. Returns the rows
+    and how many prompts had to be shortened to fit the context window.
     """
     usable = [e for e in examples if e.completion and e.text is None]
     said = system.decoding.said
     answers = [session.encode_answer(e.completion if e.choices else said(e.completion), end=True) for e in usable]
     # Demonstrations may come from the same rows: whoever sees its own answer only learns to copy.
-    prompts, cut = system.fitting(usable, session, [len(a) for a in answers], blind=True)
+    found = system.found([e.prompt for e in usable])
+    if raft and any(s.kind == "documents" for s in system.sources):
+        found = taught(system, usable, found, *raft)
+    prompts, cut = system.fitting(usable, session, [len(a) for a in answers], blind=True, found=found)
     encoded = session.encode(prompts)
     rows = [Row(p, (a,)) for p, a in zip(encoded, answers, strict=True)]
     texts = [session.encode_answer(e.text, end=False, raw=True) for e in examples if e.text]

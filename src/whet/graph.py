@@ -1,0 +1,172 @@
+"""The graph: facts indexed both ways, told as sentences, and on disk with what was learnt to read questions by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from whet.embed import PACKAGE, Embedder
+from whet.errors import ArtifactError
+from whet.model import aside
+from whet.triples import MEANS, Facts
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Step = int  # a relation's number, or ~number where it is walked backwards
+Way = tuple[Step, ...]
+MOST_ENDS = 100  # neighbours that one step from a node leads to: a hub's others are left out
+MOST_EDGES = 20_000  # of a node, read in each direction to find its relations
+MOST_EMBEDDED = 20_000  # names that can be found by meaning
+VERBS = ("by", "in", "at", "to", "from", "with", "on", "of", "for", "as", "a", "an")
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """Facts as numbers: `nodes` hold the label and aliases of each, `edges` (subject, relation, object) sorted rows."""
+
+    nodes: tuple[tuple[str, ...], ...]
+    relations: tuple[str, ...]
+    edges: np.ndarray[Any, Any]
+    inverses: Mapping[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, facts: Facts) -> Graph:
+        """A graph of facts; nodes and relations are numbered as they appear."""
+        import numpy as np
+
+        nodes: dict[str, int] = {}
+        relations: dict[str, int] = {}
+        rows = [(nodes.setdefault(s, len(nodes)), relations.setdefault(r, len(relations)),
+                 nodes.setdefault(o, len(nodes))) for s, r, o in facts.triples]  # fmt: skip
+        inverses = {relations[a]: relations[b] for a, b in facts.inverses.items() if {a, b} <= relations.keys()}
+        return cls(tuple(facts.named(n) for n in nodes), tuple(facts.named(r)[0].replace("_", " ") for r in relations),
+                   np.array(sorted(rows), np.int64).reshape(-1, 3), inverses)  # fmt: skip
+
+    @cached_property
+    def _backwards(self) -> np.ndarray[Any, Any]:
+        """The edges as (object, relation, subject), sorted."""
+        import numpy as np
+
+        s, r, o = self.edges.T
+        order = np.lexsort((s, r, o))
+        return np.stack([o[order], r[order], s[order]], 1)
+
+    def steps(self, node: int) -> dict[Step, list[int]]:
+        """Where one step leads from a node, by relation: at most MOST_ENDS nodes each."""
+        import numpy as np
+
+        made: dict[Step, list[int]] = {}
+        for back, edges in enumerate((self.edges, self._backwards)):
+            first, last = np.searchsorted(edges[:, 0], [node, node + 1])
+            here = edges[first : min(last, first + MOST_EDGES)]
+            for relation in np.unique(here[:, 1]):
+                low, high = np.searchsorted(here[:, 1], [relation, relation + 1])
+                made[~int(relation) if back else int(relation)] = here[low : min(high, low + MOST_ENDS), 2].tolist()
+        return made
+
+    def named(self, step: Step) -> str:
+        """A step in words: backwards by the name of the inverse relation where there is one."""
+        return self.relations[step if step >= 0 else self.inverses.get(~step, ~step)]
+
+    def sentence(self, node: int, path: Way, ends: Sequence[int]) -> str:
+        """What stands at the end of a path, as a sentence; a single step backwards is told forwards."""
+        told = " or ".join(self.nodes[n][0] for n in ends)
+        if len(path) == 1 and path[0] < 0 and ~path[0] not in self.inverses:
+            return _said(told, self.relations[~path[0]], self.nodes[node][0])
+        inner = self.nodes[node][0]
+        for step in path[:-1]:
+            inner = asked(inner, self.named(step), step < 0 and ~step not in self.inverses)
+        return _said(inner, self.named(path[-1]), told)
+
+    @cached_property
+    def described(self) -> dict[int, str]:
+        """The description of each node that has one."""
+        if MEANS not in self.relations:
+            return {}
+        rows = self.edges[self.edges[:, 1] == self.relations.index(MEANS)]
+        return {int(s): self.nodes[o][0] for s, _, o in rows[::-1]}
+
+
+def _verb(relation: str) -> str:
+    """A relation as a verb, "is designed by", where it ends like one; "" where it is rather a noun."""
+    first, last = relation.split()[0], relation.split()[-1]
+    return ("is " if first.endswith(("ed", "en")) else "") + relation if last in VERBS else ""
+
+
+def _said(subject: str, relation: str, objects: str) -> str:
+    if relation == MEANS:
+        return f"{subject}: {objects}"
+    verb = _verb(relation)
+    return f"{subject} {verb} {objects}." if verb else f"The {relation} of {subject} is {objects}."
+
+
+def asked(subject: str, relation: str, backwards: bool) -> str:
+    """What a step leads to, in words that can stand in a sentence: "the colour of X", "what X is designed by"."""
+    if relation == MEANS:
+        return f"the term for this: {subject}" if backwards else f"what {subject} means"
+    verb = _verb(relation)
+    if backwards:
+        return f"what {verb} {subject}" if verb else f"what has the {relation} {subject}"
+    return f"what {subject} {verb}" if verb else f"the {relation} of {subject}"
+
+
+def identity(graph: Graph, *more: Any) -> str:
+    """What a graph is named by: its facts, whatever else it was built from, and the model that embeds names."""
+    body = json.dumps([PACKAGE, graph.nodes, graph.relations, sorted(graph.inverses.items()), more])
+    return hashlib.sha256(body.encode() + graph.edges.tobytes()).hexdigest()
+
+
+def build(graph: Graph, folder: Path, embedder: Embedder, hops: int = 1, learnt: Mapping[str, float] | None = None
+          ) -> None:  # fmt: skip
+    """Write a graph into a new folder, aside and then renamed: also its names by meaning, and what was learnt."""
+    import numpy as np
+
+    with aside(folder) as work:
+        lines = [json.dumps(names, ensure_ascii=False) for names in graph.nodes]
+        (work / "nodes.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        np.save(work / "edges.npy", graph.edges, allow_pickle=False)
+        # Those that are described are found by their description first of all.
+        order = sorted(range(len(graph.nodes)), key=lambda n: n not in graph.described)[:MOST_EMBEDDED]
+        texts = [": ".join([graph.nodes[n][0], *([graph.described[n]] if n in graph.described else [])]) for n in order]
+        np.save(work / "names.npy", embedder(texts), allow_pickle=False)
+        body = {"relations": graph.relations, "inverses": [*graph.inverses.items()], "order": order,
+                "hops": hops, "learnt": dict(learnt or {})}  # fmt: skip
+        body["content"] = identity(graph, order, hops, body["learnt"])
+        (work / "graph.json").write_text(json.dumps(body, ensure_ascii=False), encoding="utf-8")
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A graph as `build` wrote it, with the vectors of the names in `order` and the learnt weights."""
+
+    graph: Graph
+    order: Sequence[int]
+    vectors: np.ndarray[Any, Any]
+    hops: int
+    learnt: Mapping[str, float]
+
+
+def read(folder: Path) -> Opened:
+    """A graph from its folder. Raises ArtifactError where it is incomplete, changed, or another model embedded it."""
+    import numpy as np
+
+    try:
+        body = json.loads((folder / "graph.json").read_text(encoding="utf-8"))
+        lines = (folder / "nodes.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        edges, vectors = (np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("edges", "names"))
+        nodes = tuple(tuple(json.loads(line)) for line in lines)
+        graph = Graph(nodes, tuple(body["relations"]), edges, dict(body["inverses"]))
+        content = identity(graph, body["order"], body["hops"], body["learnt"])
+        if content != body["content"] or len(vectors) != len(body["order"]):
+            raise ValueError("files that were changed")
+        return Opened(graph, body["order"], vectors, body["hops"], body["learnt"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ArtifactError(f"the graph in {folder} cannot be read", expected=f"what whet wrote with {PACKAGE}",
+                            found=str(error)[:120], do="build it again with `whet apply knowledge`"
+                            ) from error  # fmt: skip

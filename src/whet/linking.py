@@ -1,0 +1,321 @@
+"""Reading a question with a graph: its entities, the way of relations it asks for, and the facts to show for it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from whet.documents import Passage
+from whet.embed import Embedder
+from whet.errors import ArtifactError
+from whet.graph import Opened, Way, read
+from whet.retrieval import Found
+from whet.triples import package
+
+if TYPE_CHECKING:
+    import numpy as np
+
+T = TypeVar("T")
+Ways = dict[Way, tuple[int, ...]]  # and where each leads
+WORD = re.compile(r"[^\W_]+")
+# Words that name no relation; everything else in a question may.
+STOP = frozenset(WORD.findall("what is the of s who name did do does a an in which from for to by was were that it and "
+                              "at where when whom are on how"))  # fmt: skip
+MOST_WORDS = 12  # of a name that is looked for in a question
+MENTIONS, HOMONYMS = 3, 5  # of a question; nodes of one name
+FUZZY, MEANT = 90.0, 3  # least partial ratio of a misspelt name; names taken by meaning
+MOST_CACHED = 50_000  # vectors of words and ways that are kept between questions
+FRONTIER, BEAM = 20, 200  # nodes that a step goes on from; ways that the next step is tried on
+SHOWN, CHAINED = 5, 3  # ends of a way that are told; nodes on the way
+BACKWARDS = 0.05  # what a step against its relation costs
+RATE, MARGIN, EPOCHS, MOST_LEARNT, RIVALS = 0.0075, 0.025, 4, 2000, 40  # of the perceptron; wrong ways of a question
+BATCH = 64  # questions that are read at once
+
+
+@dataclass(frozen=True)
+class Mention:
+    """Nodes that a part of a question may mean, how sure that is, and the words around it in the order of walking.
+
+    "The sex of X's son" goes by son, then by sex: what stands behind the name, then what stands before it, backwards.
+    """
+
+    nodes: tuple[int, ...]
+    sure: float
+    words: tuple[str, ...]
+    masked: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way from a node that a question may ask for, where it leads, and its score."""
+
+    node: int
+    way: Way
+    ends: tuple[int, ...]
+    score: float
+
+
+def words(text: str) -> list[str]:
+    """The words of a text as names are compared by: lower case, without punctuation and underscores."""
+    return WORD.findall(text.casefold())
+
+
+class Linker:
+    """Reads questions with an opened graph; deterministic."""
+
+    def __init__(self, opened: Opened, embedder: Embedder) -> None:
+        self.graph, self.opened, self.embedder = opened.graph, opened, embedder
+        self.learnt: Mapping[str, float] = opened.learnt
+        self.names: dict[str, list[int]] = {}
+        for node, names in enumerate(self.graph.nodes):
+            for name in {" ".join(words(n)) for n in names} - STOP - {""}:
+                if name.count(" ") < MOST_WORDS:
+                    self.names.setdefault(name, []).append(node)
+        self.vectors: dict[str, np.ndarray[Any, Any]] = {}
+        self.steps = lru_cache(10_000)(self.graph.steps)
+
+    # --- entities -------------------------------------------------------------------------------------------------
+
+    def mentions(self, question: str) -> list[Mention]:
+        """What a question mentions: whole names, the longest first; else misspelt ones."""
+        said, found, at = words(question), [], 0
+        while at < len(said):
+            for size in range(min(MOST_WORDS, len(said) - at), 0, -1):
+                if nodes := self.names.get(" ".join(said[at : at + size])):
+                    found.append((size, self._mention(nodes, 1.0, said, at, at + size)))
+                    at += size - 1
+                    break
+            at += 1
+        longest = [m for _, m in sorted(found, key=lambda f: -f[0])][:MENTIONS]
+        return longest or self._misspelt(said)
+
+    def _misspelt(self, said: list[str]) -> list[Mention]:
+        fuzzy, text = package("rapidfuzz"), " ".join(said)
+        found = fuzzy.process.extract(text, self.names.keys(), scorer=fuzzy.fuzz.partial_ratio, score_cutoff=FUZZY)
+        made = []
+        for name, ratio, _ in sorted(found, key=lambda f: (-f[1], -len(f[0]), f[0])):
+            if 5 <= len(name) <= len(text):
+                at = fuzzy.fuzz.partial_ratio_alignment(name, text)
+                first, last = text[: at.dest_start].count(" "), text[: at.dest_end].rstrip().count(" ") + 1
+                made.append(self._mention(self.names[name], 0.009 * ratio, said, first, last))
+        return made[:MENTIONS]
+
+    def _mention(self, nodes: Sequence[int], sure: float, said: list[str], first: int, last: int) -> Mention:
+        order = [*said[last:], *reversed(said[:first])]
+        return Mention(tuple(nodes[:HOMONYMS]), sure, tuple(order), " ".join([*said[:first], "X", *said[last:]]))
+
+    def _meant(self, question: str, vector: np.ndarray[Any, Any], none: bool) -> list[Mention]:
+        """Nodes whose description, or where nothing else was found (`none`) whose name, is nearest in meaning."""
+        import numpy as np
+
+        most = len(self.opened.order) if none else min(len(self.graph.described), len(self.opened.order))
+        near = self.opened.vectors[:most] @ vector
+        said = words(question)
+        return [Mention((self.opened.order[n],), float(near[n]), tuple(said), " ".join(said))
+                for n in np.argsort(-near, kind="stable")[:MEANT]]  # fmt: skip
+
+    # --- ways -----------------------------------------------------------------------------------------------------
+
+    def candidates(self, questions: Sequence[str], hops: int) -> list[list[Candidate]]:
+        """For each question the ways from its entities that exist, best first."""
+        if len(self.vectors) > MOST_CACHED:
+            self.vectors.clear()
+        every: list[tuple[int, Mention, int]] = []
+        for n, (question, vector) in enumerate(zip(questions, self.embedder(questions), strict=True)):
+            named = self.mentions(question)
+            found = [*named, *self._meant(question, vector, not named)]
+            every += [(n, mention, node) for mention in found for node in mention.nodes]
+        made: list[list[Candidate]] = [[] for _ in questions]
+        for (n, m, node), ways in zip(every, self._ways([(m, node) for _, m, node in every], hops), strict=True):
+            made[n] += [Candidate(node, way, ends, 2 * m.sure + self.score(m, way)) for way, ends in ways.items()]
+        return [sorted(some, key=lambda c: (-c.score, len(c.way), c.node, c.way)) for some in made]
+
+    def _ways(self, starts: Sequence[tuple[Mention, int]], hops: int) -> list[Ways]:
+        """All ways from nodes that questions mention, ready to be scored."""
+        said = [m for m, _ in starts]
+        self._embed([m.masked for m in said], (w for m in said for w in m.words), self.graph.relations)
+        made = [self._walk(mention, node, hops) for mention, node in starts]
+        self._embed({self._verbal(way) for ways in made for way in ways})
+        return made
+
+    def _embed(self, *texts: Iterable[str]) -> None:
+        fresh = sorted({t for some in texts for t in some} - self.vectors.keys())
+        self.vectors.update(zip(fresh, self.embedder(fresh), strict=True))
+
+    def _walk(self, mention: Mention, node: int, hops: int) -> Ways:
+        """All ways from a node and their ends; of many, the next step is tried on those that fit the words best."""
+        layer: Ways = {(): (node,)}
+        made: Ways = {}
+        for _ in range(hops):
+            after: dict[Way, dict[int, None]] = {}
+            for way, ends in layer.items():
+                for end in ends[:FRONTIER]:
+                    for step, there in self.steps(end).items():
+                        if way and step == ~way[-1]:  # the way back leads to where everything else came from
+                            continue
+                        after.setdefault((*way, step), {}).update(dict.fromkeys(there))
+            layer = {way: tuple(ends) for way, ends in after.items()}
+            if len(layer) > BEAM:
+                best = sorted(layer, key=lambda way: (-self._fit(mention, way), way))[:BEAM]
+                layer = {way: layer[way] for way in best}
+            made |= layer
+        return made
+
+    def _fit(self, mention: Mention, way: Way) -> float:
+        """How well words and relations fit one another: each step has a word of its own, in order; words, any step."""
+        said = [w for w in mention.words if w not in STOP]
+        if not said:
+            return 0.0
+        near = [[float(self.vectors[w] @ self.vectors[self.graph.named(s)]) for s in way] for w in said]
+        best = [0.0] + [-9.0] * len(way)
+        for row in near:
+            best = [0.0] + [max(best[j + 1], best[j] + row[j]) for j in range(len(way))]
+        loose = sum(max(row[j] for row in near) for j in range(len(way))) / len(way) - 0.3
+        steps = best[-1] / len(way) if len(said) >= len(way) else loose
+        return 0.5 * steps + 0.5 * sum(max(row) for row in near) / len(near) - BACKWARDS * sum(s < 0 for s in way)
+
+    def _verbal(self, way: Way) -> str:
+        return " of ".join(self.graph.named(step) for step in reversed(way))
+
+    def score(self, mention: Mention, way: Way) -> float:
+        """How likely a question asks for a way: by meaning, by its words, and by what was learnt from train."""
+        learnt = sum(self.learnt.get(f, 0.0) for f in _features(mention, way)) if self.learnt else 0.0
+        return float(self.vectors[mention.masked] @ self.vectors[self._verbal(way)]) + self._fit(mention, way) + learnt
+
+    # --- learning -------------------------------------------------------------------------------------------------
+
+    def learn(self, rows: Sequence[tuple[str, tuple[str, ...]]], hops: int, seed: int) -> dict[str, float]:
+        """Weights of words and relations by an averaged perceptron over ways (Collins 2002), from answered questions.
+
+        A way counts as right where it leads to exactly the accepted answers; which of them is meant is latent.
+        """
+        draw = random.Random(seed)
+        lessons = []
+        for mention, ways, right in self.answered(draw.sample(list(rows), min(len(rows), MOST_LEARNT)), hops):
+            if len(right) < len(ways):
+                base = {way: self.score(mention, way) for way in ways}
+                near = sorted(base, key=lambda way: (way not in right, -base[way], way))[: len(right) + RIVALS]
+                lessons.append((right, {way: base[way] for way in near}, {w: _features(mention, w) for w in near}))
+        weights: dict[str, float] = {}
+        drift: dict[str, float] = {}  # of the average from the last weights
+        seen = 1
+        for _ in range(EPOCHS if lessons else 0):
+            draw.shuffle(lessons)
+            for right, base, parts in lessons:
+                total = {way: base[way] + sum(weights.get(f, 0.0) for f in parts[way]) for way in base}
+                order = sorted(total, key=lambda way: (-total[way], len(way), way))
+                good, bad = next(w for w in order if w in right), next(w for w in order if w not in right)
+                seen += 1
+                if total[bad] + MARGIN > total[good]:
+                    for sign, way in ((RATE, good), (-RATE, bad)):
+                        for one in parts[way]:
+                            weights[one] = weights.get(one, 0.0) + sign
+                            drift[one] = drift.get(one, 0.0) + sign * seen
+        return {one: round(w - drift[one] / seen, 6) for one, w in sorted(weights.items())}
+
+    def answered(self, rows: Sequence[tuple[str, tuple[str, ...]]], hops: int
+                 ) -> Iterator[tuple[Mention, Ways, set[Way]]]:  # fmt: skip
+        """The longest name of each question, the ways from it, and those that lead to the answers, where there are."""
+        for part in _parts([(found[0], answers) for said, answers in rows if (found := self.mentions(said))]):
+            walked = self._ways([(m, m.nodes[0]) for m, _ in part], hops)
+            for (mention, answers), ways in zip(part, walked, strict=True):
+                wanted = {" ".join(words(a)) for a in answers}
+                ends = {way: {" ".join(words(self.graph.nodes[n][0])) for n in there} for way, there in ways.items()}
+                if right := {way for way, there in ends.items() if there == wanted}:
+                    yield mention, ways, right
+
+    def needed(self, rows: Sequence[tuple[str, tuple[str, ...]]], most: int) -> int:
+        """The hops that most answered questions need, the shortest ways taken; 0 where none is answered."""
+        found = sorted(min(map(len, right)) for *_, right in self.answered(rows[:MOST_LEARNT], most))
+        return found[int(0.95 * (len(found) - 1))] if found else 0
+
+    # --- facts ----------------------------------------------------------------------------------------------------
+
+    def facts(self, questions: Sequence[str], hops: int, k: int) -> list[list[Found]]:
+        """The k facts to show for each question: what its best way leads to, the way there, then the next best."""
+        made = []
+        for some in (c for part in _parts(questions) for c in self.candidates(part, hops)):
+            told: dict[str, Found] = {}
+            for number, one in enumerate(some[:k]):
+                for node, way, ends in ((one.node, one.way, one.ends), *(self._chain(one) if number == 0 else ())):
+                    text = self.graph.sentence(node, way, ends[:SHOWN])
+                    told.setdefault(text, Found(Passage(self.graph.nodes[node][0], "", text, "", 0), one.score))
+            made.append([*told.values()][:k])
+        return made
+
+    def _chain(self, one: Candidate) -> Iterator[tuple[int, Way, Sequence[int]]]:
+        """Each step of a way as a way of its own."""
+        here = [one.node]
+        for step in one.way:
+            after = {n: ends for n in here[:CHAINED] if (ends := self.steps(n).get(step))}
+            yield from ((n, (step,), ends) for n, ends in after.items())
+            here = [*dict.fromkeys(end for ends in after.values() for end in ends)]
+
+
+def _parts(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    """Items by the batch: ways of many questions at once would fill the memory."""
+    return (items[at : at + BATCH] for at in range(0, len(items), BATCH))
+
+
+def _features(mention: Mention, way: Way) -> list[str]:
+    """What can be learnt of a way and the words around the name: which word goes with which step, and where."""
+    made = [f"{len(way)} of {len(mention.words) // 2}", *(f"{step}" for step in way)]
+    for i, word in enumerate(mention.words):
+        for j, step in enumerate(way):
+            off = i * len(way) // len(mention.words) - j
+            made += [f"{word} {step}", f"{word} {step} {(off > 0) - (off < 0)}"]
+    return made
+
+
+@dataclass(frozen=True)
+class GraphSource:
+    """A graph, by its identity, that a question's entities are looked up in: `k` facts at most, up to `hops` away."""
+
+    kind: ClassVar[str] = "facts"
+    brief: ClassVar[bool] = True
+    store: ClassVar[str] = ""
+
+    graph: str
+    k: int = 10
+    hops: int = 2
+    folder: Path | None = field(default=None, compare=False)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that makes the source what it is, as plain data."""
+        return {"kind": self.kind, "graph": self.graph, "k": self.k, "hops": self.hops}
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the settings, the graph's identity among them."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def version(self) -> str:
+        """The graph that answers: always the one it was made with."""
+        return self.graph
+
+    def rank(self, questions: Sequence[str], home: Path, most: int) -> list[list[str]]:
+        """What the best facts for each question are about, best first."""
+        found = self.find(questions, home, 3 * most)
+        return [list(dict.fromkeys(f.passage.document for f in some))[:most] for some in found]
+
+    def find(self, questions: Sequence[str], home: Path, k: int | None = None) -> list[list[Found]]:
+        """The facts that each question is shown, best first. Raises ArtifactError where the graph is not at hand."""
+        if self.folder is None or not self.folder.is_dir():
+            raise ArtifactError(f"the graph {self.graph[:12]} is not at hand", expected="its folder",
+                                found=str(self.folder), do="load the System from its own folder")  # fmt: skip
+        return opened(self.folder, home).facts(questions, self.hops, k or self.k)
+
+
+@lru_cache(maxsize=4)
+def opened(folder: Path, home: Path) -> Linker:
+    """The linker over the graph in a folder, opened once."""
+    return Linker(read(folder), Embedder(home))

@@ -1,0 +1,168 @@
+"""Knowledge injection: facts of the task's graph and glossary, looked up for each question or taught to the model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from whet.errors import MethodError
+from whet.graph import Graph, Way, asked, build, identity, read
+from whet.methods import Need, Run
+from whet.system import System
+from whet.task import Example, Learnable
+
+MODES = ("lookup", "train")
+FRAMES = ("{}?", "Tell me {}.", "Please name {}.", "I would like to know {}.", "Do you know {}?", "Look up {}.",
+          "Say {} and nothing else.", "Give me {}.", "Question: {}?", "Could you say {}?", "Complete: {} is",
+          "Answer in a word or two: {}?", "Somebody asks for {}.", "Remind me of {}.", "I forgot {}.",
+          "What do the records give for {}?")  # fmt: skip
+HELD = 4  # of these are never trained on, so that unseen phrasings can be measured
+FEW, MOST_ANSWERS = 3, 20  # subjects that share an object, where a question is asked backwards; answers of a fact
+MOST_FACTS = 20_000
+HOPS, MOST_HOPS = 2, 3  # where train does not tell, and at most
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A fact to be asked for: what leads to it in words, and all accepted answers; `told` states it."""
+
+    phrase: str
+    answers: tuple[str, ...]
+    told: str
+
+    @property
+    def key(self) -> str:
+        """What a System's card remembers a taught fact by."""
+        return hashlib.sha256(json.dumps([self.phrase, self.answers]).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """Facts of the task's knowledge and glossary: `mode` lookup (in front of each question) or train (in the weights).
+
+    lookup finds a question's entities and the ways of up to `hops` relations that it asks for (0: as many as train's
+    answers need, 2 without) and shows at most `k` facts; what the best way leads to comes first. train makes
+    `phrasings` questions of each fact, both ways round, adds it as a statement, mixes in the task's own rows, and is
+    then `finetune` with `rank`, `learning_rate`, `epochs` and `batch`. Taught again, a System learns the facts that are
+    new or changed, and as many old ones.
+    """
+
+    name: ClassVar[str] = "knowledge"
+    family: ClassVar[str] = "knowledge injection"
+    needs: ClassVar[tuple[Need, ...]] = ("knowledge",)
+    writes: ClassVar[tuple[str, ...]] = ("sources",)
+    invalidates: ClassVar[tuple[str, ...]] = ("calibration",)
+
+    mode: str = "lookup"
+    hops: int = 0
+    k: int = 10
+    phrasings: int = 8
+    rank: int = 16
+    learning_rate: float = 1e-3
+    epochs: float = 3.0
+    batch: int = 32
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode is {self.mode!r}; one of {', '.join(MODES)}")
+        if not 0 <= self.hops <= MOST_HOPS or self.k < 1 or not 1 <= self.phrasings <= len(FRAMES) - HELD:
+            raise ValueError(f"hops is 0 to {MOST_HOPS}, k at least 1, phrasings 1 to {len(FRAMES) - HELD}")
+        if self.mode == "train":  # what the class says is of looking up, which servers can do, too
+            object.__setattr__(self, "needs", ("knowledge", "weights"))
+            object.__setattr__(self, "writes", ("model", "decoding"))
+
+    def space(self) -> Mapping[str, Sequence[Any]]:
+        """The settings worth trying."""
+        if self.mode == "train":
+            return {"phrasings": (8, 12), "learning_rate": (3e-4, 1e-3), "epochs": (3.0, 6.0)}
+        return {"k": (1, 3, 10), "hops": (0, 1, 2)}
+
+    def apply(self, system: System, data: Learnable, run: Run) -> System:
+        """The System with the graph as one more source, or with its facts in the weights."""
+        from whet import triples
+
+        facts, notes = triples.load(data, run.home)
+        graph = Graph.of(facts)
+        run.notes.update(facts=len(facts.triples), left_out=notes)
+        return self._taught(graph, system, data, run) if self.mode == "train" else self._shown(graph, system, data, run)
+
+    def _shown(self, graph: Graph, system: System, data: Learnable, run: Run) -> System:
+        from whet.embed import Embedder
+        from whet.linking import GraphSource, Linker, opened
+
+        rows = [(e.prompt, e.answers or (e.completion,)) for e in data.train if e.completion and not e.choices]
+        name = identity(graph, rows, self.hops, run.seed)
+        folder, plain = run.store.artifact(name), run.store.artifact(identity(graph))
+        if not (folder / "graph.json").exists():
+            if run.tell is not None:
+                run.tell(f"indexing {len(graph.edges)} facts", 0, 1)
+            embedder = Embedder(run.home)
+            if not (plain / "graph.json").exists():
+                build(graph, plain, embedder)
+            linker = Linker(read(plain), embedder)
+            hops = self.hops or linker.needed(rows, MOST_HOPS) or HOPS
+            build(graph, folder, embedder, hops, linker.learn(rows, hops, run.seed))
+        hops = opened(folder, run.home).opened.hops
+        others = tuple(s for s in system.sources if not isinstance(s, GraphSource))
+        run.notes.update(hops=hops)
+        source = GraphSource(name, self.k, hops, folder)
+        return replace(system, sources=(*others, source), decoding=replace(system.decoding, prior=()))
+
+    def _taught(self, graph: Graph, system: System, data: Learnable, run: Run) -> System:
+        from whet.methods.finetune import FineTune
+
+        every, draw = facts_of(graph), random.Random(run.seed)
+        before = set(system.card.get("facts", ()))
+        fresh = [one for one in every if one.key not in before]
+        if before and not fresh:
+            raise MethodError("nothing new to teach", expected="facts that the System was not taught", found="none")
+        again = [one for one in every if one.key in before]
+        chosen = [*fresh, *draw.sample(again, min(len(again), len(fresh)))]
+        chosen = draw.sample(chosen, min(len(chosen), MOST_FACTS))
+        seen, held = frames(run.seed)
+        rows = [row for one in chosen for row in self._rows(one, draw.sample(seen, min(self.phrasings, len(seen))))]
+        known = [replace(e, group=None) for e in data.train if e.completion and not e.text]
+        run.notes.update(taught=len(chosen), new=len(fresh), seen=list(seen), held=list(held))
+        plain = FineTune(rank=self.rank, learning_rate=self.learning_rate, epochs=self.epochs, batch=self.batch)
+        made = plain.apply(system, replace(data, train=(*rows, *known)), run)
+        card = {**system.card, "facts": sorted({one.key for one in every} & (before | {one.key for one in chosen}))}
+        return replace(made, card=card)
+
+    def _rows(self, one: Asked, shown: Sequence[str]) -> list[Example]:
+        """A fact as rows: a statement, and questions whose answers take turns where there are several."""
+        made = [Example(f"{one.key}-{n}", put(frame, one.phrase), one.answers[n % len(one.answers)], one.answers)
+                for n, frame in enumerate(shown)]  # fmt: skip
+        return [*made, Example(f"{one.key}-told", "", text=one.told)]
+
+
+def frames(seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The phrasings that are trained on, and those held out."""
+    held = set(random.Random(seed).sample(FRAMES, HELD))
+    return tuple(f for f in FRAMES if f not in held), tuple(f for f in FRAMES if f in held)
+
+
+def put(frame: str, phrase: str) -> str:
+    """A phrase in a frame: "the colour of X" is asked "What is the colour of X?"."""
+    text = frame.format(f"what is {phrase}" if frame == "{}?" and phrase.startswith("the ") else phrase)
+    return text[0].upper() + text[1:]
+
+
+def facts_of(graph: Graph) -> list[Asked]:
+    """Everything a graph can be asked for in one step, forwards, and backwards where few subjects share an object."""
+    groups: dict[tuple[int, Way], list[int]] = {}
+    for s, r, o in graph.edges.tolist():
+        groups.setdefault((s, (r,)), []).append(o)
+        groups.setdefault((o, (~r,)), []).append(s)
+    made = []
+    for (node, way), ends in groups.items():
+        [step] = way
+        back = step < 0
+        if not back or len(ends) <= FEW:
+            phrase = asked(graph.nodes[node][0], graph.relations[~step if back else step], back)
+            answers = tuple(graph.nodes[n][0] for n in ends[:MOST_ANSWERS])
+            made.append(Asked(phrase, answers, graph.sentence(node, way, ends[:MOST_ANSWERS])))
+    return made

@@ -1,0 +1,118 @@
+"""What a model makes of the passages it is shown: citations, training that teaches to read them, and measures apart."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from whet.engine import Session
+from whet.metrics import Metric, references, score_all, squad
+from whet.retrieval import Found
+from whet.task import Example
+
+if TYPE_CHECKING:
+    from whet.system import System
+
+DEEP = 50  # passages of a question among which the one that holds the answer is looked for
+DECLINES = re.compile(r"|unknown|no answer|not (?:known|answerable|stated|given)|unanswerable|i (?:do not|dont) know")
+
+
+def says(text: str, answer: str) -> bool:
+    """Whether a text holds an answer word for word, whatever the case, articles and punctuation."""
+    wanted = squad(answer)
+    return bool(wanted) and f" {wanted} " in f" {squad(text)} "
+
+
+def holds(found: Found, example: Example) -> bool:
+    """Whether a passage holds what the example asks for: it is of a document of its evidence, and says an answer.
+
+    Where nothing is said word for word in the evidence, or none is named, one of the two is enough.
+    """
+    ids, passage = {i for i, _ in example.evidence}, found.passage
+    said = any(says(passage.text, a) for a in references(example))
+    return passage.document in ids and (said or not any(references(example))) if ids else said
+
+
+def cited(answer: str, shown: Sequence[Found]) -> tuple[Found, ...]:
+    """The passages that an answer stands in, in the order they were shown."""
+    return tuple(f for f in shown if says(f.passage.text, answer))
+
+
+def citations(answer: str, shown: Sequence[Found]) -> list[dict[str, Any]]:
+    """The passages that an answer was given with, as plain data: where each comes from, and whether it stands there."""
+    held = cited(answer, shown)
+    return [{"document": f.passage.document, "title": f.passage.title, "where": f.passage.where,
+             "start": f.passage.start, "cited": f in held} for f in shown]  # fmt: skip
+
+
+def taught(
+    system: System, examples: Sequence[Example], shown: Sequence[Sequence[Found]], absent: float, seed: int
+) -> list[list[Found]]:
+    """What training rows are shown (RAFT, Zhang et al. 2024): the passage that holds the answer, among distractors.
+
+    Where retrieval missed it, it takes the last one's place; from a share `absent` of the rows it is taken out, and
+    the next best stands there. Rows whose answer no passage holds keep what was found.
+    """
+    deep = system.found([e.prompt for e in examples], DEEP)
+    made = []
+    for example, here, more in zip(examples, shown, deep, strict=True):
+        right = [f for f in more if holds(f, example)]
+        if random.Random(f"{seed}/{example.id}").random() < absent:
+            wrong = [f for f in more if f not in right and f not in here]
+            kept = [f for f in here if f not in right]
+            made.append([*kept, *wrong[: len(here) - len(kept)]])
+        elif right and here and not any(f in right for f in here):
+            made.append([*here[:-1], right[0]])
+        else:
+            made.append(list(here))
+    return made
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Scores in percent, measured apart; None where no row is of that kind.
+
+    `recall`: rows whose answer stands in what they were shown. `found` and `missed`: the score of those rows and of
+    the others. `oracle`: shown the right passage alone; `distracted`: shown as many as ever, none of them right.
+    `faithful`: answers that stand in what was shown; `declined`: answers that are empty or say that it is not known.
+    """
+
+    n: int
+    recall: float
+    found: float | None
+    missed: float | None
+    oracle: float | None
+    distracted: float | None
+    faithful: float
+    declined: float
+
+
+def measure(system: System, examples: Sequence[Example], metric: Metric, session: Session) -> Reading:
+    """Read the same questions with the passages found, with the right one alone, and with wrong ones only."""
+    shown = system.found([e.prompt for e in examples])
+    deep = system.found([e.prompt for e in examples], DEEP)
+    right = [[f for f in more if holds(f, e)] for e, more in zip(examples, deep, strict=True)]
+    hit = [any(f in good for f in here) for here, good in zip(shown, right, strict=True)]
+    answers = [a.text for a in system.answers(examples, session, found=shown)]
+
+    def score(some: Sequence[Example], texts: Sequence[str]) -> float | None:
+        return 100 * metric.aggregate(score_all(metric, texts, some)) if some else None
+
+    def part(wanted: bool) -> float | None:
+        rows = [n for n, found in enumerate(hit) if found == wanted]
+        return score([examples[n] for n in rows], [answers[n] for n in rows])
+
+    known = [n for n, good in enumerate(right) if good]
+    asked = [examples[n] for n in known]
+    oracle = system.answers(asked, session, found=[right[n][:1] for n in known]) if asked else []
+    wrong = [[f for f in deep[n] if f not in right[n]][: max(1, len(shown[n]))] for n in known]
+    distracted = system.answers(asked, session, found=wrong) if asked else []
+    return Reading(
+        len(examples), 100 * sum(hit) / len(hit), part(True), part(False),
+        score(asked, [a.text for a in oracle]), score(asked, [a.text for a in distracted]),
+        100 * sum(bool(cited(a, here)) for a, here in zip(answers, shown, strict=True)) / len(answers),
+        100 * sum(bool(DECLINES.fullmatch(squad(a))) for a in answers) / len(answers),
+    )  # fmt: skip

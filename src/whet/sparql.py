@@ -1,0 +1,108 @@
+"""SPARQL endpoints: a snapshot of what a query selects, page by page, kept for a day; never asked while answering."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import json
+import os
+import re
+import socket
+import tempfile
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from whet.errors import TaskError
+from whet.triples import Triple, package, term_triples
+
+ALL = "SELECT ?s ?p ?o WHERE { ?s ?p ?o } ORDER BY ?s ?p ?o"
+PAGE, MOST_ROWS = 10_000, 100_000
+SECONDS, CONNECT = 30.0, 10.0  # that a page may take
+MOST_BYTES = 100 << 20  # of a page
+FRESH = 86_400.0  # seconds for which a snapshot is taken from disk
+HERE = ("localhost", "127.0.0.1", "::1")  # a server of this machine is asked only where the task names it so
+
+
+def snapshot(source: str, trusted: bool, home: Path, notes: list[str]) -> list[Triple]:
+    """The triples of "sparql:URL [QUERY]" or a bare URL; the query selects ?s ?p ?o, by default everything.
+
+    Raises TaskError without trust, for private addresses, and where the endpoint fails or is too slow.
+    """
+    url, _, query = source.removeprefix("sparql:").strip().partition("\n" if "\n" in source else " ")
+    query = query.strip() or ALL
+    if not trusted:
+        raise TaskError(f"the endpoint {url} is asked over the network", expected="a task you trust", found="no trust",
+                        do="look at it, then add --trust")  # fmt: skip
+    file = home / "snapshots" / f"{hashlib.sha256(json.dumps([url, query]).encode()).hexdigest()}.jsonl"
+    if not file.exists() or time.time() - file.stat().st_mtime > FRESH:
+        _public(url)
+        found = _pages(url, query)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(dir=file.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in found)
+        os.replace(aside, file)
+    made = [tuple(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+    day = time.strftime("%Y-%m-%d %H:%M", time.gmtime(file.stat().st_mtime))
+    cut = f"; only the first {MOST_ROWS} rows" if len(made) >= MOST_ROWS else ""
+    notes.append(f"{url}: a snapshot of {len(made)} triples of {day} UTC{cut}")
+    return [(s, p, o) for s, p, o in made]
+
+
+def _public(url: str) -> None:
+    """Raise TaskError for an address that is not on the public net, unless the task itself says localhost."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise TaskError("no endpoint", expected="sparql:https://host/path", found=url[:80], do="correct knowledge:")
+    if parts.hostname in HERE:
+        return
+    try:
+        found = socket.getaddrinfo(parts.hostname, parts.port or parts.scheme, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise TaskError(f"{parts.hostname} cannot be found", found=str(error), do="check the URL") from error
+    for *_, address in found:
+        if not ipaddress.ip_address(str(address[0]).split("%")[0]).is_global:
+            raise TaskError(f"{parts.hostname} is a private address", expected="a public one or localhost",
+                            found=str(address[0]), do="run the endpoint on this machine")  # fmt: skip
+
+
+def _pages(url: str, query: str) -> list[Triple]:
+    """All pages of a query's answer, at most MOST_ROWS rows; one with a LIMIT of its own is asked once."""
+    made: list[Triple] = []
+    once = re.search(r"\blimit\s+\d+", query, re.IGNORECASE) is not None
+    for at in range(0, MOST_ROWS, PAGE):
+        rows, some = _rows(url, query if once else f"{query}\nLIMIT {PAGE} OFFSET {at}")
+        made += some
+        if once or rows < PAGE:
+            break
+    return made[:MOST_ROWS]
+
+
+def _rows(url: str, query: str) -> tuple[int, list[Triple]]:
+    """One page: how many rows it has, and their triples."""
+    import httpx
+
+    rdf = package("pyoxigraph")
+    deadline, body = time.monotonic() + SECONDS, bytearray()
+    head = {"Accept": "application/sparql-results+json", "User-Agent": "whet"}
+    time_limit = httpx.Timeout(SECONDS, connect=CONNECT)
+    try:
+        with httpx.stream("POST", url, data={"query": query}, headers=head, timeout=time_limit) as answer:
+            for chunk in answer.iter_bytes():
+                body += chunk
+                if time.monotonic() > deadline:
+                    raise httpx.ReadTimeout("it does not end")
+                if len(body) > MOST_BYTES:
+                    raise httpx.DecodingError(f"more than {MOST_BYTES >> 20} MiB")
+        if answer.status_code != 200:  # a redirect, too: it could lead to a private address
+            raise httpx.DecodingError(f"status {answer.status_code}")
+        rows = list(rdf.parse_query_results(bytes(body), format=rdf.QueryResultsFormat.JSON))
+        return len(rows), [t for row in rows for t in term_triples(rdf, row["s"], row["p"], row["o"])]
+    except httpx.TimeoutException as error:
+        raise TaskError(f"{url} does not answer", expected=f"a page within {SECONDS:g} s", found="none",
+                        do="select less (sparql:URL QUERY), or load a dump") from error  # fmt: skip
+    except (httpx.HTTPError, httpx.InvalidURL, SyntaxError, ValueError, KeyError, TypeError) as error:
+        raise TaskError(f"{url} gave no usable answer", expected="rows of ?s ?p ?o as SPARQL JSON",
+                        found="".join(c for c in str(error) if c.isprintable())[:120] or type(error).__name__,
+                        do="see what it answers to the query") from error  # fmt: skip

@@ -1,0 +1,221 @@
+"""Knowledge as triples: reading what a task names (TSV, glossary, RDF, Wikidata's JSON, SPARQL), with names for all."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import unquote
+
+from whet.errors import TaskError
+from whet.rows import decode, short
+from whet.task import Learnable, places
+
+Triple = tuple[str, str, str]  # ids: an IRI or blank node in angle brackets; anything else is its own name
+MOST_TRIPLES = 1_000_000
+MOST_BYTES = 2_000_000_000  # of one file, unpacked
+MEANS = "means"  # the relation from a term to its description
+PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open}
+RDF = {".nt": "N_TRIPLES", ".ttl": "TURTLE", ".nq": "N_QUADS", ".trig": "TRIG", ".rdf": "RDF_XML", ".owl": "RDF_XML"}
+# What names things, by the last part of the relation's id: rdfs, skos, foaf and schema.org agree well enough.
+NAMED = {"label": "label", "prefLabel": "label", "name": "label", "altLabel": "alias", "alias": "alias",
+         "alternateName": "alias", "also known as": "alias", "comment": MEANS, "description": MEANS,
+         "definition": MEANS, "abstract": MEANS, "inverseOf": "inverse", "inverse of": "inverse"}  # fmt: skip
+LOCAL = re.compile(r"[^/#]*[/#]?$")
+HUMPS = re.compile(r"(?<=[a-z])(?=[A-Z])")
+TIME = re.compile(r"(-?\d{4,}(?:-\d\d){0,2})(?:T00:00:00(?:\.0+)?)?(?:Z|[+-]\d\d:\d\d)?")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Triples of ids, each once; `names` of an id are its label and then its aliases, `inverses` pair relations."""
+
+    triples: tuple[Triple, ...]
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    inverses: Mapping[str, str] = field(default_factory=dict)
+
+    def named(self, one: str) -> tuple[str, ...]:
+        """The names of an id, the label first; one without a label is called by the end of its IRI."""
+        number, unit, _ = one.partition(" <")
+        if unit and one[:1] != "<" and one[-1] == ">":  # a quantity of Wikidata's
+            return (f"{number} {self.named(one[len(number) + 1 :])[0]}",)
+        return self.names.get(one) or (_local(one) if one[:1] == "<" else one,)
+
+
+def load(data: Learnable, home: Path) -> tuple[Facts, list[str]]:
+    """All facts that a task has, and notes; raises TaskError naming file and line for what cannot be read."""
+    from whet.sparql import snapshot
+
+    notes: list[str] = []
+    found: list[Triple] = []
+    for source in (data.knowledge, data.glossary):
+        for part in places(data.folder, source) if isinstance(source, str) else filter(None, (source,)):
+            if isinstance(part, str):
+                found += snapshot(part, data.trusted, home, notes)
+                continue
+            for file in sorted(p for p in part.rglob("*") if p.is_file()) if part.is_dir() else [part]:
+                found += _file(file, glossary=source is data.glossary)
+            if len(found) > MOST_TRIPLES:
+                raise TaskError(f"{part.name}: too many triples", expected=f"at most {MOST_TRIPLES}",
+                                found=str(len(found)), do="take the part that the task asks about")  # fmt: skip
+    facts = gather(found)
+    if not facts.triples:
+        raise TaskError("no facts in the task's knowledge", expected="triples or terms", found="none", do="add some")
+    return facts, notes
+
+
+def gather(found: Iterable[Triple]) -> Facts:
+    """Facts out of triples as they are written: labels, aliases, descriptions and inverses are told apart."""
+    triples: dict[Triple, None] = {}
+    labels: dict[str, str] = {}
+    aliases: dict[str, dict[str, None]] = {}
+    inverses: dict[str, str] = {}
+    for s, r, o in found:
+        role = NAMED.get(_local(r, humps=False) if r[:1] == "<" else r, "")
+        if role == "label" and r[:1] == "<":
+            labels.setdefault(s, o)
+        elif role == "alias":
+            aliases.setdefault(s, {})[o] = None
+        elif role == "inverse":
+            inverses.update({s: o, o: s})
+        elif s and r and o:
+            triples[s, MEANS if role == MEANS and o[:1] != "<" else r, o] = None
+    names = {one: tuple(dict.fromkeys([*([labels[one]] if one in labels else [] if one[:1] == "<" else [one]),
+                                       *aliases.get(one, ())])) for one in {**labels, **aliases}}  # fmt: skip
+    return Facts(tuple(triples), names, inverses)
+
+
+def _local(iri: str, humps: bool = True) -> str:
+    """The readable end of an IRI: dbo:birthPlace is "birth place"; `humps` false leaves it as it is."""
+    found = LOCAL.search(iri.strip("<>"))
+    end = unquote((found[0] if found else "").rstrip("/#")) or iri.strip("<>")
+    return HUMPS.sub(" ", end).replace("_", " ").lower() if humps and HUMPS.search(end) else end.replace("_", " ")
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _file(file: Path, glossary: bool) -> Iterable[Triple]:
+    packed = PACKED.get(file.suffix.lower())
+    kind = Path(file.stem if packed else file.name).suffix.lower()
+    if kind in RDF:
+        with (packed or open)(file, "rb") as stream:
+            return list(_rdf(file.name, stream, RDF[kind]))
+    if kind == ".json":
+        with (packed or open)(file, "rb") as stream:
+            return list(_wikidata(file.name, stream))
+    if kind in (".tsv", ".txt") and not packed:
+        return list(_terms(file) if glossary else _tsv(file))
+    raise TaskError(f"{file.name} is of no kind that can be read", expected=f".tsv, .json, {', '.join(RDF)}",
+                    found=kind or "no ending", do="convert it")  # fmt: skip
+
+
+def _lines(file: Path, expected: str, counts: tuple[int, ...]) -> Iterator[list[str]]:
+    for number, line in enumerate(decode(file).split("\n"), 1):
+        cells = [" ".join(cell.split()) for cell in line.split("\t")]
+        if any(cells):
+            if len(cells) not in counts or not all(cells[: counts[0]]):
+                raise TaskError(f"{file.name} line {number}: not {expected}", expected="cells between tabs",
+                                found=short(line), do="correct it")  # fmt: skip
+            yield cells
+
+
+def _tsv(file: Path) -> Iterator[Triple]:
+    return ((s, r, o) for s, r, o in _lines(file, "subject, relation, object", (3,)))
+
+
+def _terms(file: Path) -> Iterator[Triple]:
+    """A term, what it means, and in a third column its aliases between semicolons."""
+    for term, meaning, *rest in _lines(file, "term, meaning (and aliases)", (2, 3)):
+        yield term, MEANS, meaning
+        yield from ((term, "alias", one.strip()) for one in ";".join(rest).split(";") if one.strip())
+
+
+def package(name: str) -> Any:
+    """A package of the `knowledge` extra. Raises TaskError where it is absent."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise TaskError(f"this knowledge needs the package {name}", expected="it", found="none",
+                        do="pip install 'whet[knowledge]'") from error  # fmt: skip
+
+
+def _rdf(name: str, stream: IO[bytes], kind: str) -> Iterator[Triple]:
+    rdf = package("pyoxigraph")
+    try:
+        for quad in rdf.parse(input=stream, format=getattr(rdf.RdfFormat, kind)):
+            yield from term_triples(rdf, quad.subject, quad.predicate, quad.object)
+    except SyntaxError as error:
+        where = f"{name} line {error.lineno}" if error.lineno else name
+        raise TaskError(f"{where} is not {kind.replace('_', '-').title()}", expected="triples",
+                        found=short(str(error.msg), 120), do="correct it") from error  # fmt: skip
+    except (OSError, EOFError) as error:
+        raise TaskError(f"{name} cannot be read", expected="a whole file", found=str(error)[:80], do="fetch it again"
+                        ) from error  # fmt: skip
+
+
+def term_triples(rdf: Any, s: Any, p: Any, o: Any) -> Iterator[Triple]:
+    """A triple of RDF terms as ids; a literal in another language than English is an alias where it is a label."""
+    ends = [f"<{one}>" if isinstance(one, rdf.BlankNode) else str(one) for one in (s, p)]
+    if not isinstance(o, rdf.Literal):
+        yield ends[0], ends[1], f"<{o}>" if isinstance(o, rdf.BlankNode) else str(o)
+    elif o.language is None or o.language.split("-")[0] == "en":
+        yield ends[0], ends[1], literal(o.value, o.datatype.value)
+    elif NAMED.get(_local(ends[1], humps=False)) in ("label", "alias"):
+        yield ends[0], "alias", literal(o.value, "")
+
+
+def literal(value: str, datatype: str) -> str:
+    """A literal as people write it: a day without its midnight, a number with the unit that its type names."""
+    value = " ".join(value.split())
+    if found := TIME.fullmatch(value):
+        return found[1]
+    if datatype and "XMLSchema" not in datatype and re.fullmatch(r"[-+]?[\d.]+(?:[eE][-+]?\d+)?", value):
+        return f"{float(value):.15g} {_local(datatype)}"
+    return value
+
+
+def _wikidata(name: str, stream: IO[bytes]) -> Iterator[Triple]:
+    """Wikidata's JSON: a dump (an array, one entity a line) or what its API answers ({"entities": {…}})."""
+    body = stream.read(MOST_BYTES)
+    try:
+        read = json.loads(body)
+        listed = read if isinstance(read, list) else [*read["entities"].values()]
+        for one in listed:
+            me = f"<{one['id']}>"
+            for key, tag in (("labels", "<#label>"), ("aliases", "<#altLabel>"), ("descriptions", "<#description>")):
+                said = one.get(key, {})
+                english = said.get("en", said.get("mul", []))
+                for text in english if isinstance(english, list) else [english]:
+                    yield me, tag, text["value"]
+            for relation, claims in one.get("claims", {}).items():
+                best = [c for c in claims if c.get("rank") == "preferred"]
+                for claim in best or [c for c in claims if c.get("rank") != "deprecated"]:
+                    if value := _value(claim["mainsnak"].get("datavalue")):
+                        yield me, f"<{relation}>", value
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise TaskError(f"{name}{line} is not Wikidata's JSON", expected="entities with id, labels and claims",
+                        found=short(str(error), 80), do="export it again") from error  # fmt: skip
+
+
+def _value(found: Any) -> str:
+    """The object of a Wikidata claim; "" for what nobody can read (coordinates, unknown values)."""
+    if not found:
+        return ""
+    value, kind = found["value"], found["type"]
+    if kind == "wikibase-entityid":
+        return f"<{value['id']}>"
+    if kind == "time":
+        day = value["time"].lstrip("+").split("T")[0]
+        return str(day[: {9: -6, 10: -3}.get(value.get("precision", 11), len(day))])
+    if kind == "quantity":
+        unit = value.get("unit", "1")
+        return str(value["amount"]).lstrip("+") + ("" if unit == "1" else f" <{_local(unit, humps=False)}>")
+    return str(value["text"] if kind == "monolingualtext" else value) if kind in ("string", "monolingualtext") else ""

@@ -1,0 +1,91 @@
+"""Corpora in PostgreSQL with pgvector and in Qdrant: real ones, started and stopped here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from whet import databases, embed, system
+from whet.documents import Document
+from whet.errors import ArtifactError, MethodError
+from whet.methods import Run
+from whet.methods.rag import Rag
+from whet.model import resolve
+from whet.store import Store
+from whet.system import System
+from whet.task import Learnable
+
+TEXTS = {
+    "kettle": "Descale the kettle every six weeks. It holds 1.2 litres of water.",
+    "lamp": "The lamp flickers when an old dimmer is fitted. Its bulb is sold under part LB-7.",
+    "returns": "Parcels can be sent back within thirty days. The label costs two pounds.",
+}
+pytestmark = pytest.mark.skipif(not embed.available(), reason="the embedding model is not installed")
+
+
+@pytest.fixture(params=["postgresql", "qdrant"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A store that is empty: a PostgreSQL server of its own, or Qdrant's own store on disk."""
+    if request.param == "qdrant":
+        pytest.importorskip("qdrant_client")
+        yield f"qdrant:{tmp_path}/qdrant"
+        databases.opened.cache_clear()
+        databases._qdrant.cache_clear()
+        return
+    server = pytest.importorskip("pgserver", reason="pgserver brings PostgreSQL with pgvector")
+    pytest.importorskip("psycopg")
+    running: Any = server.get_server(tmp_path / "base", cleanup_mode="delete")
+    yield running.get_uri()
+    databases.opened.cache_clear()
+    running.cleanup()
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Learnable:
+    import json
+
+    file = tmp_path / "documents.jsonl"
+    file.write_text("\n".join(json.dumps({"id": k, "title": k, "text": v}) for k, v in TEXTS.items()))
+    return Learnable("toy", "Answer.", "token_f1", documents=file)
+
+
+def test_a_database_answers_as_the_index_does(url: str, data: Learnable, home: Path, tmp_path: Path) -> None:
+    base = System(resolve("fake:hash"), "Answer.", home=home)
+    asked = ["When must I descale it?", "why does my light flicker?", "part LB-7", "labels for parcels"]
+    for mix in ("both", "ranks", "words", "meaning"):
+        made = Rag(k=2, mix=mix, store=url).apply(base, data, Run(Store(home)))
+        local = Rag(k=2, mix=mix).apply(base, data, Run(Store(home)))
+        assert [f[0].passage for f in made.found(asked)] == [f[0].passage for f in local.found(asked)], mix
+    made = Rag(k=1, store=url).apply(base, data, Run(Store(home)))
+    folder = made.save(tmp_path / "system")
+    with pytest.raises(ArtifactError, match="answers through a server.*--trust"):
+        system.load(folder, home)
+    again = system.load(folder, home, trust=True)
+    [source] = again.sources
+    before, question = again.state, ["What does the toaster weigh?"]
+    toaster = Document("toaster", "toaster", "The toaster weighs 900 grams.", "new")
+    assert source.change(home, [toaster], ["lamp"])[1] == 1
+    assert again.found(question)[0][0].passage.document == "toaster" and again.state != before
+    assert set(source.corpus(home).ids()) == {"kettle", "returns", "toaster"}
+    assert source.change(home, [toaster])[1] == 0
+    with pytest.raises(ArtifactError, match="no such document.*cup"):
+        source.change(home, drop=["cup"])
+    assert source.rank(question, home, 2)[0][0] == "toaster"
+
+
+def test_a_store_that_cannot_be_used_is_named(home: Path) -> None:
+    made = "0" * 64
+    for url, said in [
+        ("redis://localhost", "is no store"),
+        ("postgresql://me:secret@localhost/base", "holds a password"),
+        ("postgresql://localhost:1/base", "cannot be used"),
+        ("qdrant://localhost:1", "cannot be used"),
+    ]:
+        pytest.importorskip("psycopg")
+        with pytest.raises(MethodError, match=said):
+            _ = databases.opened(url, made, home).version
+    with pytest.raises(ArtifactError, match="have no name"):
+        databases.opened("qdrant://localhost", "x; drop table y", home)
