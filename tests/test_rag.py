@@ -358,7 +358,7 @@ def test_pages_are_fetched_from_public_addresses_only(site: str, monkeypatch: py
     for url in (f"{site}/page", "http://169.254.169.254/latest", "http://[::1]/", "http://10.0.0.7/"):
         with pytest.raises(TaskError, match="leads to a private address"):
             documents.load(url)
-    monkeypatch.setattr(documents, "_public", lambda url: "127.0.0.1")
+    monkeypatch.setattr(documents, "public", lambda url: "127.0.0.1")
     found, _ = documents.load(f"{site}/page\n{site}/moved")
     assert [d.id for d in found] == [f"{site}/page", f"{site}/moved"]
     assert found[0].title == "Opening hours" and "at nine" in found[0].text and "x()" not in found[0].text
@@ -370,13 +370,13 @@ def test_pages_are_fetched_from_public_addresses_only(site: str, monkeypatch: py
 
 
 def test_a_redirect_to_a_private_address_is_refused(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    public, seen = documents._public, list[str]()
+    public, seen = documents.public, list[str]()
 
     def first_only(url: str) -> str:
         seen.append(url)
         return "127.0.0.1" if len(seen) == 1 else public(url)
 
-    monkeypatch.setattr(documents, "_public", first_only)
+    monkeypatch.setattr(documents, "public", first_only)
     with pytest.raises(TaskError, match="leads to a private address"):
         documents.load(f"{site}/moved")
     assert seen == [f"{site}/moved", f"{site}/page"]

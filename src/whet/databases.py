@@ -22,7 +22,8 @@ from urllib.parse import urlsplit
 from whet.documents import Document, Passage, passages
 from whet.embed import DIMENSIONS, Embedder
 from whet.errors import ArtifactError, MethodError
-from whet.retrieval import Corpus, package, shown
+from whet.extras import package
+from whet.retrieval import Corpus, shown
 
 Key = TypeVar("Key", int, str)
 BLOCK = 256  # passages written, and questions asked, at once
@@ -238,7 +239,7 @@ class Qdrant(Database):
 
     def _sparse(self, text: str) -> Any:
         """Stems by their hashes, weighted as BM25 weighs how often they occur (k1 1.2, without lengths)."""
-        stem = package("Stemmer").Stemmer("english")
+        stem = package("Stemmer", "rag").Stemmer("english")
         counts = Counter(stem.stemWords(re.findall(r"\w\w+", text.lower())))
         weights: dict[int, float] = {}
         for word, times in counts.items():

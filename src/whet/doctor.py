@@ -16,6 +16,9 @@ from whet.errors import WhetError
 from whet.model import DEFAULT, EMBEDDED, compute_dtype, embedded_file, load, resolve
 from whet.store import Store, home_folder
 
+EXTRAS = {"pyarrow": "parquet", "bm25s": "rag", "pyoxigraph": "knowledge", "psycopg": "postgres",
+          "qdrant_client": "qdrant", "gepa": "prompting", "optuna": "tune", "bitsandbytes": "qlora", "lm_eval": "bench"
+          }  # one package of each, and the extra that brings it  # fmt: skip
 FLOORS = {"torch": (2, 10), "transformers": (5, 3)}  # loading holes before these
 
 
@@ -41,7 +44,7 @@ def _libraries() -> list[Finding]:
         want = ".".join(map(str, floor))
         ok = numbers >= floor
         found.append(Finding(name, text, ok, "" if ok else f'pip install "{name}>={want}"'))
-    for name, extra in (("pyarrow", "parquet"), ("lm_eval", "bench")):
+    for name, extra in EXTRAS.items():
         here = importlib.util.find_spec(name) is not None
         text = "installed" if here else f"not installed (optional: {extra})"
         found.append(Finding(name, text, True, "" if here else f'pip install "whet[{extra}]"'))

@@ -5,19 +5,17 @@ Files, folders, web pages by their URLs, and rows of a database by a query.
 
 from __future__ import annotations
 
-import ipaddress
 import re
-import socket
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from whet.errors import TaskError
+from whet.errors import TaskError, WhetError
+from whet.extras import package, public
 from whet.rows import read, short
 
 QUERY = re.compile(r"\s*(?:(?:sqlite|postgres|postgresql|mysql)(?:\+\w+)?:|select\s|with\s)", re.IGNORECASE)
@@ -126,7 +124,7 @@ def _query(source: str, folder: Path, trusted: bool) -> Iterator[Document]:
     if not re.match(r"\w+(\+\w+)?:", place) or not re.match(r"(select|with)\s", query.strip(), re.IGNORECASE):
         raise TaskError("the query cannot be read", expected="a database's URL, a space, and a SELECT",
                         found=short(source), do="write sqlite:///a.db SELECT id, title, text FROM b")  # fmt: skip
-    sql = _package("sqlalchemy")
+    sql = package("sqlalchemy", "rag")
     if place.startswith("sqlite:///"):
         file = (folder / place.removeprefix("sqlite:///")).resolve()
         if folder.resolve() not in file.parents or not file.is_file():
@@ -155,7 +153,7 @@ def _page(url: str) -> Document:
     last = url
     with httpx.Client(timeout=20, follow_redirects=False) as client:
         for _ in range(6):
-            address, host = _public(last), urlsplit(last)
+            address, host = public(last), urlsplit(last)
             # The address that was checked is the one that is asked: a name could lead elsewhere the second time.
             place = httpx.URL(last).copy_with(host=address)
             extensions = {"sni_hostname": host.hostname} if host.scheme == "https" else {}
@@ -182,23 +180,6 @@ def _body(answer: Any, url: str) -> bytes:
     return body
 
 
-def _public(url: str) -> str:
-    """An address of the URL's host. Raises TaskError for one of this machine's or a private network."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise TaskError(f"{url} is no page", expected="http:// or https://", found=parts.scheme, do="correct it")
-    try:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        found = sorted({str(i[4][0]) for i in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)})
-    except (OSError, ValueError) as error:
-        raise TaskError(f"{url} cannot be found", found=str(error), do="correct it, or save it as a file") from error
-    for one in found:
-        if not ipaddress.ip_address(one.partition("%")[0]).is_global:
-            raise TaskError(f"{url} leads to a private address", expected="a public one", found=one,
-                            do="save it as a file")  # fmt: skip
-    return found[0]
-
-
 def _document(url: str, kind: str, body: bytes) -> Document:
     """What was fetched, read as a file of its kind."""
     endings = {"application/pdf": ".pdf", "text/plain": ".txt", "text/markdown": ".md"}
@@ -221,7 +202,7 @@ def _text(file: Path) -> str:
 
 def _html(file: Path) -> str:
     """Headings and text of a page; scripts, styles and navigation are left out."""
-    page = _package("bs4").BeautifulSoup(_text(file), "html.parser")
+    page = package("bs4", "rag").BeautifulSoup(_text(file), "html.parser")
     for part in page(["script", "style", "nav", "header", "footer", "noscript", "template"]):
         part.decompose()
     for heading in page(re.compile("^h[1-6]$")):
@@ -234,7 +215,7 @@ def _html(file: Path) -> str:
 
 def _pdf(file: Path) -> str:
     """The text of every page, each behind a heading with its number."""
-    pypdf = _package("pypdf")
+    pypdf = package("pypdf", "rag")
     try:
         pages = [page.extract_text() for page in pypdf.PdfReader(str(file)).pages]
     except Exception as error:  # a broken file raises what it likes
@@ -246,8 +227,8 @@ def _pdf(file: Path) -> str:
 def _docx(file: Path) -> str:
     """Paragraphs and table rows; headings by their style."""
     try:
-        opened = _package("docx").Document(str(file))
-    except TaskError:
+        opened = package("docx", "rag").Document(str(file))
+    except WhetError:
         raise
     except Exception as error:
         raise TaskError(f"{file.name} cannot be read", expected="a DOCX", found=str(error)[:120], do="save it anew"
@@ -256,15 +237,6 @@ def _docx(file: Path) -> str:
     lines = [f"# {p.text}" if p.style.name.startswith(heads) else p.text for p in opened.paragraphs if p.text.strip()]
     rows = [" | ".join(cell.text for cell in row.cells) for table in opened.tables for row in table.rows]
     return "\n\n".join([*lines, *rows])
-
-
-def _package(name: str) -> Any:
-    """A parser out of the `rag` extra. Raises TaskError where it is absent."""
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise TaskError(f"these documents need the package {name}", expected="it", found="none",
-                        do="pip install 'whet[rag]'") from error  # fmt: skip
 
 
 TABLES = (".jsonl", ".csv", ".parquet")

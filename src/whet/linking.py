@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from whet.documents import Passage
 from whet.embed import Embedder
 from whet.errors import ArtifactError
+from whet.extras import package
 from whet.graph import Opened, Way, read
 from whet.retrieval import Found
-from whet.triples import package
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,7 +97,7 @@ class Linker:
         return longest or self._misspelt(said)
 
     def _misspelt(self, said: list[str]) -> list[Mention]:
-        fuzzy, text = package("rapidfuzz"), " ".join(said)
+        fuzzy, text = package("rapidfuzz", "knowledge"), " ".join(said)
         found = fuzzy.process.extract(text, self.names.keys(), scorer=fuzzy.fuzz.partial_ratio, score_cutoff=FUZZY)
         made = []
         for name, ratio, _ in sorted(found, key=lambda f: (-f[1], -len(f[0]), f[0])):

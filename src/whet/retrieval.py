@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from whet.documents import Document, Passage, passages
 from whet.embed import PACKAGE, Embedder
 from whet.errors import ArtifactError, MethodError
+from whet.extras import package
 from whet.model import aside
 from whet.store import write_text
 
@@ -82,7 +82,7 @@ def build(pieces: Sequence[Passage], folder: Path, embedder: Embedder, before: I
             vectors = vectors.astype(np.float16)
         np.save(work / "dense.npy", vectors, allow_pickle=False)
         if pieces:
-            ranker = package("bm25s").BM25(method="lucene")
+            ranker = package("bm25s", "rag").BM25(method="lucene")
             ranker.index(_stems(texts), show_progress=False)
             ranker.save(str(work / "words"))
         lines = [json.dumps(asdict(p), ensure_ascii=False).encode() + b"\n" for p in pieces]
@@ -110,8 +110,8 @@ def _vectors(texts: Sequence[str], embedder: Embedder, before: Index | None) -> 
 
 def _stems(texts: Sequence[str]) -> Any:
     """The words of texts as BM25 counts them: without English stop words, as Snowball's stems."""
-    return package("bm25s").tokenize(list(texts), stopwords="en", stemmer=package("Stemmer").Stemmer("english"),
-                                     show_progress=False)  # fmt: skip
+    stemmer = package("Stemmer", "rag").Stemmer("english")
+    return package("bm25s", "rag").tokenize(list(texts), stopwords="en", stemmer=stemmer, show_progress=False)
 
 
 def _into_lists(vectors: Vectors, file: Path) -> None:
@@ -121,7 +121,7 @@ def _into_lists(vectors: Vectors, file: Path) -> None:
     """
     import numpy as np
 
-    faiss, draw = package("faiss"), np.random.default_rng(0)
+    faiss, draw = package("faiss", "rag"), np.random.default_rng(0)
     lists = int(4 * math.sqrt(len(vectors)))
     near = faiss.index_factory(vectors.shape[1], f"IVF{lists},SQfp16", faiss.METRIC_INNER_PRODUCT)
     near.train(vectors[draw.choice(len(vectors), min(len(vectors), 50 * lists), replace=False)])
@@ -176,15 +176,6 @@ def _alone(folder: Path) -> Iterator[None]:
 def _hash(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def package(name: str, extra: str = "rag") -> Any:
-    """A package of an extra. Raises MethodError where it is absent."""
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise MethodError(f"retrieval needs {name}", expected="the package", found="none",
-                          do=f"pip install 'whet[{extra}]'") from error  # fmt: skip
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -303,12 +294,12 @@ class Index(Corpus[int]):
 
     @cached_property
     def _lists(self) -> Any:
-        faiss, file = package("faiss"), self.folder / "near.faiss"
+        faiss, file = package("faiss", "rag"), self.folder / "near.faiss"
         return faiss.read_index(str(file), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY) if file.exists() else None
 
     @cached_property
     def _words(self) -> Any:
-        return package("bm25s").BM25.load(str(self.folder / "words"), mmap=True)
+        return package("bm25s", "rag").BM25.load(str(self.folder / "words"), mmap=True)
 
     def candidates(self, questions: Sequence[str], depth: int) -> Iterator[tuple[dict[int, float], dict[int, float]]]:
         """BM25 scores, and cosine similarities by all vectors or, of many passages, through the inverted lists."""

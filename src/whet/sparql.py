@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import json
 import os
 import re
-import socket
 import tempfile
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from whet.errors import TaskError
-from whet.triples import Triple, package, term_triples
+from whet.extras import package, public
+from whet.triples import Triple, term_triples
 
 ALL = "SELECT ?s ?p ?o WHERE { ?s ?p ?o } ORDER BY ?s ?p ?o"
 PAGE, MOST_ROWS = 10_000, 100_000
@@ -36,7 +35,8 @@ def snapshot(source: str, trusted: bool, home: Path, notes: list[str]) -> list[T
                         do="look at it, then add --trust")  # fmt: skip
     file = home / "snapshots" / f"{hashlib.sha256(json.dumps([url, query]).encode()).hexdigest()}.jsonl"
     if not file.exists() or time.time() - file.stat().st_mtime > FRESH:
-        _public(url)
+        if urlsplit(url).hostname not in HERE:
+            public(url)
         found = _pages(url, query)
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, aside = tempfile.mkstemp(dir=file.parent)
@@ -48,23 +48,6 @@ def snapshot(source: str, trusted: bool, home: Path, notes: list[str]) -> list[T
     cut = f"; only the first {MOST_ROWS} rows" if len(made) >= MOST_ROWS else ""
     notes.append(f"{url}: a snapshot of {len(made)} triples of {day} UTC{cut}")
     return [(s, p, o) for s, p, o in made]
-
-
-def _public(url: str) -> None:
-    """Raise TaskError for an address that is not on the public net, unless the task itself says localhost."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise TaskError("no endpoint", expected="sparql:https://host/path", found=url[:80], do="correct knowledge:")
-    if parts.hostname in HERE:
-        return
-    try:
-        found = socket.getaddrinfo(parts.hostname, parts.port or parts.scheme, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise TaskError(f"{parts.hostname} cannot be found", found=str(error), do="check the URL") from error
-    for *_, address in found:
-        if not ipaddress.ip_address(str(address[0]).split("%")[0]).is_global:
-            raise TaskError(f"{parts.hostname} is a private address", expected="a public one or localhost",
-                            found=str(address[0]), do="run the endpoint on this machine")  # fmt: skip
 
 
 def _pages(url: str, query: str) -> list[Triple]:
@@ -83,7 +66,7 @@ def _rows(url: str, query: str) -> tuple[int, list[Triple]]:
     """One page: how many rows it has, and their triples."""
     import httpx
 
-    rdf = package("pyoxigraph")
+    rdf = package("pyoxigraph", "knowledge")
     deadline, body = time.monotonic() + SECONDS, bytearray()
     head = {"Accept": "application/sparql-results+json", "User-Agent": "whet"}
     time_limit = httpx.Timeout(SECONDS, connect=CONNECT)

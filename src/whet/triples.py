@@ -9,13 +9,13 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote
 
 from whet.errors import TaskError
+from whet.extras import package
 from whet.rows import decode, short
 from whet.task import Learnable, places
 
@@ -149,17 +149,8 @@ def _terms(file: Path) -> Iterator[Triple]:
         yield from ((term, "alias", one.strip()) for one in ";".join(rest).split(";") if one.strip())
 
 
-def package(name: str) -> Any:
-    """A package of the `knowledge` extra. Raises TaskError where it is absent."""
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise TaskError(f"this knowledge needs the package {name}", expected="it", found="none",
-                        do="pip install 'whet[knowledge]'") from error  # fmt: skip
-
-
 def _rdf(name: str, stream: IO[bytes], kind: str) -> Iterator[Triple]:
-    rdf = package("pyoxigraph")
+    rdf = package("pyoxigraph", "knowledge")
     try:
         for quad in rdf.parse(input=stream, format=getattr(rdf.RdfFormat, kind)):
             yield from term_triples(rdf, quad.subject, quad.predicate, quad.object)

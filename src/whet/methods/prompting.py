@@ -8,13 +8,13 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from itertools import product, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from whet.engine import Sampling
 from whet.errors import MethodError
+from whet.extras import package
 from whet.methods import Need, Run
 from whet.prompt import SLOT, from_text
 from whet.system import System
@@ -130,11 +130,7 @@ class Prompting:
         """The best that GEPA makes of it with the proposer's reflections on failures."""
         from whet.model import resolve
 
-        try:
-            gepa: Any = import_module("gepa")
-        except ImportError as error:
-            raise MethodError("proposer needs GEPA", expected="the package", found="none",
-                              do="pip install 'whet[prompting]'") from error  # fmt: skip
+        gepa = package("gepa", "prompting")
         asked = run.session(resolve(self.proposer))
         before = asked.spent
 
@@ -356,7 +352,7 @@ class _Reflected:
         answers = [o.answer for o in found] or [f"the frame must hold {SLOT} once"] * len(batch)
         scores = [sign * o.score for o in found] or [0.0] * len(batch)
         traces = list(zip(batch, answers, scores, strict=True)) if capture_traces else None
-        return import_module("gepa").EvaluationBatch(outputs=answers, scores=scores, trajectories=traces)
+        return package("gepa", "prompting").EvaluationBatch(outputs=answers, scores=scores, trajectories=traces)
 
     def make_reflective_dataset(
         self, candidate: dict[str, str], eval_batch: Any, components_to_update: list[str]

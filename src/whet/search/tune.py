@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import Any
 
 from whet.engine import Spent
 from whet.errors import MethodError
+from whet.extras import package
 from whet.methods import Method, Run
 from whet.system import System
 from whet.task import Learnable
@@ -78,11 +78,7 @@ def sample(
     The first trial has the method's own settings. After each rung of `race` the median pruner may end a trial. Returns
     the best System and all arms. Raises MethodError where Optuna is absent or every trial fails.
     """
-    try:
-        optuna: Any = import_module("optuna")
-    except ImportError as error:
-        raise MethodError("trials needs Optuna", expected="the package", found="none", do="pip install 'whet[tune]'"
-                          ) from error  # fmt: skip
+    optuna = package("optuna", "tune")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     made: list[tuple[Arm, System | None]] = []
 

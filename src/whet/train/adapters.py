@@ -7,13 +7,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from whet.errors import MethodError
+from whet.extras import package
 from whet.train.head import headed
 
 KINDS = ("lora", "rslora", "dora", "full")
@@ -96,13 +95,7 @@ def frozen(module: Any, bits: int) -> Iterator[None]:
     if bits == 16:
         yield
         return
-    try:
-        bnb: Any = import_module("bitsandbytes")
-    except ImportError as error:
-        raise MethodError(
-            f"a base in {bits} bits needs bitsandbytes", expected="the package", found="none",
-            do="pip install 'whet[qlora]'",
-        ) from error  # fmt: skip
+    bnb = package("bitsandbytes", "qlora")
     flag, device, output = f"is_loaded_in_{bits}bit", module.device, module.get_output_embeddings()
     waiting = {n: m for n, m in module.named_modules() if type(m) is torch.nn.Linear and m is not output}
     for name, layer in waiting.items():

@@ -1,0 +1,38 @@
+"""What is not always there: packages of the extras, and addresses of the public net."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from importlib import import_module
+from typing import Any
+from urllib.parse import urlsplit
+
+from whet.errors import MethodError, TaskError
+
+
+def package(name: str, extra: str) -> Any:
+    """A package of an extra. Raises MethodError where it is not installed."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise MethodError(f"this needs the package {name}", expected="it installed", found="none",
+                          do=f"pip install 'whet[{extra}]'") from error  # fmt: skip
+
+
+def public(url: str) -> str:
+    """An address of a URL's host. Raises TaskError where one of them is this machine's or a private network's."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise TaskError(f"{url[:80]} is no address", expected="http:// or https://", found=parts.scheme or "neither",
+                        do="correct it")  # fmt: skip
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        found = sorted({str(i[4][0]) for i in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)})
+    except (OSError, ValueError) as error:
+        raise TaskError(f"{url} cannot be found", found=str(error), do="correct it, or save it as a file") from error
+    for one in found:
+        if not ipaddress.ip_address(one.partition("%")[0]).is_global:
+            raise TaskError(f"{url} leads to a private address", expected="a public one", found=one,
+                            do="save it as a file")  # fmt: skip
+    return found[0]
