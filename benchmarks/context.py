@@ -77,7 +77,8 @@ class Bench:
         tokens, seconds = self.spent() - tokens, time.perf_counter() - begun
         answers = [a.text for a in made.answers(self.rows, self.session)]
         note = self.run.notes.get("prompting", {})
-        return self.done(Side(name, score_all(self.metric, answers, self.rows), tokens, seconds, note.get("prompt", "")))
+        outcomes = score_all(self.metric, answers, self.rows)
+        return self.done(Side(name, outcomes, tokens, seconds, note.get("prompt", "")))
 
     def done(self, side: Side) -> Side:
         """Say at once what a side reached: a run may be stopped before its table."""
