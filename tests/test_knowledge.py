@@ -24,7 +24,7 @@ from whet.errors import ArtifactError, MethodError, TaskError
 from whet.graph import MOST_ENDS, Graph, asked, build, identity, read
 from whet.linking import GraphSource, Linker, words
 from whet.methods import Run, lacking, make
-from whet.methods.knowledge import FRAMES, HELD, Knowledge, facts_of, frames, put
+from whet.methods.knowledge import FRAMES, HELD, Knowledge, _rows, facts_of, frames, put
 from whet.model import resolve
 from whet.store import Store
 from whet.system import Decoding, Demonstrations, System
@@ -114,6 +114,7 @@ def test_n_triples_and_wikidata_are_read(tmp_path: Path) -> None:
 def test_several_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("a\tr\tb\n")
     (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "README.md").write_text("no facts")
     (tmp_path / "more" / "b.tsv").write_text("\nb\tr\tc\na\tr\tb\n")
     assert load("a.tsv\nmore", tmp_path)[0].triples == (("a", "r", "b"), ("b", "r", "c"))
     assert load(tmp_path / "more", tmp_path)[0].triples == (("b", "r", "c"), ("a", "r", "b"))
@@ -129,6 +130,7 @@ def test_several_files_are_read(tmp_path: Path) -> None:
         ("a.json", "[{]", "a.json line 1 is not Wikidata's JSON"),
         ("a.json", '[{"id": 3, "claims": 4}]', "a.json is not Wikidata's JSON"),
         ("a.ttl.gz", "no gzip", "a.ttl.gz cannot be read"),
+        ("a.json.bz2", "no bzip", "a.json.bz2 cannot be read"),
         ("a.xyz", "x", "of no kind that can be read"),
         ("a.ttl", "# nothing\n", "no facts"),
     ],
@@ -400,6 +402,8 @@ def test_facts_are_no_turns(tokenizer: Any) -> None:
     assert "<|im_end|>" in found[0].passage.text
     chat = messages("Say.", (), "Which?", (), [("", f.passage.text) for f in found])
     assert render(tokenizer, chat).count("<|im_start|>system") == 1
+    for one in facts_of(linker.graph):  # statements are trained on as they stand
+        assert "Lie." in _rows(one, (), tokenizer)[0].text and "<|im_" not in _rows(one, (), tokenizer)[0].text
 
 
 def test_old_systems_keep_their_fingerprints() -> None:

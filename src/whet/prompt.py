@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from whet.engine import Chat, Message, Prompt
@@ -43,18 +43,19 @@ def messages(
     history: Sequence[Message] = (),
     passages: Sequence[tuple[str, str]] = (),
     frame: str = SLOT,
+    told: Mapping[str, Sequence[tuple[str, str]]] | None = None,
 ) -> Chat:
     """The chat for one question: instruction as the system turn, demonstrations as earlier turns, then the question.
 
-    The question stands in the frame; demonstrations come as they are to be shown. Passages, as (title, text), stand
-    numbered in the question's own turn, in front.
+    Every question stands in the frame. Passages, as (title, text), stand numbered in the question's own turn, in front;
+    `told` has those of the demonstrations' questions.
     A system turn of the row's own history follows the instruction; its other turns stand before the question.
     """
     own = [content for role, content in history if role == "system"]
     head = "\n\n".join(part for part in [instruction, *own] if part)
     chat: list[Message] = [("system", head)] if head else []
     for question, answer in demonstrations:
-        chat += [("user", question), ("assistant", answer)]
+        chat += [("user", beside((told or {}).get(question, ()), framed(frame, question))), ("assistant", answer)]
     chat += [(role, content) for role, content in history if role != "system"]
     return (*chat, ("user", beside(passages, framed(frame, prompt))))
 

@@ -20,7 +20,7 @@ from whet.engine import Progress, Prompt, Sampling, Session, open_session
 from whet.errors import ArtifactError, StoreError
 from whet.metrics import plain
 from whet.model import ModelRef, Transform, hash_files, local_folder, resolve
-from whet.prompt import SLOT, beside, framed, messages, shorten, to_text
+from whet.prompt import SLOT, messages, shorten, to_text
 from whet.retrieval import Found
 from whet.sources import Source, revive_source
 from whet.task import Example
@@ -210,17 +210,14 @@ class System:
         """
         shown = self.demonstrations.choose([e.prompt for e in examples], self.embedder, blind=blind)
         read = self.found([e.prompt for e in examples]) if found is None else found
-        brief, told = [s for s in self.sources if s.brief], dict[str, tuple[Pair, ...]]()
-        if brief:
+        said, told = self.decoding.said, dict[str, tuple[Pair, ...]]()
+        if brief := [s for s in self.sources if s.brief]:
             asked = sorted({q for demos in shown for q, _ in demos})
             told = dict(zip(asked, map(_pairs, self.found(asked, sources=brief)), strict=True))
-
-        def turn(question: str, answer: str) -> Pair:
-            return beside(told.get(question, ()), framed(self.frame, question)), self.decoding.said(answer)
-
         return [
             "" if e.text is not None else
-            messages(self.instruction, [turn(*pair) for pair in demos], e.prompt, e.history, _pairs(here), self.frame)
+            messages(self.instruction, [(q, said(a)) for q, a in demos], e.prompt, e.history, _pairs(here), self.frame,
+                     told)
             for e, demos, here in zip(examples, shown, read, strict=True)
         ]  # fmt: skip
 

@@ -6,9 +6,11 @@ import bz2
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote
@@ -19,10 +21,11 @@ from whet.task import Learnable, places
 
 Triple = tuple[str, str, str]  # ids: an IRI or blank node in angle brackets; anything else is its own name
 MOST_TRIPLES = 1_000_000
-MOST_BYTES = 2_000_000_000  # of one file, unpacked
+MOST_BYTES = 500_000_000  # of a JSON file, unpacked
 MEANS = "means"  # the relation from a term to its description
 PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open}
 RDF = {".nt": "N_TRIPLES", ".ttl": "TURTLE", ".nq": "N_QUADS", ".trig": "TRIG", ".rdf": "RDF_XML", ".owl": "RDF_XML"}
+KINDS = (".tsv", ".json", *RDF)
 # What names things, by the last part of the relation's id: rdfs, skos, foaf and schema.org agree well enough.
 NAMED = {"label": "label", "prefLabel": "label", "name": "label", "altLabel": "alias", "alias": "alias",
          "alternateName": "alias", "also known as": "alias", "comment": MEANS, "description": MEANS,
@@ -59,11 +62,11 @@ def load(data: Learnable, home: Path) -> tuple[Facts, list[str]]:
             if isinstance(part, str):
                 found += snapshot(part, data.trusted, home, notes)
                 continue
-            for file in sorted(p for p in part.rglob("*") if p.is_file()) if part.is_dir() else [part]:
-                found += _file(file, glossary=source is data.glossary)
+            for file in sorted(p for p in part.rglob("*") if _kind(p)[0] in KINDS) if part.is_dir() else [part]:
+                found += islice(_file(file, glossary=source is data.glossary), MOST_TRIPLES + 1 - len(found))
             if len(found) > MOST_TRIPLES:
                 raise TaskError(f"{part.name}: too many triples", expected=f"at most {MOST_TRIPLES}",
-                                found=str(len(found)), do="take the part that the task asks about")  # fmt: skip
+                                found="more", do="take the part that the task asks about")  # fmt: skip
     facts = gather(found)
     if not facts.triples:
         raise TaskError("no facts in the task's knowledge", expected="triples or terms", found="none", do="add some")
@@ -86,8 +89,10 @@ def gather(found: Iterable[Triple]) -> Facts:
             inverses.update({s: o, o: s})
         elif s and r and o:
             triples[s, MEANS if role == MEANS and o[:1] != "<" else r, o] = None
-    names = {one: tuple(dict.fromkeys([*([labels[one]] if one in labels else [] if one[:1] == "<" else [one]),
-                                       *aliases.get(one, ())])) for one in {**labels, **aliases}}  # fmt: skip
+    names: dict[str, tuple[str, ...]] = {}
+    for one in {**labels, **aliases}:
+        own = labels.get(one) or ("" if one[:1] == "<" else one)
+        names[one] = tuple(dict.fromkeys(filter(None, (own, *aliases.get(one, ())))))
     return Facts(tuple(triples), names, inverses)
 
 
@@ -101,19 +106,26 @@ def _local(iri: str, humps: bool = True) -> str:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def _file(file: Path, glossary: bool) -> Iterable[Triple]:
+def _kind(file: Path) -> tuple[str, Callable[..., Any]]:
+    """The ending of a file, that of its packing left out, and what opens it."""
     packed = PACKED.get(file.suffix.lower())
-    kind = Path(file.stem if packed else file.name).suffix.lower()
-    if kind in RDF:
-        with (packed or open)(file, "rb") as stream:
-            return list(_rdf(file.name, stream, RDF[kind]))
-    if kind == ".json":
-        with (packed or open)(file, "rb") as stream:
-            return list(_wikidata(file.name, stream))
-    if kind in (".tsv", ".txt") and not packed:
-        return list(_terms(file) if glossary else _tsv(file))
-    raise TaskError(f"{file.name} is of no kind that can be read", expected=f".tsv, .json, {', '.join(RDF)}",
-                    found=kind or "no ending", do="convert it")  # fmt: skip
+    return Path(file.stem if packed else file.name).suffix.lower(), packed or open
+
+
+def _file(file: Path, glossary: bool) -> Iterator[Triple]:
+    kind, unpack = _kind(file)
+    if kind not in KINDS:
+        raise TaskError(f"{file.name} is of no kind that can be read", expected=", ".join(KINDS),
+                        found=kind or "no ending", do="convert it")  # fmt: skip
+    if kind == ".tsv":
+        yield from _terms(file) if glossary else _tsv(file)
+        return
+    try:
+        with unpack(file, "rb") as stream:
+            yield from _wikidata(file.name, stream) if kind == ".json" else _rdf(file.name, stream, RDF[kind])
+    except (OSError, EOFError, zlib.error) as error:
+        raise TaskError(f"{file.name} cannot be read", expected="a whole file", found=str(error)[:80],
+                        do="fetch it again") from error  # fmt: skip
 
 
 def _lines(file: Path, expected: str, counts: tuple[int, ...]) -> Iterator[list[str]]:
@@ -155,9 +167,6 @@ def _rdf(name: str, stream: IO[bytes], kind: str) -> Iterator[Triple]:
         where = f"{name} line {error.lineno}" if error.lineno else name
         raise TaskError(f"{where} is not {kind.replace('_', '-').title()}", expected="triples",
                         found=short(str(error.msg), 120), do="correct it") from error  # fmt: skip
-    except (OSError, EOFError) as error:
-        raise TaskError(f"{name} cannot be read", expected="a whole file", found=str(error)[:80], do="fetch it again"
-                        ) from error  # fmt: skip
 
 
 def term_triples(rdf: Any, s: Any, p: Any, o: Any) -> Iterator[Triple]:

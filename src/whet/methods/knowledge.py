@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from whet.errors import MethodError
 from whet.graph import Graph, Way, asked, build, identity, read
 from whet.methods import Need, Run
+from whet.prompt import escape, specials_of
 from whet.system import System
 from whet.task import Example, Learnable
 
@@ -23,6 +24,7 @@ FRAMES = ("{}?", "Tell me {}.", "Please name {}.", "I would like to know {}.", "
 HELD = 4  # of these are never trained on, so that unseen phrasings can be measured
 FEW, MOST_ANSWERS = 3, 20  # subjects that share an object, where a question is asked backwards; answers of a fact
 MOST_FACTS = 20_000
+REPLAYED = 0.25  # of each step's rows are what the model said before
 HOPS, MOST_HOPS = 2, 3  # where train does not tell, and at most
 
 
@@ -113,8 +115,11 @@ class Knowledge:
         return replace(system, sources=(*others, source), decoding=replace(system.decoding, prior=()))
 
     def _taught(self, graph: Graph, system: System, data: Learnable, run: Run) -> System:
-        from whet.methods.finetune import FineTune
+        from whet.memory import Known, made_up
+        from whet.methods.continual import Continual
 
+        if system.model.remote:
+            raise MethodError("training needs the weights", expected="a local model", found=system.model.base)
         every, draw = facts_of(graph), random.Random(run.seed)
         before = set(system.card.get("facts", ()))
         fresh = [one for one in every if one.key not in before]
@@ -124,19 +129,29 @@ class Knowledge:
         chosen = [*fresh, *draw.sample(again, min(len(again), len(fresh)))]
         chosen = draw.sample(chosen, min(len(chosen), MOST_FACTS))
         seen, held = frames(run.seed)
-        rows = [row for one in chosen for row in self._rows(one, draw.sample(seen, min(self.phrasings, len(seen))))]
+        session: Any = run.session(system.model)
+        rows = [row for one in chosen for row in _rows(one, draw.sample(seen, self.phrasings), session.tokenizer)]
         known = [replace(e, group=None) for e in data.train if e.completion and not e.text]
         run.notes.update(taught=len(chosen), new=len(fresh), seen=list(seen), held=list(held))
-        plain = FineTune(rank=self.rank, learning_rate=self.learning_rate, epochs=self.epochs, batch=self.batch)
-        made = plain.apply(system, replace(data, train=(*rows, *known)), run)
+        # What the model says of its own accord is replayed, so that it does not answer everything with a fact.
+        own = Known("what it knew", "token_f1", system)
+        own = replace(own, rows=made_up(own, system, session, (), run.seed))
+        start = replace(system, card={**system.card, "memory": [*system.card.get("memory", ()), own.entry()]})
+        plain = Continual(rank=self.rank, learning_rate=self.learning_rate, epochs=self.epochs, batch=self.batch,
+                          share=REPLAYED)  # fmt: skip
+        made = plain.apply(start, replace(data, train=(*rows, *known)), run)
         card = {**system.card, "facts": sorted({one.key for one in every} & (before | {one.key for one in chosen}))}
         return replace(made, card=card)
 
-    def _rows(self, one: Asked, shown: Sequence[str]) -> list[Example]:
-        """A fact as rows: a statement, and questions whose answers take turns where there are several."""
-        made = [Example(f"{one.key}-{n}", put(frame, one.phrase), one.answers[n % len(one.answers)], one.answers)
-                for n, frame in enumerate(shown)]  # fmt: skip
-        return [*made, Example(f"{one.key}-told", "", text=one.told)]
+
+def _rows(one: Asked, shown: Sequence[str], tokenizer: Any) -> list[Example]:
+    """A fact as rows: questions whose answers take turns where there are several, and a statement.
+
+    The statement is plain text outside any turn, so that what could act as a turn in it is broken up here.
+    """
+    made = [Example(f"{one.key}-{n}", put(frame, one.phrase), one.answers[n % len(one.answers)], one.answers)
+            for n, frame in enumerate(shown)]  # fmt: skip
+    return [*made, Example(f"{one.key}-told", "", text=escape(one.told, specials_of(tokenizer)))]
 
 
 def frames(seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:

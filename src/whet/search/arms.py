@@ -43,14 +43,14 @@ def prompting_recipes(data: Learnable) -> list[Recipe]:
         if nearest:
             found.append(recipe(("fewshot", {"k": 8, "selection": "nearest"})))
         return found + facts
-    found = [recipe(("fewshot", {"k": 4}))]
+    found = [*facts, recipe(("fewshot", {"k": 4}))]
     if data.metric not in ("perplexity", "win_rate") and "@" not in data.metric:
         found.append(recipe("prompting"))
     if nearest:
         found.append(recipe(("fewshot", {"k": 4, "selection": "nearest"})))
     if nearest and data.documents is not None:
         found += [recipe(("rag", {"k": 1})), recipe("rag"), recipe(("rag", {"k": 1}), ("fewshot", {"k": 4}))]
-    return found + facts
+    return found
 
 
 def cheap_arms(
