@@ -77,8 +77,15 @@ class Bench:
         tokens, seconds = self.spent() - tokens, time.perf_counter() - begun
         answers = [a.text for a in made.answers(self.rows, self.session)]
         note = self.run.notes.get("prompting", {})
-        print(f"  {self.task.name} {name}: {tokens} tokens, {seconds:.0f} s", file=sys.stderr, flush=True)
-        return Side(name, score_all(self.metric, answers, self.rows), tokens, seconds, note.get("prompt", ""))
+        outcomes = score_all(self.metric, answers, self.rows)
+        return self.done(Side(name, outcomes, tokens, seconds, note.get("prompt", "")))
+
+    def done(self, side: Side) -> Side:
+        """Say at once what a side reached: a run may be stopped before its table."""
+        score = self.metric.aggregate(side.outcomes)
+        print(f"  {self.task.name} {side.name}: {score:.1%}, {side.tokens} tokens, {side.seconds:.0f} s",
+              file=sys.stderr, flush=True)  # fmt: skip
+        return side
 
 
 # --- DSPy -------------------------------------------------------------------------------------------------------------
@@ -247,10 +254,9 @@ def _dspy_scored(
         list(pool.map(lambda job: job[0].run(answer, job[1]), [(copy_context(), e) for e in bench.rows]))
     chats = [sent[e.id] for e in bench.rows]
     best = [labels[i] for i in chosen(bench.session, chats, labels)]
-    print(f"  {bench.task.name} {name}: {tokens} tokens, {seconds:.0f} s", file=sys.stderr, flush=True)
-    answers = [own[e.id] for e in bench.rows]
-    return [Side(f"{name}, own parsing", score_all(bench.metric, answers, bench.rows), tokens, seconds),
-            Side(f"{name}, labels scored", score_all(bench.metric, best, bench.rows), tokens, seconds)]  # fmt: skip
+    answers = {"own parsing": [own[e.id] for e in bench.rows], "labels scored": best}
+    return [bench.done(Side(f"{name}, {how}", score_all(bench.metric, said, bench.rows), tokens, seconds))
+            for how, said in answers.items()]  # fmt: skip
 
 
 def chat_adapter(sent: dict[str, Any] | None = None, name: str = "") -> Any:
@@ -301,7 +307,8 @@ def lm_eval_side(bench: Bench, shots: int) -> Side:
     labels = bench.task.labels
     rows = [found[i : i + len(labels)] for i in range(0, len(found), len(labels))]
     answers = [labels[row.index(max(row))] for row in rows]
-    return Side(f"lm-eval {shots}-shot", score_all(bench.metric, answers, bench.rows), 0, time.perf_counter() - begun)
+    outcomes = score_all(bench.metric, answers, bench.rows)
+    return bench.done(Side(f"lm-eval {shots}-shot", outcomes, 0, time.perf_counter() - begun))
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------
