@@ -67,4 +67,5 @@ class Rag:
             base.build(pieces, name)
         run.notes.update(documents=len(texts), passages=len(pieces), left_out=list(notes))
         source = Source(self.k, self.mix, self.threshold, self.chunk, self.reranker, self.store, name, folder)
-        return replace(system, sources=(source,), decoding=replace(system.decoding, prior=()))
+        others = tuple(s for s in system.sources if s.kind != source.kind)
+        return replace(system, sources=(*others, source), decoding=replace(system.decoding, prior=()))

@@ -240,7 +240,7 @@ def _race(job: _Job) -> None:
 
 def _untried(job: _Job) -> Recipe | None:
     """The one recipe that is worth confirming where nothing can be learnt from or selected by: looking things up."""
-    asked = [parse(job.wish.recipe)] if job.wish.recipe else [recipe("rag"), recipe("knowledge")]
+    asked = [parse(job.wish.recipe)] if job.wish.recipe else [recipe("rag"), recipe(("knowledge", {"k": 1}))]
     wished = [r for r in asked if not job.wish.methods or all(m.name in job.wish.methods for m in r.methods)]
     return next((r for r in wished if not r.lacks(job.bases[0], job.splits.learnable)), None)
 
