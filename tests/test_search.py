@@ -179,6 +179,27 @@ def test_a_task_without_train_rows_is_looked_up(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "report.html").exists()
 
 
+@pytest.mark.embedder
+@pytest.mark.skipif(not embed.available(), reason="the embedding model is not installed")
+def test_an_arm_without_its_package_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: str
+) -> None:
+    folder = tmp_path / "facts"
+    folder.mkdir()
+    (folder / "task.yaml").write_text("metric: exact_match\ndocuments: documents.jsonl\n")
+    (folder / "documents.jsonl").write_text('{"id": "a", "text": "The lamp is red."}\n')
+    for name, count in (("train", 40), ("test", 20)):
+        rows = [{"prompt": f"{name} question {n}", "completion": f"answer {n % 4}"} for n in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    monkeypatch.setitem(sys.modules, "bm25s", None)  # as if it were not installed
+    methods = ("rag", "fewshot", "finetune")
+    made = improve(folder, model=model_folder, budget="2m", out=tmp_path / "out", methods=methods, home=tmp_path / "h")
+    left = [one["why"] for one in made.result["left_out"] if one["method"].startswith("rag")]
+    assert left and all("needs the package bm25s" in why for why in left)
+    trials = {t["name"]: t["status"] for t in made.result["trials"]}
+    assert trials["rag(k=1)+finetune"] == "failed" and trials["finetune"] == "done"
+
+
 def test_free_text_and_own_choices(tmp_path: Path) -> None:
     free = write_task(tmp_path / "free", labels=None, metric="token_f1")
     made = improve(free, model="fake:keyword", budget="2m", out=tmp_path / "of", home=tmp_path / "h")

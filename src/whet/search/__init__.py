@@ -265,6 +265,8 @@ def _train_and_combine(job: _Job, tuned: Recipe, each: float) -> None:
     start = _best_model(job)
     judged = _preferring(job, tuned)
     first = _train(job, tuned, start, each, 0.5 if judged else 1.0)
+    if first is not None and first.status == "failed" and len(tuned.methods) > 1:  # what it reads cannot be had
+        return _train_and_combine(job, Recipe(tuned.methods[-1:]), each)
     if first is None or first.card is None:
         return
     if judged:

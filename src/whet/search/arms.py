@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from whet import embed
-from whet.errors import WhetError
+from whet.errors import MethodError, WhetError
 from whet.methods import Run, lacking, table
 from whet.methods.prompting import Prompting
 from whet.progress import clock
@@ -79,7 +79,13 @@ def cheap_arms(
         for one in wanted:
             if one.lacks(base, data) or not select:
                 continue
-            plain, once, whole = _cost(one, base, data, select, rates, run)
+            try:
+                plain, once, whole = _cost(one, base, data, select, rates, run)
+            except MethodError as error:  # a package that is not installed: other arms go on
+                if wish.recipe:
+                    raise
+                skipped.append({"method": f"{one.name}{label}", "why": str(error)})
+                continue
             while not wish.recipe and once > most - first_rungs and (less := _smaller(one)):
                 one = less
                 plain, once, whole = _cost(one, base, data, select, rates, run)
