@@ -36,19 +36,19 @@ def find(
 ) -> tuple[Suspect, ...]:
     """Rows of a closed set whose label is probably wrong, the surest first; none where there are too few rows.
 
-    Each row is judged by a logistic regression on embeddings and on words that has not seen it, and by `judge`, if
-    given: trained on one half of the rows, it gives scores of the labels, in the order of `order_of`, for the other.
+    Each row is judged by `judge`, trained on one half of the rows, which gives scores of the labels, in the order of
+    `order_of`, for the other; without it by logistic regressions on embeddings and on words that have not seen the row.
     """
     labels = sorted({r.completion for r in rows})
     counts = {label: sum(r.completion == label for r in rows) for label in labels}
     if len(rows) < LEAST_ROWS or len(labels) < 2 or min(counts.values()) < FOLDS:
         return ()
     given = np.array([labels.index(r.completion) for r in rows])
-    views = _unseen(rows, given, embed, seed)
-    if judge is not None:
-        views.append(_halves(rows, given, judge, [order_of.index(x) for x in labels], seed))
-    mean = np.exp(np.mean(np.log(np.clip(views, 1e-9, 1.0)), axis=0))
-    wrong, rather = wrong_chances(mean / mean.sum(axis=1, keepdims=True), given)
+    if judge is None:
+        chances = _unseen(rows, given, embed, seed)
+    else:  # classifiers beside it only blur what it is sure of: measured in LOG.md
+        chances = _halves(rows, given, judge, [order_of.index(x) for x in labels], seed)
+    wrong, rather = wrong_chances(chances, given)
     order = np.argsort(-wrong, kind="stable")
     named = [i for i in order if wrong[i] >= SURE]
     return tuple(Suspect(rows[i].id, labels[given[i]], labels[rather[i]], round(float(wrong[i]), 3)) for i in named)
@@ -67,8 +67,8 @@ def _halves(
     return np.asarray(softmax(made, axis=1), dtype=np.float64)
 
 
-def _unseen(rows: Sequence[Example], given: NDArray[Any], embed: Embed, seed: int) -> list[NDArray[np.float64]]:
-    """Probabilities [rows, labels] by embeddings and by words, each row's from a classifier fitted without it."""
+def _unseen(rows: Sequence[Example], given: NDArray[Any], embed: Embed, seed: int) -> NDArray[np.float64]:
+    """Probabilities [rows, labels] by embeddings and words, each row's from classifiers that were fitted without it."""
     from scipy.sparse import csr_matrix, hstack
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
@@ -80,10 +80,12 @@ def _unseen(rows: Sequence[Example], given: NDArray[Any], embed: Embed, seed: in
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
     # Regularised more than a baseline: noise must not be learnt by heart.
     parts = [np.asarray(embed(texts), dtype=float), hstack([csr_matrix(words)]).tocsr()]
-    return [
+    found = [
         cross_val_predict(LogisticRegression(C=c, max_iter=300), x, given, cv=folds, method="predict_proba")
         for x, c in zip(parts, (3.0, 1.0), strict=True)
     ]
+    mean = np.exp(np.mean(np.log(np.clip(found, 1e-9, 1.0)), axis=0))
+    return np.asarray(mean / mean.sum(axis=1, keepdims=True), dtype=np.float64)
 
 
 def wrong_chances(chances: NDArray[np.float64], given: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[Any]]:

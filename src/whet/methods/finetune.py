@@ -92,7 +92,7 @@ class FineTune:
         return replace(taught, decoding=replace(system.decoding, prior=(), normalise="sum"))
 
     def suspects(self, system: System, data: Learnable, run: Run) -> tuple[Suspect, ...]:
-        """Rows whose label is probably wrong, by classifiers and by the model, each trained on the other rows."""
+        """Rows whose label is probably wrong, by the model itself, trained on the other half of the rows."""
         from whet import suspects
         from whet.embed import Embedder
 
