@@ -76,3 +76,17 @@ def test_chances_by_hand() -> None:
     assert rather[:8].tolist() == [1] * 8
     assert wrong[8:40] == pytest.approx(np.zeros(32), abs=1e-4)
     assert wrong[40:] == pytest.approx(np.full(360, 0.2), abs=1e-9)  # nothing known: the share of wrong labels
+
+
+def test_a_judge_sees_only_the_other_half() -> None:
+    noisy, wrong = flipped(rows(300), 0.2)
+    truth, order = {e.id: e.completion for e in rows(300)}, sorted(TOPICS, reverse=True)
+    seen: list[tuple[set[str], set[str]]] = []
+
+    def judge(fit: Any, held: Any) -> Any:
+        seen.append(({e.id for e in fit}, {e.id for e in held}))
+        return [[0.0 if label == truth[e.id] else -4.0 for label in order] for e in held]
+
+    found = suspects.find(noisy, embed, 0, judge, order)
+    assert len(seen) == 2 and all(not fit & held for fit, held in seen) and seen[0][1] | seen[1][1] == set(truth)
+    assert {s.id for s in found} == wrong and all(s.rather == truth[s.id] for s in found)
