@@ -35,4 +35,4 @@ def public(url: str) -> str:
         if not ipaddress.ip_address(one.partition("%")[0]).is_global:
             raise TaskError(f"{url} leads to a private address", expected="a public one", found=one,
                             do="save it as a file")  # fmt: skip
-    return found[0]
+    return min(found, key=lambda one: ":" in one)  # IPv4 first: not every net has the other

@@ -351,7 +351,7 @@ def _cross_encoder(name: str) -> Callable[[list[tuple[str, str]]], Any]:
     from whet.model import quiet
 
     try:
-        model = quiet(CrossEncoder, name)
+        model = quiet(CrossEncoder, name, model_kwargs={"use_safetensors": True})
     except Exception as error:  # the hub and its files fail in many ways
         raise MethodError(f"the reranker {name!r} cannot be opened", expected="a cross-encoder's folder or Hub id",
                           found=str(error)[:120], do="name another, or none") from error  # fmt: skip
