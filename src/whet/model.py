@@ -31,7 +31,7 @@ REMOTE = ("openai:", "fake:")
 class Transform:
     """One change to the weights, known by the hash of its files; `folder` only says where they lie now."""
 
-    kind: str  # "adapter" (peft's format) or "weights" (all of them)
+    kind: str  # "adapter" (peft's format), "weights" (all of them), "model" (a model folder: none before it counts)
     fingerprint: str
     folder: Path | None = field(default=None, compare=False)
 
@@ -54,9 +54,26 @@ class ModelRef:
         return self.base.startswith(REMOTE)
 
     @property
+    def whole(self) -> Transform | None:
+        """The last transform that is a model of its own; what came before it is history."""
+        return next((t for t in reversed(self.transforms) if t.kind == "model"), None)
+
+    @property
+    def standing(self) -> tuple[Transform, ...]:
+        """The transforms that count: from the last whole model on."""
+        wholes = [n for n, t in enumerate(self.transforms) if t.kind == "model"]
+        return self.transforms[wholes[-1] :] if wholes else self.transforms
+
+    @property
+    def original(self) -> ModelRef:
+        """The model as it was before anything made it smaller."""
+        wholes = [n for n, t in enumerate(self.transforms) if t.kind == "model"]
+        return replace(self, transforms=self.transforms[: wholes[0]]) if wholes else self
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What makes this model what it is: contents, never paths."""
-        return {"content": self.content, "transforms": [[t.kind, t.fingerprint] for t in self.transforms]}
+        return {"content": self.content, "transforms": [[t.kind, t.fingerprint] for t in self.standing]}
 
 
 def hash_files(paths: list[Path]) -> str:
@@ -180,7 +197,9 @@ def _from_gguf(file: Path, folder: Path) -> None:
 
 
 def local_folder(ref: ModelRef, home: Path) -> Path:
-    """The folder with a base's safetensors; GGUF weights are dequantized once and cached by content hash."""
+    """The folder with a model's safetensors; GGUF weights are dequantized once and cached by content hash."""
+    if ref.whole is not None:
+        return check_transform(ref.whole)
     name = ref.base
     file = embedded_file(name) if name in EMBEDDED else Path(name).expanduser()
     if file.suffix == ".gguf":
@@ -194,7 +213,7 @@ def local_folder(ref: ModelRef, home: Path) -> Path:
 def loaded_before(ref: ModelRef, home: Path) -> bool:
     """Whether a model opens without unpacking its weights first."""
     packed = ref.base in EMBEDDED or ref.base.endswith(".gguf")
-    return not packed or (home / "models" / ref.content).exists()
+    return not packed or ref.whole is not None or (home / "models" / ref.content).exists()
 
 
 def quiet(call: Any, *args: Any, **settings: Any) -> Any:
@@ -254,7 +273,12 @@ def load(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         tokenizer = quiet(AutoTokenizer.from_pretrained, folder)
-        model = quiet(AutoModelForCausalLM.from_pretrained, folder, dtype=dtype, use_safetensors=True)
+        if ref.whole is not None:
+            from whet.compress import folder as compressed
+
+            model = quiet(compressed.load, folder, dtype)
+        else:
+            model = quiet(AutoModelForCausalLM.from_pretrained, folder, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise ModelError(
             f"cannot load {ref.base}",
@@ -270,7 +294,7 @@ def load(
             do="take the instruct version of the model, or put its template into the folder",
         )
     model.requires_grad_(False)
-    for transform in ref.transforms:
+    for transform in ref.standing:
         model = _apply(model, transform)
     return model.to(device).eval(), tokenizer
 
@@ -287,6 +311,8 @@ def save_weights(module: Any, folder: Path) -> None:
 
 def _apply(model: PreTrainedModel, transform: Transform) -> PreTrainedModel:
     """Apply one transform to loaded weights."""
+    if transform.kind == "model":  # what was loaded is this one
+        return model
     folder = check_transform(transform)
     if transform.kind == "weights":
         from safetensors.torch import load_model
@@ -294,7 +320,7 @@ def _apply(model: PreTrainedModel, transform: Transform) -> PreTrainedModel:
         load_model(model, folder / "model.safetensors")
         return model
     if transform.kind != "adapter":
-        raise ModelError(f"unknown transform {transform.kind!r}", expected="adapter or weights", do="update whet")
+        raise ModelError(f"unknown transform {transform.kind!r}", expected="adapter, weights, model", do="update whet")
     from peft import PeftModel
 
     # Merged in fp32: rounding the sum once loses less than rounding the update first.

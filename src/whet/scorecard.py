@@ -192,11 +192,11 @@ def _outcomes(
 
 
 def size_bytes(system: System) -> int | None:
-    """Bytes of weights on disk: the base's safetensors and every transform; None for a remote model."""
+    """Bytes of weights on disk: the model's safetensors and every transform upon it; None for a remote model."""
     if system.model.remote:
         return None
     folders = [local_folder(system.model, system.home)]
-    folders += [t.folder for t in system.model.transforms if t.folder is not None]
+    folders += [t.folder for t in system.model.standing if t.folder is not None and t.kind != "model"]
     return sum(p.stat().st_size for folder in folders for p in folder.glob("*.safetensors"))
 
 

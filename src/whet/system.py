@@ -365,7 +365,7 @@ class System:
             **self.settings,
             "card": self.card,
         }
-        for transform in self.model.transforms:
+        for transform in self.model.standing:
             if transform.folder is None:
                 raise ArtifactError(f"the {transform.kind} {transform.fingerprint[:12]} is not at hand")
             shutil.copytree(transform.folder, work / "transforms" / transform.fingerprint)
@@ -375,7 +375,7 @@ class System:
             if source.folder is None:
                 raise ArtifactError(f"the index {source.fingerprint[:12]} is not at hand")
             shutil.copytree(source.folder, work / "sources" / source.fingerprint)
-        if self_contained and not self.model.remote:
+        if self_contained and not self.model.remote and self.model.whole is None:
             shutil.copytree(local_folder(self.model, self.home), work / "base")
             body["base_hash"] = hash_files([p for p in (work / "base").iterdir() if p.is_file()])
         (work / "README.md").write_text(_card_text(self), encoding="utf-8")
@@ -392,7 +392,7 @@ def _card_text(system: System) -> str:
     lines = [
         f"# A System for {card.get('task', 'a task')}", "",
         f"- base: `{system.model.base}` (`{system.model.content[:16]}`)",
-        f"- transforms: {', '.join(f'{t.kind} `{t.fingerprint[:16]}`' for t in system.model.transforms) or 'none'}",
+        f"- transforms: {', '.join(f'{t.kind} `{t.fingerprint[:16]}`' for t in system.model.standing) or 'none'}",
         f"- demonstrations: {shown}",
         f"- sources: {', '.join(sources) or 'none'}",
         f"- calibration: {'yes' if decoding.prior else 'no'}",
@@ -485,7 +485,7 @@ def _check_base(system: System, body: dict[str, Any]) -> None:
         raise ArtifactError(
             f"the System in {base.parent} is incomplete", expected="its base", found="none", do="copy all of it"
         )
-    if "base_hash" not in body and not system.model.remote:
+    if "base_hash" not in body and not system.model.remote and system.model.whole is None:
         found = resolve(system.model.base).content
         if found != system.model.content:
             raise ArtifactError(

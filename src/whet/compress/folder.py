@@ -1,0 +1,158 @@
+"""A model folder that holds packed, tied and relaxed layers: transformers' own layout and one file beside it.
+
+`compression.json` says which modules are of which kind, and which tensors are the same one: each is stored once, on
+disk and in memory. A folder without it is an ordinary model folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from whet.compress.layers import KINDS
+from whet.errors import ModelError
+from whet.model import Transform, aside, hash_files
+
+if TYPE_CHECKING:
+    from whet.methods import Run
+    from whet.system import System
+
+FILE = "compression.json"
+
+
+def compressed(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """The modules that stand in for ordinary layers, outer ones first: name → kind and settings."""
+    found = {}
+    for name, one in module.named_modules(remove_duplicate=False):
+        kind = getattr(one, "kind", None)
+        if isinstance(kind, str) and KINDS.get(kind) is type(one):
+            found[name] = {"kind": kind, **one.settings}
+    return found
+
+
+def save(module: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a module as a model folder: parameters as bf16, buffers as they are; what several places share, once."""
+    from safetensors.torch import save_file
+
+    first: dict[tuple[Any, ...], str] = {}
+    kept: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and place in first:
+            aliases[name] = first[place]
+            continue
+        first[place] = name
+        narrow = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+        kept[name] = tensor.detach().to("cpu", torch.bfloat16 if narrow else None).contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    config = module.config
+    config.save_pretrained(folder)
+    module.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    body = {"modules": compressed(module), "aliases": aliases}
+    (folder / FILE).write_text(json.dumps(body, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def load(folder: Path, dtype: torch.dtype) -> Any:
+    """The module of a folder that `save` wrote; its parameters are taken to `dtype`.
+
+    Raises ModelError where the folder names kinds or tensors that do not fit.
+    """
+    from accelerate import init_empty_weights
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    body = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    config = AutoConfig.from_pretrained(folder)
+    with init_empty_weights(include_buffers=False):
+        module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if (folder / "generation_config.json").exists():
+        module.generation_config = GenerationConfig.from_pretrained(folder)
+    for name, settings in sorted(body["modules"].items(), key=lambda item: item[0].count(".")):
+        kind = KINDS.get(settings["kind"])
+        if kind is None:
+            raise ModelError(
+                f"{folder} holds a layer of an unknown kind", expected=", ".join(KINDS), found=str(settings["kind"]),
+                do="update whet",
+            )  # fmt: skip
+        given = {k: v for k, v in settings.items() if k != "kind"}
+        module.set_submodule(name, kind.blank(module.get_submodule(name), **given))
+    tensors = load_file(folder / "model.safetensors")
+    _fill(module, tensors, body["aliases"], dtype, folder)
+    return module.eval()
+
+
+def _fill(
+    module: nn.Module, tensors: dict[str, Tensor], aliases: dict[str, str], dtype: torch.dtype, folder: Path
+) -> None:
+    """Put tensors into the places of a module's state; places that share one get the same object."""
+    places = module.state_dict(keep_vars=True)
+    lacking = [n for n in places if n not in tensors and aliases.get(n) not in tensors]
+    if lacking or set(tensors) - set(places):
+        odd = (lacking or sorted(set(tensors) - set(places)))[0]
+        raise ModelError(
+            f"the weights in {folder} do not fit its configuration", expected="a tensor for every place",
+            found=f"{odd} {'without a tensor' if lacking else 'without a place'}", do="write it again",
+        )  # fmt: skip
+    made: dict[str, Tensor] = {}
+    for name, place in places.items():
+        source = aliases.get(name, name)
+        if source not in made:
+            value = tensors[source]
+            if value.shape != place.shape:
+                raise ModelError(
+                    f"the weights in {folder} do not fit its configuration", do="write it again",
+                    expected=f"{name} of shape {tuple(place.shape)}", found=str(tuple(value.shape)),
+                )  # fmt: skip
+            own = isinstance(place, nn.Parameter)
+            made[source] = nn.Parameter(value.to(dtype), requires_grad=False) if own else value
+        owner, _, leaf = name.rpartition(".")
+        target = module.get_submodule(owner)
+        into: dict[str, Any] = target._parameters if isinstance(place, nn.Parameter) else target._buffers
+        into[leaf] = made[source]
+
+
+def settle(system: System, run: Run, module: Any, tokenizer: Any, key: str, notes: dict[str, Any]) -> System:
+    """The System with `module` as its whole model, written once under `key`; what came before no longer counts."""
+    made = run.store.artifact(key)
+    if not (made / "done.json").exists():
+        with aside(made) as work:
+            save(module, tokenizer, work / "weights")
+            files = [p for p in (work / "weights").iterdir() if p.is_file()]
+            body = {"kind": "model", "fingerprint": hash_files(files), "notes": notes, "spent": {}}
+            (work / "done.json").write_text(json.dumps(body), encoding="utf-8")
+    return settled(system, run, key)
+
+
+def settled(system: System, run: Run, key: str) -> System:
+    """The System with what `settle` kept under `key`; its notes go to the Run."""
+    made = run.store.artifact(key)
+    body = json.loads((made / "done.json").read_text(encoding="utf-8"))
+    run.notes.update(body["notes"], artifact=key)
+    transform = Transform("model", body["fingerprint"], made / "weights")
+    return replace(system, model=system.model.add(transform))
+
+
+def finished(run: Run, key: str) -> bool:
+    """Whether `settle` has written under this key."""
+    return (run.store.artifact(key) / "done.json").exists()
+
+
+def relax(module: nn.Module, names: Sequence[str], downs: Sequence[Tensor], ups: Sequence[Tensor]) -> None:
+    """Put a low-rank term beside linear layers, by name; one that has a term already gets a wider one."""
+    from whet.compress.layers import Relaxed
+
+    for name, down, up in zip(names, downs, ups, strict=True):
+        layer = module.get_submodule(name)
+        if isinstance(layer, Relaxed):
+            down, up = torch.cat([layer.down.data, down.to(layer.down)]), torch.cat([layer.up.data, up.to(layer.up)], 1)
+            layer = layer.base
+        module.set_submodule(name, Relaxed(layer, down, up))

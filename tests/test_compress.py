@@ -1,0 +1,60 @@
+"""Compression: the folder that holds packed and tied layers, and what makes them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import SHARED, make_model, make_tokenizer
+
+from whet.compress import folder as folders
+from whet.compress.layers import Relaxed
+from whet.errors import ModelError
+
+IDS = torch.tensor([[5, 9, 40, 7, 120, 33]])
+
+
+def logits(module: torch.nn.Module) -> torch.Tensor:
+    """Logits of a few tokens."""
+    with torch.no_grad():
+        return module(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("family", SHARED)
+def test_folder_gives_back_what_was_saved(family: str, tmp_path: Path) -> None:
+    module = make_model(family, dtype=torch.bfloat16)
+    folders.save(module, make_tokenizer(), tmp_path / "m")
+    again = folders.load(tmp_path / "m", torch.bfloat16)
+    assert torch.equal(logits(module), logits(again))
+    if module.config.tie_word_embeddings:
+        assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+
+
+def test_ties_and_terms_of_rank_two_are_kept_once(tmp_path: Path) -> None:
+    module = make_model("llama", dtype=torch.bfloat16)
+    first, second = (layer.mlp for layer in module.model.layers)
+    second.up_proj.weight = first.up_proj.weight
+    name = "model.layers.1.mlp.up_proj"
+    folders.relax(module, [name], [torch.randn(2, 32).bfloat16()], [torch.randn(64, 2).bfloat16()])
+    folders.save(module, make_tokenizer(), tmp_path / "m")
+    body = json.loads((tmp_path / "m" / folders.FILE).read_text())
+    assert body["modules"] == {name: {"kind": "relaxed", "rank": 2}}
+    assert body["aliases"][f"{name}.base.weight"] == "model.layers.0.mlp.up_proj.weight"
+    again = folders.load(tmp_path / "m", torch.bfloat16)
+    layer = again.get_submodule(name)
+    assert isinstance(layer, Relaxed) and layer.base.weight is again.model.layers[0].mlp.up_proj.weight
+    assert torch.equal(logits(module), logits(again))
+
+
+def test_folder_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    folders.save(make_model("llama"), make_tokenizer(), tmp_path / "m")
+    file = tmp_path / "m" / folders.FILE
+    body = json.loads(file.read_text())
+    file.write_text(json.dumps({**body, "modules": {"model.layers.0.mlp.up_proj": {"kind": "magic"}}}))
+    with pytest.raises(ModelError, match="unknown kind"):
+        folders.load(tmp_path / "m", torch.float32)
+    file.write_text(json.dumps({**body, "modules": {"model.layers.0.mlp.up_proj": {"kind": "relaxed", "rank": 2}}}))
+    with pytest.raises(ModelError, match="do not fit"):
+        folders.load(tmp_path / "m", torch.float32)
