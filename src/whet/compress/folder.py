@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from whet.compress import packed  # noqa: F401  (enters its kinds)
 from whet.compress.layers import KINDS
 from whet.errors import ModelError
 from whet.model import Transform, aside, hash_files

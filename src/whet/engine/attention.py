@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -73,6 +74,16 @@ class Decode:
     mask: Tensor  # additive [n, 1, 1, capacity]
     reads: tuple[Reads, ...]
     kept: dict[int, dict[int, KeysValues]]
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The rows' numbers."""
+        return torch.arange(len(self.at), device=self.at.device)
+
+    @cached_property
+    def place(self) -> int:
+        """Where the key of a single row is written."""
+        return int(self.at[0])
 
 
 def _has_kernel(q: Tensor, train: bool) -> bool:
@@ -306,21 +317,29 @@ class _TreeAttention(torch.autograd.Function):
         return to_q, to_k, to_v, None, None, None
 
 
-def _decode(q: Tensor, k: Tensor, v: Tensor, step: Decode, layer: int, scale: float) -> Tensor:
-    """One new token per row: its key and value are written, then it reads its own past and the trunks above it."""
+def decode(q: Tensor, k: Tensor, v: Tensor, step: Decode, layer: int, scale: float) -> Tensor:
+    """One new token per row: its key and value are written, then it reads its own past and the trunks above it.
+
+    q [n, heads, size], k and v [n, groups, size] → [n, heads, size].
+    """
     keys, values = step.own[layer]
-    rows = torch.arange(q.shape[2], device=q.device)
-    keys[rows, :, step.at] = k[0].transpose(0, 1)
-    values[rows, :, step.at] = v[0].transpose(0, 1)
-    own, lse = _attend(q[0].transpose(0, 1)[:, :, None], keys, values, False, step.mask, scale)
+    if len(q) == 1:
+        at = step.place
+        keys[0, :, at], values[0, :, at] = k[0], v[0]
+    else:
+        keys[step.rows, :, step.at], values[step.rows, :, step.at] = k, v
+    own, own_lse = _attend(q[:, :, None], keys, values, False, step.mask, scale)
+    if not step.reads:
+        return own[:, :, 0]
+    asked = q.transpose(0, 1)[None]
     out = own[:, :, 0].transpose(0, 1)[None].float().contiguous()
-    lse = lse[:, :, 0].transpose(0, 1)[None].float().contiguous()
+    lse = own_lse[:, :, 0].transpose(0, 1)[None].float().contiguous()
     for reads in step.reads:
         kept_keys, kept_values = step.kept[reads.trunk][layer]
         here = slice(reads.start, reads.stop)
-        part, part_lse = _attend(q[:, :, here], kept_keys, kept_values, False, None, scale)
+        part, part_lse = _attend(asked[:, :, here], kept_keys, kept_values, False, None, scale)
         _merge(out[:, :, here], lse[:, :, here], part.float(), part_lse.float())
-    return out.to(q.dtype)
+    return out[0].transpose(0, 1).to(q.dtype)
 
 
 def tree_attention(
@@ -340,7 +359,8 @@ def tree_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = cast(int, module.layer_idx)
     if isinstance(whet_plan, Decode):
-        return _decode(query, key, value, whet_plan, layer, scale).transpose(1, 2).contiguous(), None
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return decode(q, k, v, whet_plan, layer, scale)[None], None
     out = cast(Tensor, _TreeAttention.apply(query, key, value, whet_plan, layer, scale))
     for trunk, here in whet_plan.keep_trunks:
         # Copies: a slice would hold on to the keys of the whole batch.

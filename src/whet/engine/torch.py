@@ -29,6 +29,7 @@ from whet.engine import (
     choose_by_scores,
     lazy,
     prefix,
+    quick,
 )
 from whet.engine.prefix import Row, Tokens
 from whet.errors import EngineError
@@ -81,6 +82,8 @@ class TorchSession:
     def __init__(self, module: Any, tokenizer: Any, *, batch_tokens: int = BATCH_TOKENS) -> None:
         self.module, self.tokenizer, self.batch_tokens = module, tokenizer, batch_tokens
         self.spent = Spent()
+        self.quick: bool | None = None  # whether the quick step gives what the module gives; None: not yet known
+        self._step: quick.Step | None = None  # for the length of a call: adapters come and go
         config = module.config.get_text_config()
         longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
         self.context = int(longest or 2048)
@@ -297,6 +300,7 @@ class TorchSession:
 
     def prefill(self, forest: prefix.Forest, units: Sequence[prefix.Unit], room: int) -> Prefilled:
         """Compute prompts and keep their keys and values, with room for `room` more tokens behind each."""
+        self._step = None
         sub = prefix.Forest(forest.trunks, tuple(units))
         kept: dict[int, dict[int, attention.KeysValues]] = {}
         blocks: list[dict[int, attention.KeysValues]] = []
@@ -341,10 +345,19 @@ class TorchSession:
 
     def advance(self, tokens: Sequence[int], positions: Sequence[int], plan: attention.Decode) -> Tensor:
         """Feed one token to each row of a decoding step; returns logits [rows, vocabulary]."""
-        ids = torch.tensor([tokens], device=self.module.device)
-        places = torch.tensor([positions], device=self.module.device)
-        out = self.module(input_ids=ids, position_ids=places, use_cache=False, whet_plan=plan)
-        return cast(Tensor, out.logits[0])
+        ids = torch.tensor(tokens, device=self.module.device)
+        places = torch.tensor(positions, device=self.module.device)
+        if self.quick and self._step is not None:
+            return self._step(ids, places, plan)
+        step = quick.step_of(self.module) if self.quick is not False else None
+        if step is not None and self.quick:
+            self._step = step
+            return step(ids, places, plan)
+        out = self.module(input_ids=ids[None], position_ids=places[None], use_cache=False, whet_plan=plan)
+        logits = cast(Tensor, out.logits[0])
+        # What a step writes it writes again alike, so that both ways can be taken from the same place.
+        self.quick = step is not None and quick.agrees(step(ids, places, plan), logits)
+        return logits
 
     # --- choosing -------------------------------------------------------------------------------------------------
 
