@@ -296,7 +296,12 @@ def load(
     model.requires_grad_(False)
     for transform in ref.standing:
         model = _apply(model, transform)
-    return model.to(device).eval(), tokenizer
+    model = model.to(device).eval()
+    if ref.whole is not None:
+        from whet.compress.packed import assemble
+
+        assemble(model)
+    return model, tokenizer
 
 
 def save_weights(module: Any, folder: Path) -> None:

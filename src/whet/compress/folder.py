@@ -37,6 +37,15 @@ def compressed(module: nn.Module) -> dict[str, dict[str, Any]]:
     return found
 
 
+def size(module: nn.Module) -> int:
+    """Bytes of a module's weights as `save` writes them, what several places share counted once."""
+    unique = {(t.data_ptr(), t.shape): t for t in module.state_dict(keep_vars=True).values()}
+    return sum(
+        t.numel() * (2 if isinstance(t, nn.Parameter) and t.is_floating_point() else t.element_size())
+        for t in unique.values()
+    )
+
+
 def save(module: Any, tokenizer: Any, folder: Path) -> None:
     """Write a module as a model folder: parameters as bf16, buffers as they are; what several places share, once."""
     from safetensors.torch import save_file

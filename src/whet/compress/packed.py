@@ -20,6 +20,7 @@ from whet.compress.layers import KINDS
 FEW = 8  # rows up to which the weight-only kernel of 8 bits is faster than unpacking
 FEW_ROUNDED = 3  # ... than rounding the rows and multiplying whole numbers
 SOME = 128  # the same for 4 bits, whose unpacking is dearer
+WHOLE = 16  # bytes that the kernel of 8 bits reads at once, from such addresses only
 GROUPS = (64, 32, 128, 256)  # columns that share a step, in the order of preference: what torch's kernel takes
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers that read the same input
 
@@ -118,15 +119,17 @@ class Int8(Pack):
 
     def assemble(self) -> None:
         """Add oneDNN's layout, which many rows are multiplied by; few are by the plain one."""
+        if self.values.data_ptr() % WHOLE:  # as files have them
+            self.values = self.values.clone()
         if self.activations and self.ready is None and integer_kernels() and self.values.device.type == "cpu":
             self.ready = torch.ops.onednn.qlinear_prepack(self.values, None)
 
     def product(self, x: Tensor) -> Tensor:
         """See Pack."""
-        if len(x) <= self.few and x.device.type == "cpu":
+        if len(x) <= self.few and self.values.data_ptr() % WHOLE == x.shape[1] % WHOLE == 0 and x.device.type == "cpu":
             if self.narrow is None or self.narrow.device != x.device:
                 self.narrow = self.scale.to(x.device, torch.bfloat16)
-            return torch._weight_int8pack_mm(x.bfloat16(), self.values, self.narrow).to(x.dtype)
+            return torch._weight_int8pack_mm(x.bfloat16().contiguous(), self.values, self.narrow).to(x.dtype)
         if not self.activations:
             return linear(x, self.values.to(x.dtype)).mul_(self.scale.to(x.dtype))
         values, step = rounded(x)
@@ -228,8 +231,8 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
         most = (x.contiguous().view(torch.int16) & 0x7FFF).amax(-1, keepdim=True).view(torch.bfloat16)
     else:
         most = x.abs().amax(-1, keepdim=True)
-    most = most.clamp_min(1e-30)
-    return (x * (127 / most)).round_().to(torch.int8), most / 127
+    inverse = 126 / most.clamp_min(1e-30)  # not 127: rounded up in bf16, the greatest would be out of range
+    return (x * inverse).round_().to(torch.int8), 1 / inverse
 
 
 def _int8_product(values: Tensor, ready: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

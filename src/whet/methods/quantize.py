@@ -1,0 +1,297 @@
+"""Quantization: weights in 8 or 4 bits, multiplied as they are; the layers that hurt most stay at 8."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from whet.errors import MethodError
+from whet.methods import Need, Run
+from whet.system import System
+from whet.task import Learnable
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from whet.compress.calibrate import Moments
+    from whet.compress.packed import Pack
+
+NORMED = {  # what a norm's output is read by, in families whose norm multiplies by its weight
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+}
+PLAIN_NORM = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+STRENGTH = 0.5  # SmoothQuant's alpha (Xiao et al. 2023)
+WORTH = 0.9  # of the error may be left after smoothing, or it is not done
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Weights in few bits, judged on rows of the task, the embedding included.
+
+    8 bits: one step a row; with `activations`, what is multiplied is rounded, too, so that long prompts run on integer
+    kernels (dynamic, by token), and outliers are moved into the weights where that helps (SmoothQuant). 4 bits: a step
+    and a zero for every `group` columns (0: the first of 64, 32, 128 that divides the width), by `rounding`: nearest,
+    hqq (Badri & Shaji 2023) or gptq (Frantar et al. 2022, on `rows` train rows). `embedding` bits, 0: 8. Where the
+    task's `limits.size` allows, the layers whose outputs suffer most are kept in 8 bits.
+    """
+
+    name: ClassVar[str] = "quantize"
+    family: ClassVar[str] = "compression"
+    needs: ClassVar[tuple[Need, ...]] = ("rows", "weights")
+    writes: ClassVar[tuple[str, ...]] = ("model",)
+    invalidates: ClassVar[tuple[str, ...]] = ("calibration",)
+
+    bits: int = 8
+    rounding: str = "gptq"
+    group: int = 0
+    activations: bool = True
+    embedding: int = 0
+    rows: int = 128
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8) or self.embedding not in (0, 4, 8):
+            raise ValueError(f"bits is {self.bits}, embedding {self.embedding}; 8 or 4")
+        if self.rounding not in ("nearest", "hqq", "gptq"):
+            raise ValueError(f"rounding is {self.rounding!r}; one of nearest, hqq, gptq")
+        if self.rows < 1 or self.group < 0:
+            raise ValueError("rows is at least 1, group at least 0")
+
+    def space(self) -> Mapping[str, Sequence[Any]]:
+        """The settings worth trying."""
+        return {"bits": (8, 4), "rounding": ("gptq", "hqq"), "group": (32, 64), "activations": (True, False)}
+
+    def apply(self, system: System, data: Learnable, run: Run) -> System:
+        """The System with packed weights as its whole model.
+
+        Raises MethodError for a model that is quantized already, whose layers are of an unknown kind, or out of reach.
+        """
+        from whet.compress.folder import compressed, finished, settle, settled
+        from whet.compress.packed import PackedLinear
+        from whet.engine.torch import TorchSession
+        from whet.task import rows_hash
+        from whet.train.lesson import key
+
+        name = key(asdict(self), system.state, rows_hash(data.train), run.seed, data.limits.size)
+        if finished(run, name):
+            return settled(system, run, name)
+        session = run.session(system.model)
+        if not isinstance(session, TorchSession):
+            raise MethodError("quantizing needs the weights", expected="a local model", found=system.model.base)
+        if any(s["kind"] == PackedLinear.kind for s in compressed(session.module).values()):
+            raise MethodError(
+                "the model is quantized already", expected="a model in 16 bits", found="packed layers",
+                do="quantize the System it was made from",
+            )  # fmt: skip
+        with _swapping(session.module) as work:
+            notes = self._pack(system, data, run, session, work)
+            return settle(system, run, session.module, session.tokenizer, name, {"quantized": notes})
+
+    def _pack(self, system: System, data: Learnable, run: Run, session: Any, work: _Work) -> dict[str, Any]:
+        from whet.compress.calibrate import rows_of, walk
+        from whet.compress.folder import size
+
+        was = size(session.module)
+        rows = rows_of(system, data.train, session, self.rows, run.seed)
+        uses = work.uses()
+
+        def visit(index: int, layer: nn.Module, moments: dict[str, Moments]) -> None:
+            if self.bits == 8 and self.activations and session.module.config.model_type in PLAIN_NORM:
+                work.smooth(layer, moments, uses)
+            for name, one in moments.items():
+                linear: Any = layer.get_submodule(name)
+                seen = work.seen.setdefault(id(linear.weight), one)
+                if seen is not one:
+                    seen.second += one.second
+                uses[id(linear.weight)] -= 1
+                if not uses[id(linear.weight)]:  # a tied weight is rounded once all its inputs are known
+                    work.pack(linear, self._packed(linear.weight.data, seen.second), seen.second, self.bits)
+
+        walk(session, rows, visit, run.progress("quantizing"))
+        wanted = self.embedding or 8
+        work.embedding(self, wanted)
+        most, promoted = data.limits.size, 0
+        if most is not None and size(session.module) > most and wanted == 8 and not self.embedding and self.bits == 4:
+            work.embedding(self, 4)
+        if most is not None and self.bits == 4:
+            promoted = work.promote(session.module, most)
+        now = size(session.module)
+        notes: dict[str, Any] = {"bytes": now, "was": was, "rows": len(rows), "smoothed": work.smoothed,
+                 "layers": sorted(work.report.values(), key=lambda r: -r["error"])}  # fmt: skip
+        if most is not None:
+            notes |= {"limit": most, "kept_in_8": promoted, "met": now <= most}
+        return notes
+
+    def _packed(self, weight: Tensor, second: Tensor | None) -> Pack:
+        from whet.compress.rounding import pack4, pack8
+
+        given = second if self.rounding == "gptq" else None
+        if self.bits == 8:
+            return pack8(weight, self.activations, given)
+        return pack4(weight, self.columns(weight.shape[1]), self.rounding, given)
+
+    def columns(self, size: int) -> int:
+        """How many columns share a step, in a layer of that width. Raises MethodError where none divides it."""
+        from whet.compress.packed import GROUPS
+
+        wanted = (self.group,) if self.group else GROUPS
+        found = next((g for g in wanted if size % g == 0), None)
+        if found is None:
+            raise MethodError(
+                f"groups of {wanted[0]} do not divide a layer of width {size}", expected="a divisor",
+                found=str(wanted[0]), do=f"set group to one of {[g for g in (96, 64, 48, 32, 16, 8) if size % g == 0]}",
+            )  # fmt: skip
+        return found
+
+
+@dataclass
+class _Work:
+    """A module whose layers make way for packed ones, until it is put back as it was."""
+
+    module: Any
+    before: list[tuple[Any, str, Any]] = field(default_factory=list)  # (owner, attribute, what stood there)
+    scaled: list[tuple[Any, Tensor]] = field(default_factory=list)  # (parameter, its values)
+    seen: dict[int, Moments] = field(default_factory=dict)  # weight → inputs
+    report: dict[int, dict[str, Any]] = field(default_factory=dict)  # weight → what became of it
+    weights: dict[int, Tensor] = field(default_factory=dict)
+    packed: dict[int, list[Any]] = field(default_factory=dict)  # weight → the layers over its pack
+    smoothed: int = 0
+
+    def uses(self) -> dict[int, int]:
+        """How many layers read each weight."""
+        from torch import nn
+
+        from whet.compress.calibrate import stack
+
+        found: dict[int, int] = {}
+        for layer in stack(self.module):
+            for one in layer.modules():
+                if type(one) is nn.Linear:
+                    found[id(one.weight)] = found.get(id(one.weight), 0) + 1
+        return found
+
+    def put(self, name: str, layer: Any) -> None:
+        """Put a layer into the place of another, by name."""
+        owner, _, leaf = name.rpartition(".")
+        parent = self.module.get_submodule(owner)
+        self.before.append((parent, leaf, getattr(parent, leaf)))
+        setattr(parent, leaf, layer)
+
+    def pack(self, linear: Any, pack: Pack, second: Tensor, bits: int) -> None:
+        """Every layer over this weight becomes one over the pack."""
+        from whet.compress.packed import PackedLinear
+        from whet.compress.rounding import output_error
+
+        weight = linear.weight
+        places = [n for n, m in self.module.named_modules() if getattr(m, "weight", None) is weight]
+        error = output_error(weight.data, pack, second)
+        self.report[id(weight)] = {"layer": places[0], "bits": bits, "error": error}
+        self.weights[id(weight)], self.packed[id(weight)] = weight.data, []
+        for name in places:
+            one = self.module.get_submodule(name)
+            self.put(name, PackedLinear(pack, (one.in_features, one.out_features), one.bias))
+            self.packed[id(weight)].append(self.module.get_submodule(name))
+
+    def smooth(self, layer: Any, moments: Mapping[str, Moments], uses: Mapping[int, int]) -> None:
+        """Move outliers of what linear layers read into their weights, where that lowers the error."""
+        for norm, names in NORMED.items():
+            readers = [layer.get_submodule(n) for n in names]
+            if all(n in moments and uses.get(id(r.weight)) == 1 for n, r in zip(names, readers, strict=True)):
+                self._smooth(layer.get_submodule(norm).weight, readers, [moments[n] for n in names])
+        down, up = layer.mlp.down_proj, layer.mlp.up_proj
+        if "mlp.down_proj" in moments and uses.get(id(down.weight)) == uses.get(id(up.weight)) == 1 and up.bias is None:
+            self._smooth(up.weight, [down], [moments["mlp.down_proj"]])
+
+    def _smooth(self, source: Any, readers: Sequence[Any], moments: Sequence[Moments]) -> None:
+        import torch
+
+        from whet.compress.packed import rounded
+        from whet.compress.rounding import pack8
+
+        one = moments[0]
+        weights = torch.cat([r.weight.data.float() for r in readers])
+        factor = one.most.clamp_min(1e-5) ** STRENGTH / weights.abs().amax(0).clamp_min(1e-5) ** (1 - STRENGTH)
+        factor = factor / factor.log().mean().exp()
+
+        def error(scale: Tensor) -> float:
+            values, step = rounded((one.some / scale).bfloat16())
+            made = (values.float() * step.float()) @ pack8(weights * scale, True).dense().T
+            return float((made - one.some @ weights.T).norm())
+
+        if error(factor) > WORTH * error(torch.ones_like(factor)):
+            return
+        self.smoothed += 1
+        for parameter in (source, *(r.weight for r in readers)):
+            self.scaled.append((parameter, parameter.data))
+        down = 1 / factor.to(source.device)
+        shaped = down if source.dim() == 1 else down[:, None]
+        source.data = (source.data.float() * shaped).to(source.dtype)
+        for reader in readers:
+            reader.weight.data = (reader.weight.data.float() * factor).to(reader.weight.dtype)
+        for each in {id(m): m for m in moments}.values():
+            each.second /= torch.outer(factor, factor)
+            each.most, each.some = each.most / factor, each.some / factor
+
+    def embedding(self, method: Quantize, bits: int) -> None:
+        """The embedding and the output in `bits`; where they are tied, they stay so."""
+        from torch import nn
+
+        from whet.compress.packed import PackedEmbedding, PackedLinear
+        from whet.compress.rounding import pack4, pack8
+
+        lookup, head = self._original(self.module.get_input_embeddings()), self._original(
+            self.module.get_output_embeddings()
+        )
+        names = {id(m): n for n, m in self.module.named_modules()}
+        packs: dict[int, Pack] = {}
+        for layer in (lookup, head):
+            weight = layer.weight
+            if type(layer) not in (nn.Embedding, nn.Linear):
+                continue  # an embedding that does more than look up stays as it is
+            if id(weight) not in packs:
+                how = "hqq" if method.rounding != "nearest" else "nearest"
+                packs[id(weight)] = (pack8(weight.data, method.activations) if bits == 8
+                                     else pack4(weight.data, method.columns(weight.shape[1]), how))  # fmt: skip
+            pack, sizes = packs[id(weight)], (weight.shape[1], weight.shape[0])
+            current = self.module.get_input_embeddings() if layer is lookup else self.module.get_output_embeddings()
+            packed = (PackedEmbedding(pack, (sizes[1], sizes[0]), weight.dtype) if layer is lookup
+                      else PackedLinear(pack, sizes, layer.bias))  # fmt: skip
+            self.put(names[id(current)], packed)
+
+    def _original(self, layer: Any) -> Any:
+        """What stood where a layer stands now."""
+        for parent, leaf, stood in self.before:
+            if getattr(parent, leaf) is layer:
+                return stood
+        return layer
+
+    def promote(self, module: Any, most: int) -> int:
+        """Keep in 8 bits the layers whose error weighs most for their bytes, as far as `most` bytes allow."""
+        from whet.compress.folder import size
+        from whet.compress.rounding import pack8
+
+        room, count = most - size(module), 0
+        for key, entry in sorted(self.report.items(), key=lambda r: -r[1]["error"]):
+            more = self.weights[key].numel() // 2
+            if more <= room:
+                pack = pack8(self.weights[key], False)
+                for layer in self.packed[key]:
+                    layer.pack = pack
+                entry["bits"] = 8
+                room, count = room - more, count + 1
+        return count
+
+
+@contextmanager
+def _swapping(module: Any) -> Iterator[_Work]:
+    """Within it, layers may be replaced and scaled; afterwards the module is as it was."""
+    work = _Work(module)
+    try:
+        yield work
+    finally:
+        for parent, leaf, stood in reversed(work.before):
+            setattr(parent, leaf, stood)
+        for parameter, values in reversed(work.scaled):
+            parameter.data = values

@@ -1,0 +1,238 @@
+"""Packed weights and the method that makes them, against closed formulas and plain products."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import make_model, save_model
+from torch import nn
+
+from whet.compress import calibrate, packed, rounding
+from whet.compress.folder import compressed, size
+from whet.engine.prefix import Row
+from whet.engine.torch import TorchSession
+from whet.errors import MethodError
+from whet.methods import Run, make
+from whet.methods.quantize import Quantize, _swapping
+from whet.model import load, resolve
+from whet.store import Store
+from whet.system import Decoding, System
+from whet.task import Example, Learnable, Limits
+
+WORDS = ("movie", "great", "funny", "story", "people", "city", "bad", "question", "answer", "film", "was", "not")
+
+
+def weights(out: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """Random weights."""
+    return torch.randn(out, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def examples(count: int = 24) -> tuple[Example, ...]:
+    """Rows of a small task."""
+    return tuple(
+        Example(str(n), " ".join(WORDS[(n + i) % len(WORDS)] for i in range(8)), ("positive", "negative")[n % 2])
+        for n in range(count)
+    )
+
+
+def task(**more: object) -> Learnable:
+    """A small task."""
+    return Learnable("t", "Say which.", "accuracy", ("negative", "positive"), train=examples(), **more)
+
+
+def system(folder: Path, home: Path, family: str = "llama") -> System:
+    """A System over a tiny model."""
+    decoding = Decoding(("negative", "positive"), True)
+    return System(resolve(save_model(folder, family)), "Say which.", decoding=decoding, home=home)
+
+
+@given(st.integers(0, 1000), st.sampled_from([32, 64]))
+@settings(max_examples=20, deadline=None)
+def test_four_bits_are_within_half_a_step(seed: int, group: int) -> None:
+    w = weights(64, 128, seed)
+    pack = rounding.pack4(w, group)
+    step = pack.parts()["scale"].repeat_interleave(group, 1)
+    assert ((pack.dense() - w).abs() <= 0.5 * step + 0.05 * step).all()  # steps and zeros are held in bf16
+    values, scale, zero = (pack.parts()[k] for k in ("values", "scale", "zero"))
+    each = (values.float().unflatten(1, (-1, group)) - zero[..., None]) * scale[..., None]
+    assert torch.allclose(each.flatten(1), pack.dense(), atol=1e-5)
+
+
+def test_eight_bits_are_within_half_a_step() -> None:
+    w = weights(48, 80)
+    pack = rounding.pack8(w, True)
+    assert torch.allclose(pack.scale, w.abs().amax(1) / 127)
+    assert ((pack.dense() - w).abs() <= 0.5001 * pack.scale[:, None]).all()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 40, 200])
+@pytest.mark.parametrize("make_pack", [
+    lambda w: rounding.pack8(w, False), lambda w: rounding.pack8(w, True), lambda w: rounding.pack4(w, 64),
+])  # fmt: skip
+def test_products_are_those_of_the_weights_stood_for(rows: int, make_pack: object) -> None:
+    pack = make_pack(weights(128, 192))  # type: ignore[operator]
+    x = weights(rows, 192, 1).bfloat16()
+    dense = pack.dense()
+    for assembled in (False, True):
+        if assembled:
+            pack.assemble()
+            assert torch.equal(pack.dense(), dense)
+        made, wanted = pack.times(x).float(), x.float() @ dense.T
+        assert (made - wanted).norm() < 0.02 * wanted.norm()
+        ids = torch.tensor([3, 77, 127, 3])
+        assert torch.allclose(pack.rows(ids), dense[ids], atol=1e-6)
+
+
+def test_siblings_are_multiplied_at_once_and_give_the_same() -> None:
+    for kind in (lambda w: rounding.pack8(w, True), lambda w: rounding.pack4(w, 32)):
+        packs = [kind(weights(n, 64, n)) for n in (64, 32, 32)]
+        alone = [p.dense() for p in packs]
+        x = weights(4, 64, 9).bfloat16()
+        bundle = packed.Bundle(packs)
+        for _ in range(2):
+            for pack, dense in zip(packs, alone, strict=True):
+                wanted = x.float() @ dense.T
+                assert (pack.times(x).float() - wanted).norm() < 0.03 * wanted.norm()
+                assert torch.equal(pack.dense(), dense)
+            assert bundle.seen is None  # nothing is held on to
+            x = weights(4, 64, 10).bfloat16()
+
+
+def test_rounded_rows_never_leave_eight_bits() -> None:
+    x = torch.linspace(-3, 3, 4096 * 8).view(64, -1).bfloat16() * torch.logspace(-6, 6, 64)[:, None].bfloat16()
+    values, step = packed.rounded(x)
+    assert (values.float().sign() * x.float().sign() >= 0).all()
+    assert ((values.float() * step.float() - x.float()).abs() <= 1.3 * step.float()).all()
+
+
+def test_gptq_is_the_nearest_where_inputs_are_independent_and_better_where_not() -> None:
+    w = weights(32, 64)
+    scale = w.abs().amax(1, keepdim=True) / 7
+    zero = torch.zeros_like(scale)
+    nearest = (w / scale).round().clamp(-8, 7)
+    assert torch.equal(rounding.gptq(w, torch.eye(64), scale, zero, -8, 7), nearest)
+    x = weights(500, 8, 1) @ weights(8, 64, 2) + 0.1 * weights(500, 64, 3)
+    second = x.T @ x
+
+    def lost(values: torch.Tensor) -> float:
+        return float(((values * scale - w) @ x.T).norm())
+
+    assert lost(rounding.gptq(w, second, scale, zero, -8, 7)) < 0.6 * lost(nearest)
+
+
+def test_hqq_leaves_a_smaller_error_in_its_own_norm() -> None:
+    w = weights(16, 256)
+    w[:, 5] *= 6  # outliers are what it is for
+    each = w.unflatten(1, (-1, 64))
+
+    def lost(how: str) -> float:
+        found = rounding.pack4(w, 64, how).dense().unflatten(1, (-1, 64))
+        return float((each - found).abs().pow(rounding.SHRINK[0]).sum())
+
+    assert lost("hqq") < lost("nearest")
+
+
+def test_gradient_passes_through_packed_weights() -> None:
+    pack = rounding.pack8(weights(16, 32), False)
+    layer = packed.PackedLinear(pack, (32, 16), None)
+    x = weights(5, 32, 1).requires_grad_()
+    layer(x).sum().backward()
+    assert torch.allclose(x.grad, pack.dense().sum(0).expand(5, 32), atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_smoothing_leaves_the_model_what_it_was(family: str) -> None:
+    module = make_model(family)
+    with torch.no_grad():
+        for layer in module.model.layers:  # an outlier that makes it worth while
+            layer.input_layernorm.weight[3] = 40.0
+            layer.post_attention_layernorm.weight[5] = 40.0
+    ids = torch.tensor([[5, 9, 40, 7, 120, 33]])
+    before = module(input_ids=ids).logits
+    rows = [Row(tuple(range(5 + n, 25 + n)), ((7, 8),)) for n in range(8)]
+    from models import make_tokenizer
+
+    with _swapping(module) as work:
+        uses = work.uses()
+        session = TorchSession(module, make_tokenizer())
+        calibrate.walk(session, rows, lambda i, layer, moments: work.smooth(layer, moments, uses), None)
+        assert work.smoothed >= 2
+        assert torch.allclose(module(input_ids=ids).logits, before, atol=2e-3)
+        assert not torch.equal(module.model.layers[0].self_attn.q_proj.weight, make_model(family).model.layers[0]
+                               .self_attn.q_proj.weight)  # fmt: skip
+    assert torch.equal(module(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize("given_settings", [{}, {"bits": 4, "group": 16}, {"activations": False, "rounding": "hqq"}])
+def test_quantize_gives_a_smaller_model_that_answers_alike(given_settings: dict[str, object], tmp_path: Path) -> None:
+    base = system(tmp_path / "model", tmp_path / "home")
+    run = Run(Store(tmp_path / "home"))
+    method = make("quantize", given_settings)
+    plain = run.session(base.model).score([(("user", "was it bad"),)], [["positive"]])[0][0].logprob
+    made = method.apply(base, task(), run)
+    assert run.session(base.model).score([(("user", "was it bad"),)], [["positive"]])[0][0].logprob == plain
+    assert run.notes["quantized"]["bytes"] < 0.7 * run.notes["quantized"]["was"]
+    module, _ = load(made.model, tmp_path / "home")
+    kinds = {k["kind"] for k in compressed(module).values()}
+    assert kinds == {"packed", "packed_embedding"}
+    now = Run(Store(tmp_path / "home")).session(made.model).score([(("user", "was it bad"),)], [["positive"]])[0][0]
+    assert now.logprob == pytest.approx(plain, rel=0.1)
+    folder = made.save(tmp_path / "system")
+    stored = sum(p.stat().st_size for p in folder.rglob("*.safetensors"))
+    assert stored == pytest.approx(run.notes["quantized"]["bytes"], rel=0.25)  # a tiny model: its header counts
+    assert method.apply(base, task(), Run(Store(tmp_path / "home"))).fingerprint == made.fingerprint
+    with pytest.raises(MethodError, match="quantized already"):
+        Quantize(bits=4).apply(made, task(), run)
+
+
+def test_limits_keep_the_worst_layers_in_eight_bits(tmp_path: Path) -> None:
+    base = system(tmp_path / "model", tmp_path / "home")
+    run = Run(Store(tmp_path / "home"))
+    Quantize(bits=4, group=16).apply(base, task(), run)
+    least = run.notes["quantized"]["bytes"]
+    Quantize(bits=4, group=16).apply(base, task(limits=Limits(size=least + 3000)), run)
+    notes = run.notes["quantized"]
+    assert notes["met"] and notes["kept_in_8"] > 0 and least < notes["bytes"] <= least + 3000
+    eight = [r["error"] for r in notes["layers"] if r["bits"] == 8]
+    assert max(eight) == max(r["error"] for r in notes["layers"])
+    Quantize(bits=4, group=16).apply(base, task(limits=Limits(size=1000)), run)
+    assert not run.notes["quantized"]["met"]
+
+
+def test_tied_layers_hold_one_pack() -> None:
+    module = make_model("llama")
+    first, second = (layer.mlp for layer in module.model.layers)
+    second.up_proj.weight = first.up_proj.weight
+    from models import make_tokenizer
+
+    with _swapping(module) as work:
+        uses = work.uses()
+        seen: list[int] = []
+
+        def visit(index: int, layer: nn.Module, moments: dict[str, calibrate.Moments]) -> None:
+            for name, one in moments.items():
+                linear = layer.get_submodule(name)
+                uses[id(linear.weight)] -= 1
+                if not uses[id(linear.weight)]:
+                    seen.append(index)
+                    work.pack(linear, rounding.pack8(linear.weight.data, True), one.second, 8)
+
+        calibrate.walk(TorchSession(module, make_tokenizer()), [Row(tuple(range(5, 25)), ((7,),))], visit, None)
+        assert first.up_proj.pack is second.up_proj.pack
+        assert size(module) < size(make_model("llama"))
+    assert first.up_proj.weight is second.up_proj.weight
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(MethodError, match="wrong settings"):
+        make("quantize", {"bits": 3})
+    base = system(tmp_path / "model", tmp_path / "home")
+    with pytest.raises(MethodError, match="do not divide"):
+        Quantize(bits=4, group=48).apply(base, task(), Run(Store(tmp_path / "home")))
+    other = system(tmp_path / "gpt2", tmp_path / "home", "gpt2")
+    with pytest.raises(MethodError, match="gpt2"):
+        Quantize().apply(other, task(), Run(Store(tmp_path / "home")))
