@@ -182,10 +182,10 @@ class Int4(Pack):
         found = each[ids // (2 * half), :, at % half]
         return self._unpacked(torch.where((at < half)[:, None], found & 15, found >> 4), self.steps[:, ids])
 
-    def _unpacked(self, values: Tensor, steps: Tensor) -> Tensor:
+    def _unpacked(self, values: Tensor, steps: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Whole numbers [rows, in] by their steps [groups, rows, 2]."""
-        scale, middle = steps.float().transpose(0, 1)[:, :, None].unbind(-1)
-        each = values.float().unflatten(1, (len(self.steps), -1))
+        scale, middle = steps.to(dtype).transpose(0, 1)[:, :, None].unbind(-1)
+        each = values.to(dtype).unflatten(1, (len(self.steps), -1))
         made: Tensor = (each - 8) * scale + middle
         return made.flatten(1)
 
@@ -210,7 +210,7 @@ class Int4(Pack):
             few = x.bfloat16().contiguous()
             made = torch.ops.aten._weight_int4pack_mm_for_cpu(few, self.ready, self.group, self.steps)
             return cast(Tensor, made.to(x.dtype))
-        return linear(x, self._unpacked(self.held(), self.steps).to(x.dtype))
+        return linear(x, self._unpacked(self.held(), self.steps, x.dtype))
 
 
 def halves(packed: Tensor) -> Tensor:

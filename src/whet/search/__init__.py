@@ -24,6 +24,7 @@ from whet.model import DEFAULT, ModelRef, loaded_before, resolve
 from whet.progress import Silent, Watch, clock
 from whet.retention import forgetting, refused
 from whet.scorecard import Scorecard, evaluate, measure, reads_scores, versions
+from whet.search import limits
 from whet.search import out as output
 from whet.search.arms import cheap_arms, left_out
 from whet.search.budget import Rates, estimate, seconds
@@ -133,7 +134,7 @@ def improve(
     try:
         begun = time.monotonic()
         _race(job)
-        finalist = job.alone or _finalist(job)
+        finalist = limits.within(job, job.alone or _finalist(job))
         return _finish(job, finalist, begun)
     finally:
         job.watch.close()
@@ -174,6 +175,8 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
     earlier = _earlier(bases[0], splits.learnable, run, refs[0])
     again = sum(rates.price(estimate(one.asked, one.held, run.session(refs[0]))) for one in earlier)
     reserve = min(2.2 * confirm + 2 * again + FIXED + ENCODED * wish.budget, 0.5 * wish.budget)
+    if limits.limited(task.limits) and not refs[0].remote:
+        reserve += min(limits.SECONDS, 0.25 * wish.budget)
     select = shared_order(splits.select, task.closed, wish.seed)
     race = Race(key, splits.learnable, select, metric, store, rates, wish.seed, wish.budget - reserve - judging, watch,
                 run, deadline=time.monotonic() + 3 * wish.budget)  # fmt: skip
@@ -438,6 +441,8 @@ def _finish(job: _Job, finalist: Trial | None, begun: float) -> Improvement:
     confirmed, cards, spent = _confirm(job, finalist)
     baselines_found = _run_baselines(job)
     improved = bool(confirmed and confirmed["improved"]) or (confirmed is None and finalist is not None)
+    # Where the base itself is too large, being within the limits is what was asked for.
+    improved = improved or (finalist is not None and any(m.family == "compression" for m in finalist.recipe.methods))
     handed = finalist if finalist and improved else None
     system = handed.system if handed else job.bases[0]
     card = cards.get("chosen" if handed else "base") or (handed.card if handed else None)

@@ -13,6 +13,7 @@ from whet.methods.prompting import Prompting
 from whet.progress import clock
 from whet.scorecard import reads_scores, uncalibrated
 from whet.search.budget import Rates, estimate
+from whet.search.limits import limited
 from whet.search.recipe import Recipe, parse, recipe
 from whet.system import System
 from whet.task import Example, Learnable
@@ -140,4 +141,6 @@ def left_out(wish: Wish, base: System, data: Learnable) -> list[dict[str, str]]:
             why = str(error)
         if why:
             found.append({"method": name, "why": f"needs {why}"})
+        elif kind.family == "compression" and not limited(data.limits):
+            found.append({"method": name, "why": "no limit of size, memory or latency in task.yaml asks for it"})
     return found

@@ -1,0 +1,248 @@
+"""Compression: what smaller and faster cost on the task, against the tuned System in 16 bits, all in one run.
+
+A System is fine-tuned on `--rows` rows of each task (once; kept in `--home`). Then, on `--test` rows of its test, in
+pairs with the tuned System:
+
+quantize   int8 (weights and activations, and weights only) and 4 bits by nearest, HQQ and GPTQ: bytes, the observed
+           loss and its one-sided bound, and the speed of decoding at batch 1 and of reading a long prompt, taken in
+           turns with the tuned System's.
+peers      the same System as a GGUF that llama.cpp has quantized to Q8_0, Q4_0 and Q4_K_M: bytes, score and speed
+           (needs llama-cpp-python: `--llama PYTHON` names an interpreter that has it).
+teach      context distillation: the teacher is the base with 16 demonstrations, calibrated; the student has none.
+           Scores, and latency with cold caches.
+students   half the layers: pruned, and shared; healed by distillation and by fine-tuning with the same tokens.
+composed   vocabulary trimmed, layers shared or dropped, healed, 4 bits.
+
+    .venv/bin/python benchmarks/compression.py [--parts quantize,teach,students,composed] [--task sst2,banking77,e2e_nlg]
+        [--rows 1500] [--test 500]
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import common
+
+PARTS = ("quantize", "peers", "teach", "students", "composed")
+KINDS = (
+    "quantize", "quantize(activations=False)", "quantize(bits=4,rounding=nearest)", "quantize(bits=4,rounding=hqq)",
+    "quantize(bits=4)", "quantize(bits=4,embedding=4)",
+)  # fmt: skip
+SHAPES = ("prune(layers=15)", "share(groups=15,rank=16)")
+COMPOSED = "prune(layers=20,vocabulary=true)+distill+quantize(bits=4)"
+WORDS = ("the", "story", "of", "people", "in", "a", "city", "was", "not", "bad", "at", "all", "and", "funny")
+NEW, LONG = 64, 500  # tokens decoded, words read
+
+
+class Bench:
+    """A task, the System tuned on it, and a Run over one store."""
+
+    def __init__(self, options: Any, name: str, home: Path) -> None:
+        from whet.methods import Run, make
+        from whet.metrics import get
+        from whet.model import resolve
+        from whet.search import base_system
+        from whet.store import Store
+
+        self.options, self.task = options, common.load_task(options.tasks, name)
+        self.run, ref = Run(Store(home), options.seed), resolve(options.model)
+        rows = self.task.split(options.seed).learnable
+        self.base = base_system(ref, self.task, rows, self.run.session(ref), home)
+        self.data = replace(rows, train=tuple(random.Random(options.seed).sample(rows.train, options.rows)))
+        self.test = self.task.test[: options.test]
+        self.metric = get(self.task.metric, self.task.folder, False)
+        begun = time.perf_counter()
+        self.tuned = make("finetune", {"epochs": options.epochs}).apply(self.base, self.data, self.run)
+        print(f"\n## {name}: tuned on {len(self.data.train)} rows in {time.perf_counter() - begun:.0f} s (0: kept)\n")
+        self.card = self.tested(self.tuned)
+
+    def tested(self, system: Any) -> Any:
+        """The scorecard of a System on the test rows."""
+        from whet.scorecard import evaluate
+
+        return evaluate(system, self.test, self.metric, session=self.run.session(system.model), store=self.run.store)
+
+    def made(self, recipe: str, start: Any, tokens: int | None = None) -> tuple[Any, dict[str, Any], float]:
+        """What a recipe makes of a System, its notes, and the seconds that took."""
+        from whet.search.recipe import parse
+
+        run = replace(self.run, notes={}, trained_tokens=tokens)
+        begun = time.perf_counter()
+        system = parse(recipe).run(start, self.data, run)
+        return system, run.notes, time.perf_counter() - begun
+
+    def lost(self, card: Any, than: Any = None) -> tuple[str, str]:
+        """The observed loss in points with its interval, and the one-sided bound."""
+        from whet import stats
+
+        old = (than or self.card).outcomes
+        paired = stats.compare(old, card.outcomes, self.metric, self.options.seed)
+        kept = stats.not_worse(old, card.outcomes, self.metric, 0.01, self.options.seed)
+        return (f"{-100 * paired.difference:+.1f} [{-100 * paired.high:.1f}, {-100 * paired.low:.1f}]",
+                f"{100 * kept.bound:.1f}")  # fmt: skip
+
+
+def words(seed: int, count: int) -> str:
+    """A prompt of random words."""
+    draw = random.Random(seed)
+    return " ".join(draw.choice(WORDS) for _ in range(count))
+
+
+def decode(session: Any, seed: int) -> float:
+    """Seconds per token of decoding at batch 1, the prompt apart."""
+    from whet.engine import Sampling
+
+    prompt = (("user", words(seed, 20)),)
+    begun = time.perf_counter()
+    session.generate([prompt], Sampling(1))
+    read = time.perf_counter()
+    made = session.generate([prompt], Sampling(NEW))[0][0].tokens
+    return ((time.perf_counter() - read) - (read - begun)) / max(1, made - 1)
+
+
+def prefill(session: Any, seed: int) -> float:
+    """Seconds per token of reading a long prompt."""
+    prompt = (("user", words(seed, LONG)),)
+    count = session.count([prompt])[0]
+    begun = time.perf_counter()
+    session.score([prompt], [["yes"]])
+    return (time.perf_counter() - begun) / count
+
+
+def speeds(bench: Bench, systems: dict[str, Any], repeats: int) -> dict[str, tuple[float, float]]:
+    """(decoded, read) tokens a second of each System; the contestants take turns."""
+    from whet.engine import open_session
+
+    sessions = {name: open_session(s.model, bench.run.home) for name, s in systems.items()}
+    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in sessions}
+    for name, session in sessions.items():  # the first of each warms up
+        decode(session, 0), prefill(session, 0)
+    for seed, (name, session) in itertools.product(range(1, repeats + 1), sessions.items()):
+        found[name][0].append(decode(session, seed))
+        found[name][1].append(prefill(session, seed))
+    return {name: (1 / statistics.median(a), 1 / statistics.median(b)) for name, (a, b) in found.items()}
+
+
+def quantize(bench: Bench) -> dict[str, Any]:
+    """Every kind of quantization of the tuned System."""
+    from whet.scorecard import size_bytes
+
+    systems, rows = {"tuned, 16 bits": bench.tuned}, []
+    for kind in bench.options.kinds:
+        system, notes, seconds = bench.made(kind, bench.tuned)
+        systems[kind] = system
+        print(f"{kind}: {seconds:.0f} s (0: kept); worst layers "
+              + ", ".join(f"{r['layer']} {100 * r['error']:.1f} %" for r in notes["quantized"]["layers"][:3]))  # fmt: skip
+    whole = notes["quantized"]["was"]
+    fast = speeds(bench, systems, bench.options.repeats)
+    old = fast["tuned, 16 bits"]
+    for name, system in systems.items():
+        card = bench.tested(system)
+        size = whole if system is bench.tuned else size_bytes(system)
+        lost, bound = bench.lost(card)
+        new = fast[name]
+        rows.append([name, f"{size / 1e6:.1f}", f"{100 * size / whole:.1f} %", f"{100 * card.score:.1f}", lost, bound,
+                     f"{new[0]:.1f} ({new[0] / old[0]:.2f}×)", f"{new[1]:.0f} ({new[1] / old[1]:.2f}×)"])  # fmt: skip
+    print(f"\n{len(bench.test)} test rows, metric {bench.metric.name}")
+    print(common.table(["", "MB", "of 16 bits", "score", "points lost", "bound", "decoded/s", "read/s"], rows))
+    return {row[0]: row[1:] for row in rows}
+
+
+def teach(bench: Bench) -> dict[str, Any]:
+    """A teacher with 16 demonstrations and the student that has to do without them."""
+    from whet.probe import probe
+
+    teacher, _, _ = bench.made("fewshot(k=16)+calibrate" if bench.task.labels else "fewshot(k=16)", bench.base)
+    student, notes, seconds = bench.made(bench.options.student, teacher)
+    cards, times = {}, {}
+    for name, system in (("base", bench.base), ("teacher", teacher), ("student", student)):
+        cards[name] = bench.tested(system)
+        folder = system.save(bench.run.home / f"{name}-{bench.task.name}")
+        times[name] = probe(folder, bench.run.home, bench.test)[0]
+    share = cards["student"].score / cards["teacher"].score
+    faster = times["student"] / times["teacher"]
+    print(f"\n### teach: {bench.options.student}, {len(bench.data.train)} prompts, {seconds:.0f} s\n")
+    print(common.table(["", "score", "ms an answer"],
+                       [[n, f"{100 * c.score:.1f}", f"{times[n]:.0f}"] for n, c in cards.items()]))  # fmt: skip
+    print(f"student: {100 * share:.1f} % of the teacher's score ({common.verdict(share, 0.97)}), "
+          f"{faster:.2f} of its latency (asked: at most 0.25)")  # fmt: skip
+    print("against the teacher, points lost: {} (bound {})".format(*bench.lost(cards["student"], cards["teacher"])))
+    return {"scores": {n: c.score for n, c in cards.items()}, "ms": times, "seconds": seconds}
+
+
+def students(bench: Bench) -> dict[str, Any]:
+    """Half the layers, healed by distillation and, with the same tokens, by fine-tuning."""
+    from whet.scorecard import size_bytes
+
+    rows, found = [], {}
+    whole = 2 * sum(p.numel() for p in bench.run.session(bench.tuned.model).module.parameters())  # type: ignore[attr-defined]
+    for shape in bench.options.shapes:
+        cut, _, _ = bench.made(shape, bench.tuned)
+        healed, notes, seconds = bench.made(f"{shape}+distill", bench.tuned, bench.options.tokens)
+        plain, _, _ = bench.made(f"{shape}+finetune(adapter=full,learning_rate=3e-4)", bench.tuned, bench.options.tokens)
+        cards = [bench.tested(s) for s in (cut, healed, plain)]
+        size = size_bytes(healed) / whole
+        share = cards[1].score / bench.card.score
+        from whet import stats
+
+        better = stats.compare(cards[2].outcomes, cards[1].outcomes, bench.metric, bench.options.seed)
+        found[shape] = {"bytes": size, "cut": cards[0].score, "distilled": cards[1].score, "tuned": cards[2].score}
+        rows.append([shape, f"{100 * size:.1f} %", *(f"{100 * c.score:.1f}" for c in cards), f"{100 * share:.1f} %",
+                     f"{100 * better.difference:+.1f} [{100 * better.low:.1f}, {100 * better.high:.1f}]",
+                     f"{seconds:.0f}"])  # fmt: skip
+    print(f"\n### students of the tuned System ({100 * bench.card.score:.1f}), {bench.options.tokens or 'all'} tokens\n")
+    print(common.table(["", "of the bytes", "cut", "distilled", "fine-tuned", "of the teacher", "distilled − tuned", "s"],
+                       rows))  # fmt: skip
+    return found
+
+
+def composed(bench: Bench) -> dict[str, Any]:
+    """Everything at once."""
+    from whet.scorecard import size_bytes
+
+    system, notes, seconds = bench.made(bench.options.composed, bench.tuned, bench.options.tokens)
+    card, size = bench.tested(system), size_bytes(system)
+    whole = 2 * sum(p.numel() for p in bench.run.session(bench.tuned.model).module.parameters())  # type: ignore[attr-defined]
+    lost, bound = bench.lost(card)
+    print(f"\n### composed: {bench.options.composed}: {size / 1e6:.1f} MB, {100 * size / whole:.1f} % of the bytes "
+          f"(asked: at most 18), {100 * card.score:.1f}, points lost {lost} (bound {bound}; asked: 3), "
+          f"{seconds:.0f} s")  # fmt: skip
+    return {"bytes": size / whole, "score": card.score, "lost": lost}
+
+
+def main() -> None:
+    """Run the benchmark."""
+    options = common.parser(__doc__)
+    common.add_model(options)
+    options.add_argument("--parts", default=",".join(PARTS))
+    options.add_argument("--task", default="sst2,banking77,e2e_nlg", help="shared tasks (default: %(default)s)")
+    options.add_argument("--rows", type=int, default=1500, help="train rows")
+    options.add_argument("--test", type=int, default=500, help="test rows")
+    options.add_argument("--epochs", type=float, default=3.0)
+    options.add_argument("--tokens", type=int, default=None, help="bound of the tokens that healing may train on")
+    options.add_argument("--kinds", nargs="*", default=KINDS, help="quantizations")
+    options.add_argument("--student", default="distill", help="how the student of `teach` is made")
+    options.add_argument("--shapes", nargs="*", default=SHAPES, help="students")
+    options.add_argument("--composed", default=COMPOSED)
+    options.add_argument("--repeats", type=int, default=5, help="of each timing")
+    options.add_argument("--llama", default=None, help="a Python that has llama-cpp-python")
+    options.add_argument("--home", type=Path, default=None, help="keep what is trained here")
+    options.add_argument("--seed", type=int, default=0)
+    options = options.parse_args()
+    made: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as fresh:
+        for name in options.task.split(","):
+            bench = Bench(options, name, options.home or Path(fresh))
+            made[name] = {part: globals()[part](bench) for part in PARTS if part in options.parts.split(",")}
+    common.finish("compression", {"model": options.model, "rows": options.rows, "seed": options.seed, "tasks": made})
+
+
+if __name__ == "__main__":
+    main()

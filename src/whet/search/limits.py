@@ -1,0 +1,101 @@
+"""Limits: where the task states some, the finalist is made smaller until it keeps within them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from whet.scorecard import Scorecard, measure
+from whet.search.recipe import Recipe, parse
+from whet.system import System
+from whet.task import Limits
+
+if TYPE_CHECKING:
+    from whet.search import _Job
+    from whet.search.race import Trial
+
+SECONDS = 120.0  # set aside for making it smaller, or a quarter of the budget where that is less
+SMALLER = (  # what is tried, the least loss first
+    "quantize",
+    "quantize(bits=4)",
+    "prune(vocabulary=true)+quantize(bits=4)",
+    "prune(layers=0.75,vocabulary=true)+distill+quantize(bits=4)",
+    "prune(layers=0.5,vocabulary=true)+distill+quantize(bits=4)",
+)
+
+
+def limited(limits: Limits) -> bool:
+    """Whether a System may be too large or too slow."""
+    return any(v is not None for v in (limits.size, limits.memory, limits.latency))
+
+
+def beyond(limits: Limits, card: Scorecard) -> str:
+    """In what a measured System goes beyond the limits, in words; empty where it keeps within them."""
+    found = []
+    if limits.size is not None and card.size_bytes is not None and card.size_bytes > limits.size:
+        found.append(f"{card.size_bytes / 1e6:.1f} MB on disk, {limits.size / 1e6:.1f} allowed")
+    if limits.memory is not None and card.memory_bytes is not None and card.memory_bytes > limits.memory:
+        found.append(f"{card.memory_bytes / 1e6:.0f} MB of memory, {limits.memory / 1e6:.0f} allowed")
+    if limits.latency is not None and card.latency_ms is not None and card.latency_ms > limits.latency:
+        found.append(f"{card.latency_ms:.0f} ms an answer, {limits.latency:.0f} allowed")
+    return ", ".join(found)
+
+
+def _excess(limits: Limits, card: Scorecard) -> float:
+    """How many times the worst limit is used."""
+    pairs = ((card.size_bytes, limits.size), (card.memory_bytes, limits.memory), (card.latency_ms, limits.latency))
+    return max((have / most for have, most in pairs if have is not None and most), default=0.0)
+
+
+def smaller(recipe: Recipe, step: Recipe) -> Recipe:
+    """A recipe with the methods that make it smaller behind those that train, and calibration last."""
+    last = tuple(m for m in recipe.methods if m.name == "calibrate")
+    return Recipe((*(m for m in recipe.methods if m not in last), *step.methods, *last))
+
+
+def within(job: _Job, finalist: Trial | None) -> Trial | None:
+    """The finalist, or what it becomes when made small enough; the nearest, where nothing keeps within the limits.
+
+    Trials beyond the limits are marked as refused, with what they use and what is allowed.
+    """
+    limits, race = job.task.limits, job.race
+    start = finalist or race.base
+    if not limited(limits) or start is None or start.card is None or job.bases[0].model.remote:
+        return finalist
+    used = _measured(job, start.system, start.card)
+    over = beyond(limits, used)
+    if not over:
+        return finalist
+    race.mark(start, status="refused" if finalist else start.status, why=over)
+    nearest, least = start, _excess(limits, used)
+    origin = next((b for b in job.bases if b.model.content == start.system.model.content), job.bases[0])
+    for text in SMALLER:
+        step = parse(text)
+        if job.wish.methods and not all(m.name in job.wish.methods for m in step.methods):
+            continue
+        trial = race.enter(smaller(start.recipe, step), origin, tokens=start.notes.get("allowed"), label=start.label)
+        if trial.card is None:
+            continue
+        used = _measured(job, trial.system, trial.card)
+        over = beyond(limits, used)
+        if not over:
+            return trial
+        trial = race.mark(trial, status="refused", why=over)
+        if _excess(limits, used) < least:
+            nearest, least = trial, _excess(limits, used)
+        if race.left <= 0:
+            break
+    job.notes.append(f"nothing that was tried keeps within the limits; the nearest is handed over: {nearest.name} "
+                     f"({nearest.why})")  # fmt: skip
+    return nearest if nearest is not race.base else finalist
+
+
+def _measured(job: _Job, system: System, card: Scorecard) -> Scorecard:
+    """The card with what the limits are about; a process of its own is started only where they ask for one."""
+    from whet.scorecard import size_bytes
+
+    limits = job.task.limits
+    job.watch.arm("measuring against the limits", job.race.left)
+    if limits.memory is None and limits.latency is None:
+        return replace(card, size_bytes=size_bytes(system))
+    return measure(card, system, job.splits.confirm or job.race.select)
