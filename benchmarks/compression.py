@@ -13,8 +13,8 @@ teach      context distillation: the teacher is the base with 16 demonstrations,
 students   half the layers: pruned, and shared; healed by distillation and by fine-tuning with the same tokens.
 composed   vocabulary trimmed, layers shared or dropped, healed, 4 bits.
 
-    .venv/bin/python benchmarks/compression.py [--parts quantize,teach,students,composed] [--task sst2,banking77,e2e_nlg]
-        [--rows 1500] [--test 500]
+    .venv/bin/python benchmarks/compression.py [--parts quantize,teach,students,composed] [--rows 1500] [--test 500]
+        [--task sst2,banking77,e2e_nlg]
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def speeds(bench: Bench, systems: dict[str, Any], repeats: int) -> dict[str, tup
 
     sessions = {name: open_session(s.model, bench.run.home) for name, s in systems.items()}
     found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in sessions}
-    for name, session in sessions.items():  # the first of each warms up
+    for session in sessions.values():  # the first of each warms up
         decode(session, 0), prefill(session, 0)
     for seed, (name, session) in itertools.product(range(1, repeats + 1), sessions.items()):
         found[name][0].append(decode(session, seed))
@@ -138,8 +138,8 @@ def quantize(bench: Bench) -> dict[str, Any]:
     for kind in bench.options.kinds:
         system, notes, seconds = bench.made(kind, bench.tuned)
         systems[kind] = system
-        print(f"{kind}: {seconds:.0f} s (0: kept); worst layers "
-              + ", ".join(f"{r['layer']} {100 * r['error']:.1f} %" for r in notes["quantized"]["layers"][:3]))  # fmt: skip
+        worst = ", ".join(f"{r['layer']} {100 * r['error']:.1f} %" for r in notes["quantized"]["layers"][:3])
+        print(f"{kind}: {seconds:.0f} s (0: kept); worst layers {worst}")
     whole = notes["quantized"]["was"]
     fast = speeds(bench, systems, bench.options.repeats)
     old = fast["tuned, 16 bits"]
@@ -160,7 +160,7 @@ def teach(bench: Bench) -> dict[str, Any]:
     from whet.probe import probe
 
     teacher, _, _ = bench.made("fewshot(k=16)+calibrate" if bench.task.labels else "fewshot(k=16)", bench.base)
-    student, notes, seconds = bench.made(bench.options.student, teacher)
+    student, _, seconds = bench.made(bench.options.student, teacher)
     cards, times = {}, {}
     for name, system in (("base", bench.base), ("teacher", teacher), ("student", student)):
         cards[name] = bench.tested(system)
@@ -181,25 +181,25 @@ def students(bench: Bench) -> dict[str, Any]:
     """Half the layers, healed by distillation and, with the same tokens, by fine-tuning."""
     from whet.scorecard import size_bytes
 
-    rows, found = [], {}
-    whole = 2 * sum(p.numel() for p in bench.run.session(bench.tuned.model).module.parameters())  # type: ignore[attr-defined]
+    from whet import stats
+
+    rows, found, most = [], {}, bench.options.tokens
+    whole = 2 * sum(p.numel() for p in bench.run.session(bench.tuned.model).module.parameters())
     for shape in bench.options.shapes:
         cut, _, _ = bench.made(shape, bench.tuned)
-        healed, notes, seconds = bench.made(f"{shape}+distill", bench.tuned, bench.options.tokens)
-        plain, _, _ = bench.made(f"{shape}+finetune(adapter=full,learning_rate=3e-4)", bench.tuned, bench.options.tokens)
+        healed, _, seconds = bench.made(f"{shape}+distill", bench.tuned, most)
+        plain, _, _ = bench.made(f"{shape}+finetune(adapter=full,learning_rate=3e-4)", bench.tuned, most)
         cards = [bench.tested(s) for s in (cut, healed, plain)]
         size = size_bytes(healed) / whole
         share = cards[1].score / bench.card.score
-        from whet import stats
-
         better = stats.compare(cards[2].outcomes, cards[1].outcomes, bench.metric, bench.options.seed)
         found[shape] = {"bytes": size, "cut": cards[0].score, "distilled": cards[1].score, "tuned": cards[2].score}
         rows.append([shape, f"{100 * size:.1f} %", *(f"{100 * c.score:.1f}" for c in cards), f"{100 * share:.1f} %",
                      f"{100 * better.difference:+.1f} [{100 * better.low:.1f}, {100 * better.high:.1f}]",
                      f"{seconds:.0f}"])  # fmt: skip
-    print(f"\n### students of the tuned System ({100 * bench.card.score:.1f}), {bench.options.tokens or 'all'} tokens\n")
-    print(common.table(["", "of the bytes", "cut", "distilled", "fine-tuned", "of the teacher", "distilled − tuned", "s"],
-                       rows))  # fmt: skip
+    print(f"\n### students of the tuned System ({100 * bench.card.score:.1f}), {most or 'all'} tokens\n")
+    head = ["", "of the bytes", "cut", "distilled", "fine-tuned", "of the teacher", "distilled − tuned", "s"]
+    print(common.table(head, rows))
     return found
 
 
@@ -207,9 +207,9 @@ def composed(bench: Bench) -> dict[str, Any]:
     """Everything at once."""
     from whet.scorecard import size_bytes
 
-    system, notes, seconds = bench.made(bench.options.composed, bench.tuned, bench.options.tokens)
+    system, _, seconds = bench.made(bench.options.composed, bench.tuned, bench.options.tokens)
     card, size = bench.tested(system), size_bytes(system)
-    whole = 2 * sum(p.numel() for p in bench.run.session(bench.tuned.model).module.parameters())  # type: ignore[attr-defined]
+    whole = 2 * sum(p.numel() for p in bench.run.session(bench.tuned.model).module.parameters())
     lost, bound = bench.lost(card)
     print(f"\n### composed: {bench.options.composed}: {size / 1e6:.1f} MB, {100 * size / whole:.1f} % of the bytes "
           f"(asked: at most 18), {100 * card.score:.1f}, points lost {lost} (bound {bound}; asked: 3), "
