@@ -20,8 +20,10 @@ composed   vocabulary trimmed, layers shared or dropped, healed, 4 bits.
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import statistics
+import subprocess
 import tempfile
 import time
 from dataclasses import replace
@@ -179,9 +181,8 @@ def teach(bench: Bench) -> dict[str, Any]:
 
 def students(bench: Bench) -> dict[str, Any]:
     """Half the layers, healed by distillation and, with the same tokens, by fine-tuning."""
-    from whet.scorecard import size_bytes
-
     from whet import stats
+    from whet.scorecard import size_bytes
 
     rows, found, most = [], {}, bench.options.tokens
     whole = 2 * sum(p.numel() for p in bench.run.session(bench.tuned.model).module.parameters())
@@ -215,6 +216,45 @@ def composed(bench: Bench) -> dict[str, Any]:
           f"(asked: at most 18), {100 * card.score:.1f}, points lost {lost} (bound {bound}; asked: 3), "
           f"{seconds:.0f} s")  # fmt: skip
     return {"bytes": size / whole, "score": card.score, "lost": lost}
+
+
+LLAMA = ("Q8_0", "Q4_0", "Q4_K_M")
+
+
+def peers(bench: Bench) -> dict[str, Any]:
+    """llama.cpp's own quantizations of the tuned model, by an interpreter that has llama-cpp-python."""
+    if not bench.options.llama:
+        print("\npeers: not run; name an interpreter with llama-cpp-python by --llama")
+        return {}
+    import torch
+
+    from whet.export import export
+    from whet.metrics import score_all
+    from whet.prompt import render
+
+    made = export(bench.tuned, "gguf", bench.run.home / f"gguf-{bench.task.name}")
+    file = next(made.folder.glob("*.gguf"))
+    session = bench.run.session(bench.tuned.model)
+    closed = bench.tuned.decoding.closed
+    prompts = [render(session.tokenizer, p, system=session.system) for p in bench.tuned.prompts(bench.test)]
+    labels = bench.tuned.decoding.labels if closed else ()
+    body = {"gguf": str(file), "kinds": LLAMA, "prompts": prompts, "labels": labels,
+            "most": bench.tuned.decoding.max_tokens, "new": NEW, "long": words(1, LONG), "short": words(1, 20),
+            "repeats": bench.options.repeats, "threads": torch.get_num_threads()}  # fmt: skip
+    done = subprocess.run([bench.options.llama, str(Path(__file__).with_name("llama_peer.py"))], input=json.dumps(body),
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    found, rows = json.loads(done.stdout.splitlines()[-1]), []
+    for kind, one in found.items():
+        outcomes = score_all(bench.metric, one["answers"], bench.test)
+        card = replace(bench.card, outcomes=outcomes, score=bench.metric.aggregate(outcomes))
+        lost, bound = bench.lost(card)
+        rows.append([kind, f"{one['bytes'] / 1e6:.1f}", f"{100 * card.score:.1f}", lost, bound, f"{one['decoded']:.1f}",
+                     f"{one['read']:.0f}"])  # fmt: skip
+    print(f"\n### llama.cpp on the same System, {len(bench.test)} rows\n")
+    print(common.table(["", "MB", "score", "points lost", "bound", "decoded/s", "read/s"], rows))
+    return {row[0]: row[1:] for row in rows}
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from whet.system import System
 from whet.task import Learnable
 
 # What a part written by one method is called when another says that it invalidates it.
-PART_OF = {"calibrate": "calibration"}
+PART_OF = {"calibrate": "calibration", "distill": "healing", "quantize": "packing"}
 
 
 @dataclass(frozen=True)
