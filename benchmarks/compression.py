@@ -227,8 +227,8 @@ def peers(bench: Bench) -> dict[str, Any]:
         print("\npeers: not run; name an interpreter with llama-cpp-python by --llama")
         return {}
     import torch
-
     from whet.export import export
+
     from whet.metrics import score_all
     from whet.prompt import render
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import make_model, save_model
+from models import make_model, make_tokenizer, save_model
+from test_search import write_task
 from torch import nn
 
+from whet import improve
 from whet.compress import calibrate, packed, rounding
 from whet.compress.folder import compressed, size
 from whet.engine.prefix import Row
@@ -154,7 +156,6 @@ def test_smoothing_leaves_the_model_what_it_was(family: str) -> None:
     ids = torch.tensor([[5, 9, 40, 7, 120, 33]])
     before = module(input_ids=ids).logits
     rows = [Row(tuple(range(5 + n, 25 + n)), ((7, 8),)) for n in range(8)]
-    from models import make_tokenizer
 
     with _swapping(module) as work:
         uses = work.uses()
@@ -207,7 +208,6 @@ def test_tied_layers_hold_one_pack() -> None:
     module = make_model("llama")
     first, second = (layer.mlp for layer in module.model.layers)
     second.up_proj.weight = first.up_proj.weight
-    from models import make_tokenizer
 
     with _swapping(module) as work:
         uses = work.uses()
@@ -236,3 +236,21 @@ def test_refusals(tmp_path: Path) -> None:
     other = system(tmp_path / "gpt2", tmp_path / "home", "gpt2")
     with pytest.raises(MethodError, match="gpt2"):
         Quantize().apply(other, task(), Run(Store(tmp_path / "home")))
+
+
+@pytest.mark.parametrize("size, named, met", [("60KB", "quantize", True), ("20KB", "quantize(bits=4)", False)])
+def test_improve_makes_it_small_enough_or_names_the_nearest(
+    size: str, named: str, met: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("whet.embed.available", lambda: False)
+    folder = write_task(tmp_path / "toy", train=60, test=20, limits={"size": size})
+    found = improve(folder, model=save_model(tmp_path / "model"), budget="60s", methods=["quantize"],
+                    out=tmp_path / "out", home=tmp_path / "home")  # fmt: skip
+    trials = {t["name"]: t for t in found.result["trials"]}
+    assert found.result["chosen"]["name"] == named
+    assert (trials[named]["status"] == "done") is met
+    assert "KB" in trials["base"]["why"] or "MB" in trials["base"]["why"]
+    said = " ".join(found.result["notes"])
+    assert ("the nearest is handed over" in said) is not met
+    stored = sum(p.stat().st_size for p in (tmp_path / "out" / "system").rglob("*.safetensors"))
+    assert (stored <= int(size[:-2]) * 1000) is met

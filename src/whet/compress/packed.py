@@ -21,7 +21,7 @@ FEW = 8  # rows up to which the weight-only kernel of 8 bits is faster than unpa
 FEW_ROUNDED = 3  # ... than rounding the rows and multiplying whole numbers
 SOME = 128  # the same for 4 bits, whose unpacking is dearer
 WHOLE = 16  # bytes that the kernel of 8 bits reads at once, from such addresses only
-GROUPS = (64, 32, 128, 256)  # columns that share a step, in the order of preference: what torch's kernel takes
+GROUPS = (32, 64, 128, 256)  # columns that share a step, in the order of preference: what torch's kernel takes
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers that read the same input
 
 

@@ -33,7 +33,7 @@ class Quantize:
 
     8 bits: one step a row; with `activations`, what is multiplied is rounded, too, so that long prompts run on integer
     kernels (dynamic, by token), and outliers are moved into the weights where that helps (SmoothQuant). 4 bits: a step
-    and a zero for every `group` columns (0: the first of 64, 32, 128 that divides the width), by `rounding`: nearest,
+    and a zero for every `group` columns (0: the first of 32, 64, 128 that divides the width), by `rounding`: nearest,
     hqq (Badri & Shaji 2023) or gptq (Frantar et al. 2022, on `rows` train rows). `embedding` bits, 0: 8. Where the
     task's `limits.size` allows, the layers whose outputs suffer most are kept in 8 bits.
     """
