@@ -12,6 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from whet.compress.folder import plain
+from whet.errors import MethodError
 from whet.extras import package
 from whet.train.head import headed
 
@@ -71,6 +73,11 @@ def adapted(module: Any, adapter: Adapter, seed: int) -> Iterator[Any]:
     if adapter.kind == "full":
         yield copy.deepcopy(module).requires_grad_(True)
         return
+    if adapter.kind == "dora" and not plain(module):
+        raise MethodError(
+            "DoRA rescales the weights beneath it, which other layers share or which are packed",
+            expected="adapter=lora or rslora", found="dora", do="set adapter=lora",
+        )  # fmt: skip
     training = module.training
     with headed(module, seed) if adapter.head else nullcontext(), frozen(module, adapter.bits):
         tuned = add_lora(module, adapter, seed)
