@@ -37,7 +37,9 @@ LOOK = Calibration(tuple(Row(r.prompt[:3], ((*r.prompt[3:], *r.continuations[0])
 LABELS = ("negative", "positive")
 
 
-def deep(family: str = "llama", count: int = 4, seed: int = 0, **changes: Any) -> Any:
+def deep(
+    family: str = "llama", count: int = 4, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Any:
     """A tiny random model with more layers than two."""
     config = copy.deepcopy(make_model(family).config)
     config.num_hidden_layers = count
@@ -46,7 +48,7 @@ def deep(family: str = "llama", count: int = 4, seed: int = 0, **changes: Any) -
     for name, value in changes.items():
         setattr(config, name, value)
     torch.manual_seed(seed)
-    module = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    module = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     for value in module.parameters():
         if value.dim() == 1:
             value.add_(0.2 * torch.randn_like(value))
@@ -307,7 +309,7 @@ def fallback_tokenizer() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<s>", "</s>", "<unk>"], show_progress=False)
     learnt = Tokenizer(kinds.BPE(unk_token="<unk>"))
     learnt.normalizer = normalizers.Replace(" ", "▁")
-    learnt.train_from_iterator([word for line in (LICENSE, "영화가 정말 좋았다", *SAID) for word in line.split()], trainer)
+    learnt.train_from_iterator([f" {w}" for line in (LICENSE, "영화가 좋았다", *SAID) for w in line.split()], trainer)
     body = json.loads(learnt.to_str())
     vocab = ["<s>", "</s>", "<unk>", *(f"<0x{i:02X}>" for i in range(256))]
     vocab += [t for t in body["model"]["vocab"] if t not in vocab]

@@ -23,7 +23,7 @@ from whet.task import Learnable
 from whet.train.lesson import render_rows
 from whet.train.policy import passes
 
-ROWS, TOKENS = 48, 4096  # at most so many rows, of so many tokens together, what they share counted once
+ROWS, TOKENS = 32, 4096  # at most so many rows, of so many tokens together, what they share counted once
 BATCH = 512  # tokens per pass: each of them has logits
 
 
@@ -78,7 +78,7 @@ def opened(system: System, run: Run, name: str) -> TorchSession:
 
 
 def calibration(system: System, data: Learnable, run: Run, session: TorchSession) -> Calibration:
-    """Up to 48 train rows; where a row has no completion, the System's own answer stands for it.
+    """Up to 32 train rows; where a row has no completion, the System's own answer stands for it.
 
     Raises MethodError where there is no row that has or gets an answer.
     """

@@ -12,7 +12,7 @@ from whet.compress.calibration import Calibration, influence
 from whet.compress.structure import layers, twin
 from whet.engine.torch import TorchSession
 
-CANDIDATES = 5  # layers of least influence of which the loss decides
+CANDIDATES = 4  # layers of least influence of which the loss decides
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def drop(
 ) -> tuple[Any, list[Dropped]]:  # fmt: skip
     """The session's module with `many` layers, and what was dropped, in that order.
 
-    Greedy: the one goes whose input and output are most alike (Men et al. 2024) or, by loss, that of the five most
+    Greedy: the one goes whose input and output are most alike (Men et al. 2024) or, by loss, that of the four most
     alike without which the rows' loss is least; then the rest is looked at anew.
     """
     kept, gone = list(range(len(layers(session.module)))), list[Dropped]()

@@ -44,8 +44,8 @@ def runs(count: int, groups: int) -> list[range]:
     """`count` layers as `groups` runs of adjacent ones, as even as can be; the first and the last layer stay alone.
 
     Even, because nothing tells which adjacent layers are alike: in SmolLM2-135M the cosine between the weights of
-    neighbours lies within 0.02 of 0. The outer layers do work of their own (as Liu et al. 2024, MobileLLM, share
-    neighbours; Bae et al. 2024 tie whole blocks).
+    neighbours lies within 0.02 of 0. Outer layers alone: Reid et al. 2021, Subformer; neighbours: Liu et al. 2024,
+    MobileLLM.
     """
     outer = 1 if groups >= 3 else 0
     inner, parts = count - 2 * outer, groups - 2 * outer

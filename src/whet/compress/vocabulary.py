@@ -108,8 +108,9 @@ def _kept(body: dict[str, Any], used: set[int], spare: int) -> list[str]:
     parts: dict[str, list[str]] = defaultdict(list)
     for left, right in _merges(body["model"]):
         parts[left + right] += [left, right]
-    fallback = body["model"].get("byte_fallback")
-    single = {t for t in vocabulary if (t[:3] == "<0x" and len(t) == 6 if fallback else len(t) == 1)}
+    # With bytes to fall back on, a character need not be kept; but decoders know this one as a space.
+    bytes_ = {f"<0x{i:02X}>" for i in range(256)} if body["model"].get("byte_fallback") else set()
+    single = {t for t in vocabulary if t in bytes_ or (len(t) == 1 and (not bytes_ or t.isascii() or t == "▁"))}
     kept, open_ = set[str](), [*added, *single, *(spelt[i] for i in used if i in spelt)]
     while open_:
         token = open_.pop()
