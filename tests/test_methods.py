@@ -25,7 +25,8 @@ LABELS = tuple(WORDS)
 SHORT: dict[str, Any] = {"rank": 4, "epochs": 1.0, "batch": 8, "learning_rate": 5e-3, "k": 2, "prompts": 8,
                          "samples": 2, "examples": 8, "pool": 6}  # fmt: skip
 NAMES = names()
-TRAINS = [name for name, kind in table().items() if "weights" in kind.needs]
+CUTS = ("prune", "share", "quantize")  # need the weights, but train nothing
+TRAINS = [name for name, kind in table().items() if "weights" in kind.needs and name not in CUTS]
 
 
 def rows(count: int, word: str = "movie") -> tuple[Example, ...]:

@@ -13,8 +13,10 @@ from test_search import write_task
 from torch import nn
 
 from whet import improve
-from whet.compress import calibrate, packed, rounding
-from whet.compress.folder import compressed, size
+from whet.compress import moments as calibrate
+from whet.compress import packed, rounding
+from whet.compress.folder import compressed
+from whet.compress.structure import size
 from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession
 from whet.errors import MethodError
@@ -223,7 +225,7 @@ def test_tied_layers_hold_one_pack() -> None:
 
         calibrate.walk(TorchSession(module, make_tokenizer()), [Row(tuple(range(5, 25)), ((7,),))], visit, None)
         assert first.up_proj.pack is second.up_proj.pack
-        assert size(module) < size(make_model("llama"))
+        assert size(module)["bytes"] < size(make_model("llama"))["bytes"]
     assert first.up_proj.weight is second.up_proj.weight
 
 

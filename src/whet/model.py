@@ -261,8 +261,9 @@ def check_transform(transform: Transform) -> Path:
 def load(
     ref: ModelRef, home: Path, *, dtype: Any = None, device: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer, transforms applied in order (adapters are merged into the weights).
+    """Load a model and its tokenizer, transforms applied in order.
 
+    Adapters are merged into the weights; where those are tied or packed, they stand beside them as terms of their own.
     Raises ModelError on missing files, changed transforms, or a model without chat template.
     """
     import torch
@@ -328,6 +329,11 @@ def _apply(model: PreTrainedModel, transform: Transform) -> PreTrainedModel:
         raise ModelError(f"unknown transform {transform.kind!r}", expected="adapter, weights, model", do="update whet")
     from peft import PeftModel
 
+    from whet.compress.folder import beside, plain
+
+    if not plain(model):
+        beside(model, folder)
+        return model
     # Merged in fp32: rounding the sum once loses less than rounding the update first.
     dtype = model.dtype
     with warnings.catch_warnings():  # peft uses a name that transformers has deprecated

@@ -37,13 +37,10 @@ def compressed(module: nn.Module) -> dict[str, dict[str, Any]]:
     return found
 
 
-def size(module: nn.Module) -> int:
-    """Bytes of a module's weights as `save` writes them, what several places share counted once."""
-    unique = {(t.data_ptr(), t.shape): t for t in module.state_dict(keep_vars=True).values()}
-    return sum(
-        t.numel() * (2 if isinstance(t, nn.Parameter) and t.is_floating_point() else t.element_size())
-        for t in unique.values()
-    )
+def plain(module: nn.Module) -> bool:
+    """Whether every linear layer has whole weights of its own: only then can an adapter be merged into them."""
+    held = [id(m._parameters.get("weight")) for m in module.modules() if isinstance(m, nn.Linear)]
+    return not compressed(module) and len(set(held)) == len(held)
 
 
 def save(module: Any, tokenizer: Any, folder: Path) -> None:
@@ -166,3 +163,26 @@ def relax(module: nn.Module, names: Sequence[str], downs: Sequence[Tensor], ups:
             down, up = torch.cat([layer.down.data, down.to(layer.down)]), torch.cat([layer.up.data, up.to(layer.up)], 1)
             layer = layer.base
         module.set_submodule(name, Relaxed(layer, down, up))
+
+
+def beside(module: Any, adapter: Path) -> None:
+    """Put a LoRA adapter, as peft wrote it, beside the layers that it was trained on, merging nothing.
+
+    Weights that several layers share, or that are packed, cannot take it in. Raises ModelError for one that is more
+    than a low-rank term.
+    """
+    from safetensors.torch import load_file
+
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
+        raise ModelError(
+            "the adapter does not fit a model whose weights are shared or packed", expected="LoRA of one rank",
+            found="DoRA" if config.get("use_dora") else "several ranks", do="train it with adapter=lora",
+        )  # fmt: skip
+    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    names = [n.removesuffix(".lora_A.weight") for n in tensors if n.endswith(".lora_A.weight")]
+    downs = [(tensors[f"{n}.lora_A.weight"].float() * scale).to(module.device, module.dtype) for n in names]
+    ups = [tensors[f"{n}.lora_B.weight"].to(module.device, module.dtype) for n in names]
+    # A term that stands there already is widened.
+    relax(module, [n.removeprefix("base_model.model.").removesuffix(".base") for n in names], downs, ups)

@@ -59,4 +59,51 @@ class Relaxed(nn.Module):
         return made + linear(linear(x, self.down), self.up)
 
 
-KINDS: dict[str, Any] = {Relaxed.kind: Relaxed}  # name → Layer
+class Codebook(nn.Linear):
+    """A linear layer whose weights are each one of `values` numbers of their row (Han et al. 2016, Deep Compression).
+
+    `book` [out, values] are the numbers, and can be trained; `codes` say which, two to the byte where that goes. The
+    weights are looked up anew for every product.
+    """
+
+    kind: ClassVar[str] = "codebook"
+    codes: Tensor
+
+    def __init__(self, codes: Tensor, book: nn.Parameter, bias: Tensor | None, size: int) -> None:
+        nn.Module.__init__(self)
+        self.book, self.bias = book, bias  # type: ignore[assignment]
+        self.register_buffer("codes", codes)  # uint8 [out, in] or [out, in / 2]: the low half is the first column
+        self.out_features, self.in_features = len(codes), size
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Numbers per row."""
+        return {"values": self.book.shape[1]}
+
+    @classmethod
+    def blank(cls, layer: Any, *, values: int) -> Codebook:
+        """In the place of a linear layer."""
+        size, half = layer.in_features, halved(values, layer.in_features)
+        codes = torch.empty(layer.out_features, size // 2 if half else size, dtype=torch.uint8, device="meta")
+        book = nn.Parameter(torch.empty(layer.out_features, values, device="meta"), requires_grad=False)
+        return cls(codes, book, layer.bias, size)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weights [out, in] that the codes stand for."""
+        codes = self.codes
+        if codes.shape[1] < self.in_features:
+            codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
+        return self.book.gather(1, codes.long())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [.., in] → [.., out]."""
+        return linear(x, self.weight, self.bias)
+
+
+def halved(values: int, size: int) -> bool:
+    """Whether codes of rows of `size` stand two to the byte."""
+    return values <= 16 and size % 2 == 0
+
+
+KINDS: dict[str, Any] = {Relaxed.kind: Relaxed, Codebook.kind: Codebook}  # name → Layer

@@ -15,7 +15,7 @@ from whet.task import Learnable
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from whet.compress.calibrate import Moments
+    from whet.compress.moments import Moments
     from whet.compress.packed import Pack
 
 NORMED = {  # what a norm's output is read by, in families whose norm multiplies by its weight
@@ -90,10 +90,10 @@ class Quantize:
             return settle(system, run, session.module, session.tokenizer, name, {"quantized": notes})
 
     def _pack(self, system: System, data: Learnable, run: Run, session: Any, work: _Work) -> dict[str, Any]:
-        from whet.compress.calibrate import rows_of, walk
-        from whet.compress.folder import size
+        from whet.compress.moments import rows_of, walk
+        from whet.compress.structure import size
 
-        was = size(session.module)
+        was = size(session.module)["bytes"]
         rows = rows_of(system, data.train, session, self.rows, run.seed)
         uses = work.uses()
 
@@ -110,14 +110,13 @@ class Quantize:
                     work.pack(linear, self._packed(linear.weight.data, seen.second), seen.second, self.bits)
 
         walk(session, rows, visit, run.progress("quantizing"))
-        wanted = self.embedding or 8
-        work.embedding(self, wanted)
+        work.embedding(self, self.embedding or 8)
         most, promoted = data.limits.size, 0
-        if most is not None and size(session.module) > most and wanted == 8 and not self.embedding and self.bits == 4:
-            work.embedding(self, 4)
         if most is not None and self.bits == 4:
+            if not self.embedding and size(session.module)["bytes"] > most:
+                work.embedding(self, 4)
             promoted = work.promote(session.module, most)
-        now = size(session.module)
+        now = size(session.module)["bytes"]
         notes: dict[str, Any] = {"bytes": now, "was": was, "rows": len(rows), "smoothed": work.smoothed,
                  "layers": sorted(work.report.values(), key=lambda r: -r["error"])}  # fmt: skip
         if most is not None:
@@ -163,10 +162,10 @@ class _Work:
         """How many layers read each weight."""
         from torch import nn
 
-        from whet.compress.calibrate import stack
+        from whet.compress.structure import layers
 
         found: dict[int, int] = {}
-        for layer in stack(self.module):
+        for layer in layers(self.module):
             for one in layer.modules():
                 if type(one) is nn.Linear:
                     found[id(one.weight)] = found.get(id(one.weight), 0) + 1
@@ -269,10 +268,10 @@ class _Work:
 
     def promote(self, module: Any, most: int) -> int:
         """Keep in 8 bits the layers whose error weighs most for their bytes, as far as `most` bytes allow."""
-        from whet.compress.folder import size
         from whet.compress.rounding import pack8
+        from whet.compress.structure import size
 
-        room, count = most - size(module), 0
+        room, count = most - size(module)["bytes"], 0
         for key, entry in sorted(self.report.items(), key=lambda r: -r[1]["error"]):
             more = self.weights[key].numel() // 2
             if more <= room:

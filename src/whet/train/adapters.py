@@ -12,6 +12,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from whet.compress.folder import plain
+from whet.compress.packed import PackedLinear
+from whet.errors import MethodError
 from whet.extras import package
 from whet.train.head import headed
 
@@ -69,8 +72,18 @@ def adapted(module: Any, adapter: Adapter, seed: int) -> Iterator[Any]:
     An adapter is put on the module itself, so that no second copy of the weights is held; for full training a copy is.
     """
     if adapter.kind == "full":
+        if any(isinstance(m, PackedLinear) for m in module.modules()):
+            raise MethodError(
+                "packed weights cannot be trained", expected="adapter=lora, which stands beside them", found="full",
+                do="set adapter=lora, or train before quantize",
+            )  # fmt: skip
         yield copy.deepcopy(module).requires_grad_(True)
         return
+    if adapter.kind == "dora" and not plain(module):
+        raise MethodError(
+            "DoRA rescales the weights beneath it, which other layers share or which are packed",
+            expected="adapter=lora or rslora", found="dora", do="set adapter=lora",
+        )  # fmt: skip
     training = module.training
     with headed(module, seed) if adapter.head else nullcontext(), frozen(module, adapter.bits):
         tuned = add_lora(module, adapter, seed)

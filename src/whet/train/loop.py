@@ -238,11 +238,14 @@ def _diverged(step: int, value: float, learning_rate: float) -> MethodError:
 
 
 def operations(module: torch.nn.Module) -> float:
-    """Operations per trained token: 4 per weight outside the embedding, 2 more for each that is itself trained."""
+    """Operations per trained token: 4 per weight outside the embedding, 2 more for each that is itself trained.
+
+    A weight that several layers share is multiplied by each of them.
+    """
     layers = [m for m in module.modules() if not isinstance(m, torch.nn.Embedding)]
     tied = {id(p) for m in module.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters(recurse=False)}
-    weights = {id(p): p for m in layers for p in m.parameters(recurse=False) if p.ndim == 2 and id(p) not in tied}
-    return sum(p.numel() * (6 if p.requires_grad else 4) for p in weights.values())
+    weights = [p for m in layers for p in m.parameters(recurse=False) if p.ndim == 2 and id(p) not in tied]
+    return sum(p.numel() * (6 if p.requires_grad else 4) for p in weights)
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from whet.compress.structure import family
+from whet.compress.structure import layers as layers_of
 from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession, using_tree
 from whet.errors import MethodError
@@ -55,15 +57,15 @@ def rows_of(system: System, examples: Sequence[Example], session: TorchSession, 
     return rows + [Row(p, (session.encode_answer("", end=True),)) for p in session.encode(prompts)]
 
 
-def stack(module: Any) -> nn.ModuleList:
-    """The decoder layers of a model. Raises MethodError for a family whose products are not linear layers."""
-    found = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) == module.config.num_hidden_layers]
-    if not found or not any(isinstance(m, nn.Linear) for m in found[0].modules()):
+def linear_layers(module: Any) -> nn.ModuleList:
+    """The decoder's layers. Raises MethodError for a family whose products are not linear layers."""
+    found = layers_of(module)
+    if not any(isinstance(m, nn.Linear) for m in found.modules()):
         raise MethodError(
-            f"no rule for the family {module.config.model_type}", expected="decoder layers of linear layers",
-            found="none", do="take llama, mistral, qwen or gemma",
+            f"no rule for {family(module)}", expected="decoder layers of linear layers", found="others",
+            do="take llama, mistral, qwen or gemma",
         )  # fmt: skip
-    return found[0]
+    return found
 
 
 class _CaughtError(Exception):
@@ -78,7 +80,7 @@ def walk(
 
     A layer is run again after its visit, so that the next one sees what the changed layer makes.
     """
-    module, layers = session.module, stack(session.module)
+    module, layers = session.module, linear_layers(session.module)
     made = packs(rows, module.dtype, module.device) if _shared(session, rows) else padded(rows, module.device)
     with using_tree(module, shared=made[0].plan is not None), torch.no_grad():
         states = [_caught(module, layers[0], pack) for pack in made]

@@ -1,0 +1,69 @@
+"""Dropping decoder layers: which ones are missed least, and the model without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from whet.compress.calibration import Calibration, influence
+from whet.compress.structure import layers, twin
+from whet.engine.torch import TorchSession
+
+CANDIDATES = 4  # layers of least influence of which the loss decides
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A layer by its number in the given model; `loss` is that without it and those dropped before."""
+
+    layer: int
+    influence: float
+    loss: float | None
+
+
+def keep(module: Any, kept: Sequence[int]) -> Any:
+    """The module with only these of its layers, in this order, over the same tensors; the given one is unchanged."""
+    made = twin(module)
+    before, config = layers(made), made.config.get_text_config()
+    # A layer knows its number: keys and values are kept under it, and configurations list kinds by it.
+    parts: list[tuple[int, Any]] = [(n, m) for n, i in enumerate(kept) for m in before[i].modules()]
+    for number, part in parts:
+        if hasattr(part, "layer_idx"):
+            part.layer_idx = number
+    for name, value in vars(config).items():
+        if "layer" in name and isinstance(value, list) and len(value) == len(before):
+            setattr(config, name, [value[i] for i in kept])
+    path = next(name for name, m in made.named_modules() if m is before)
+    made.set_submodule(path, nn.ModuleList(before[i] for i in kept))
+    config.num_hidden_layers = len(kept)
+    return made
+
+
+def drop(
+    session: TorchSession, look: Calibration, many: int, by: str = "loss",
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Any, list[Dropped]]:  # fmt: skip
+    """The session's module with `many` layers, and what was dropped, in that order.
+
+    Greedy: the one goes whose input and output are most alike (Men et al. 2024) or, by loss, that of the four most
+    alike without which the rows' loss is least; then the rest is looked at anew.
+    """
+    kept, gone = list(range(len(layers(session.module)))), list[Dropped]()
+    module, whole, tokenizer = session.module, len(kept), session.tokenizer
+    while len(kept) > many:
+        felt = influence(TorchSession(module, tokenizer), look.rows)
+        order = sorted(range(len(kept)), key=lambda i: felt[i])
+        found = {
+            i: look.loss(keep(session.module, [*kept[:i], *kept[i + 1 :]]), tokenizer)
+            for i in (order[:CANDIDATES] if by == "loss" else ())
+        }
+        place = min(found, key=lambda i: found[i]) if found else order[0]
+        gone.append(Dropped(kept[place], felt[place], found.get(place)))
+        del kept[place]
+        module = keep(session.module, kept)
+        if progress:
+            progress(len(gone), whole - many)
+    return module, gone
