@@ -22,7 +22,7 @@ from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession
 from whet.errors import ArtifactError, MethodError, ModelError
 from whet.methods import Run
-from whet.methods.distill import Distill
+from whet.methods.distill import Distill, sharpness, softmax
 from whet.retrieval import Source
 from whet.search.recipe import Recipe, parse
 from whet.store import Store
@@ -195,6 +195,16 @@ def test_a_teacher_with_more_tokens_speaks_in_those_of_the_student(tmp_path: Pat
     assert teacher is not None
     rows = teacher.judge([Example("2", "", text="x")], [Row(answer, (answer,))], 0)
     assert _step(module, module, rows, losses.Imitate(teacher.table))[0] == pytest.approx(0, abs=1e-4)
+
+
+def test_a_faint_teacher_is_sharpened_and_a_sure_one_is_not() -> None:
+    faint, sure = [[0.1, 0.0], [0.0, 0.3], [0.2, 0.1]], [[5.0, 0.0], [0.0, 4.0]]
+    sharp = sharpness(faint)
+    chances = [softmax(row, sharp) for row in faint]
+    assert sum(map(max, chances)) / 3 == pytest.approx(0.8, abs=1e-3) and sharp > 5
+    assert math.log(chances[1][1] / chances[1][0]) == pytest.approx(3 * math.log(chances[0][0] / chances[0][1]))
+    assert sharpness(sure) == pytest.approx(1, abs=1e-6) and softmax([0.0, math.log(3)]) == pytest.approx((0.25, 0.75))
+    assert softmax([1.0, 1.0], sharpness([[1.0, 1.0]])) == (0.5, 0.5)
 
 
 # --- the method -------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ CLEARS = ("none", "demonstrations", "context", "prompt")
 RATES = {"lora": 1e-3, "full": 2e-4}
 FEW = 16  # choices up to which all are learnt from
 LIKELIEST, LEAST_CHANCE = 8, 0.01  # of more, so many of the likeliest, and none that is less likely than this
+CONFIDENT = 0.8  # how likely a teacher's choice is made to be, on average, where it was less
 MOST_SCORED = 256  # choices: beyond, only which one the teacher takes is learnt
 SAMPLED = 256  # rows looked at to tell how many tokens a row costs
 CHECKED = 0.06  # rows to validate on as a share of the rows trained on
@@ -297,20 +298,39 @@ class Distill:
             with aside(place) as work:
                 (work / "answers.json").write_text(json.dumps(found), encoding="utf-8")
         found = json.loads((place / "answers.json").read_text(encoding="utf-8"))
+        if scored:
+            scores = {e: _calibrated(teacher, e, sets[e], one) for e, one in zip(prompted, found, strict=True)}
+            sharp = sharpness(list(scores.values())) / self.temperature
+            return {e: Said(sets[e][one.index(max(one))], softmax(one, sharp)) for e, one in scores.items()}
         said = {e: Said("") for e in rows if e.text is not None and not closed}
         for e, one in zip(prompted, found, strict=True):
-            if not closed:
-                said[e] = Said(one)
-            elif not scored:
-                near = [c for c in sets[e] if metrics.plain(c) == metrics.plain(one)]
-                meant = [c for c in near if c == one] or near
-                said |= {e: Said(meant[0], _only(meant[0], sets[e]))} if meant else {}
-            else:
-                order = [teacher.decoding.labels.index(c) for c in sets[e]] if not e.choices else range(len(one))
-                prior = teacher.decoding.prior if not e.choices else ()
-                chances = _softmax([(one[i] - (prior[i] if prior else 0.0)) / self.temperature for i in order])
-                said[e] = Said(sets[e][max(range(len(chances)), key=lambda i: (chances[i], -i))], chances)
+            near = [c for c in sets.get(e, ()) if metrics.plain(c) == metrics.plain(one)]
+            meant = [c for c in near if c == one] or near
+            if meant or not closed:
+                said[e] = Said(meant[0], _only(meant[0], sets[e])) if closed else Said(one)
         return said
+
+
+def softmax(scores: Sequence[float], sharp: float = 1.0) -> tuple[float, ...]:
+    """Chances by scores in nats, multiplied by `sharp`."""
+    top = max(scores)
+    weights = [math.exp(sharp * (s - top)) for s in scores]
+    return tuple(w / sum(weights) for w in weights)
+
+
+def sharpness(rows: Sequence[Sequence[float]]) -> float:
+    """What scores are multiplied by so that the likeliest choice has a chance of `CONFIDENT` on average; at least 1.
+
+    A small model's scores of whole answers, taken per token, differ little; learnt as they are, a student's own errors
+    and the rounding of bf16 logits (an eighth, from 16 up) would decide. What counts is how they differ from row to row
+    (Sun et al. 2024, logit standardisation).
+    """
+    low, high = 0.0, 10.0  # of the exponent: e^10 is as good as the choice alone
+    for _ in range(30):
+        half = (low + high) / 2
+        confident = fmean(max(softmax(row, math.exp(half))) for row in rows) >= CONFIDENT
+        low, high = (low, half) if confident else (half, high)
+    return math.exp(low)
 
 
 def _each_once(rows: Sequence[Example]) -> list[Example]:
@@ -329,10 +349,12 @@ def _only(answer: str, choices: Sequence[str]) -> tuple[float, ...]:
     return tuple(float(c == answer) for c in choices)
 
 
-def _softmax(scores: Sequence[float]) -> tuple[float, ...]:
-    top = max(scores)
-    weights = [math.exp(s - top) for s in scores]
-    return tuple(w / sum(weights) for w in weights)
+def _calibrated(teacher: System, example: Example, choices: Sequence[str], scores: Sequence[float]) -> list[float]:
+    """A teacher's scores, its prior subtracted, in the order of the student's choices."""
+    if example.choices:
+        return list(scores)
+    prior, labels = teacher.decoding.prior or (0.0,) * len(scores), teacher.decoding.labels
+    return [scores[i] - prior[i] for i in map(labels.index, choices)]
 
 
 def _lost(before: System, after: System) -> list[str]:
