@@ -24,6 +24,7 @@ from whet.errors import ArtifactError, MethodError, ModelError
 from whet.methods import Run
 from whet.methods.distill import Distill, sharpness, softmax
 from whet.retrieval import Source
+from whet.search import tune
 from whet.search.recipe import Recipe, parse
 from whet.store import Store
 from whet.system import Decoding, Demonstrations, System
@@ -174,12 +175,12 @@ def test_a_teacher_with_more_tokens_speaks_in_those_of_the_student(tmp_path: Pat
     module, tokenizer, old = smaller_vocabulary()
     student, session = TorchSession(module, tokenizer), TorchSession(make_model("llama"), make_tokenizer())
     system = System(models.ModelRef("x", "x"), "say it")
-    teacher = Teacher.of(system, session, student, 2.0)
-    assert teacher is not None and teacher.ids is not None and Teacher.of(system, student, session, 1.0) is None
-    same = Teacher.of(system, session, session, 1.0)
+    teacher = Teacher.of(system, session, student)
+    assert teacher is not None and teacher.ids is not None and Teacher.of(system, student, session) is None
+    same = Teacher.of(system, session, session)
     assert same is not None and same.ids is None
     example, answer = Example("1", "was the movie great?"), student.encode_answer("a funny story", end=True)
-    [row] = teacher.judge([example], [Row((1, 2), (answer,))], 3)
+    [row] = teacher.judge([example], [Row((1, 2), (answer,))], 3, 2.0)
     ids, values = teacher.table[3]
     assert row.facts == ((3.0, 0.0),) and ids.shape == values.shape == (len(answer), 32)
     spelt = tuple(old[t] for t in answer)
@@ -191,9 +192,8 @@ def test_a_teacher_with_more_tokens_speaks_in_those_of_the_student(tmp_path: Pat
     assert torch.allclose(wanted.gather(-1, ids.long()), values, atol=1e-4)
     assert torch.equal(ids[:, 0].long(), wanted.argmax(-1))
     # Plain text is read as it stands: where the student is the teacher in other numbers, nothing is left but rounding.
-    teacher = Teacher.of(system, session, student, 1.0)
-    assert teacher is not None
-    rows = teacher.judge([Example("2", "", text="x")], [Row(answer, (answer,))], 0)
+    rows = teacher.judge([Example("2", "", text="x")], [Row(answer, (answer,))], 0, 1.0)
+    assert student.spent.prefilled_tokens == session.spent.prefilled_tokens > 0
     assert _step(module, module, rows, losses.Imitate(teacher.table))[0] == pytest.approx(0, abs=1e-4)
 
 
@@ -302,6 +302,19 @@ def test_free_text_by_tokens_and_then_by_what_the_student_says(
     off, plain = distil(replace(method, on_policy=0.0), free, data, tmp_path / "c")
     assert plain.notes["on_policy"] == 0 and off.fingerprint != made.fingerprint
     assert run.spent.generated_tokens > plain.spent.generated_tokens
+
+
+def test_rungs_go_on_from_one_another(free: System, other: System, tmp_path: Path) -> None:
+    """A race of learning rates: what a shorter training came to is where a longer one begins, also on policy."""
+    replace(other, decoding=free.decoding).save(tmp_path / "teacher")
+    method = Distill(teacher=str(tmp_path / "teacher"), **QUICK, epochs=4.0)
+    run = Run(Store(tmp_path / "a"))
+    arms = [method, replace(method, learning_rate=1e-3)]
+    _, ended = tune.race(arms, replace(free, home=tmp_path / "a"), task(rows(48), ()), run)
+    assert [arm.fidelity for arm in ended] == [1.0, 0.15]
+    _, whole = distil(ended[0].method, free, task(rows(48), ()), tmp_path / "b")  # type: ignore[arg-type]
+    assert run.notes["steps"] == whole.notes["steps"] and run.notes["on_policy"] == whole.notes["on_policy"] > 0
+    assert ended[0].loss < validation(whole)[0]
 
 
 def test_its_own_beginning_judges_what_a_student_samples(free: System, tmp_path: Path) -> None:
@@ -442,10 +455,10 @@ def test_an_adapter_is_merged_into_a_smaller_model(free: System, tmp_path: Path)
     # What was kept is what was learnt: it lies nearer to the teacher than before.
     modules = [models.load(one.model, made.home)[0].requires_grad_(True) for one in (small, made)]
     session, asked = TorchSession(*models.load(free.model, made.home)), rows(32)
-    teacher = Teacher(free, session, 1.0)
+    teacher = Teacher(free, session, session)
     prompts = session.encode(made.prompts(asked, blind=True))
     answers = [session.encode_answer(a.text, end=False) for a in free.answers(asked, session)]
-    judged = teacher.judge(asked, [Row(p, (a,)) for p, a in zip(prompts, answers, strict=True)], 0)
+    judged = teacher.judge(asked, [Row(p, (a,)) for p, a in zip(prompts, answers, strict=True)], 0, 1.0)
     before, after = (_step(module, module, judged, losses.Imitate(teacher.table))[0] for module in modules)
     assert after < 0.8 * before
 

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -199,43 +200,46 @@ class Distill:
 
         if adapter.kind == "lora" and _tied(live.module):
             raise MethodError("an adapter would undo what ties layers", expected="adapter=full", found="adapter=lora")
-        opened, policy = teacher.model in run.sessions, Policy(live, student)
+        opened = teacher.model in run.sessions
         heard, pairs, guide, notes = self._heard(teacher, student, rows, run, live)
-        choices = any(s.chances for s in heard.values())
         wanted, batch = affordable([row for _, row in pairs], self.epochs * len(pairs), self.batch,
                                    run.trained_tokens, run.seed)  # fmt: skip
         most, examples = min(round(0.1 * len(heard)), max(24, min(128, round(CHECKED * wanted)))), list(heard)
         checks = {examples[i] for i in cut(examples, most, seed=run.seed, closed=closed)[1]}
         fit, held = ([pair for pair in pairs if (pair[0] in checks) == side] for side in (False, True))
+        # What is validated is the plain divergence, so that settings can be compared by it.
+        fit, held = _targets(fit, heard, guide, 0, self.temperature), _targets(held, heard, guide, len(fit), 1.0)
         full = max(1, round(min(wanted, self.epochs * len(fit)) / batch))
         turn = full - round(self.on_policy * full) if guide else full
         count = max(1, round(run.fidelity * full))
         source = steps(fit, batch, run.seed)
         if guide is not None and turn < count:
             same = adapter.kind == "lora" and teacher.model == student.model
-            own: Source = OnPolicy(source, turn, guide, policy, run.seed, len(pairs), same)
+            own: Source = OnPolicy(source, turn, guide, Policy(live, student), run.seed, len(pairs), self.temperature,
+                                   same)  # fmt: skip
         else:
             own = lambda n: [row for _, row in source(n)]  # noqa: E731
             if not opened:
                 run.sessions.pop(teacher.model, None)
-        loss = Choose(self.temperature) if choices else Imitate(guide.table if guide else {}, self.temperature)
+        loss = Choose if notes["targets"] == "choices" else partial(Imitate, guide.table if guide else {})
         watched = {e: heard[e].text for e in examples if e in checks and e.text is None and not heard[e].gold}
         first = _agreement(student, watched, live)
         return Lesson(
-            own, loss,
+            own, loss(self.temperature),
             Settings(Schedule(self.learning_rate or RATES[adapter.kind], count), validations=validations(count)),
-            (lambda: mean_of(live, [row for _, row in held], loss)) if held else None,
+            (lambda: mean_of(live, [row for _, row in held], loss(1.0))) if held else None,
             {**notes, "rows": len(fit), "batch": batch, "on_policy": max(0, count - turn)},
-            lambda _: {"agreement": {"n": len(watched), "before": first, "after": _agreement(student, watched, live)}},
+            lambda _: {"agreement": {"n": min(WATCHED, len(watched)), "before": first,
+                                     "after": _agreement(student, watched, live)}},
         )  # fmt: skip
 
     def _heard(
         self, teacher: System, student: System, rows: Sequence[Example], run: Run, live: TorchSession
     ) -> tuple[dict[Example, Said], list[Pair], Teacher | None, dict[str, Any]]:
-        """What the teacher says to as many rows as the budget pays for, and the rows to train on that it makes.
+        """What the teacher says to as many rows as the budget pays for, and the rows to train on that this makes.
 
-        With them, the teacher itself where it can be asked for its distributions. What all this costs is put down to
-        the live session.
+        With them, the teacher itself where it can be asked for its distributions. What it costs is put down to the
+        live session.
         """
         from whet.engine.torch import TorchSession
         from whet.train.teacher import Teacher
@@ -249,20 +253,16 @@ class Distill:
         known = [e for e in asked if (e.completion in _set(student, e) if closed else e.completion)]
         golden = [e for e in known if draw.random() < self.gold]
         heard = self._ask(teacher, student, asked, closed, voice, run)
-        heard |= {e: Said(e.completion, _only(e.completion, _set(student, e)) if closed else (), True) for e in golden}
+        for e in golden:
+            heard[e] = Said(e.completion, _only(e.completion, _set(student, e)) if closed else (), gold=True)
         # Behind reasons that the student leaves out, the teacher would say other things.
         if isinstance(voice, TorchSession) and not closed and student.decoding.after == teacher.decoding.after:
-            guide = Teacher.of(teacher, voice, live, self.temperature)
+            guide = Teacher.of(teacher, voice, live)
         heard = {e: s for e, s in heard.items() if e.text is None or guide is not None}
         if not heard:
             raise MethodError("the teacher says nothing to learn from", found=f"none for {len(asked)} rows",
                               expected="prompts, and answers out of the labels where there are some")  # fmt: skip
         pairs, short = (_choosing if closed else _saying)(student, heard, live)
-        if guide is not None:
-            soft = [n for n, (e, _) in enumerate(pairs) if not heard[e].gold]
-            judged = guide.judge([pairs[n][0] for n in soft], [pairs[n][1] for n in soft], 0)
-            for n, row in zip(soft, judged, strict=True):
-                pairs[n] = (pairs[n][0], row)
         live.spent += voice.spent - before
         kind = "choices" if closed else "tokens" if guide is not None else "answers"
         return heard, pairs, guide, {"targets": kind, "shortened": short, "unheard": len(asked) - len(heard)}
@@ -282,7 +282,7 @@ class Distill:
         prompted = [e for e in rows if e.text is None]
         sets = {e: _set(student, e) for e in prompted} if closed else {}
         few = max(map(len, sets.values()), default=0) <= MOST_SCORED
-        scored = closed and teacher.decoding.closed and few and isinstance(voice, TorchSession)
+        scored = bool(sets) and teacher.decoding.closed and few and isinstance(voice, TorchSession)
         decoding, told = teacher.decoding, run.progress("the teacher answers")
         if decoding.after == student.decoding.after:  # the student is to say the reasons, too
             decoding = replace(decoding, after="")
@@ -300,7 +300,7 @@ class Distill:
         found = json.loads((place / "answers.json").read_text(encoding="utf-8"))
         if scored:
             scores = {e: _calibrated(teacher, e, sets[e], one) for e, one in zip(prompted, found, strict=True)}
-            sharp = sharpness(list(scores.values())) / self.temperature
+            sharp = sharpness(list(scores.values()))
             return {e: Said(sets[e][one.index(max(one))], softmax(one, sharp)) for e, one in scores.items()}
         said = {e: Said("") for e in rows if e.text is not None and not closed}
         for e, one in zip(prompted, found, strict=True):
@@ -433,9 +433,27 @@ def _saying(student: System, heard: Mapping[Example, Said], live: TorchSession) 
     return pairs, cut
 
 
+def _targets(
+    pairs: Sequence[Pair], heard: Mapping[Example, Said], guide: Teacher | None, at: int, temperature: float
+) -> list[Pair]:
+    """Rows with what the loss needs at a temperature: the teacher's distributions, from `at` on, or its chances."""
+    soft = {n: row for n, (e, row) in enumerate(pairs) if guide is not None and not heard[e].gold}
+    if guide is not None and soft:
+        judged = guide.judge([pairs[n][0] for n in soft], list(soft.values()), at, temperature)
+        soft = dict(zip(soft, judged, strict=True))
+    elif guide is None:
+        for n, (e, row) in enumerate(pairs):
+            if heard[e].chances:
+                chances = softmax([math.log(c) for (c,) in row.facts], 1 / temperature)
+                soft[n] = replace(row, facts=tuple((c,) for c in chances))
+    return [(e, soft.get(n, row)) for n, (e, row) in enumerate(pairs)]
+
+
 def _agreement(student: System, watched: Mapping[Example, str], live: TorchSession) -> float | None:
     """How far the student answers as the teacher does: the share of same choices, or the mean F1 of their words."""
-    rows = [replace(e, completion=text, answers=(text,)) for e, text in list(watched.items())[:WATCHED]]
-    metric = metrics.get("accuracy" if student.decoding.closed else "token_f1")
+    closed, read = student.decoding.closed, student.decoding.read
+    said = {e: text if closed else read(text) for e, text in list(watched.items())[:WATCHED]}
+    rows = [replace(e, completion=text, answers=(text,)) for e, text in said.items()]
+    metric = metrics.get("accuracy" if closed else "token_f1")
     found = metrics.score_all(metric, [a.text for a in student.answers(rows, live, blind=True)], rows)
     return fmean(o.score for o in found) if found else None

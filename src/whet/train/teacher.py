@@ -25,33 +25,36 @@ PASS_TOKENS = 4096  # tokens a pass: long contexts are what a teacher has, and w
 
 @dataclass(frozen=True)
 class Teacher:
-    """A System with its session, and `table`, where the loss `Imitate` finds what it thought.
+    """A System with its session, and `table`, where the loss `Imitate` finds what it thought of a student's tokens.
 
-    It may know more tokens than the student, whose vocabulary was trimmed: its distributions are then those among the
-    tokens that both know. `own` are the student's ids [V] of these, `ids` the teacher's.
+    What it costs is put down to the student's session. The teacher may know more tokens than the student, whose
+    vocabulary was trimmed: its distributions are then those among the tokens that both know. `own` are the student's
+    ids [V] of these, `ids` the teacher's.
     """
 
     system: System
     session: TorchSession
-    temperature: float
+    student: TorchSession
     own: Tensor | None = None
     ids: Tensor | None = None
     table: dict[int, Kept] = field(default_factory=dict)
 
     @staticmethod
-    def of(system: System, session: TorchSession, student: TorchSession, temperature: float) -> Teacher | None:
+    def of(system: System, session: TorchSession, student: TorchSession) -> Teacher | None:
         """None where the student has a token that the teacher lacks: what one writes, the other cannot spell."""
         theirs, ours = (s.tokenizer.get_vocab() for s in (session, student))
         sizes = [s.module.config.get_text_config().vocab_size for s in (session, student)]
         if theirs == ours and sizes[0] == sizes[1]:
-            return Teacher(system, session, temperature)
+            return Teacher(system, session, student)
         if not ours.keys() <= theirs.keys():
             return None
         pairs, device = sorted((own, theirs[token]) for token, own in ours.items()), session.module.device
         own, ids = (torch.tensor(side, device=device) for side in zip(*pairs, strict=True))
-        return Teacher(system, session, temperature, own, ids)
+        return Teacher(system, session, student, own, ids)
 
-    def judge(self, examples: Sequence[Example], rows: Sequence[Row], at: int, *, reverse: bool = False) -> list[Row]:
+    def judge(
+        self, examples: Sequence[Example], rows: Sequence[Row], at: int, temperature: float, *, reverse: bool = False
+    ) -> list[Row]:
         """A student's rows, of one continuation each, with the teacher's distributions in the table from `at` on.
 
         The teacher reads each example in its own prompt; a row of plain text it reads as it stands.
@@ -63,6 +66,7 @@ class Teacher:
         def spelt(tokens: Tokens) -> Tokens:
             return tokens if known is None else tuple(known[t] for t in tokens)
 
+        before = self.session.spent
         room = [len(row.continuations[0]) for row in rows]
         prompts = self.session.encode(self.system.fitting(examples, self.session, room, blind=True)[0])
         read = [
@@ -70,12 +74,13 @@ class Teacher:
             for e, prompt, row in zip(examples, prompts, rows, strict=True)
         ]
         for logits, pack in passes(self.session, read, PASS_TOKENS):
-            values = (logits if self.ids is None else logits[:, self.ids]).float() / self.temperature
+            values = (logits if self.ids is None else logits[:, self.ids]).float() / temperature
             top = values.log_softmax(-1).topk(min(KEPT, values.shape[1]))
             ids = top.indices if self.own is None else self.own[top.indices]
             sizes = torch.bincount(pack.sequences).tolist()
             parts = zip(ids.int().cpu().split(sizes), top.values.cpu().split(sizes), strict=True)
             self.table.update((at + n, part) for n, part in zip(pack.owners.tolist(), parts, strict=True))
+        self.student.spent += self.session.spent - before
         return [replace(row, facts=((float(at + n), float(reverse)),)) for n, row in enumerate(rows)]
 
 
@@ -92,6 +97,7 @@ class OnPolicy:
     policy: Policy
     seed: int
     at: int
+    temperature: float
     same: bool
 
     def __call__(self, number: int) -> list[Row]:
@@ -101,8 +107,6 @@ class OnPolicy:
         if not asked:
             return [row for _, row in pairs]
         sampled, _ = self.policy.sample(asked, 1, seed=self.seed + 1 + number)
-        before = self.teacher.session.spent
         with self.policy.beginning() if self.same else nullcontext():
-            judged = self.teacher.judge(asked, sampled, self.at, reverse=True)
-        self.policy.live.spent += self.teacher.session.spent - before
+            judged = self.teacher.judge(asked, sampled, self.at, self.temperature, reverse=True)
         return [*judged, *(row for e, row in pairs if e.text is not None)]
