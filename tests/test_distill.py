@@ -392,6 +392,16 @@ def test_a_teacher_is_asked_once(system: System, tmp_path: Path, monkeypatch: py
     distil(Distill(**{**QUICK, "learning_rate": 1e-3}), system, data, tmp_path / "a")
 
 
+def test_prompts_in_a_file_suffice(system: System, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("\n\n".join(e.prompt for e in rows(40)))
+    method = Distill(unlabelled=str(tmp_path / "prompts.txt"), **QUICK)
+    made, run = distil(method, system, task(()), tmp_path / "a")
+    assert run.notes["rows"] == 36 and validation(run)[-1] < validation(run)[0]
+    (tmp_path / "prompts.txt").rename(tmp_path / "moved.txt")
+    again, run = distil(replace(method, unlabelled=str(tmp_path / "moved.txt")), system, task(rows(9)), tmp_path / "a")
+    assert again.fingerprint == made.fingerprint  # the same prompts, whatever the file is called
+
+
 def test_no_row_shows_the_teacher_its_own_answer(system: System, tmp_path: Path) -> None:
     """A row that is a demonstration is answered without it: else its answer would only be copied."""
     data = task(rows(8))
@@ -499,10 +509,12 @@ def test_refusals(system: System, other: System, tmp_path: Path) -> None:
         distil(Distill(), bare, data, home)
     with pytest.raises(MethodError, match="same"):
         distil(Distill(clear="none"), replace(bare, demonstrations=system.demonstrations), data, home)
-    with pytest.raises(MethodError, match="train rows"):
-        distil(Distill(), system, task(()), home)
-    with pytest.raises(MethodError, match="nothing to distil on"):
-        distil(Distill(), system, task((Example("x", ""),)), home)
+    for none in ((), (Example("x", ""),)):
+        with pytest.raises(MethodError, match="nothing to distil on"):
+            distil(Distill(), system, task(none), home)
+    chosen = task((Example("x", "which?", choices=("a", "b")),), ())
+    with pytest.raises(MethodError, match="bring no choices"):
+        distil(Distill(unlabelled="prompts.txt"), system, chosen, home)
     replace(other, decoding=Decoding(("positive", "mixed"), True)).save(tmp_path / "labels")
     with pytest.raises(MethodError, match="other labels; .*found 2; 'mixed' in one only"):
         distil(Distill(teacher=str(tmp_path / "labels")), system, data, home)

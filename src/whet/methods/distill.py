@@ -56,21 +56,23 @@ class Distill:
 
     `teacher`: the folder of a System, or a model (in this System's place); without, the model as it was before it was
     made smaller, else this System itself, whose demonstrations, passages and calibration the student learns to do
-    without (context distillation, Snell et al. 2022). What the student loses, `clear` says: none, demonstrations,
-    context (passages, too) or prompt (instruction and frame, too); by default context where the models are the same,
-    else none. `adapter`: lora or full; by default full where the model was made smaller, and lora over packed weights.
-    `learning_rate` 0: 1e-3 for lora, 2e-4 for full. `temperature` softens the teacher. `gold` is the share of rows with
-    a completion that are learnt from it instead. `on_policy` is the share of the steps, the last ones, in which free
-    text is sampled from the student itself and judged by the teacher's distributions (GKD, Agarwal et al. 2024).
+    without (context distillation, Snell et al. 2022). `unlabelled`: a file of prompts beside the train rows. What the
+    student loses, `clear` says: none, demonstrations, context (passages, too) or prompt (instruction and frame, too);
+    by default context where the models are the same, else none. `adapter`: lora or full; by default full where the
+    model was made smaller, and lora over packed weights. `learning_rate` 0: 1e-3 for lora, 2e-4 for full. `temperature`
+    softens the teacher. `gold` is the share of rows with a completion that are learnt from it instead. `on_policy` is
+    the share of the steps, the last ones, in which free text is sampled from the student itself and judged by the
+    teacher's distributions (GKD, Agarwal et al. 2024).
     """
 
     name: ClassVar[str] = "distill"
     family: ClassVar[str] = "compression"
-    needs: ClassVar[tuple[Need, ...]] = ("rows", "weights")
+    needs: ClassVar[tuple[Need, ...]] = ("weights",)
     writes: ClassVar[tuple[str, ...]] = ("model", "decoding", "demonstrations", "sources", "prompt")
     invalidates: ClassVar[tuple[str, ...]] = ()  # a calibration is the teacher's, and is learnt
 
     teacher: str = ""
+    unlabelled: str = ""
     clear: str = ""
     adapter: str = ""
     rank: int = 16
@@ -106,12 +108,14 @@ class Distill:
 
         teacher = self._teacher(system, data)
         student = self._student(system, teacher)
-        rows = _each_once(data.train)
+        rows = _each_once([*data.train, *self._unlabelled(data)])
         if not rows:
-            raise MethodError("nothing to distil on", expected="train rows with prompts", found="none")
+            raise MethodError("nothing to distil on", expected="train rows, or prompts in a file", found="none",
+                              do="set unlabelled=FILE")  # fmt: skip
         adapter, whole = self._adapter(system)
-        name = key("distill", {**asdict(self), "teacher": teacher.state}, student.state, rows_hash(rows), run.seed,
-                   run.fidelity, run.trained_tokens, run.previous)  # fmt: skip
+        named = {**asdict(self), "teacher": teacher.state, "unlabelled": ""}
+        name = key("distill", named, student.state, rows_hash(rows), run.seed, run.fidelity, run.trained_tokens,
+                   run.previous)  # fmt: skip
         opened = set(run.sessions)
         made = teach(
             student, run, name, adapter,
@@ -147,6 +151,15 @@ class Distill:
                 found=f"{len(theirs)}; {odd[0]!r} in one only", do="take a teacher of this task",
             )  # fmt: skip
         return found
+
+    def _unlabelled(self, data: Learnable) -> list[Example]:
+        """The prompts in the file. Raises what reading it raises, and MethodError where each row needs choices."""
+        from whet.feedback import prompts_of
+
+        if self.unlabelled and data.closed and not data.labels:
+            raise MethodError("prompts in a file bring no choices", expected="labels, or free text",
+                              found="choices in every train row", do="put them into train.jsonl")  # fmt: skip
+        return prompts_of(Path(self.unlabelled)) if self.unlabelled else []
 
     def _student(self, system: System, teacher: System) -> System:
         """The student before it has learnt. Raises MethodError where it is the teacher."""
