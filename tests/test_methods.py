@@ -92,7 +92,10 @@ def test_a_method_is_a_new_system_and_changes_nothing_else(
     # Only what it says that it writes or invalidates has changed.
     if "model" not in kind.writes:
         assert made.model == system.model
-    assert bool(made.sources) == ("sources" in kind.writes)
+    if "sources" not in kind.writes or kind.family == "compression":
+        assert made.sources == system.sources
+    else:
+        assert made.sources
     if "demonstrations" not in kind.writes:
         assert made.demonstrations == system.demonstrations
     if "calibration" in kind.invalidates:

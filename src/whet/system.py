@@ -259,44 +259,44 @@ class System:
 
     def answers(
         self, prompts: Iterable[str | Example], session: Session | None = None, progress: Progress | None = None,
-        found: Shown | None = None,
+        found: Shown | None = None, *, blind: bool = False,
     ) -> list[Answer]:  # fmt: skip
         """Answer prompts with scores: over the closed set where there is one, else by generation.
 
-        `found` are the passages that each is shown; without, they are looked up.
+        `found` are the passages that each is shown; without, they are looked up. `blind` as in `prompts`.
         """
         examples = [Example(str(n), p) if isinstance(p, str) else p for n, p in enumerate(prompts)]
         session = session or self.session
         found = self.found([e.prompt for e in examples]) if found is None else found
         if self.decoding.closed and all(e.choices or self.decoding.labels for e in examples):
-            made = self._choose(examples, session, progress, found)
+            made = self._choose(examples, session, progress, found, blind)
         else:
-            made = self._generate(examples, session, progress, found)
+            made = self._generate(examples, session, progress, found, blind)
         return [replace(a, passages=tuple(f)) if f else a for a, f in zip(made, found, strict=True)]
 
     def label_scores(
-        self, examples: Sequence[Example], session: Session, progress: Progress | None = None
+        self, examples: Sequence[Example], session: Session, progress: Progress | None = None, *, blind: bool = False
     ) -> tuple[list[tuple[float, ...]], list[bool]]:
         """Uncalibrated scores of each example's closed set (its own choices or the labels), and who was shortened."""
-        sets, prompts, cut = self._closed(examples, session)
+        sets, prompts, cut = self._closed(examples, session, blind=blind)
         whole = self.decoding.normalise == "sum"
         scored = session.score(prompts, sets, end=whole, progress=progress)
         return [tuple(s.logprob if whole else s.mean for s in row) for row in scored], cut
 
     def _closed(
-        self, examples: Sequence[Example], session: Session, found: Shown | None = None
+        self, examples: Sequence[Example], session: Session, found: Shown | None = None, blind: bool = False
     ) -> tuple[list[tuple[str, ...]], list[Prompt], list[bool]]:
         """Each example's closed set as it is said, its prompt with room for the longest, and who was shortened."""
         sets = [e.choices or self.decoding.spoken for e in examples]
         # A label is at most as many tokens as its bytes; one more ends the turn.
         room = [max(len(c.encode()) for c in choices) + 2 for choices in sets]
-        prompts, cut = self.fitting(examples, session, room, found=found)
+        prompts, cut = self.fitting(examples, session, room, blind=blind, found=found)
         return sets, prompts, cut
 
     def _choose(
-        self, examples: Sequence[Example], session: Session, progress: Progress | None, found: Shown
+        self, examples: Sequence[Example], session: Session, progress: Progress | None, found: Shown, blind: bool
     ) -> list[Answer]:
-        sets, prompts, cut = self._closed(examples, session, found)
+        sets, prompts, cut = self._closed(examples, session, found, blind)
         # A row's own choices have no prior: calibration is of the task's labels.
         offsets = self.decoding.prior if not any(e.choices for e in examples) else ()
         named = [e.choices or self.decoding.labels for e in examples]
@@ -311,10 +311,10 @@ class System:
         return _greatest(self.decoding.labels, calibrated, truncated)
 
     def _generate(
-        self, examples: Sequence[Example], session: Session, progress: Progress | None, found: Shown
+        self, examples: Sequence[Example], session: Session, progress: Progress | None, found: Shown, blind: bool
     ) -> list[Answer]:
         decoding = self.decoding
-        prompts, cut = self.fitting(examples, session, [decoding.max_tokens] * len(examples), found=found)
+        prompts, cut = self.fitting(examples, session, [decoding.max_tokens] * len(examples), blind=blind, found=found)
         sampling = Sampling(decoding.max_tokens, decoding.temperature, n=decoding.votes, stop=decoding.stop)
         made = session.generate(prompts, sampling, progress)
         return [Answer(_voted([decoding.read(g.text) for g in one]), (), s) for one, s in zip(made, cut, strict=True)]

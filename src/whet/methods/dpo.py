@@ -93,7 +93,7 @@ class Preference(ABC):
     def _lesson(self, system: System, rows: Sequence[Judged], run: Run, live: TorchSession) -> Lesson:
         from whet.train.batches import tokens_per_row
         from whet.train.lesson import Lesson
-        from whet.train.loop import Schedule, Settings
+        from whet.train.loop import Schedule, Settings, validations
         from whet.train.policy import Policy, mean_of
 
         policy, examples = Policy(live, system), [r.example for r in rows]
@@ -112,7 +112,7 @@ class Preference(ABC):
 
         return Lesson(
             self.source(learnt, policy, run), self.loss(),
-            Settings(Schedule(self.learning_rate, count), validations=4 if count >= 24 else 2),
+            Settings(Schedule(self.learning_rate, count), validations=validations(count)),
             (lambda: mean_of(live, held, self.loss())) if held else None, {"judgements": len(learnt)}, after,
         )  # fmt: skip
 

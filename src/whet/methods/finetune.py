@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from whet.train.lesson import Lesson
     from whet.train.loop import Curves
 
-LEAST_STEPS = 64  # where the budget allows fewer steps of `batch` rows, a step takes fewer rows
-LEAST_BATCH = 8
-MANY_STEPS = 24  # from here on there are four validations, else two
 CROSS_EPOCHS = 2.0  # of the trainings that suspects are told by: longer ones learn wrong labels by heart
 SAMPLED = 256  # rows looked at to tell how many tokens a row costs
 CHECKED = 0.06  # rows to validate on as a share of the rows trained on: looking must not cost more than learning
@@ -116,10 +113,10 @@ class FineTune:
     def _lesson(
         self, system: System, data: Learnable, run: Run, live: TorchSession, wrong: Sequence[Suspect] = ()
     ) -> Lesson:
-        from whet.train.batches import steps, tokens_per_row
+        from whet.train.batches import affordable, steps
         from whet.train.fit import twice_the_data, verdict
         from whet.train.lesson import Lesson, mean_loss, render_rows
-        from whet.train.loop import Schedule, Settings
+        from whet.train.loop import Schedule, Settings, validations
         from whet.train.losses import NextToken
 
         usable, repeated = _each_once([e for e in data.train if e.completion or e.text])
@@ -131,16 +128,11 @@ class FineTune:
             raise MethodError("nothing to train on", expected="train rows with completions or text", found="none")
         some, _ = render_rows(system, random.Random(run.seed).sample(usable, min(SAMPLED, len(usable))), live)
         # How much is wanted at full fidelity decides everything but the number of steps, so that it can be continued.
-        wanted, batch = self.epochs * len(usable), self.batch
-        if run.trained_tokens is not None:
-            wanted = min(wanted, run.trained_tokens / tokens_per_row(some, batch, run.seed))
-            batch = max(min(LEAST_BATCH, batch), min(batch, round(wanted / LEAST_STEPS)))
-            wanted = min(wanted, run.trained_tokens / tokens_per_row(some, batch, run.seed))  # smaller steps share less
+        wanted, batch = affordable(some, self.epochs * len(usable), self.batch, run.trained_tokens, run.seed)
         fit, held = data.validation(seed=run.seed, most=max(24, min(128, round(CHECKED * wanted))))
         rows, cut = render_rows(system, fit, live, (self.absent, run.seed))
         checks, _ = render_rows(system, held, live)
         count = max(1, round(run.fidelity * min(wanted, self.epochs * len(rows)) / batch))
-        validations = 4 if count >= MANY_STEPS else 2
 
         def after(curves: Curves) -> dict[str, Any]:
             fit = verdict(curves)
@@ -152,7 +144,7 @@ class FineTune:
         return Lesson(
             steps(rows, batch, run.seed),
             NextToken(),
-            Settings(Schedule(self.learning_rate, count), validations=validations, recompute=self.recompute),
+            Settings(Schedule(self.learning_rate, count), validations=validations(count), recompute=self.recompute),
             (lambda: mean_loss(live, checks)) if checks else None,
             {"rows": len(rows), "batch": batch, "shortened": cut, **found, "row_tokens": _lengths(rows)},
             after,

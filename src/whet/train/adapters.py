@@ -98,6 +98,13 @@ def adapted(module: Any, adapter: Adapter, seed: int) -> Iterator[Any]:
                 delattr(module, leftover)
 
 
+def merged(tuned: Any, adapter: Adapter) -> Any:
+    """The module with its adapter in its weights, as a copy; summed in fp32, so that rounding once loses least."""
+    if adapter.kind == "full":
+        return tuned
+    return copy.deepcopy(tuned).float().merge_and_unload().to(tuned.dtype)
+
+
 @contextmanager
 def frozen(module: Any, bits: int) -> Iterator[None]:
     """Within it, the linear layers but the output hold their weights in 8 or 4 bits (NF4), by bitsandbytes.

@@ -18,6 +18,8 @@ from whet.engine.prefix import Row
 T = TypeVar("T")
 PACK_TOKENS = 1024  # packed tokens per backward pass: activations take 1.7 MB a token on a 135M model
 PACK_TARGETS = 1024  # tokens with logits per backward pass: the vocabulary is what fills memory
+LEAST_STEPS = 64  # where a budget allows fewer steps of the rows wanted, a step takes fewer rows
+LEAST_BATCH = 8
 WORTH = 0.125  # of the tokens that read a shared beginning it must save: measured, the merging costs about as much
 
 
@@ -116,3 +118,17 @@ def tokens_per_row(rows: Sequence[Row], size: int, seed: int, looked_at: int = 8
     source = steps(rows, size, seed)
     sampled = [source(n) for n in range(looked_at)]
     return sum(prefix.arrange(s, worth=WORTH).unique_tokens for s in sampled) / max(1, sum(map(len, sampled)))
+
+
+def affordable(
+    some: Sequence[Row], wanted: float, size: int, allowed: int | None, seed: int
+) -> tuple[float, int]:
+    """(rows to train on in all, rows a step) out of `wanted` rows in steps of `size`, where `allowed` tokens bound it.
+
+    `some` are rows that show what one costs. A short training takes smaller steps, so that there are enough of them.
+    """
+    if allowed is None:
+        return wanted, size
+    wanted = min(wanted, allowed / tokens_per_row(some, size, seed))
+    size = max(min(LEAST_BATCH, size), min(size, round(wanted / LEAST_STEPS)))
+    return min(wanted, allowed / tokens_per_row(some, size, seed)), size

@@ -18,7 +18,7 @@ from whet.model import Transform, aside, hash_files, save_weights
 from whet.reading import taught
 from whet.system import System
 from whet.task import Example
-from whet.train.adapters import Adapter, adapted
+from whet.train.adapters import Adapter, adapted, merged
 from whet.train.head import save_head
 from whet.train.loop import Beat, Curves, Settings, Source, train
 from whet.train.losses import Loss
@@ -47,12 +47,15 @@ def key(*parts: Any) -> str:
 
 
 def teach(
-    system: System, run: Run, name: str, adapter: Adapter, prepare: Callable[[TorchSession], Lesson]
-) -> System:
+    system: System, run: Run, name: str, adapter: Adapter, prepare: Callable[[TorchSession], Lesson], *,
+    whole: bool = False,
+) -> System:  # fmt: skip
     """The System with what the lesson taught as one more transform; a lesson that was finished before is not repeated.
 
     `prepare` is given a session over the live module, before its first step. A training that was killed goes on from
-    its last checkpoint. Raises MethodError for a model whose weights are out of reach.
+    its last checkpoint. With `whole`, and where all weights of a model that was made smaller are trained, the outcome
+    is a model of its own: adapters are merged, and nothing before it counts or is kept with it. Raises MethodError for
+    a model whose weights are out of reach.
     """
     made, crew = run.store.artifact(name), team()
     if not (made / "done.json").exists():
@@ -78,7 +81,9 @@ def teach(
             }
             spent = Spent(training_seconds=curves.seconds, trained_tokens=curves.tokens) + live.spent
             if crew.first:
-                keep(tuned, adapter, made, {"notes": notes, "spent": asdict(spent)})
+                alone = whole or (adapter.kind == "full" and system.model.whole is not None)
+                keep(tuned, adapter, made, {"notes": notes, "spent": asdict(spent)},
+                     session.tokenizer if alone else None)  # fmt: skip
                 for file in (checkpoint, *checkpoint.parent.glob(f"{name}.[0-9]*")):
                     file.unlink(missing_ok=True)
             crew.wait()
@@ -113,11 +118,18 @@ def _told(run: Run, track: Callable[[Beat], None]) -> Callable[[Beat], None]:
     return told
 
 
-def keep(tuned: Any, adapter: Adapter, made: Path, body: dict[str, Any]) -> None:
-    """Write weights and record (notes, and spent) aside and rename them into place together."""
+def keep(tuned: Any, adapter: Adapter, made: Path, body: dict[str, Any], tokenizer: Any = None) -> None:
+    """Write weights and record (notes, and spent) aside and rename them into place together.
+
+    With the tokenizer they are written as a model folder.
+    """
     with aside(made) as work:
         folder = work / "weights"
-        if adapter.kind == "full":
+        if tokenizer is not None:
+            from whet.compress.folder import save
+
+            save(merged(tuned, adapter), tokenizer, folder)
+        elif adapter.kind == "full":
             folder.mkdir()
             save_weights(tuned, folder)
         else:
@@ -130,7 +142,7 @@ def keep(tuned: Any, adapter: Adapter, made: Path, body: dict[str, Any]) -> None
             config.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             if adapter.head:
                 save_head(tuned, folder)
-        body["kind"] = "weights" if adapter.kind == "full" else "adapter"
+        body["kind"] = "model" if tokenizer is not None else "weights" if adapter.kind == "full" else "adapter"
         body["fingerprint"] = hash_files([p for p in folder.iterdir() if p.is_file()])
         (work / "done.json").write_text(json.dumps(body), encoding="utf-8")
 

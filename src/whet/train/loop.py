@@ -25,6 +25,7 @@ from whet.train.team import Alone
 
 Source = Callable[[int], Sequence[Row]]
 LEAST_TOKENS = 64  # a pack smaller than this is not worth another try where memory is short
+MANY_STEPS = 24  # from here on there are four validations, else two
 KEEP_EVERY = 60.0  # seconds between checkpoints, at least
 WRITING_SHARE = 0.05  # of the time may go to writing them
 
@@ -68,6 +69,11 @@ class Settings:
     recompute: bool = False
     peak: float = 0.0
     penalty: Callable[[], Tensor] | None = None
+
+
+def validations(steps: int) -> int:
+    """How often a training of so many steps is validated, beside once before the first."""
+    return 4 if steps >= MANY_STEPS else 2
 
 
 @dataclass(frozen=True)

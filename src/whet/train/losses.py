@@ -7,7 +7,7 @@ reinforcement. What a loss must know about a continuation beforehand stands in `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -161,3 +161,73 @@ class PolicyGradient(PerRow):
         each = scale * (-advantage * found + self.beta * 0.5 * (found - reference) ** 2)
         samples = torch.bincount(pack.owners, minlength=int(pack.owners.max()) + 1)[pack.owners]
         return (each / samples).sum()
+
+
+LEAST_REST = 1e-6  # of a distribution's mass outside the tokens that are kept: rounding alone leaves less
+
+Kept = tuple[Tensor, Tensor]  # token ids [L, k], and their log-probabilities, at each of L places
+
+
+@dataclass(frozen=True)
+class Imitate(PerTarget):
+    """KL divergence between the module's next-token distributions and a teacher's, of which the likeliest are kept.
+
+    facts: (place in `table`, 1 for KL(module || teacher) and 0 for KL(teacher || module)); below 0 there is no
+    distribution, and the loss is the negative log-likelihood. The mass outside the k tokens counts as one more. Logits
+    are divided by `temperature` and the divergence multiplied by its square (Hinton et al. 2015); what is in the table
+    was taken at the same temperature. Forward on a teacher's answers, reverse on the module's own samples: Gu et al.
+    2024 (MiniLLM), Agarwal et al. 2024 (GKD).
+    """
+
+    table: Mapping[int, Kept]
+    temperature: float = 1.0
+
+    def __call__(self, logits: Tensor, pack: Pack) -> Tensor:
+        """Summed over targets, in nats."""
+        places = pack.facts[:, 0].long()
+        soft = (places >= 0)[pack.sequences]
+        total = cross_entropy(logits[~soft].float(), pack.targets[~soft], reduction="sum")
+        kept = [self.table[n] for n in places.tolist() if n >= 0]
+        if not kept:
+            return total
+        ids = torch.cat([i for i, _ in kept]).to(logits.device, torch.long)
+        theirs = _with_rest(torch.cat([p for _, p in kept]).to(logits.device))
+        here = logits if soft.all() else logits[soft]
+        ours = _with_rest((here.float() / self.temperature).log_softmax(-1).gather(-1, ids))
+        reverse = (pack.facts[:, 1] > 0)[pack.sequences][soft][:, None]
+        one, other = torch.where(reverse, ours, theirs), torch.where(reverse, theirs, ours)
+        return total + self.temperature**2 * (one.exp() * (one - other)).sum()
+
+
+def _with_rest(logprobs: Tensor) -> Tensor:
+    """Log-probabilities [P, k] with one more column for all other tokens together."""
+    rest = (1 - logprobs.exp().sum(-1, keepdim=True)).clamp(min=LEAST_REST).log()
+    return torch.cat([logprobs, rest], -1)
+
+
+@dataclass(frozen=True)
+class Choose(PerRow):
+    """KL divergence from a teacher's distribution over a row's continuations to the module's over all texts.
+
+    facts: (the teacher's probability,), adding up to 1 over the row. It is the sum of what the module's choice among
+    the continuations lacks, at a `temperature` as in `Imitate`, and of -log of the mass that it gives to all of them
+    together; with one continuation only the latter is left, its negative log-likelihood.
+    """
+
+    temperature: float = 1.0
+
+    def __call__(self, logits: Tensor, pack: Pack) -> Tensor:
+        """Summed over rows, in nats."""
+        wanted, found = pack.facts[:, 0], per_sequence(logprobs(logits, pack.targets), pack)
+        rows, owner = torch.unique(pack.owners, return_inverse=True)
+        softened = found / self.temperature
+        chosen = softened - _logsumexp(softened, owner, len(rows))[owner]
+        apart = torch.xlogy(wanted, wanted) - wanted * chosen
+        return self.temperature**2 * apart.sum() - _logsumexp(found, owner, len(rows)).sum()
+
+
+def _logsumexp(values: Tensor, groups: Tensor, count: int) -> Tensor:
+    """log of the sum of exp of values [S] in each of `count` groups."""
+    most = torch.full((count,), -torch.inf, device=values.device).scatter_reduce(0, groups, values.detach(), "amax")
+    sums = torch.zeros(count, device=values.device).index_add(0, groups, (values - most[groups]).exp())
+    return most + sums.log()

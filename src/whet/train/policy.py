@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,7 @@ from whet.engine import Sampling, Spent, attention
 from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession, using_tree
 from whet.task import Example
-from whet.train.batches import Pack, packs, padded
+from whet.train.batches import PACK_TOKENS, Pack, packs, padded
 from whet.train.loop import _logits
 from whet.train.losses import Loss
 
@@ -21,13 +22,15 @@ if TYPE_CHECKING:
     from whet.system import System
 
 
-def passes(session: TorchSession, rows: Sequence[Row]) -> Iterator[tuple[Tensor, Pack]]:
-    """Logits [P, vocabulary] of rows' targets, pack by pack, without gradients."""
+def passes(
+    session: TorchSession, rows: Sequence[Row], most: int = PACK_TOKENS
+) -> Iterator[tuple[Tensor, Pack]]:
+    """Logits [P, vocabulary] of rows' targets, without gradients, in packs of about `most` tokens."""
     if not rows:
         return
     module = session.module
     shared = attention.shares(module, max(len(r.prompt) + max(map(len, r.continuations)) for r in rows))
-    for pack in packs(rows, module.dtype, module.device) if shared else padded(rows, module.device):
+    for pack in packs(rows, module.dtype, module.device, most) if shared else padded(rows, module.device):
         with using_tree(module, shared=shared), torch.inference_mode():
             logits = _logits(module, pack)
         session.spent += Spent(prefilled_tokens=pack.tokens)
@@ -52,11 +55,17 @@ class Policy:
         return [tuple(map(sum, row)) for row in self.live.score_rows(rows)]
 
     def reference(self, rows: Sequence[Row]) -> list[tuple[float, ...]]:
-        """The same under the module as it was at the beginning; its weights are put back afterwards."""
+        """The same under the module as it was at the beginning."""
+        with self.beginning():
+            return self.logprobs(rows)
+
+    @contextmanager
+    def beginning(self) -> Iterator[None]:
+        """Within it, the module is as it was at the beginning; its weights are put back afterwards."""
         now = [p.detach().clone() for p in self.trained]
         try:
             self._put(self.start)
-            return self.logprobs(rows)
+            yield
         finally:
             self._put(now)
 
