@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from whet.errors import MethodError
@@ -69,12 +69,13 @@ class Quantize:
         Raises MethodError for a model that is quantized already, whose layers are of an unknown kind, or out of reach.
         """
         from whet.compress.folder import compressed, finished, settle, settled
-        from whet.compress.packed import PackedLinear
+        from whet.compress.packed import GROUPS, PackedLinear
         from whet.engine.torch import TorchSession
         from whet.task import rows_hash
         from whet.train.lesson import key
 
-        name = key(asdict(self), system.state, rows_hash(data.train), run.seed, data.limits.size)
+        system = replace(system, decoding=replace(system.decoding, prior=()))
+        name = key("quantize", asdict(self), GROUPS, system.state, rows_hash(data.train), run.seed, data.limits.size)
         if finished(run, name):
             return settled(system, run, name)
         session = run.session(system.model)
