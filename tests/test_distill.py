@@ -23,6 +23,7 @@ from whet.engine.torch import TorchSession
 from whet.errors import ArtifactError, MethodError, ModelError
 from whet.methods import Run
 from whet.methods.distill import Distill, sharpness, softmax
+from whet.methods.quantize import Quantize
 from whet.retrieval import Source
 from whet.search import tune
 from whet.search.recipe import Recipe, parse
@@ -434,6 +435,15 @@ def shrunk(system: System, home: Path, *, tie: bool = False, vocabulary: bool = 
     return folders.settle(replace(system, home=home), run, module, tokenizer, "0" * 64, {})
 
 
+def test_packed_weights_learn_through_an_adapter(free: System, tmp_path: Path) -> None:
+    small = Quantize(bits=4, rounding="nearest", group=32, rows=4).apply(
+        replace(free, home=tmp_path / "a"), task(rows(8, lambda _: "so it is"), ()), Run(Store(tmp_path / "a"))
+    )
+    made, run = distil(Distill(**QUICK, epochs=6.0), small, task(rows(48), ()), tmp_path / "a")
+    assert [t.kind for t in made.model.standing] == ["model", "adapter"]
+    assert validation(run)[-1] < 0.8 * validation(run)[0]
+
+
 @pytest.mark.parametrize("tie", [False, True])
 def test_a_smaller_model_is_healed_whole(system: System, tie: bool, tmp_path: Path) -> None:
     home = tmp_path / "a"
@@ -483,7 +493,7 @@ def test_a_trimmed_vocabulary_is_taught_by_tokens(free: System, tmp_path: Path) 
 
 def test_tied_layers_take_no_adapter(system: System, tmp_path: Path) -> None:
     small = shrunk(replace(system, decoding=replace(system.decoding, prior=())), tmp_path / "a", tie=True)
-    with pytest.raises(MethodError, match="ties layers"):
+    with pytest.raises(MethodError, match="undo what layers share"):
         distil(Distill(**QUICK, adapter="lora"), small, task(rows(16)), tmp_path / "a")
 
 

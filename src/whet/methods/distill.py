@@ -119,7 +119,7 @@ class Distill:
         opened = set(run.sessions)
         made = teach(
             student, run, name, adapter,
-            lambda live: self._lesson(student, teacher, rows, data.closed, run, live, adapter), whole=whole,
+            lambda live: self._lesson(student, teacher, rows, data.closed, run, live, adapter, whole), whole=whole,
         )  # fmt: skip
         if teacher.model != system.model and teacher.model not in opened:
             run.sessions.pop(teacher.model, None)
@@ -191,7 +191,7 @@ class Distill:
         whole, packed = system.model.whole, False
         if whole is not None and whole.folder is not None:
             modules = json.loads((whole.folder / FILE).read_text(encoding="utf-8"))["modules"]
-            packed = any(m["kind"] != "relaxed" for m in modules.values())
+            packed = any(m["kind"].startswith("packed") for m in modules.values())
         kind = self.adapter or ("full" if whole is not None and not packed else "lora")
         if packed and kind == "full":
             raise MethodError("packed weights cannot be trained", expected="adapter=lora", found="adapter=full")
@@ -201,7 +201,7 @@ class Distill:
 
     def _lesson(
         self, student: System, teacher: System, rows: Sequence[Example], closed: bool, run: Run, live: TorchSession,
-        adapter: Adapter,
+        adapter: Adapter, whole: bool,
     ) -> Lesson:  # fmt: skip
         from whet.splits import cut
         from whet.train.batches import affordable, steps
@@ -211,8 +211,9 @@ class Distill:
         from whet.train.policy import Policy, mean_of
         from whet.train.teacher import OnPolicy
 
-        if adapter.kind == "lora" and _tied(live.module):
-            raise MethodError("an adapter would undo what ties layers", expected="adapter=full", found="adapter=lora")
+        if adapter.kind == "lora" and whole and not _mergeable(live.module):
+            raise MethodError("merging an adapter would undo what layers share", expected="adapter=full",
+                              found="adapter=lora")  # fmt: skip
         opened = teacher.model in run.sessions
         heard, pairs, guide, notes = self._heard(teacher, student, rows, run, live)
         wanted, batch = affordable([row for _, row in pairs], self.epochs * len(pairs), self.batch,
@@ -379,12 +380,13 @@ def _lost(before: System, after: System) -> list[str]:
     return [name for name, (had, has) in parts.items() if had and not has]
 
 
-def _tied(module: Any) -> bool:
-    """Whether linear layers share their weights."""
+def _mergeable(tuned: Any) -> bool:
+    """Whether every layer with an adapter is an ordinary one whose weights are its own."""
     from torch import nn
 
-    layers = {n: m for n, m in module.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
-    return len({id(m.weight) for m in layers.values()}) < len(layers)
+    bases = [m.base_layer for m in tuned.modules() if hasattr(m, "lora_A")]
+    plain = all(type(m) is nn.Linear or "weight" in m._parameters for m in bases)
+    return plain and len({id(m.weight) for m in bases}) == len(bases)
 
 
 def _prompted(student: System, examples: Sequence[Example], live: TorchSession, room: Sequence[int]) -> tuple[Any, int]:

@@ -60,7 +60,12 @@ def add_lora(module: Any, adapter: Adapter, seed: int) -> Any:
     try:
         with warnings.catch_warnings():  # peft uses a name that transformers has deprecated
             warnings.simplefilter("ignore", FutureWarning)
-            return get_peft_model(module, config, autocast_adapter_dtype=False)
+            dtype = module.dtype
+            tuned = get_peft_model(module, config, autocast_adapter_dtype=False)
+            for value in tuned.parameters():  # over packed weights, peft takes the type that they are unpacked in
+                if value.requires_grad:
+                    value.data = value.data.to(dtype)
+            return tuned
     finally:
         torch.random.set_rng_state(state)
 
