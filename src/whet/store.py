@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sqlite3
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,35 @@ def write_text(path: Path, text: str) -> None:
             Path(temporary).unlink(missing_ok=True)
         found = error.strerror or str(error)
         raise StoreError(f"cannot write {path}", found=found, do="free space, or choose another --out") from error
+
+
+@contextmanager
+def anew(folder: Path, mark: str) -> Iterator[Path]:
+    """Write a folder aside and put it in the place of an older one of its kind, which holds the file `mark`.
+
+    Raises StoreError where the folder holds something else or cannot be written; the old one stays then.
+    """
+    ours = folder.is_dir() and ((folder / mark).exists() or not any(folder.iterdir()))
+    if folder.exists() and not ours:
+        raise StoreError(f"{folder} holds something else", expected="an empty or new folder", do="name another")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise StoreError(f"cannot write {folder}", found=error.strerror or str(error), do="choose --out") from error
+    try:
+        yield work
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+            os.replace(folder, old / "old")
+            os.replace(work, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(work, folder)
+    except OSError as error:
+        raise StoreError(f"cannot write {folder}", found=error.strerror or str(error), do="free space") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _outcome(body: dict[str, Any]) -> Outcome:

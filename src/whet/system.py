@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -17,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from whet import __version__
 from whet.engine import Progress, Prompt, Sampling, Session, open_session
-from whet.errors import ArtifactError, StoreError
+from whet.errors import ArtifactError
 from whet.metrics import plain
 from whet.model import ModelRef, Transform, hash_files, local_folder, resolve
 from whet.prompt import SLOT, messages, shorten, to_text
@@ -332,28 +330,11 @@ class System:
 
         Raises StoreError where the folder holds something else or cannot be written.
         """
+        from whet.store import anew
+
         target = Path(folder)
-        ours = target.is_dir() and ((target / "system.json").exists() or not any(target.iterdir()))
-        if target.exists() and not ours:
-            raise StoreError(f"{target} holds something else", expected="an empty or new folder", do="name another")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        except OSError as error:
-            raise StoreError(f"cannot write {target}", found=error.strerror or str(error), do="choose --out") from error
-        try:
+        with anew(target, "system.json") as work:
             self._write(work, self_contained)
-            if target.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-                os.replace(target, old / "system")
-                os.replace(work, target)
-                shutil.rmtree(old)
-            else:
-                os.replace(work, target)
-        except OSError as error:
-            raise StoreError(f"cannot write {target}", found=error.strerror or str(error), do="free space") from error
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
         return target
 
     def _write(self, work: Path, self_contained: bool) -> None:
