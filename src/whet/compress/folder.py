@@ -186,3 +186,30 @@ def beside(module: Any, adapter: Path) -> None:
     ups = [tensors[f"{n}.lora_B.weight"].to(module.device, module.dtype) for n in names]
     # A term that stands there already is widened.
     relax(module, [n.removeprefix("base_model.model.").removesuffix(".base") for n in names], downs, ups)
+
+
+def dense(module: Any, dtype: torch.dtype) -> Any:
+    """The module in `dtype`, ordinary layers in all places: no stand-ins, and of what was shared a copy for each.
+
+    Only output and input embedding stay tied where they are equal. The module itself is changed.
+    """
+    made: list[str] = []
+    for name in compressed(module):
+        if not any(name.startswith(f"{outer}.") for outer in made):
+            module.set_submodule(name, module.get_submodule(name).dense())
+            made.append(name)
+    module.to(dtype)
+    first, last = module.get_input_embeddings(), module.get_output_embeddings()
+    tied = torch.equal(first.weight, last.weight)
+    seen: set[int] = set()
+    for one in module.modules():
+        for leaf, value in list(one._parameters.items()):
+            if value is None or (one is last and tied):
+                continue
+            if value.data_ptr() in seen:
+                one._parameters[leaf] = nn.Parameter(value.detach().clone(), requires_grad=False)
+            seen.add(value.data_ptr())
+    if tied:
+        last.weight = first.weight
+    module.config.tie_word_embeddings = tied
+    return module

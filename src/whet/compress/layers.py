@@ -28,6 +28,10 @@ class Layer(Protocol):
         """An empty layer in the place of `layer`, whose tensors are read afterwards."""
         ...
 
+    def dense(self) -> nn.Module:
+        """The ordinary layer that does the same, for engines that know no other."""
+        ...
+
 
 class Relaxed(nn.Module):
     """A linear layer and a low-rank term of its own: y = base(x) + up (down x).
@@ -57,6 +61,15 @@ class Relaxed(nn.Module):
         """x [.., in] → [.., out]."""
         made: Tensor = self.base(x)
         return made + linear(linear(x, self.down), self.up)
+
+    def dense(self) -> nn.Linear:
+        """One linear layer of base + up · down, added in fp32 and rounded once."""
+        base: Any = self.base.dense() if hasattr(self.base, "dense") else self.base  # type: ignore[operator]
+        made = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
+        weight = base.weight.float() + self.up.float() @ self.down.float()
+        made.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
+        made.bias = base.bias
+        return made
 
 
 class Codebook(nn.Linear):
@@ -99,6 +112,12 @@ class Codebook(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x [.., in] → [.., out]."""
         return linear(x, self.weight, self.bias)
+
+    def dense(self) -> nn.Linear:
+        """An ordinary layer with the same weights."""
+        made = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        made.weight, made.bias = nn.Parameter(self.weight.detach(), requires_grad=False), self.bias
+        return made
 
 
 def halved(values: int, size: int) -> bool:
