@@ -1,0 +1,186 @@
+"""Whether what was exported answers like the System: it is read back by another loader and asked the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from whet import model as models
+from whet import scorecard, stats
+from whet.compress.folder import dense
+from whet.engine import Progress, Prompt, Sampling, Session
+from whet.engine.prefix import Row, Tokens
+from whet.engine.torch import TorchSession
+from whet.errors import WhetError
+from whet.metrics import Metric
+from whet.system import System
+from whet.task import Example
+
+PROMPTS = 50
+LENGTH = 32  # tokens of each answer that are compared
+ROWS = 200  # of a task, to score both on
+ENOUGH = 0.95  # share of its tokens that an export must have in common; bf16 arithmetic alone costs 3 %, mistakes most
+CONTEXT = 4096  # tokens at most of a prompt that is compared
+_FORMS = ("What is {}?", "Write one sentence about {}.", "Name three facts about {}.\nNumber them.",
+          'Is this a question: "{}"? Answer yes or no.', "{}: 12 + 345 = ?")  # fmt: skip
+_THINGS = ("the sea", "a violin", "photosynthesis", "Zürich", "the year 1969", "서울", "a for-loop",
+           "naïve café culture", "  two  spaces", "the letter é")  # fmt: skip
+NEUTRAL = tuple(Example(str(n), form.format(thing)) for n, (form, thing) in
+                enumerate((f, t) for f in _FORMS for t in _THINGS))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What both score on the same rows; `generated` is the export's where it writes answers instead of choosing."""
+
+    task: str
+    metric: str
+    n: int
+    system: float
+    exported: float
+    difference: float
+    low: float
+    high: float
+    generated: float | None
+
+    @property
+    def kept(self) -> bool:
+        """Whether the export is not clearly worse: 0 lies within the interval of the difference, or below it."""
+        return self.high >= 0
+
+
+@dataclass(frozen=True)
+class Check:
+    """How like the System the export answers.
+
+    `agreement` is the share of the System's greedy tokens that are the export's likeliest, too, behind the same
+    beginning; `same` counts answers without a difference, `encoded` prompts that became the same tokens. `gap` is how
+    much likelier than the System's token its own was to the export, in nats, at most: rounding makes tenths, a mistake
+    whole nats.
+    """
+
+    by: str
+    prompts: int
+    tokens: int
+    agreement: float
+    same: int
+    encoded: int
+    gap: float
+    note: str = ""
+    scores: Scores | None = None
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing but rounding seems to differ."""
+        return self.agreement >= ENOUGH and self.encoded == self.prompts
+
+
+@dataclass(frozen=True)
+class Reopened:
+    """An export, read back: its session, and the logits in front of each token of an answer [tokens, vocabulary]."""
+
+    by: str
+    session: Session
+    encode: Callable[[Sequence[Prompt]], list[Tokens]]
+    follow: Callable[[Tokens, Tokens], Any]
+    note: str = ""
+
+
+def _transformers(model: str, home: Path, note: str = "") -> Reopened:
+    module, tokenizer = models.load(models.resolve(model), home, dtype=torch.float32)
+    session = TorchSession(module, tokenizer)
+
+    def follow(prompt: Tokens, answer: Tokens) -> Any:
+        ids = torch.tensor([[*prompt, *answer]], device=module.device)
+        with torch.inference_mode():
+            return module(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().cpu().numpy()
+
+    return Reopened(f"transformers {version('transformers')}", session, session.encode, follow, note)
+
+
+def reopen(folder: Path, file: str | None, tokenizer: Any, home: Path) -> Reopened | None:
+    """Read an export back: a GGUF `file` by llama.cpp where it is installed, all else by transformers, in fp32.
+
+    None where only llama.cpp can read the file, and is not installed.
+    """
+    if file is None:
+        return _transformers(str(folder), home)
+    with suppress(PackageNotFoundError):
+        by = f"llama.cpp (llama-cpp-python {version('llama-cpp-python')})"
+        from whet.export.llama import LlamaSession
+
+        session = LlamaSession(folder / file, tokenizer, threads=torch.get_num_threads())
+        return Reopened(by, session, session.encode, lambda p, a: next(session.follow(p, [a])))
+    note = "llama.cpp itself was not asked: pip install 'whet[llamacpp]'"
+    try:
+        return _transformers(str(folder / file), home, note)
+    except (WhetError, RuntimeError, ValueError, KeyError, NotImplementedError):  # a family that it does not read
+        return None
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a System answers: prompts, their tokens, and the likeliest tokens behind each, computed in fp32."""
+
+    prompts: tuple[Prompt, ...]
+    tokens: tuple[Tokens, ...]
+    answers: tuple[Tokens, ...]
+
+
+def told(system: System, examples: Sequence[Example]) -> Told:
+    """The System's greedy answers. Its weights are as it has them; fp32 keeps its own rounding out of the check."""
+    module, tokenizer = models.load(system.model, system.home)
+    session = TorchSession(dense(module, module.dtype).float(), tokenizer)
+    length = min(LENGTH, max(8, system.decoding.max_tokens))
+    session.context = min(session.context, CONTEXT)
+    prompts, _ = system.fitting(examples, session, [length + 1] * len(examples))
+    tokens = session.encode(prompts)
+    made = session.generate_rows([Row(t) for t in tokens], Sampling(length))
+    return Told(tuple(prompts), tuple(tokens), tuple(answer for answer, _ in made))
+
+
+def compare(told: Told, other: Reopened, progress: Progress | None = None) -> Check:
+    """What the System answered against what the export would have said at each place."""
+    theirs = other.encode(told.prompts)
+    hits = tokens = same = 0
+    gap = 0.0
+    for n, (prompt, answer) in enumerate(zip(theirs, told.answers, strict=True)):
+        logits = np.asarray(other.follow(prompt, answer), dtype=np.float64)
+        lost = logits.max(-1) - logits[np.arange(len(answer)), answer]
+        right = int((logits.argmax(-1) == np.array(answer)).sum())
+        hits, tokens, gap = hits + right, tokens + len(answer), max(gap, float(lost.max()))
+        same += right == len(answer)
+        if progress:
+            progress(n + 1, len(theirs))
+    encoded = sum(a == b for a, b in zip(told.tokens, theirs, strict=True))
+    return Check(other.by, len(theirs), tokens, hits / tokens, same, encoded, round(gap, 4), other.note)
+
+
+def score(
+    whole: System, asked: System, name: str, rows: Sequence[Example], metric: Metric, other: Reopened,
+    progress: Progress | None = None,
+) -> Scores:  # fmt: skip
+    """What the `whole` System scores on rows, and what the export does, asked as it can be (`asked`)."""
+    rows = rows[:ROWS]
+    cards = [scorecard.evaluate(one, rows, metric, session=by, progress=progress)
+             for one, by in ((whole, whole.session), (asked, other.session))]  # fmt: skip
+    paired = stats.compare(cards[0].outcomes, cards[1].outcomes, metric)
+    generated = None
+    if asked.decoding.closed:
+        free = replace(asked, decoding=replace(asked.decoding, closed=False, temperature=0.0))
+        generated = scorecard.evaluate(free, rows, metric, session=other.session, progress=progress).score
+    return Scores(name, metric.name, len(rows), cards[0].score, cards[1].score, paired.difference, paired.low,
+                  paired.high, generated)  # fmt: skip
+
+
+def record(check: Check) -> dict[str, Any]:
+    """The check as plain data."""
+    scores = {**asdict(check.scores), "kept": check.scores.kept} if check.scores else None
+    return {**asdict(check), "good": check.good, "scores": scores}
