@@ -437,6 +437,67 @@ def chat(system: str, trust: bool, as_json: bool, debug: bool) -> None:
 
 
 @main.command(epilog=example(
+    "whet export runs/sst2/system --to gguf --task TASK",
+    "whet export runs/sst2/system --to ollama --type q8_0 --out my-ollama/",
+    "whet export runs/sst2/system --to vllm",
+))  # fmt: skip
+@click.argument("system")
+@click.option("--to", "target", required=True, help="hf, gguf, ollama or vllm.")
+@click.option("--out", default=None, type=click.Path(path_type=Path), help="Folder for the export [SYSTEM-FORMAT].")
+@click.option("--type", "kind", default="bf16", show_default=True,
+              help="Of the weights: bf16, f16, f32; gguf and ollama: also q8_0, q4_0.")  # fmt: skip
+@click.option("--task", default=None, type=click.Path(), help="Check it on this task's prompts, and score both on it.")
+@click.option("--check/--no-check", default=True, show_default=True, help="Read it back and compare its answers.")
+@click.option("--trust", is_flag=True, help="Run code that the task brings along.")
+@common
+def export(
+    system: str, target: str, out: Path | None, kind: str, task: str | None, check: bool, trust: bool, as_json: bool,
+    debug: bool,
+) -> None:  # fmt: skip
+    """Write SYSTEM (a folder or a model) for another engine, and check that it answers the same there.
+
+    What the format cannot carry is named. Where the export does not answer like SYSTEM, nothing is written.
+    """
+    from whet import export as exporting
+    from whet.model import resolve
+    from whet.progress import figure
+    from whet.store import home_folder
+    from whet.system import System, load
+    from whet.task import load as load_task
+
+    made = (Path(system) / "system.json").exists()
+    opened = load(system, trust=trust) if made else System(resolve(system), home=home_folder())
+    folder = out or Path(f"{Path(system).name}-{target}")
+    watch = _watch(as_json)
+    try:
+        watch.arm(f"export to {target}", 0.0)
+        loaded = load_task(task, trust=trust) if task else None
+        done = exporting.export(opened, target, folder, kind=kind, task=loaded, check=check, watch=watch)
+    finally:
+        watch.close()
+    if as_json:
+        _print(done.record())
+        return
+    print(f"{target:<8} {done.folder}  ({done.bytes / 1e6:.0f} MB, {done.type})")
+    if found := done.check:
+        print(f"check    {found.by}: {found.agreement:.1%} of {found.tokens} tokens, {found.same} of {found.prompts} "
+              f"answers the same; elsewhere at most {found.gap:.2g} nats apart")  # fmt: skip
+        if found.note:
+            print(f"         {found.note}")
+        if scores := found.scores:
+            print(f"{scores.metric}: {figure(scores.system)} as it is, {figure(scores.exported)} exported, "
+                  f"{100 * scores.difference:+.1f} points [{100 * scores.low:+.1f}, {100 * scores.high:+.1f}] on "
+                  f"{scores.n} rows" + (f"; {figure(scores.generated)} where it writes the label"
+                                        if scores.generated is not None else ""))  # fmt: skip
+            if not scores.kept:
+                print("DIFFERS  the export scores less than the System: what is left out counts here")
+    else:
+        print("check    none was made")
+    for what, why in done.left_out:
+        print(f"left out {what}: {why}")
+
+
+@main.command(epilog=example(
     "whet documents runs/answers/system",
     "whet documents runs/answers/system --put manuals/ --drop old-manual.md",
 ))  # fmt: skip
