@@ -1,0 +1,626 @@
+"""Export: what is written answers like the System in other engines, and what it cannot carry is named."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf as ggml
+import numpy as np
+import pytest
+import torch
+from models import CHATML, SPECIALS, STRICT, TEXT, make_model, make_tokenizer, save_model
+from test_cli import one_line, whet
+from test_search import write_task
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
+from tokenizers.models import BPE, WordLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast
+
+from whet import model as models
+from whet.compress import folder as folders
+from whet.compress.layers import Relaxed
+from whet.engine import Sampling
+from whet.engine.torch import TorchSession
+from whet.errors import ArtifactError, ModelError, StoreError
+from whet.export import MARK, REQUEST, askable, biases, export, left_out, request
+from whet.export import check as checks
+from whet.export.gguf import PRE_TOKENIZERS, vocabulary
+from whet.export.gguf import write as write_gguf
+from whet.export.ollama import go_text, modelfile, template, turns
+from whet.prompt import messages, render
+from whet.retrieval import Source
+from whet.system import Decoding, Demonstrations, System
+from whet.task import load
+
+IDS = torch.tensor([[5, 9, 40, 7, 120, 33]])
+TEXTS = ("Hello  world", "naïve café — 12,345.67", "a\n\n\nb\n \n\tc", "🚀 서울 3 33 333 3333", "I'LL we'll HE'S he's",
+         "  two in front", "two behind  ", "x=3+44444;\r\n{'a': [1]}", "<|im_start|>user\nhi<|im_end|>\n", " 7 of  9",
+         "__mask__ing", "\u00a0odd\u2003spaces", "")  # fmt: skip
+DEMOS = Demonstrations((("dull", "negative"), ("fine", "positive")))
+
+
+def system(folder: Path, family: str = "llama", template: str = CHATML, **settings: Any) -> System:
+    """A System over a tiny model."""
+    ref = models.resolve(save_model(folder / family, family, template=template))
+    settings = {"decoding": Decoding(max_tokens=12), **settings}
+    return System(ref, "Say which.", home=folder / "home", card={"task": "toy"}, **settings)
+
+
+def logits(module: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return module(input_ids=IDS).logits.float()
+
+
+def ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def reread(file: Path, config: Any = None) -> tuple[Any, Any]:
+    """A GGUF file as transformers reads it, in fp32; by itself it does not read the heads' size of every family."""
+    unpack, more = GgufConfig(gguf_file=file.name, dequantize=True), {"config": config} if config else {}
+    module = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, quantization_config=unpack, dtype=torch.float32, **more
+    )
+    return module.eval(), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+# --- model folders ---------------------------------------------------------------------------------------------------
+
+
+def test_hf_is_read_without_whet(tmp_path: Path, fp32: None) -> None:
+    made = export(system(tmp_path), "hf", tmp_path / "out", kind="f32")
+    assert made.check and made.check.agreement == 1.0 and made.check.gap == 0.0 and made.check.by.startswith("transf")
+    module, _ = models.load(system(tmp_path).model, tmp_path / "home")
+    code = (
+        "import sys, torch\nsys.modules['whet'] = None\n"
+        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T\n"
+        f"m, t = M.from_pretrained({str(made.folder)!r}), T.from_pretrained({str(made.folder)!r})\n"
+        f"print(m(input_ids=torch.tensor({IDS.tolist()})).logits.double().sum().item())\n"
+        "x = t.apply_chat_template([{'role': 'user', 'content': 'hi'}], return_tensors='pt')\n"
+        "print(m.generate(**x).shape[1] - x['input_ids'].shape[1])\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert float(out[0]) == pytest.approx(float(logits(module).double().sum()), rel=1e-6)
+    assert 0 < int(out[1]) <= 12
+    sent = json.loads((made.folder / "request.json").read_text())
+    turns = [{"role": "system", "content": "Say which."}, {"role": "user", "content": "{question}"}]
+    assert sent == {"messages": turns, "max_tokens": 12, "temperature": 0.0}
+
+
+def test_adapters_are_merged(tmp_path: Path, fp32: None) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = system(tmp_path)
+    tuned = get_peft_model(make_model("llama"), LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    with torch.no_grad():
+        for name, value in tuned.named_parameters():
+            if "lora_" in name:
+                value.copy_(torch.randn_like(value))
+    tuned.save_pretrained(tmp_path / "adapter")
+    files = [p for p in (tmp_path / "adapter").iterdir() if p.is_file()]
+    one = models.Transform("adapter", models.hash_files(files), tmp_path / "adapter")
+    made = export(replace(base, model=base.model.add(one)), "hf", tmp_path / "out", kind="f32")
+    again = AutoModelForCausalLM.from_pretrained(made.folder)
+    wanted, _ = models.load(base.model.add(one), base.home)
+    assert torch.equal(logits(again), logits(wanted))
+    assert not torch.allclose(logits(again), logits(make_model("llama")), atol=0.1)
+
+
+def test_layers_that_stand_in_become_ordinary_ones() -> None:
+    module = make_model("qwen3")
+    first, second = (layer.mlp for layer in module.model.layers)
+    second.up_proj.weight = first.up_proj.weight
+    name = "model.layers.1.mlp.up_proj"
+    folders.relax(module, [name], [torch.randn(2, 32)], [torch.randn(64, 2)])
+    before = logits(module)
+    made = folders.dense(module, torch.float32)
+    assert not folders.compressed(made) and not any(isinstance(m, Relaxed) for m in made.modules())
+    assert torch.allclose(logits(made), before, atol=1e-5)
+    places = [p.data_ptr() for _, p in made.named_parameters(remove_duplicate=False)]
+    assert len(places) - len(set(places)) == int(made.config.tie_word_embeddings)
+    tied = make_model("gemma")
+    tied.get_output_embeddings().weight = tied.get_input_embeddings().weight
+    assert folders.dense(tied, torch.float32).config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("activations", [True, False])
+def test_vllm_gets_int8_as_it_is(tmp_path: Path, activations: bool) -> None:
+    packed = pytest.importorskip("whet.compress.packed", reason="no packed layers in this version")
+    pytest.importorskip("compressed_tensors")
+    from whet.compress.rounding import pack4, pack8
+
+    module = make_model("llama", dtype=torch.bfloat16)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        layer = module.get_submodule(f"model.layers.0.self_attn.{name}")
+        new = packed.PackedLinear(pack8(layer.weight, activations), (32, layer.out_features), None)
+        module.set_submodule(f"model.layers.0.self_attn.{name}", new)
+    odd = module.model.layers[1].mlp.up_proj
+    new = packed.PackedLinear(pack4(odd.weight, 32), (32, 64), None)  # its zeros lie between whole numbers
+    module.set_submodule("model.layers.1.mlp.up_proj", new)
+    folders.save(module, make_tokenizer(), tmp_path / "m")
+    files = [p for p in (tmp_path / "m").iterdir() if p.is_file()]
+    one = models.Transform("model", models.hash_files(files), tmp_path / "m")
+    base = system(tmp_path)
+    made = export(replace(base, model=base.model.add(one)), "vllm", tmp_path / "out")
+    assert [why.split()[0] for what, why in made.left_out if what == "packing"] == ["1"]
+    told = json.loads((made.folder / "config.json").read_text())["quantization_config"]
+    assert [len(g["targets"]) for g in told["config_groups"].values()] == [3]
+    again = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32).eval()
+    logits(again)  # unpacks
+    wanted = folders.dense(folders.load(tmp_path / "m", torch.bfloat16), torch.float32)
+    for place in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj"):
+        close = wanted.get_submodule(place).weight
+        assert torch.allclose(again.get_submodule(place).weight, close, rtol=2**-7, atol=1e-6)
+    assert "vllm serve" in (made.folder / "README.md").read_text()
+
+
+# --- GGUF ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_gguf_gives_back_weights_and_tokens(family: str, tmp_path: Path, fp32: None) -> None:
+    one = system(tmp_path, family)
+    made = export(one, "gguf", tmp_path / "out", kind="f32", check=False)
+    module, tokenizer = models.load(one.model, one.home)
+    again, words = reread(made.folder / "model.gguf", module.config if family == "qwen3" else None)
+    kept = again.state_dict()
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, kept[name]), name
+    assert torch.allclose(logits(again), logits(module), atol=1e-5) or family == "mistral"  # its window is no more
+    for text in TEXTS:
+        assert ids(words, text) == ids(tokenizer, text)
+    assert words.chat_template == tokenizer.chat_template and words.eos_token == tokenizer.eos_token
+    assert ("sliding window" in dict(made.left_out)) == (family == "mistral")
+
+
+def test_gguf_types(tmp_path: Path) -> None:
+    one = system(tmp_path)
+    module, _ = models.load(one.model, one.home, dtype=torch.float32)
+    up = module.model.layers[0].mlp.up_proj.weight.numpy()
+    found = {}
+    for kind in ("bf16", "f16", "q8_0", "q4_0"):
+        made = export(one, "gguf", tmp_path / kind, kind=kind, check=False)
+        tensors = {t.name: t for t in ggml.GGUFReader(made.folder / "model.gguf").tensors}
+        one_up = tensors["blk.0.ffn_up.weight"]
+        found[kind] = ggml.quants.dequantize(one_up.data, one_up.tensor_type)
+        assert tensors["blk.0.attn_norm.weight"].tensor_type.name == "F32"
+        assert tensors["token_embd.weight"].tensor_type.name == {"q4_0": "Q8_0"}.get(kind, kind.upper())
+    assert np.array_equal(found["bf16"], torch.from_numpy(up).bfloat16().float().numpy())
+    assert np.allclose(found["f16"], up, rtol=2**-11, atol=1e-7)
+    widest = np.abs(up.reshape(64, 1, 32)).max(-1, keepdims=True)
+    for kind, step in (("q8_0", widest / 127), ("q4_0", widest / 8)):
+        off = np.abs(found[kind] - up).reshape(64, 1, 32)
+        assert (off <= (0.57 if kind == "q8_0" else 1.01) * step).all(), kind
+
+
+def test_gguf_of_a_smaller_vocabulary_and_of_llama_3s_positions(tmp_path: Path) -> None:
+    module = make_model("llama")
+    module.resize_token_embeddings(310, mean_resizing=False)
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64}  # fmt: skip
+    module.config.rope_parameters = rope
+    left = write_gguf(folders.dense(module, torch.float32), make_tokenizer(), tmp_path / "m.gguf", "f32", [2, 1], "m")
+    assert left == ()
+    reader = ggml.GGUFReader(tmp_path / "m.gguf")
+    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    assert len(tokens) == 310 and tokens[300:302] == ["[PAD300]", "[PAD301]"] and len(set(tokens)) == 310
+    assert reader.fields["tokenizer.ggml.eot_token_id"].contents() == 1
+    scale = next(t.data for t in reader.tensors if t.name == "rope_freqs.weight")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    slowed, _ = ROPE_INIT_FUNCTIONS["llama3"](module.config, "cpu")
+    plain = 1.0 / 5e5 ** (torch.arange(0, 8, 2) / 8)
+    assert np.allclose(plain.numpy() / scale, slowed.numpy(), rtol=1e-5)
+
+
+def byte_level(*before: Any, normalizer: Any = None, ignore: bool = False, last: bool = True) -> Any:
+    """A tokenizer of bytes whose words are cut as given."""
+    raw = Tokenizer(BPE(ignore_merges=ignore))
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=last)
+    raw.pre_tokenizer = pre_tokenizers.Sequence([*before, level]) if before else level
+    raw.normalizer, raw.decoder = normalizer, decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=list(SPECIALS), show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    raw.train_from_iterator([TEXT, *TEXTS, "33 333 333 3333  44444 44 \n\n\n  \n"] * 3, trainer)
+    return wrapped(raw)
+
+
+def wrapped(raw: Any, bos: str = "<|endoftext|>", eos: str = "<|im_end|>", **more: Any) -> Any:
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=bos, eos_token=eos, chat_template=CHATML, **more)
+
+
+def pieces() -> Any:
+    """A tokenizer like Llama 2's: SentencePiece's pieces, bytes for what is unknown, a space in front."""
+    from transformers.tokenization_utils_base import generate_merges
+
+    drawn = Tokenizer(BPE())
+    drawn.pre_tokenizer = pre_tokenizers.Metaspace(split=True)
+    drawn.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=120, show_progress=False))
+    learnt = sorted(drawn.get_vocab(), key=lambda t: drawn.get_vocab()[t])
+    learnt += [c for c in "▁ <|>_\n" if c not in learnt and c != " "]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *learnt]
+    vocab = {t: n for n, t in enumerate(tokens)}
+    merges = generate_merges(vocab, {t: -float(n) for t, n in vocab.items()})
+    raw = Tokenizer(BPE(vocab, [tuple(m) for m in merges], byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    spaced = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    raw.decoder = decoders.Sequence(spaced)
+    return wrapped(raw, "<s>", "</s>", unk_token="<unk>")
+
+
+def split(pattern: str) -> Any:
+    return pre_tokenizers.Split(Regex(pattern), "isolated")
+
+
+LLAMA, QWEN = (next(k[0][0] for k, v in PRE_TOKENIZERS.items() if v == n) for n in ("llama-bpe", "qwen2"))
+CUTS = {
+    "gpt-2": lambda: byte_level(),
+    "smollm": lambda: byte_level(pre_tokenizers.Digits(individual_digits=True)),
+    "llama-bpe": lambda: byte_level(split(LLAMA), ignore=True, last=False),
+    "smaug-bpe": lambda: byte_level(split(LLAMA), last=False),
+    "qwen2": lambda: byte_level(split(QWEN), normalizer=normalizers.NFC(), last=False),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_pre_tokenizers_are_known_by_what_they_do(name: str) -> None:
+    tokenizer = CUTS[name]()
+    made = vocabulary(tokenizer, len(tokenizer))
+    assert (made.model, made.pre) == ("gpt2", name)
+    assert ("normalization" in dict(made.left)) == (name == "qwen2")
+    assert [made.types[tokenizer.convert_tokens_to_ids(t)] for t in SPECIALS] == [3] * 4
+
+
+def test_tokenizers_that_llama_cpp_does_not_know_are_refused_by_name() -> None:
+    spaced = make_tokenizer()
+    spaced.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    for odd, says in (
+        (byte_level(split(r"\d+"), last=False), r"found \\d\+ then bytes"),
+        (byte_level(pre_tokenizers.Digits(individual_digits=False)), "Digits"),
+        (byte_level(normalizer=normalizers.Lowercase()), "Lowercase"),
+        (spaced, "ByteLevel"),
+        (wrapped(Tokenizer(WordLevel({"<|endoftext|>": 0, "<|im_end|>": 1}))), "WordLevel"),
+    ):
+        with pytest.raises(ModelError, match=says):
+            vocabulary(odd, 10_000)
+    with pytest.raises(ModelError, match="more tokens than the model"):
+        vocabulary(make_tokenizer(), 200)
+    broken = pieces()
+    body = json.loads(broken.backend_tokenizer.to_str())
+    body["model"]["merges"].pop()
+    with pytest.raises(ModelError, match="would join other pieces"):
+        vocabulary(wrapped(Tokenizer.from_str(json.dumps(body)), "<s>", "</s>", unk_token="<unk>"), 10_000)
+
+
+def test_sentencepiece_goes_through_gguf(tmp_path: Path) -> None:
+    tokenizer = pieces()
+    module = make_model("llama")
+    module.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    write_gguf(folders.dense(module, torch.float32), tokenizer, tmp_path / "m.gguf", "f32", [2], "m")
+    fields = ggml.GGUFReader(tmp_path / "m.gguf").fields
+    assert fields["tokenizer.ggml.model"].contents() == "llama" and fields["tokenizer.ggml.add_space_prefix"].contents()
+    assert fields["tokenizer.ggml.token_type"].contents()[:5] == [2, 3, 3, 6, 6]
+    _, words = reread(tmp_path / "m.gguf")
+    for text in ("the movie was great", "unknown: é", "and  two"):
+        assert ids(words, text) == ids(tokenizer, text)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "gpt_oss"])
+def test_families_that_are_not_known_are_refused_by_name(family: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=f"found {family}; whet export --to hf"):
+        export(system(tmp_path, family), "gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_odd_models_are_refused(tmp_path: Path) -> None:
+    module = make_model("qwen2")
+    module.config.hidden_act = "relu"
+    with pytest.raises(ModelError, match="another activation"):
+        write_gguf(module, make_tokenizer(), tmp_path / "m.gguf", "f32", [2], "m")
+    module = make_model("qwen2")
+    module.config.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    with pytest.raises(ModelError, match="positions"):
+        write_gguf(module, make_tokenizer(), tmp_path / "m.gguf", "f32", [2], "m")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    narrow = LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=48, intermediate_size=64, num_hidden_layers=1,
+                                          num_attention_heads=2, num_key_value_heads=2))  # fmt: skip
+    with pytest.raises(ModelError, match="multiple of 32"):
+        write_gguf(narrow, make_tokenizer(), tmp_path / "m.gguf", "q8_0", [2], "m")
+
+
+# --- llama.cpp -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cpp() -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma"])
+def test_llama_cpp_answers_token_by_token(family: str, tmp_path: Path, cpp: None, fp32: None) -> None:
+    made = export(system(tmp_path, family), "gguf", tmp_path / "out", kind="f32")
+    assert made.check and made.check.by.startswith("llama.cpp") and made.check.tokens > 300
+    # It keeps keys and values in 16 bits: where two tokens are as likely, the other one may come first.
+    assert (made.check.prompts, made.check.encoded) == (50, 50) and made.check.same >= 47
+    assert made.check.agreement > 0.99 and made.check.gap < 0.01
+
+
+@pytest.mark.parametrize("name", [*CUTS, "pieces"])
+def test_llama_cpp_cuts_text_into_the_same_tokens(name: str, tmp_path: Path, cpp: None) -> None:
+    from whet.export.llama import LlamaSession
+
+    tokenizer = pieces() if name == "pieces" else CUTS[name]()
+    module = make_model("llama")
+    module.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    write_gguf(folders.dense(module, torch.float32), tokenizer, tmp_path / "m.gguf", "f32", [2], "m")
+    session = LlamaSession(tmp_path / "m.gguf", tokenizer)
+    for text in TEXTS:
+        wanted = ids(tokenizer, text)
+        assert session.tokens(text) == tuple(wanted), text
+        assert session.text(wanted) == tokenizer.decode(wanted, skip_special_tokens=True)
+    session.close()
+
+
+def test_llama_cpp_scores_and_generates_like_torch(tmp_path: Path, cpp: None, fp32: None) -> None:
+    from whet.export.llama import LlamaSession
+
+    one = system(tmp_path, "qwen2")
+    export(one, "gguf", tmp_path / "out", kind="f32", check=False)
+    module, tokenizer = models.load(one.model, one.home)
+    torch_, cpp_ = TorchSession(module, tokenizer), LlamaSession(tmp_path / "out" / "model.gguf", tokenizer)
+    prompts = [messages("Say which.", DEMOS.pool, text) for text in ("a fine film", "a fine mess", "dull")]
+    labels = [["negative", "positive", "p"], ["yes", "no"], [f"label {n}" for n in range(40)]]
+    for end in (False, True):
+        ours = [[s.logprob for s in row] for row in torch_.score(prompts, labels, end=end)]
+        theirs = [[s.logprob for s in row] for row in cpp_.score(prompts, labels, end=end)]
+        for a, b in zip(ours, theirs, strict=True):
+            assert b == pytest.approx(a, abs=0.02)
+    assert cpp_.count(prompts) == torch_.count(prompts) and cpp_.encode(["raw"]) == torch_.encode(["raw"])
+    for sampling in (Sampling(20), Sampling(20, stop=("e",))):
+        said = [[g[0].text for g in one.generate(prompts, sampling)] for one in (cpp_, torch_)]
+        assert said[0] == said[1] and any(said[0])
+    cpp_.close()
+
+
+# --- what is left out ------------------------------------------------------------------------------------------------
+
+
+def test_what_a_format_cannot_carry_is_named(tmp_path: Path) -> None:
+    rich = Decoding(("a", "b"), closed=True, prior=(0.1, -0.1), words=("x", "y"), after="Answer:", stop=("\n",),
+                    temperature=0.5, votes=3)  # fmt: skip
+    near = Demonstrations(DEMOS.pool, 1, "nearest")
+    one = System(models.resolve("fake:hash"), "Say.", near, rich, (Source("0" * 64, 2),))
+    every = {"retrieval", "demonstrations", "choice", "calibration", "words", "answer", "votes", "safety"}
+    assert set(dict(left_out(one, "ollama"))) == every
+    assert set(dict(left_out(one, "gguf"))) == every | {"prompt"}
+    assert set(dict(left_out(one, "gguf", bound=True))) == (every | {"prompt"}) - {"choice", "calibration"}
+    assert "'x' for a" in dict(left_out(one, "hf"))["words"]
+    asked = askable(one)
+    assert (asked.sources, asked.demonstrations.pool, asked.decoding.prior, asked.decoding.votes) == ((), (), (), 1)
+    plain = System(models.resolve("fake:hash"), "Say.", DEMOS)
+    assert set(dict(left_out(plain, "ollama"))) == {"safety"} and askable(plain).demonstrations == DEMOS
+
+
+def test_labels_of_one_token_are_chosen_by_biases(tmp_path: Path, fp32: None) -> None:
+    """One token, drawn with the biases added, is the System's own calibrated choice."""
+    one = system(tmp_path, demonstrations=DEMOS, decoding=Decoding(("a", "b"), closed=True, prior=(1.5, -0.7)))
+    tokenizer, module = one.session.tokenizer, one.session.module
+    bias = biases(one, tokenizer, "vllm")
+    assert bias == {str(ids(tokenizer, "a")[0]): 97.8, str(ids(tokenizer, "b")[0]): 100.0}
+    sent = request(one, bias)
+    assert sent["max_tokens"] == 1 and sent["logit_bias"] == bias and sent["messages"][-1]["content"] == "{question}"
+    questions = [f"film {n}" for n in range(12)]
+    wanted = one.answer(questions)
+    assert set(wanted) == {"a", "b"} != set(askable(one).answer(questions)) or wanted != askable(one).answer(questions)
+    for question, answer in zip(questions, wanted, strict=True):
+        turns = [(m["role"], m["content"].replace("{question}", question)) for m in sent["messages"]]
+        with torch.no_grad():
+            last = module(input_ids=torch.tensor([one.session.encode([tuple(turns)])[0]])).logits[0, -1]
+        for token, more in bias.items():
+            last[int(token)] += more
+        assert tokenizer.decode([int(last.argmax())]) == answer
+    longer = replace(one, decoding=Decoding(("a", "negative film"), closed=True))
+    whole = replace(one, decoding=replace(one.decoding, normalise="sum"))
+    assert not biases(longer, tokenizer, "vllm") and not biases(whole, tokenizer, "vllm")
+    assert not biases(one, tokenizer, "ollama") and not biases(replace(one, decoding=Decoding()), tokenizer, "vllm")
+
+
+# --- Ollama ----------------------------------------------------------------------------------------------------------
+
+FOLDED = (  # like Mistral's: what the system says stands in the first question
+    "<|endoftext|>{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }}[/INST]"
+    "{% elif m['role'] == 'system' %}{% else %} {{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
+)
+DEFAULT = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}" + CHATML
+COUNTS = CHATML.replace("{{ m['content'] }}", "{{ m['content'] }} ({{ loop.index }} of {{ messages | length }})")
+
+
+@pytest.mark.parametrize("one", [CHATML, STRICT, FOLDED, DEFAULT])
+def test_turns_write_what_the_template_writes(one: str) -> None:
+    tokenizer = make_tokenizer(one)
+    made = turns(tokenizer)
+    assert made
+    known = one not in (STRICT, FOLDED)
+    for chat in (
+        messages("Say which.", DEMOS.pool, "a {{ film }}"),
+        messages("", (), "alone"),
+        messages("", [("q", "a")] * 3, "and now?"),
+    ):
+        assert made.text(chat) == render(tokenizer, chat, system=known)
+
+
+def test_templates_that_count_are_not_written() -> None:
+    assert turns(make_tokenizer(COUNTS)) is None
+
+
+def test_modelfile(tmp_path: Path) -> None:
+    one = system(tmp_path, demonstrations=DEMOS, frame='Review:\n"{question}"\n',
+                 decoding=Decoding(max_tokens=12, stop=("\n\n",)))  # fmt: skip
+    made = export(one, "ollama", tmp_path / "out", check=False)
+    assert made.files == ("Modelfile", "README.md", "model.gguf")
+    text = (made.folder / "Modelfile").read_text()
+    assert text.startswith("FROM ./model.gguf\nTEMPLATE \"\"\"")
+    assert 'SYSTEM """Say which."""\nMESSAGE user """dull"""\nMESSAGE assistant """negative"""\n' in text
+    assert "PARAMETER temperature 0.0\nPARAMETER num_predict 12\nPARAMETER num_ctx 512\n" in text
+    assert 'PARAMETER stop """<|im_end|>"""\n' in text and 'PARAMETER stop """\n\n"""\n' in text
+    assert '{{ end }}Review:\n"{{ .Content }}"\n{{ else }}' in text  # the frame is the template's
+    quoted = replace(one, instruction='three """ marks')
+    with pytest.raises(ArtifactError, match="three quotation marks"):
+        modelfile(quoted, make_tokenizer(), "m.gguf", [], 512)
+    bare, carried = modelfile(one, make_tokenizer(COUNTS), "m.gguf", [], 512)
+    assert not carried and "TEMPLATE" not in bare and 'MESSAGE user """Review:\n"dull"\n"""' in bare
+    assert go_text('{{ x }} """') == '{{ "{{" }} x }} {{ "\\"\\"\\"" }}'
+
+
+def go(text: str, chat: Any) -> str:
+    """A Go template of the few actions that ours are made of, run as Jinja."""
+    from jinja2 import Environment
+
+    ends: list[str] = []
+
+    def action(found: Any) -> str:
+        word = found[1]
+        if word.startswith(("range", "if")):
+            ends.append("endfor" if word.startswith("range") else "endif")
+        if word.startswith('"'):
+            return "{{ '" + word[1:-1].replace('\\"', '"') + "' }}"
+        word = re.sub(r'eq \$last (".*")', r"at.last == \1", re.sub(r'eq \.Role (".*")', r"m[0] == \1", word))
+        words = {"range .Messages": "{% for m in chat %}", ".Content": "{{ m[1] }}", '$last := ""': "",
+                 "$last = .Role": "{% set at.last = m[0] %}"}  # fmt: skip
+        if word == "end":
+            return "{% " + ends.pop() + " %}"
+        return words.get(word) if word in words else "{% " + word.replace("else if", "elif") + " %}"
+
+    body = re.sub(r'\{\{ ("(?:\\.|[^"])*"|[^"}]*(?:"[^"]*")?) \}\}', action, text)
+    return Environment(keep_trailing_newline=True).from_string(
+        '{% set at = namespace(last="") %}' + body
+    ).render(chat=chat)  # fmt: skip
+
+
+@pytest.mark.parametrize("one", [CHATML, FOLDED, DEFAULT])
+def test_go_template_writes_what_the_template_writes(one: str) -> None:
+    tokenizer = make_tokenizer(one)
+    made = turns(tokenizer)
+    assert made
+    frame = 'Q {{ x }} """: {question}!\n'
+    text = template(made, frame)
+    assert '"""' not in text
+    for asked, shown in (("Say which.", DEMOS.pool), ("", ())):
+        chat = messages(asked, shown, "now?")
+        assert go(text, chat) == render(tokenizer, messages(asked, shown, "now?", frame=frame), system=one != FOLDED)
+
+
+# --- the check -------------------------------------------------------------------------------------------------------
+
+
+def test_an_export_that_answers_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = system(tmp_path)
+    monkeypatch.setattr("whet.export.gguf.permute", lambda weight, heads: weight)  # queries and keys in another order
+    with pytest.raises(ArtifactError, match="does not answer like the System"):
+        export(one, "gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert export(one, "gguf", tmp_path / "out", check=False).check is None
+    found = export(one, "gguf", tmp_path / "out", kind="q8_0").check  # said, not refused: this type rounds
+    assert found and not found.good and found.gap > 1
+
+
+def test_check_counts_tokens_that_differ(tmp_path: Path, fp32: None) -> None:
+    one = system(tmp_path)
+    module, tokenizer = models.load(one.model, one.home)
+    session = TorchSession(module, tokenizer)
+    told = checks.told(one, checks.NEUTRAL[:4])
+    size = sum(map(len, told.answers))
+
+    def follow(prompt: Any, answer: Any) -> Any:
+        out = np.zeros((len(answer), 300))
+        out[np.arange(len(answer)), answer] = 1.0
+        if prompt == told.tokens[1]:
+            out[0] = np.eye(300)[(answer[0] + 1) % 300] * 2.5
+        return out
+
+    found = checks.compare(told, checks.Reopened("hand", session, session.encode, follow))
+    assert (found.prompts, found.same, found.tokens, found.encoded) == (4, 3, size, 4)
+    assert found.agreement == pytest.approx(1 - 1 / size) and found.gap == 2.5 and found.good
+    longer = checks.Reopened("hand", session, lambda p: [(0, *t) for t in session.encode(p)],
+                             lambda p, a: follow(p[1:], a))  # fmt: skip
+    assert checks.compare(told, longer).encoded == 0 and not checks.compare(told, longer).good
+
+
+def test_scores_show_what_is_lost(tmp_path: Path) -> None:
+    task = load(write_task(tmp_path / "toy", train=20, test=40))
+    labels = Decoding(("good", "bad"), closed=True, prior=(-50.0, 50.0))
+    one = system(tmp_path, decoding=labels)
+    made = export(one, "hf", tmp_path / "out", task=task)
+    scores = made.check and made.check.scores
+    assert scores and (scores.task, scores.metric, scores.n) == ("toy", "accuracy", 40)
+    rows = [e.completion for e in task.test]
+    assert scores.system == rows.count("good") / 40  # the prior leaves one label
+    plain = system(tmp_path, decoding=replace(labels, prior=())).answer(list(task.test))
+    assert scores.exported == pytest.approx(np.mean([a == r for a, r in zip(plain, rows, strict=True)]), abs=0.1)
+    assert scores.difference == pytest.approx(scores.exported - scores.system) and scores.generated == 0.0
+    written = json.loads((made.folder / MARK).read_text())
+    assert written["check"]["scores"]["n"] == 40 and written["prior"] == [-50.0, 50.0]
+
+
+# --- where it goes ---------------------------------------------------------------------------------------------------
+
+
+def test_folders_are_replaced_only_where_they_are_exports(tmp_path: Path) -> None:
+    one = system(tmp_path)
+    first = export(one, "hf", tmp_path / "out", check=False)
+    assert "model.safetensors" in first.files
+    second = export(one, "gguf", tmp_path / "out", check=False)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*second.files, MARK])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "note").write_text("x")
+    with pytest.raises(StoreError, match="holds something else"):
+        export(one, "hf", tmp_path / "mine", check=False)
+    assert (tmp_path / "mine" / "note").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["S", "--to", "gguff"], "did you mean 'gguf'"),
+        (["S", "--to", "hf", "--type", "q8_0"], "bf16, f16, f32"),
+        (["fake:hash", "--to", "hf"], "behind a server cannot be exported"),
+        (["nowhere", "--to", "hf"], "cannot find the model"),
+    ],
+)
+def test_bad_input_is_one_line(
+    args: list[str], says: str, tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    one = str(system(tmp_path).save(tmp_path / "s"))
+    code, out, err = whet(capsys, "export", *[one if a == "S" else a for a in args])
+    assert code == 2 and out == "" and says in one_line(err)
+
+
+def test_command(
+    tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    system(tmp_path, decoding=Decoding(("good", "bad"), closed=True)).save(tmp_path / "s")
+    task = str(write_task(tmp_path / "toy", train=20, test=20))
+    code, out, _ = whet(capsys, "export", "s", "--to", "ollama", "--task", task, "--json")
+    body = json.loads(out)
+    assert code == 0 and body["folder"] == "s-ollama" and body["check"]["good"] and body["check"]["scores"]["n"] == 20
+    assert {"choice", "safety"} == {one["what"] for one in body["left_out"]}
+    code, out, _ = whet(capsys, "export", "s", "--to", "hf", "--out", "there", "--no-check")
+    assert code == 0 and "none was made" in out and "left out choice:" in out
+    assert (tmp_path / "there" / REQUEST).exists()
+
+
+def test_the_embedded_model_reads_back(tmp_path: Path) -> None:
+    one = System(models.resolve(models.DEFAULT), decoding=Decoding(max_tokens=16), home=tmp_path / "home")
+    made = export(one, "gguf", tmp_path / "out")
+    assert made.check and made.check.good and made.check.gap < 0.1
+    assert made.bytes == pytest.approx(271e6, rel=0.01)
