@@ -7,7 +7,7 @@ quantize   int8 (weights and activations, and weights only) and 4 bits by neares
            loss and its one-sided bound, and the speed of decoding at batch 1 and of reading a long prompt, taken in
            turns with the tuned System's.
 peers      the same System as a GGUF that llama.cpp has quantized to Q8_0, Q4_0 and Q4_K_M: bytes, score and speed
-           (needs llama-cpp-python: `--llama PYTHON` names an interpreter that has it).
+           (needs the extra llamacpp).
 teach      context distillation: the teacher is the base with 16 demonstrations, calibrated; the student has none.
            Scores, and latency with cold caches.
 students   half the layers: pruned, and shared; healed by distillation and by fine-tuning with the same tokens.
@@ -19,11 +19,10 @@ composed   vocabulary trimmed, layers shared or dropped, healed, 4 bits.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
-import json
 import random
 import statistics
-import subprocess
 import tempfile
 import time
 from dataclasses import replace
@@ -218,40 +217,43 @@ def composed(bench: Bench) -> dict[str, Any]:
     return {"bytes": size / whole, "score": card.score, "lost": lost}
 
 
-LLAMA = ("Q8_0", "Q4_0", "Q4_K_M")
+LLAMA = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15}  # llama.cpp's numbers of file types
 
 
 def peers(bench: Bench) -> dict[str, Any]:
-    """llama.cpp's own quantizations of the tuned model, by an interpreter that has llama-cpp-python."""
-    if not bench.options.llama:
-        print("\npeers: not run; name an interpreter with llama-cpp-python by --llama")
-        return {}
+    """llama.cpp's own quantizations of the tuned model, embedding included, asked as the System is."""
     import torch
+
     from whet.export import export
+    from whet.scorecard import evaluate
 
-    from whet.metrics import score_all
-    from whet.prompt import render
+    try:
+        import llama_cpp
 
-    made = export(bench.tuned, "gguf", bench.run.home / f"gguf-{bench.task.name}")
-    file = next(made.folder.glob("*.gguf"))
-    session = bench.run.session(bench.tuned.model)
-    closed = bench.tuned.decoding.closed
-    prompts = [render(session.tokenizer, p, system=session.system) for p in bench.tuned.prompts(bench.test)]
-    labels = bench.tuned.decoding.labels if closed else ()
-    body = {"gguf": str(file), "kinds": LLAMA, "prompts": prompts, "labels": labels,
-            "most": bench.tuned.decoding.max_tokens, "new": NEW, "long": words(1, LONG), "short": words(1, 20),
-            "repeats": bench.options.repeats, "threads": torch.get_num_threads()}  # fmt: skip
-    done = subprocess.run([bench.options.llama, str(Path(__file__).with_name("llama_peer.py"))], input=json.dumps(body),
-                          capture_output=True, text=True, check=False)  # fmt: skip
-    if done.returncode:
-        raise SystemExit(done.stderr[-2000:])
-    found, rows = json.loads(done.stdout.splitlines()[-1]), []
-    for kind, one in found.items():
-        outcomes = score_all(bench.metric, one["answers"], bench.test)
-        card = replace(bench.card, outcomes=outcomes, score=bench.metric.aggregate(outcomes))
+        from whet.export.llama import LlamaSession
+    except ImportError:
+        print("\npeers: not run; pip install -e '.[llamacpp]'")
+        return {}
+    folder = bench.run.home / f"gguf-{bench.task.name}"
+    if not folder.exists():
+        export(bench.tuned, "gguf", folder, check=False)
+    source, rows = next(folder.glob("*.gguf")), []
+    tokenizer = bench.run.session(bench.tuned.model).tokenizer
+    for kind, number in LLAMA.items():
+        file = bench.run.home / f"{bench.task.name}-{kind}.gguf"
+        if not file.exists():
+            settings = llama_cpp.llama_model_quantize_default_params()
+            settings.ftype = number
+            if llama_cpp.llama_model_quantize(str(source).encode(), str(file).encode(), ctypes.byref(settings)):
+                raise SystemExit(f"llama.cpp could not quantize to {kind}")
+        session = LlamaSession(file, tokenizer, threads=torch.get_num_threads())
+        card = evaluate(bench.tuned, bench.test, bench.metric, session=session)
+        fast = [(1 / decode(session, n), 1 / prefill(session, n)) for n in range(bench.options.repeats + 1)][1:]
+        new = [statistics.median(each) for each in zip(*fast, strict=True)]
         lost, bound = bench.lost(card)
-        rows.append([kind, f"{one['bytes'] / 1e6:.1f}", f"{100 * card.score:.1f}", lost, bound, f"{one['decoded']:.1f}",
-                     f"{one['read']:.0f}"])  # fmt: skip
+        rows.append([kind, f"{file.stat().st_size / 1e6:.1f}", f"{100 * card.score:.1f}", lost, bound, f"{new[0]:.1f}",
+                     f"{new[1]:.0f}"])  # fmt: skip
+        session.close()
     print(f"\n### llama.cpp on the same System, {len(bench.test)} rows\n")
     print(common.table(["", "MB", "score", "points lost", "bound", "decoded/s", "read/s"], rows))
     return {row[0]: row[1:] for row in rows}
@@ -272,7 +274,6 @@ def main() -> None:
     options.add_argument("--shapes", nargs="*", default=SHAPES, help="students")
     options.add_argument("--composed", default=COMPOSED)
     options.add_argument("--repeats", type=int, default=5, help="of each timing")
-    options.add_argument("--llama", default=None, help="a Python that has llama-cpp-python")
     options.add_argument("--home", type=Path, default=None, help="keep what is trained here")
     options.add_argument("--seed", type=int, default=0)
     options = options.parse_args()
