@@ -249,8 +249,8 @@ def _zeros(size: int) -> Tensor:
 @cache
 def integer_kernels() -> bool:
     """Whether this build of torch multiplies whole numbers, and does it right."""
-    w = torch.randint(-127, 128, (16, 32), dtype=torch.int8)
-    x = torch.randint(-127, 128, (3, 32), dtype=torch.int8)
+    w = (37 * torch.arange(16 * 32).view(16, 32) % 255 - 127).to(torch.int8)
+    x = (91 * torch.arange(3 * 32).view(3, 32) % 255 - 127).to(torch.int8)
     try:
         found = _int8_product(x, torch.ops.onednn.qlinear_prepack(w, None), torch.ones(16), torch.float32)
     except (RuntimeError, AttributeError, NotImplementedError):
@@ -261,7 +261,7 @@ def integer_kernels() -> bool:
 @cache
 def block_of_4() -> int:
     """Rows that torch's 4-bit kernel keeps together on this processor; 0 where its layout is not one that is known."""
-    w = torch.randint(0, 16, (128, 64), dtype=torch.int32)
+    w = (7 * torch.arange(128 * 64).view(128, 64) // 5 % 16).int()
     try:
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(w, 1).reshape(-1)
     except (RuntimeError, AttributeError, NotImplementedError):
