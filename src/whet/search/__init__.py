@@ -442,7 +442,8 @@ def _finish(job: _Job, finalist: Trial | None, begun: float) -> Improvement:
     baselines_found = _run_baselines(job)
     improved = bool(confirmed and confirmed["improved"]) or (confirmed is None and finalist is not None)
     # Where the base itself is too large, being within the limits is what was asked for.
-    improved = improved or (finalist is not None and any(m.family == "compression" for m in finalist.recipe.methods))
+    smaller = finalist is not None and any(m.family == "compression" for m in finalist.recipe.methods)
+    improved = improved or (smaller and limits.limited(job.task.limits))
     handed = finalist if finalist and improved else None
     system = handed.system if handed else job.bases[0]
     card = cards.get("chosen" if handed else "base") or (handed.card if handed else None)
