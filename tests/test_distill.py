@@ -442,6 +442,9 @@ def test_packed_weights_learn_through_an_adapter(free: System, tmp_path: Path) -
     made, run = distil(Distill(**QUICK, epochs=6.0), small, task(rows(48), ()), tmp_path / "a")
     assert [t.kind for t in made.model.standing] == ["model", "adapter"]
     assert validation(run)[-1] < 0.8 * validation(run)[0]
+    assert made.answer(rows(2), run.session(made.model))
+    with pytest.raises(MethodError, match="packed weights cannot be trained"):
+        distil(Distill(adapter="full"), small, task(rows(8), ()), tmp_path / "a")
 
 
 @pytest.mark.parametrize("tie", [False, True])
@@ -491,22 +494,11 @@ def test_a_trimmed_vocabulary_is_taught_by_tokens(free: System, tmp_path: Path) 
     assert made.answer(rows(2), run.session(made.model))
 
 
-def test_tied_layers_take_no_adapter(system: System, tmp_path: Path) -> None:
-    small = shrunk(replace(system, decoding=replace(system.decoding, prior=())), tmp_path / "a", tie=True)
-    with pytest.raises(MethodError, match="undo what layers share"):
-        distil(Distill(**QUICK, adapter="lora"), small, task(rows(16)), tmp_path / "a")
-
-
-def test_packed_weights_get_an_adapter(system: System, tmp_path: Path) -> None:
-    small = shrunk(system, tmp_path / "a")
-    assert small.model.whole and small.model.whole.folder
-    file = small.model.whole.folder / folders.FILE
-    file.write_text(json.dumps({"modules": {"model.layers.0.mlp.up_proj": {"kind": "packed"}}, "aliases": {}}))
-    adapter, whole = Distill()._adapter(small)
-    assert adapter.kind == "lora" and not whole
-    with pytest.raises(MethodError, match="packed"):
-        Distill(adapter="full")._adapter(small)
-    assert Distill()._adapter(system) == (replace(adapter, kind="lora"), False)
+def test_an_adapter_stays_beside_tied_layers(free: System, tmp_path: Path) -> None:
+    small = shrunk(free, tmp_path / "a", tie=True)
+    made, run = distil(Distill(**QUICK, adapter="lora"), small, task(rows(32), ()), tmp_path / "a")
+    assert [t.kind for t in made.model.standing] == ["model", "adapter"]
+    assert validation(run)[-1] < validation(run)[0] and made.answer(rows(2), run.session(made.model))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -112,14 +112,14 @@ class Distill:
         if not rows:
             raise MethodError("nothing to distil on", expected="train rows, or prompts in a file", found="none",
                               do="set unlabelled=FILE")  # fmt: skip
-        adapter, whole = self._adapter(system)
+        adapter, whole = self._adapter(system, run)
         named = {**asdict(self), "teacher": teacher.state, "unlabelled": ""}
         name = key("distill", named, student.state, rows_hash(rows), run.seed, run.fidelity, run.trained_tokens,
                    run.previous)  # fmt: skip
         opened = set(run.sessions)
         made = teach(
             student, run, name, adapter,
-            lambda live: self._lesson(student, teacher, rows, data.closed, run, live, adapter, whole), whole=whole,
+            lambda live: self._lesson(student, teacher, rows, data.closed, run, live, adapter), whole=whole,
         )  # fmt: skip
         if teacher.model != system.model and teacher.model not in opened:
             run.sessions.pop(teacher.model, None)
@@ -183,25 +183,24 @@ class Distill:
             )  # fmt: skip
         return made
 
-    def _adapter(self, system: System) -> tuple[Adapter, bool]:
+    def _adapter(self, system: System, run: Run) -> tuple[Adapter, bool]:
         """What is trained, and whether the outcome is a model of its own."""
-        from whet.compress.folder import FILE
+        from whet.compress.folder import compressed, plain
         from whet.train.adapters import Adapter
 
-        whole, packed = system.model.whole, False
-        if whole is not None and whole.folder is not None:
-            modules = json.loads((whole.folder / FILE).read_text(encoding="utf-8"))["modules"]
-            packed = any(m["kind"].startswith("packed") for m in modules.values())
-        kind = self.adapter or ("full" if whole is not None and not packed else "lora")
+        small = system.model.whole is not None
+        module: Any = getattr(run.session(system.model), "module", None) if small else None
+        packed = small and any(s["kind"].startswith("packed") for s in compressed(module).values())
+        kind = self.adapter or ("full" if small and not packed else "lora")
         if packed and kind == "full":
             raise MethodError("packed weights cannot be trained", expected="adapter=lora", found="adapter=full")
-        return Adapter(kind, self.rank, 2 * self.rank), whole is not None and not packed
+        return Adapter(kind, self.rank, 2 * self.rank), small and (kind == "full" or plain(module))
 
     # --- what is learnt -----------------------------------------------------------------------------------------------
 
     def _lesson(
         self, student: System, teacher: System, rows: Sequence[Example], closed: bool, run: Run, live: TorchSession,
-        adapter: Adapter, whole: bool,
+        adapter: Adapter,
     ) -> Lesson:  # fmt: skip
         from whet.splits import cut
         from whet.train.batches import affordable, steps
@@ -211,9 +210,6 @@ class Distill:
         from whet.train.policy import Policy, mean_of
         from whet.train.teacher import OnPolicy
 
-        if adapter.kind == "lora" and whole and not _mergeable(live.module):
-            raise MethodError("merging an adapter would undo what layers share", expected="adapter=full",
-                              found="adapter=lora")  # fmt: skip
         opened = teacher.model in run.sessions
         heard, pairs, guide, notes = self._heard(teacher, student, rows, run, live)
         wanted, batch = affordable([row for _, row in pairs], self.epochs * len(pairs), self.batch,
@@ -378,15 +374,6 @@ def _lost(before: System, after: System) -> list[str]:
              "frame": (before.frame != SLOT, after.frame != SLOT),
              "calibration": (before.decoding.prior, after.decoding.prior)}  # fmt: skip
     return [name for name, (had, has) in parts.items() if had and not has]
-
-
-def _mergeable(tuned: Any) -> bool:
-    """Whether every layer with an adapter is an ordinary one whose weights are its own."""
-    from torch import nn
-
-    bases = [m.base_layer for m in tuned.modules() if hasattr(m, "lora_A")]
-    plain = all(type(m) is nn.Linear or "weight" in m._parameters for m in bases)
-    return plain and len({id(m.weight) for m in bases}) == len(bases)
 
 
 def _prompted(student: System, examples: Sequence[Example], live: TorchSession, room: Sequence[int]) -> tuple[Any, int]:
