@@ -230,10 +230,11 @@ def peers(bench: Bench) -> dict[str, Any]:
     try:
         import llama_cpp
 
-        from whet.export.llama import LlamaSession
+        from whet.export.llama import LlamaSession, _silent
     except ImportError:
         print("\npeers: not run; pip install -e '.[llamacpp]'")
         return {}
+    llama_cpp.llama_log_set(_silent(), ctypes.c_void_p(0))
     folder = bench.run.home / f"gguf-{bench.task.name}"
     if not folder.exists():
         export(bench.tuned, "gguf", folder, check=False)
