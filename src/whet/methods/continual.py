@@ -153,7 +153,8 @@ class Continual(FineTune):
         from whet.train.lesson import keep, kept, mean_loss, render_rows
         from whet.train.protect import merged
 
-        origin = replace(system, model=replace(system.model, transforms=()))
+        whole = tuple(t for t in system.model.standing if t.kind == "model")  # a smaller model is what there is
+        origin = replace(system, model=replace(system.model, transforms=whole))
         tuned = FineTune(**{f.name: getattr(self, f.name) for f in fields(FineTune)}).apply(origin, data, run)
         if not (run.store.artifact(name) / "done.json").exists():
             sessions = [run.session(one.model) for one in (origin, system, tuned)]
