@@ -448,7 +448,7 @@ def test_reading_is_measured_apart(data: Learnable, home: Path) -> None:
     class Reader(System):
         """Answers with what it is shown."""
 
-        def _generate(self, examples: Any, session: Any, progress: Any, found: Any) -> Any:
+        def _generate(self, examples: Any, session: Any, progress: Any, found: Any, blind: bool) -> Any:
             return [Answer("six weeks" if "six weeks" in f[0].passage.text else "thirty days" if "thirty days" in
                            f[0].passage.text else "unknown") for f in found]  # fmt: skip
 
