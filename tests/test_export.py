@@ -23,7 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 
 from whet import model as models
 from whet.compress import folder as folders
-from whet.compress.layers import Relaxed
+from whet.compress.layers import Codebook, Relaxed
+from whet.compress.packed import PackedLinear, bytes_of
+from whet.compress.rounding import pack4, pack8
 from whet.engine import Sampling
 from whet.engine.torch import TorchSession
 from whet.errors import ArtifactError, ModelError, StoreError
@@ -111,6 +113,31 @@ def test_adapters_are_merged(tmp_path: Path, fp32: None) -> None:
     assert not torch.allclose(logits(again), logits(make_model("llama")), atol=0.1)
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4", "codebook"])
+def test_packed_layers_and_embeddings_become_ordinary_ones(kind: str, tmp_path: Path) -> None:
+    module = make_model("gemma")
+    module.get_output_embeddings().weight = module.get_input_embeddings().weight
+    wanted = {}
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+            if kind == "codebook":
+                book = torch.randn(layer.out_features, 4)
+                codes = torch.randint(0, 4, layer.weight.shape, dtype=torch.uint8)
+                new: Any = Codebook(bytes_of(codes), torch.nn.Parameter(book), None, layer.in_features)
+            else:
+                pack: Any = pack8(layer.weight, True) if kind == "int8" else pack4(layer.weight, 32)
+                new = PackedLinear(pack, (layer.in_features, layer.out_features), None)
+            module.set_submodule(name, new)
+            wanted[name] = new.weight.float()
+    folders.save(module, make_tokenizer(), tmp_path / "m")
+    made = folders.dense(folders.load(tmp_path / "m", torch.float32), torch.float32)
+    assert not folders.compressed(made) and made.config.tie_word_embeddings
+    for name, weight in wanted.items():
+        assert type(made.get_submodule(name)) is torch.nn.Linear
+        assert torch.allclose(made.get_submodule(name).weight, weight, rtol=2**-7, atol=1e-6)
+    assert torch.isfinite(logits(made)).all()
+
+
 def test_layers_that_stand_in_become_ordinary_ones() -> None:
     module = make_model("qwen3")
     first, second = (layer.mlp for layer in module.model.layers)
@@ -130,18 +157,17 @@ def test_layers_that_stand_in_become_ordinary_ones() -> None:
 
 @pytest.mark.parametrize("activations", [True, False])
 def test_vllm_gets_int8_as_it_is(tmp_path: Path, activations: bool) -> None:
-    packed = pytest.importorskip("whet.compress.packed", reason="no packed layers in this version")
     pytest.importorskip("compressed_tensors")
-    from whet.compress.rounding import pack4, pack8
-
     module = make_model("llama", dtype=torch.bfloat16)
     for name in ("q_proj", "k_proj", "v_proj"):
         layer = module.get_submodule(f"model.layers.0.self_attn.{name}")
-        new = packed.PackedLinear(pack8(layer.weight, activations), (32, layer.out_features), None)
+        new = PackedLinear(pack8(layer.weight, activations), (32, layer.out_features), None)
         module.set_submodule(f"model.layers.0.self_attn.{name}", new)
     odd = module.model.layers[1].mlp.up_proj
-    new = packed.PackedLinear(pack4(odd.weight, 32), (32, 64), None)  # its zeros lie between whole numbers
+    new = PackedLinear(pack4(odd.weight, 32), (32, 64), None)  # its zeros lie between whole numbers
     module.set_submodule("model.layers.1.mlp.up_proj", new)
+    more = PackedLinear(pack8(module.model.layers[1].mlp.down_proj.weight, False), (64, 32), None)
+    module.set_submodule("model.layers.1.mlp.down_proj", Relaxed(more, torch.randn(2, 64), torch.randn(32, 2)))
     folders.save(module, make_tokenizer(), tmp_path / "m")
     files = [p for p in (tmp_path / "m").iterdir() if p.is_file()]
     one = models.Transform("model", models.hash_files(files), tmp_path / "m")
@@ -153,7 +179,7 @@ def test_vllm_gets_int8_as_it_is(tmp_path: Path, activations: bool) -> None:
     again = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32).eval()
     logits(again)  # unpacks
     wanted = folders.dense(folders.load(tmp_path / "m", torch.bfloat16), torch.float32)
-    for place in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj"):
+    for place in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"):
         close = wanted.get_submodule(place).weight
         assert torch.allclose(again.get_submodule(place).weight, close, rtol=2**-7, atol=1e-6)
     assert "vllm serve" in (made.folder / "README.md").read_text()

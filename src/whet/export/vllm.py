@@ -71,10 +71,14 @@ def packs(module: Any) -> Packs:
     """The packed linear layers of a module as compressed-tensors has them; what cannot be packed so is named."""
     from torch import nn
 
+    from whet.compress.folder import compressed
+
     made, odd = Packs(), 0
-    found: list[tuple[str, Any]] = [
-        (n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear) and hasattr(m, "pack")
-    ]
+    stand = compressed(module)
+    found: list[tuple[str, Any]] = [  # not those within another, whose sum with a term of their own is written in full
+        (n, m) for n, m in module.named_modules()
+        if isinstance(m, nn.Linear) and hasattr(m, "pack") and not any(n.startswith(f"{outer}.") for outer in stand)
+    ]  # fmt: skip
     if found and find_spec("compressed_tensors") is None:
         return Packs(left=(("packing", "packed layers are written in full: pip install 'whet[vllm]' packs them"),))
     for name, layer in found:
