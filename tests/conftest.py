@@ -20,6 +20,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Whatever draws at random draws the same in every run and in every order of the tests."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A WHET_HOME of the test's own."""

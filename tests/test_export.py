@@ -31,11 +31,13 @@ from whet.engine.torch import TorchSession
 from whet.errors import ArtifactError, ModelError, StoreError
 from whet.export import MARK, REQUEST, askable, biases, export, left_out, request
 from whet.export import check as checks
-from whet.export.gguf import PRE_TOKENIZERS, vocabulary
+from whet.export.gguf import PRE_TOKENIZERS, permute, vocabulary
 from whet.export.gguf import write as write_gguf
 from whet.export.ollama import go_text, modelfile, template, turns
+from whet.methods import Run, make
 from whet.prompt import messages, render
 from whet.retrieval import Source
+from whet.store import Store
 from whet.system import Decoding, Demonstrations, System
 from whet.task import load
 
@@ -156,7 +158,7 @@ def test_layers_that_stand_in_become_ordinary_ones() -> None:
 
 
 @pytest.mark.parametrize("activations", [True, False])
-def test_vllm_gets_int8_as_it_is(tmp_path: Path, activations: bool) -> None:
+def test_vllm_gets_packed_layers_as_they_are(tmp_path: Path, activations: bool) -> None:
     pytest.importorskip("compressed_tensors")
     module = make_model("llama", dtype=torch.bfloat16)
     for name in ("q_proj", "k_proj", "v_proj"):
@@ -164,8 +166,10 @@ def test_vllm_gets_int8_as_it_is(tmp_path: Path, activations: bool) -> None:
         new = PackedLinear(pack8(layer.weight, activations), (32, layer.out_features), None)
         module.set_submodule(f"model.layers.0.self_attn.{name}", new)
     odd = module.model.layers[1].mlp.up_proj
-    new = PackedLinear(pack4(odd.weight, 32), (32, 64), None)  # its zeros lie between whole numbers
+    new = PackedLinear(pack4(odd.weight, 32, zero=True), (32, 64), None)  # its zeros lie between whole numbers
     module.set_submodule("model.layers.1.mlp.up_proj", new)
+    whole = module.model.layers[1].self_attn.o_proj
+    module.set_submodule("model.layers.1.self_attn.o_proj", PackedLinear(pack4(whole.weight, 32), (32, 32), None))
     more = PackedLinear(pack8(module.model.layers[1].mlp.down_proj.weight, False), (64, 32), None)
     module.set_submodule("model.layers.1.mlp.down_proj", Relaxed(more, torch.randn(2, 64), torch.randn(32, 2)))
     folders.save(module, make_tokenizer(), tmp_path / "m")
@@ -175,11 +179,12 @@ def test_vllm_gets_int8_as_it_is(tmp_path: Path, activations: bool) -> None:
     made = export(replace(base, model=base.model.add(one)), "vllm", tmp_path / "out")
     assert [why.split()[0] for what, why in made.left_out if what == "packing"] == ["1"]
     told = json.loads((made.folder / "config.json").read_text())["quantization_config"]
-    assert [len(g["targets"]) for g in told["config_groups"].values()] == [3]
+    assert [len(g["targets"]) for g in told["config_groups"].values()] == [3, 1]
     again = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32).eval()
     logits(again)  # unpacks
     wanted = folders.dense(folders.load(tmp_path / "m", torch.bfloat16), torch.float32)
-    for place in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"):
+    for place in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj",
+                  "model.layers.1.self_attn.o_proj"):  # fmt: skip
         close = wanted.get_submodule(place).weight
         assert torch.allclose(again.get_submodule(place).weight, close, rtol=2**-7, atol=1e-6)
     assert "vllm serve" in (made.folder / "README.md").read_text()
@@ -222,6 +227,26 @@ def test_gguf_types(tmp_path: Path) -> None:
     for kind, step in (("q8_0", widest / 127), ("q4_0", widest / 8)):
         off = np.abs(found[kind] - up).reshape(64, 1, 32)
         assert (off <= (0.57 if kind == "q8_0" else 1.01) * step).all(), kind
+
+
+def test_gguf_keeps_what_quantize_rounded(tmp_path: Path, fp32: None) -> None:
+    base, task = system(tmp_path, decoding=Decoding(("a", "b"), True)), load(write_task(tmp_path / "task"))
+    for given, kind in ({"bits": 4}, "q4_0"), ({}, "q8_0"):
+        made = make("quantize", given).apply(base, task.split().learnable, Run(Store(tmp_path / "home")))
+        out = export(made, "gguf", tmp_path / kind, kind=kind, check=False)
+        module = folders.dense(models.load(made.model, made.home)[0], torch.float32)
+        tensors = {t.name: t for t in ggml.GGUFReader(out.folder / "model.gguf").tensors}
+        assert tensors["token_embd.weight"].tensor_type.name == "Q8_0"
+        for name, place in (("blk.0.attn_q", "model.layers.0.self_attn.q_proj"), ("token_embd", "model.embed_tokens"),
+                            ("blk.1.ffn_down", "model.layers.1.mlp.down_proj")):  # fmt: skip
+            one = tensors[f"{name}.weight"]
+            found = torch.from_numpy(ggml.quants.dequantize(one.data, one.tensor_type).copy())
+            wanted = module.get_submodule(place).weight
+            if name == "blk.0.attn_q":
+                assert one.tensor_type.name == kind.upper()
+                wanted = permute(wanted, module.config.num_attention_heads)
+            assert torch.allclose(found, wanted, rtol=2**-10, atol=1e-7), name
+        assert not any("written in full" in why for _, why in out.left_out)
 
 
 def test_gguf_of_a_smaller_vocabulary_and_of_llama_3s_positions(tmp_path: Path) -> None:

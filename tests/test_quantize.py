@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf as ggml
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,6 +29,7 @@ from whet.store import Store
 from whet.system import Decoding, System
 from whet.task import Example, Learnable, Limits
 
+Q4_0 = ggml.GGMLQuantizationType.Q4_0
 WORDS = ("movie", "great", "funny", "story", "people", "city", "bad", "question", "answer", "film", "was", "not")
 
 
@@ -58,12 +61,30 @@ def system(folder: Path, home: Path, family: str = "llama") -> System:
 @settings(max_examples=20, deadline=None)
 def test_four_bits_are_within_half_a_step(seed: int, group: int) -> None:
     w = weights(64, 128, seed)
-    pack = rounding.pack4(w, group)
+    pack = rounding.pack4(w, group, zero=True)
     step = pack.parts()["scale"].repeat_interleave(group, 1)
     assert ((pack.dense() - w).abs() <= 0.5 * step + 0.05 * step).all()  # steps and zeros are held in bf16
     values, scale, zero = (pack.parts()[k] for k in ("values", "scale", "zero"))
     each = (values.float().unflatten(1, (-1, group)) - zero[..., None]) * scale[..., None]
     assert torch.allclose(each.flatten(1), pack.dense(), atol=1e-5)
+
+
+@given(st.integers(0, 1000), st.sampled_from([32, 64]))
+@settings(max_examples=20, deadline=None)
+def test_four_bits_around_zero_are_llama_cpps(seed: int, group: int) -> None:
+    w = weights(64, 128, seed)
+    w[3] = 0
+    pack = rounding.pack4(w, group)
+    values, scale, zero = (pack.parts()[k] for k in ("values", "scale", "zero"))
+    assert zero is None and values.dtype == torch.int8 and pack.steps.shape == (128 // group, 64, 1)
+    wide = scale.repeat_interleave(group, 1)
+    assert torch.allclose(values * wide, pack.dense(), atol=1e-6)
+    # The value farthest from 0 is -8 steps, so that only +8 steps, which there is not, may be a whole step off.
+    assert ((pack.dense() - w).abs() <= 0.55 * wide.abs() + (w / wide >= 7.45) * 0.55 * wide.abs() + 1e-6).all()
+    if group == 32:
+        found = ggml.quants.dequantize(ggml.quants.quantize(w.numpy(), Q4_0), Q4_0)
+        near = np.abs(found - pack.dense().numpy()) < 0.05 * wide.abs().numpy()
+        assert near.mean() > 0.98  # steps are bf16 here, fp16 there: what lies halfway may go either way
 
 
 def test_eight_bits_are_within_half_a_step() -> None:
@@ -76,6 +97,7 @@ def test_eight_bits_are_within_half_a_step() -> None:
 @pytest.mark.parametrize("rows", [1, 2, 5, 40, 200])
 @pytest.mark.parametrize("make_pack", [
     lambda w: rounding.pack8(w, False), lambda w: rounding.pack8(w, True), lambda w: rounding.pack4(w, 64),
+    lambda w: rounding.pack4(w, 32, zero=True),
 ])  # fmt: skip
 def test_products_are_those_of_the_weights_stood_for(rows: int, make_pack: object) -> None:
     pack = make_pack(weights(128, 192))  # type: ignore[operator]
@@ -92,7 +114,8 @@ def test_products_are_those_of_the_weights_stood_for(rows: int, make_pack: objec
 
 
 def test_siblings_are_multiplied_at_once_and_give_the_same() -> None:
-    for kind in (lambda w: rounding.pack8(w, True), lambda w: rounding.pack4(w, 32)):
+    for kind in (lambda w: rounding.pack8(w, True), lambda w: rounding.pack4(w, 32),
+                 lambda w: rounding.pack4(w, 32, zero=True)):  # fmt: skip
         packs = [kind(weights(n, 64, n)) for n in (64, 32, 32)]
         alone = [p.dense() for p in packs]
         x = weights(4, 64, 9).bfloat16()
@@ -128,16 +151,25 @@ def test_gptq_is_the_nearest_where_inputs_are_independent_and_better_where_not()
     assert lost(rounding.gptq(w, second, scale, zero, -8, 7)) < 0.6 * lost(nearest)
 
 
-def test_hqq_leaves_a_smaller_error_in_its_own_norm() -> None:
+@pytest.mark.parametrize("zero", [True, False])
+def test_hqq_leaves_a_smaller_error_in_its_own_norm(zero: bool) -> None:
     w = weights(16, 256)
     w[:, 5] *= 6  # outliers are what it is for
     each = w.unflatten(1, (-1, 64))
 
     def lost(how: str) -> float:
-        found = rounding.pack4(w, 64, how).dense().unflatten(1, (-1, 64))
+        found = rounding.pack4(w, 64, how, zero=zero).dense().unflatten(1, (-1, 64))
         return float((each - found).abs().pow(rounding.SHRINK[0]).sum())
 
     assert lost("hqq") < lost("nearest")
+
+
+def test_gptq_in_four_bits_loses_less_of_the_outputs() -> None:
+    w, x = weights(64, 128), weights(600, 16, 1) @ weights(16, 128, 2) + 0.3 * weights(600, 128, 3)
+    second = x.T @ x
+    for zero in (True, False):
+        nearest, better = (rounding.pack4(w, 32, how, second, zero) for how in ("nearest", "gptq"))
+        assert rounding.output_error(w, better, second) < 0.7 * rounding.output_error(w, nearest, second)
 
 
 def test_gradient_passes_through_packed_weights() -> None:
@@ -170,7 +202,9 @@ def test_smoothing_leaves_the_model_what_it_was(family: str) -> None:
     assert torch.equal(module(input_ids=ids).logits, before)
 
 
-@pytest.mark.parametrize("given_settings", [{}, {"bits": 4, "group": 16}, {"activations": False, "rounding": "hqq"}])
+@pytest.mark.parametrize("given_settings", [
+    {}, {"bits": 4, "group": 16}, {"bits": 4, "zero": True}, {"activations": False, "rounding": "hqq"},
+])
 def test_quantize_gives_a_smaller_model_that_answers_alike(given_settings: dict[str, object], tmp_path: Path) -> None:
     base = system(tmp_path / "model", tmp_path / "home")
     run = Run(Store(tmp_path / "home"))

@@ -30,6 +30,7 @@ class Pack(nn.Module):
 
     bits: int
     group: int  # columns that share a step; 0: all of a row
+    zero = False
     activations = False
     values: Tensor
 
@@ -139,7 +140,7 @@ class Int8(Pack):
 
 
 class Int4(Pack):
-    """A step and a zero of its own for each `group` columns; two values to the byte."""
+    """A step of its own, and where there is a `zero` that, too, for each `group` columns; two values to the byte."""
 
     bits = 4
     steps: Tensor
@@ -147,14 +148,15 @@ class Int4(Pack):
     def __init__(self, values: Tensor, steps: Tensor) -> None:
         super().__init__()
         self.register_buffer("values", values)  # uint8 [out, in / 2]: low half the first of two columns
-        self.register_buffer("steps", steps)  # bf16 [groups, out, 2]: scale, and what 8 stands for
-        self.group = 2 * values.shape[1] // len(steps)
+        self.register_buffer("steps", steps)  # bf16 [groups, out, 1 or 2]: scale, and what 8 stands for if not 0
+        self.group, self.zero = 2 * values.shape[1] // len(steps), steps.shape[-1] == 2
+        self.both: Tensor | None = None  # scales and zeros as the kernel reads them
 
     @classmethod
-    def blank(cls, out: int, size: int, group: int) -> Int4:
+    def blank(cls, out: int, size: int, group: int, zero: bool) -> Int4:
         """Empty weights, to be read."""
         values = torch.empty(out, size // 2, dtype=torch.uint8, device="meta")
-        return cls(values, torch.empty(size // group, out, 2, dtype=torch.bfloat16, device="meta"))
+        return cls(values, torch.empty(size // group, out, 1 + zero, dtype=torch.bfloat16, device="meta"))
 
     @classmethod
     def joined(cls, packs: Sequence[Any]) -> Int4:
@@ -166,8 +168,10 @@ class Int4(Pack):
 
     def parts(self) -> dict[str, Any]:
         """See Pack."""
-        scale, middle = self.steps.float().unbind(-1)
-        return {"values": self.plain(), "scale": scale.T, "zero": (8 - middle / scale).T}
+        scale, *middle = self.steps.float().unbind(-1)
+        if not middle:
+            return {"values": self.plain().to(torch.int8) - 8, "scale": scale.T, "zero": None}
+        return {"values": self.plain(), "scale": scale.T, "zero": (8 - middle[0] / scale).T}
 
     def dense(self) -> Tensor:
         """See Pack."""
@@ -183,11 +187,10 @@ class Int4(Pack):
         return self._unpacked(torch.where((at < half)[:, None], found & 15, found >> 4), self.steps[:, ids])
 
     def _unpacked(self, values: Tensor, steps: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Whole numbers [rows, in] by their steps [groups, rows, 2]."""
-        scale, middle = steps.to(dtype).transpose(0, 1)[:, :, None].unbind(-1)
-        each = values.to(dtype).unflatten(1, (len(self.steps), -1))
-        made: Tensor = (each - 8) * scale + middle
-        return made.flatten(1)
+        """Whole numbers [rows, in] by their steps [groups, rows, 1 or 2]."""
+        scale, *middle = steps.to(dtype).transpose(0, 1)[:, :, None].unbind(-1)
+        made: Tensor = (values.to(dtype).unflatten(1, (len(self.steps), -1)) - 8) * scale
+        return (made + middle[0] if middle else made).flatten(1)
 
     def held(self) -> Tensor:
         """See Pack."""
@@ -203,12 +206,13 @@ class Int4(Pack):
         if self.ready is None and block and self.steps.shape[1] % block == 0 and self.group in GROUPS:
             self.ready = torch.ops.aten._convert_weight_to_int4pack_for_cpu(halves(self.values).int(), 1)
             self.values = self.values.new_empty(0)
+            self.both = self.steps if self.zero else torch.cat([self.steps, torch.zeros_like(self.steps)], -1)
 
     def product(self, x: Tensor) -> Tensor:
         """See Pack."""
         if self.ready is not None and len(x) <= SOME:
             few = x.bfloat16().contiguous()
-            made = torch.ops.aten._weight_int4pack_mm_for_cpu(few, self.ready, self.group, self.steps)
+            made = torch.ops.aten._weight_int4pack_mm_for_cpu(few, self.ready, self.group, self.both)
             return cast(Tensor, made.to(x.dtype))
         return linear(x, self._unpacked(self.held(), self.steps, x.dtype))
 
@@ -396,15 +400,15 @@ class PackedEmbedding(nn.Embedding):
 
 def settings_of(pack: Pack) -> dict[str, Any]:
     """A pack's kind as plain data, which `empty` takes back."""
-    return {"bits": pack.bits, "group": pack.group, "activations": pack.activations}
+    return {"bits": pack.bits, "group": pack.group, "zero": pack.zero, "activations": pack.activations}
 
 
-def empty(out: int, size: int, *, bits: int, group: int, activations: bool) -> Pack:
+def empty(out: int, size: int, *, bits: int, group: int, zero: bool, activations: bool) -> Pack:
     """An empty pack of that kind. Raises ValueError for one that there is not."""
-    if bits == 8 and not group:
+    if bits == 8 and not group and not zero:
         return Int8.blank(out, size, activations)
     if bits == 4 and group > 0 and size % group == 0 and not activations:
-        return Int4.blank(out, size, group)
+        return Int4.blank(out, size, group, zero)
     raise ValueError(f"no weights of {bits} bits in groups of {group}")
 
 
@@ -418,7 +422,7 @@ def assemble(module: nn.Module) -> None:
         for names in SIBLINGS:
             found = [getattr(parent, n, None) for n in names]
             packs = [f.pack for f in found if isinstance(f, PackedLinear)]
-            like = {(type(p), p.group, p.activations) for p in packs}
+            like = {(type(p), p.group, p.zero, p.activations) for p in packs}
             if len(packs) == len(names) and len(like) == 1 and not any(p.bundle for p in packs):
                 Bundle(packs)
     for pack in same.values():

@@ -10,6 +10,7 @@ from whet.compress.packed import Int4, Int8, Pack, bytes_of
 HOW = ("nearest", "hqq", "gptq")
 DAMP = 0.01  # of the mean of the Hessian's diagonal is added to it (Frantar et al. 2022)
 COLUMNS = 128  # of which GPTQ corrects the rest at once
+NARROWED = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # shares of a step that are tried
 SHRINK = (0.7, 10.0, 1.01, 20)  # HQQ: norm, beta, its growth, rounds (Badri & Shaji 2023)
 
 
@@ -24,25 +25,55 @@ def pack8(weight: Tensor, activations: bool, hessian: Tensor | None = None) -> I
     return Int8(values.to(torch.int8), scale, activations)
 
 
-def pack4(weight: Tensor, group: int, how: str = "nearest", hessian: Tensor | None = None) -> Int4:
-    """Weights [out, in] in 4 bits, each `group` columns with a step and a zero of their own.
+def pack4(
+    weight: Tensor, group: int, how: str = "nearest", hessian: Tensor | None = None, zero: bool = False
+) -> Int4:
+    """Weights [out, in] in 4 bits, each `group` columns with a step and, with `zero`, a zero of their own.
 
-    `how` is one of HOW; gptq needs the inputs' second moments [in, in].
+    `how` is one of HOW; gptq needs the inputs' second moments [in, in]. Without a zero the weight that is farthest
+    from 0 is -8 steps, as in llama.cpp's Q4_0.
     """
     each = weight.float().unflatten(1, (-1, group))
-    low, high = each.amin(-1), each.amax(-1)
-    scale = ((high - low) / 15).clamp_min(1e-12)
-    middle = low + 8 * scale
+    scale, middle = _between(each) if zero else _around(each)
     if how == "hqq":
-        middle = hqq(each, scale, middle)
+        scale, middle = hqq(each, scale, middle, zero)
+    elif how == "gptq" and hessian is not None and not zero:
+        scale = _narrowed(each, scale, hessian.diagonal().float().view(1, -1, group))
     scale, middle = scale.bfloat16().float(), middle.bfloat16().float()  # as they will be held
     if how == "gptq" and hessian is not None:
         wide = scale.repeat_interleave(group, 1), middle.repeat_interleave(group, 1)
         values = gptq(weight.float(), hessian, wide[0], wide[1], -8, 7) + 8
     else:
         values = whole(each, scale, middle).flatten(1)
-    steps = torch.stack([scale, middle], -1).transpose(0, 1).contiguous().bfloat16()
+    steps = torch.stack([scale, middle][: 1 + zero], -1).transpose(0, 1).contiguous().bfloat16()
     return Int4(bytes_of(values), steps)
+
+
+def _between(each: Tensor) -> tuple[Tensor, Tensor]:
+    """Steps and middles [out, groups] that reach from the least to the greatest of each group."""
+    low, high = each.amin(-1), each.amax(-1)
+    scale = ((high - low) / 15).clamp_min(1e-12)
+    return scale, low + 8 * scale
+
+
+def _around(each: Tensor) -> tuple[Tensor, Tensor]:
+    """Steps [out, groups], of either sign, by which what is farthest from 0 is -8; and middles of 0."""
+    farthest = each.gather(-1, each.abs().argmax(-1, keepdim=True))[..., 0]
+    scale = farthest / -8
+    return torch.where(scale.abs() < 1e-12, torch.full_like(scale, 1e-12), scale), torch.zeros_like(scale)
+
+
+def _narrowed(each: Tensor, scale: Tensor, weights: Tensor) -> Tensor:
+    """Of steps somewhat shorter than these, those that leave the least error, each column counted by its inputs' size.
+
+    What lies beyond is cut off: a few far weights cost less than a coarse step for all.
+    """
+    best, least, middle = scale, torch.full_like(scale, float("inf")), torch.zeros_like(scale)
+    for share in NARROWED:
+        tried = scale * share
+        error = ((whole(each, tried, middle) - 8) * tried[..., None] - each).square_().mul_(weights).sum(-1)
+        best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
+    return best
 
 
 def whole(each: Tensor, scale: Tensor, middle: Tensor) -> Tensor:
@@ -50,18 +81,28 @@ def whole(each: Tensor, scale: Tensor, middle: Tensor) -> Tensor:
     return ((each - middle[..., None]) / scale[..., None] + 8).round_().clamp_(0, 15)
 
 
-def hqq(each: Tensor, scale: Tensor, middle: Tensor) -> Tensor:
-    """The middles [out, groups] that leave the sparsest error: half-quadratic quantization (Badri & Shaji 2023)."""
+def hqq(each: Tensor, scale: Tensor, middle: Tensor, zero: bool = True) -> tuple[Tensor, Tensor]:
+    """Steps and middles [out, groups] that leave the sparsest error: half-quadratic quantization (Badri & Shaji 2023).
+
+    The middles are sought, as they propose; without a `zero`, the steps are, in the same way.
+    """
     norm, beta, growth, rounds = SHRINK
-    best, least = middle, torch.full_like(middle, float("inf"))
+    best, least = (scale, middle), torch.full_like(middle, float("inf"))
     for _ in range(rounds):
-        stood = (whole(each, scale, middle) - 8) * scale[..., None]
+        values = whole(each, scale, middle) - 8
+        stood = values * scale[..., None]
         error = (each - stood - middle[..., None]) / scale[..., None]
         size = error.abs()
-        found = size.pow(norm).sum(-1)
-        best, least = torch.where(found < least, middle, best), torch.minimum(found, least)
+        found = (size * scale.abs()[..., None]).pow(norm).sum(-1)
+        better = found < least
+        best = torch.where(better, scale, best[0]), torch.where(better, middle, best[1])
+        least = torch.minimum(found, least)
         outliers = error.sign() * (size - size.clamp_min(1e-8).pow(norm - 1) / beta).relu_() * scale[..., None]
-        middle = (each - outliers - stood).mean(-1)
+        if zero:
+            middle = (each - outliers - stood).mean(-1)
+        else:
+            scale = (values * (each - outliers)).sum(-1) / values.square().sum(-1).clamp_min(1.0)
+            scale = torch.where(scale.abs() < 1e-12, torch.full_like(scale, 1e-12), scale)
         beta *= growth
     return best
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,6 +163,13 @@ def _readme(system: System, target: str, context: int, left: Sequence[Left]) -> 
     return "\n".join(lines)
 
 
+def _whole(module: Any, packs: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of packed layers by name; not of those within another, whose sum with terms of its own counts."""
+    found = {n: module.get_submodule(n) for n in packs}
+    alone = {n: m for n, m in found.items() if hasattr(m, "pack") and not any(n.startswith(f"{o}.") for o in found)}
+    return {n: {**m.pack.parts(), "bits": m.pack.bits} for n, m in alone.items()}
+
+
 def _write(system: System, target: str, kind: str, work: Path) -> tuple[tuple[Left, ...], Any]:
     """Write weights and all that goes with them; returns what is left out, and the tokenizer."""
     import torch
@@ -176,6 +183,7 @@ def _write(system: System, target: str, kind: str, work: Path) -> tuple[tuple[Le
     packs = compressed(module)
     packed = vllm.packs(module) if target == "vllm" and kind == "bf16" else vllm.Packs()
     left += packed.left
+    whole = _whole(module, packs) if kind in ("q8_0", "q4_0") else {}
     rest = [name for name in packs if name not in packed.layers]
     if rest and not packed.left and kind not in ("q8_0", "q4_0"):
         left += (("packing", f"{len(rest)} layers that whet keeps smaller are written in full, as {kind}"),)
@@ -186,7 +194,8 @@ def _write(system: System, target: str, kind: str, work: Path) -> tuple[tuple[Le
         packed.write(work)
     else:
         ends = _ends(module, tokenizer)
-        left += gguf.write(module, tokenizer, work / FILE, kind, ends, str(system.card.get("task", "whet")))
+        left += gguf.write(module, tokenizer, work / FILE, kind, ends, str(system.card.get("task", "whet")),
+                           whole)  # fmt: skip
     if target == "ollama":
         stops = [str(tokenizer.convert_ids_to_tokens(i)) for i in ends]
         text, carried = ollama.modelfile(asked, tokenizer, FILE, stops, context)

@@ -6,7 +6,7 @@ What is not known for certain is refused by name: a tokenizer that is cut differ
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,8 +219,30 @@ def permute(weight: Any, heads: int) -> Any:
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def _tensors(writer: Any, module: Any, family: Family, kind: str) -> None:
-    """Write the weights: matrices in the type that is asked for, all else in fp32."""
+def blocks(parts: Mapping[str, Any]) -> tuple[Any, str] | None:
+    """Whole numbers and their steps as llama.cpp's blocks of 32, uint8 [out, bytes], and their type; None: it has none.
+
+    `parts` are those of a pack that stands for values · scale: 8 bits become Q8_0, 4 bits in groups of 32 Q4_0.
+    """
+    import numpy as np
+
+    values, scale = parts["values"].cpu(), parts["scale"].float().cpu()
+    few, count = parts["bits"] == 4, values.shape[1] // 32
+    if parts["zero"] is not None or values.shape[1] % 32 or scale.shape[1] != (count if few else 1):
+        return None
+    each = values.unflatten(1, (-1, 32)).numpy()
+    steps = scale.expand(-1, count).numpy().astype(np.float16)[..., None].view(np.uint8)
+    if few:
+        whole = (each + 8).astype(np.uint8)
+        each = whole[..., :16] | (whole[..., 16:] << 4)
+    return np.concatenate([steps, each.view(np.uint8)], -1).reshape(len(values), -1), "Q4_0" if few else "Q8_0"
+
+
+def _tensors(writer: Any, module: Any, family: Family, kind: str, packs: Mapping[str, Any]) -> None:
+    """Write the weights: matrices in the type that is asked for, all else in fp32.
+
+    `packs` are the parts of matrices that are whole numbers already; in a type of few bits they stay just these.
+    """
     import gguf
 
     config = module.config
@@ -238,6 +260,12 @@ def _tensors(writer: Any, module: Any, family: Family, kind: str) -> None:
             data = permute(data, heads[owner])
         if owner.endswith("norm"):
             data = data + family.norm
+        parts = packs.get(name.removesuffix(".weight")) if kind in ("q8_0", "q4_0") else None
+        if parts and family.permuted and owner in heads:
+            parts = {**parts, **{p: permute(parts[p], heads[owner]) for p in ("values", "scale")}}
+        if parts and (made := blocks(parts)):
+            writer.add_tensor(new, made[0], raw_dtype=gguf.GGMLQuantizationType[made[1]])
+            continue
         # An embedding is read row by row and is the output, too: 4 bits would cost more there than they save.
         packed = kind if kind != "q4_0" or new not in ("token_embd.weight", "output.weight") else "q8_0"
         as_type = gguf.GGMLQuantizationType[packed.upper() if data.dim() > 1 else "F32"]
@@ -258,9 +286,13 @@ def adds_start(tokenizer: Any) -> bool:
     return start is not None and tokenizer("x")["input_ids"][:1] == [start]
 
 
-def write(module: Any, tokenizer: Any, file: Path, kind: str, ends: Sequence[int], name: str) -> tuple[Left, ...]:
+def write(
+    module: Any, tokenizer: Any, file: Path, kind: str, ends: Sequence[int], name: str,
+    packs: Mapping[str, Any] | None = None,
+) -> tuple[Left, ...]:  # fmt: skip
     """Write a dense module and its tokenizer as one GGUF file; returns what it cannot hold. `ends` end a turn.
 
+    `packs`, by the name of a layer, are whole numbers and steps that its weights were made of.
     Raises ModelError for a family, a tokenizer or positions that are not known for certain.
     """
     import gguf
@@ -299,7 +331,7 @@ def write(module: Any, tokenizer: Any, file: Path, kind: str, ends: Sequence[int
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(words.space)
     writer.add_chat_template(tokenizer.get_chat_template())
-    _tensors(writer, module, family, kind)
+    _tensors(writer, module, family, kind, packs or {})
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

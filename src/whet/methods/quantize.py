@@ -33,9 +33,9 @@ class Quantize:
 
     8 bits: one step a row; with `activations`, what is multiplied is rounded, too, so that long prompts run on integer
     kernels (dynamic, by token), and outliers are moved into the weights where that helps (SmoothQuant). 4 bits: a step
-    and a zero for every `group` columns (0: the first of 32, 64, 128 that divides the width), by `rounding`: nearest,
-    hqq (Badri & Shaji 2023) or gptq (Frantar et al. 2022, on `rows` train rows). `embedding` bits, 0: 8. Where the
-    task's `limits.size` allows, the layers whose outputs suffer most are kept in 8 bits.
+    for every `group` columns (0: the first of 32, 64, 128 that divides the width), and a `zero` if wanted, by
+    `rounding`: nearest, hqq (Badri & Shaji 2023) or gptq (Frantar et al. 2022, on `rows` train rows). `embedding` bits,
+    0: 8. Where the task's `limits.size` allows, the layers whose outputs suffer most are kept in 8 bits.
     """
 
     name: ClassVar[str] = "quantize"
@@ -47,6 +47,7 @@ class Quantize:
     bits: int = 8
     rounding: str = "gptq"
     group: int = 0
+    zero: bool = False
     activations: bool = True
     embedding: int = 0
     rows: int = 128
@@ -61,7 +62,8 @@ class Quantize:
 
     def space(self) -> Mapping[str, Sequence[Any]]:
         """The settings worth trying."""
-        return {"bits": (8, 4), "rounding": ("gptq", "hqq"), "group": (32, 64), "activations": (True, False)}
+        return {"bits": (8, 4), "rounding": ("gptq", "hqq"), "group": (32, 64), "zero": (False, True),
+                "activations": (True, False)}
 
     def apply(self, system: System, data: Learnable, run: Run) -> System:
         """The System with packed weights as its whole model.
@@ -130,7 +132,7 @@ class Quantize:
         given = second if self.rounding == "gptq" else None
         if self.bits == 8:
             return pack8(weight, self.activations, given)
-        return pack4(weight, self.columns(weight.shape[1]), self.rounding, given)
+        return pack4(weight, self.columns(weight.shape[1]), self.rounding, given, self.zero)
 
     def columns(self, size: int) -> int:
         """How many columns share a step, in a layer of that width. Raises MethodError where none divides it."""
@@ -251,9 +253,9 @@ class _Work:
             if type(layer) not in (nn.Embedding, nn.Linear):
                 continue  # an embedding that does more than look up stays as it is
             if id(weight) not in packs:
-                how = "hqq" if method.rounding != "nearest" else "nearest"
+                how, columns = ("nearest" if method.rounding == "nearest" else "hqq"), method.columns(weight.shape[1])
                 packs[id(weight)] = (pack8(weight.data, method.activations) if bits == 8
-                                     else pack4(weight.data, method.columns(weight.shape[1]), how))  # fmt: skip
+                                     else pack4(weight.data, columns, how, None, method.zero))  # fmt: skip
             pack, sizes = packs[id(weight)], (weight.shape[1], weight.shape[0])
             current = self.module.get_input_embeddings() if layer is lookup else self.module.get_output_embeddings()
             packed = (PackedEmbedding(pack, (sizes[1], sizes[0]), weight.dtype) if layer is lookup
