@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_cli import whet
 
 from whet import feedback, metrics, scorecard, task
 from whet.errors import MethodError, TaskError
@@ -286,6 +287,21 @@ def test_the_judge_of_a_win_rate_task_learns_from_what_no_method_sees(system: Sy
     assert scorecard.evaluate(system, loaded.test, metric).score == 0.5
     with pytest.raises(TaskError, match="needs a judge"):
         judged_by(replace(parts, judging=()), system, run(system.home))
+
+
+def test_systems_are_compared_by_their_win_rates(
+    capsys: pytest.CaptureFixture[str], system: System, tmp_path: Path
+) -> None:
+    rows = [{"prompt": j.prompt, "chosen": j.chosen, "rejected": j.rejected, "group": j.group} for j in judgements(30)]
+    asked = [{"prompt": f"my {t} is gone", "chosen": "yes", "rejected": "no"} for t in THINGS[:5]]
+    folder = write(tmp_path / "t", rows, asked)
+    replace(system, instruction="Say it at length.").save(tmp_path / "other")
+    code, out, _ = whet(capsys, "compare", system.model.base, str(tmp_path / "other"), str(folder), "--json")
+    found = json.loads(out)
+    assert code == 0 and found["first"]["metric"] == found["second"]["metric"] == "win_rate"
+    assert found["first"]["score"] == 0.5  # the base against itself
+    assert found["first"]["protocol"]["judge"] == found["second"]["protocol"]["judge"]
+    assert found["difference"] == pytest.approx(found["second"]["score"] - 0.5) and found["n"] == 5
 
 
 @pytest.mark.parametrize("method", [

@@ -160,6 +160,14 @@ def _system(name: str, task: Any, trust: bool) -> System:
     return base_system(ref, task, task.split().learnable, open_session(ref, home), home)
 
 
+def _metric(system: System, task: Any, run: Any, trust: bool) -> Any:
+    """A task's metric; a win rate is one over the untouched base of the System."""
+    from whet.methods.reward import metric_of
+
+    base = _system(system.model.base, task, trust) if task.metric == "win_rate" else system
+    return metric_of(task, base, run)
+
+
 def _settings(words: tuple[str, ...]) -> dict[str, str]:
     """Settings written as key=value."""
     from whet.errors import MethodError
@@ -199,7 +207,6 @@ def evaluate(
 
     from whet import scorecard
     from whet.methods import Run
-    from whet.methods.reward import metric_of
     from whet.store import Store, write_text
     from whet.task import load
 
@@ -210,8 +217,7 @@ def evaluate(
         watch.arm(f"{system} on {split}", 0.0)
         opened = _system(system, loaded, trust)
         run = Run(Store(), seed, tell=watch.tell)
-        base = _system(opened.model.base, loaded, trust) if loaded.metric == "win_rate" else opened
-        metric = metric_of(loaded, base, run)
+        metric = _metric(opened, loaded, run, trust)
         card = scorecard.evaluate(opened, rows, metric, split=split, seed=seed,
                                    progress=lambda done, of: watch.tell("answering", done, of))  # fmt: skip
         if not opened.model.remote and metric.name != "perplexity":
@@ -250,8 +256,10 @@ def compare(first: str, second: str, task: str, split: str, seed: int, trust: bo
     """Compare FIRST and SECOND on the same examples of TASK, in pairs."""
     from dataclasses import asdict
 
+    from whet.methods import Run
     from whet.progress import figure
-    from whet.scorecard import compare as run
+    from whet.scorecard import compare as compared
+    from whet.store import Store
     from whet.task import load
 
     loaded = load(task, trust=trust)
@@ -259,7 +267,8 @@ def compare(first: str, second: str, task: str, split: str, seed: int, trust: bo
     try:
         watch.arm(f"{first} against {second}", 0.0)
         opened = (_system(first, loaded, trust), _system(second, loaded, trust))
-        a, b, paired = run(*opened, loaded, split=split, seed=seed,
+        metric = _metric(opened[0], loaded, Run(Store(), seed, tell=watch.tell), trust)
+        a, b, paired = compared(*opened, loaded, split=split, seed=seed, metric=metric,
                            progress=lambda done, of: watch.tell("answering", done, of))  # fmt: skip
     finally:
         watch.close()
@@ -305,6 +314,7 @@ def apply(
     from dataclasses import asdict
 
     from whet.methods import Run, make
+    from whet.progress import readable
     from whet.search import tune
     from whet.search.budget import measure, seconds
     from whet.search.recipe import Recipe
@@ -342,8 +352,8 @@ def apply(
         _print(body)
         return
     print(f"system   {out}")
-    for key, value in notes.items():
-        print(f"{key:<8} {value}")
+    for line in readable(notes):
+        print(line)
     print(f"next:\n  whet compare {system} {out} {task}")
 
 

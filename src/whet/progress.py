@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -44,6 +44,39 @@ class Watch(Protocol):
     def close(self) -> None:
         """Nothing more will be said."""
         ...
+
+
+SHOWN = 5  # entries of a long list
+
+
+def readable(notes: Mapping[str, Any]) -> list[str]:
+    """A method's notes as lines: one each, with a short table below where a note is a list of records."""
+    lines = []
+    for key, value in notes.items():
+        parts = value if isinstance(value, Mapping) else {"": value}
+        told = [f"{name} {_short(one)}".strip() for name, one in parts.items() if not _records(one)]
+        lines.append(f"{key:<8} {', '.join(told)}".rstrip())
+        for name, one in parts.items():
+            if _records(one):
+                lines += [f"  {name or key}:".rstrip(), *(f"    {_short(row)}" for row in one[:SHOWN])]
+                lines += [f"    … and {len(one) - SHOWN} more"] if len(one) > SHOWN else []
+    return lines
+
+
+def _records(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(v, Mapping) for v in value)
+
+
+def _short(value: Any) -> str:
+    """A value in few characters; of a long list its beginning."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {_short(v)}" for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        more = f" … {len(value)} in all" if len(value) > SHOWN else ""
+        return " ".join(_short(v) for v in value[:SHOWN]) + more
+    return str(value)
 
 
 def clock(seconds: float) -> str:

@@ -217,11 +217,15 @@ def compare(
     *,
     split: str = "test",
     seed: int = 0,
+    metric: Metric | None = None,
     store: Store | None = None,
     progress: Progress | None = None,
 ) -> tuple[Scorecard, Scorecard, stats.Paired]:
-    """Both scorecards on the same rows, and the paired comparison of the second against the first."""
-    metric = get(task.metric, task.folder, task.trusted)
+    """Both scorecards on the same rows, and the paired comparison of the second against the first.
+
+    The metric is the task's unless another is given: win_rate needs a judge (`methods.reward.metric_of`).
+    """
+    metric = metric or get(task.metric, task.folder, task.trusted)
     rows = rows_of(task, split)
     cards = [
         evaluate(s, rows, metric, split=split, seed=seed, store=store, progress=progress) for s in (first, second)
