@@ -31,7 +31,7 @@ demo: install
 	@echo "look at runs/helpdesk/report.html"
 
 test: install-test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install-test
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,13 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """One torch thread: tiny tensors gain nothing from more, and results do not depend on the machine."""
+    """One torch thread: tiny tensors gain nothing from more, and results do not depend on the machine.
+
+    So do processes that tests start: several tests run at once.
+    """
     import torch
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)

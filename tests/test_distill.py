@@ -29,7 +29,7 @@ from whet.search import tune
 from whet.search.recipe import Recipe, parse
 from whet.store import Store
 from whet.system import Decoding, Demonstrations, System
-from whet.task import Example, Learnable
+from whet.task import Example, Learnable, Task
 from whet.train import losses
 from whet.train.batches import padded
 from whet.train.loop import _step
@@ -401,6 +401,15 @@ def test_prompts_in_a_file_suffice(system: System, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").rename(tmp_path / "moved.txt")
     again, run = distil(replace(method, unlabelled=str(tmp_path / "moved.txt")), system, task(rows(9)), tmp_path / "a")
     assert again.fingerprint == made.fingerprint  # the same prompts, whatever the file is called
+
+
+def test_held_out_rows_among_the_prompts_are_refused(system: System, tmp_path: Path) -> None:
+    held = Task("t", tmp_path, "Say which.", "accuracy", ("negative", "positive"), train=rows(40), test=rows(2))
+    data = held.split().learnable
+    assert len(data.sealed) >= 2 and not any(e.prompt in data.sealed for e in held.test)
+    (tmp_path / "prompts.txt").write_text("a new one\n\n" + held.test[1].prompt.upper() + " !")
+    with pytest.raises(MethodError, match="rows that the System is measured on; .*found 1; .*take them out"):
+        distil(Distill(unlabelled=str(tmp_path / "prompts.txt"), **QUICK), system, data, tmp_path / "a")
 
 
 def test_no_row_shows_the_teacher_its_own_answer(system: System, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from whet.train.fit import twice_the_data, verdict
 from whet.train.lesson import render_rows
 from whet.train.loop import Curves, Masters, Schedule, Settings, _step, operations, train
 from whet.train.losses import NextToken
+from whet.train.trackers import trackers
 
 HEAD = tuple(range(10, 45))
 ROWS = [
@@ -969,3 +970,27 @@ def test_steps_are_reported_to_tensorboard(system: System, data: Learnable, home
 def test_steps_never_end() -> None:
     source = steps([Row((1,), ((2,),))], 5, 0)
     assert [len(source(n)) for n in range(5)] == [1] * 5
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_other_trackers_write_into_the_runs_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder = tmp_path / "logs" / "0123456789abcdef0123"
+    with trackers([name], folder) as track:
+        for step in (1, 2):
+            track(loop.Beat(step, 2, 1.0 / step, 1e-3, 100 * step, 1.0 * step, 0.3))
+    assert {p.name for p in tmp_path.iterdir()} == {"logs"}  # nothing beside it
+    assert capsys.readouterr().out == ""  # stdout is for results
+    if name == "wandb":
+        [written] = folder.rglob("*.wandb")
+        assert written.stat().st_size > 0
+        return
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/logs/mlflow.db")
+    [run] = client.search_runs([client.get_experiment_by_name("whet").experiment_id])
+    assert [m.value for m in client.get_metric_history(run.info.run_id, "loss")] == [1.0, 0.5]

@@ -40,6 +40,11 @@ def _key(example: Example) -> str:
     return " ".join(text.translate(_PUNCTUATION).split()) or " ".join(text.split())
 
 
+def mark(example: Example) -> str:
+    """The hash of what rows share that repeat each other; it tells a row again without telling the row."""
+    return hashlib.sha256(_key(example).encode()).hexdigest()
+
+
 def without(rows: tuple[Example, ...], held: tuple[Example, ...]) -> tuple[tuple[Example, ...], Leaks]:
     """Rows that neither repeat (or nearly so) nor share a group with held-out rows; and the others, as (id, why)."""
     if not rows or not held:

@@ -18,7 +18,7 @@ import yaml
 from whet.convert import as_text, standard
 from whet.errors import TaskError, nearest
 from whet.rows import FIELDS, SUFFIXES, Row, decode, read, short
-from whet.splits import cut, without
+from whet.splits import cut, mark, without
 
 if TYPE_CHECKING:
     from whet.feedback import Judged
@@ -61,7 +61,8 @@ class Limits:
 class Learnable:
     """What a Method receives: everything it may learn from, and neither select nor confirm.
 
-    Sources are absolute paths, or text where they are URLs, queries or lists (one a line).
+    Sources are absolute paths, or text where they are URLs, queries or lists (one a line). `sealed` are the marks
+    (`splits.mark`) of the held-out prompts: what a Method reads from elsewhere must not be among them.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Learnable:
     folder: Path = Path()
     judged: tuple[Judged, ...] = ()
     trusted: bool = False
+    sealed: frozenset[str] = frozenset()
 
     @property
     def closed(self) -> bool:
@@ -192,6 +194,7 @@ class Task:
             folder=self.folder,
             judged=judged,
             trusted=self.trusted,
+            sealed=frozenset(mark(row) for row in (*self.test, *select)),
         )
         return Splits(learnable, select, self.test, leaks + more, judging)
 

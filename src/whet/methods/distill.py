@@ -153,13 +153,24 @@ class Distill:
         return found
 
     def _unlabelled(self, data: Learnable) -> list[Example]:
-        """The prompts in the file. Raises what reading it raises, and MethodError where each row needs choices."""
+        """The prompts in the file.
+
+        Raises what reading it raises, and MethodError where each row needs choices, or where some are held out.
+        """
         from whet.feedback import prompts_of
+        from whet.splits import mark
 
         if self.unlabelled and data.closed and not data.labels:
             raise MethodError("prompts in a file bring no choices", expected="labels, or free text",
                               found="choices in every train row", do="put them into train.jsonl")  # fmt: skip
-        return prompts_of(Path(self.unlabelled)) if self.unlabelled else []
+        found = prompts_of(Path(self.unlabelled)) if self.unlabelled else []
+        sealed = [e for e in found if mark(e) in data.sealed]
+        if sealed:
+            raise MethodError(
+                f"{self.unlabelled} holds rows that the System is measured on", expected="none of select or confirm",
+                found=f"{len(sealed)}; the first, row {sealed[0].id}", do="take them out",
+            )  # fmt: skip
+        return found
 
     def _student(self, system: System, teacher: System) -> System:
         """The student before it has learnt. Raises MethodError where it is the teacher."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,7 @@ def trackers(names: Sequence[str], folder: Path) -> Iterator[Callable[[Beat], No
 
 
 def _open(name: str, folder: Path) -> Any:
-    from accelerate import tracking
+    from accelerate import PartialState, tracking
 
     if name not in PACKAGES:
         raise MethodError(f"no tracker {name!r}", expected=", ".join(PACKAGES), found=name, do="name one of them")
@@ -47,12 +48,17 @@ def _open(name: str, folder: Path) -> Any:
             do=f"pip install {PACKAGES[name]}",
         )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
+    PartialState()  # without it, accelerate's trackers cannot say what they do
     if name == "tensorboard":
         tracker: Any = tracking.TensorBoardTracker(run_name=folder.name[:16], logging_dir=str(folder.parent))
     elif name == "wandb":
         tracker = tracking.WandBTracker("whet", dir=str(folder))
     else:
-        tracker = tracking.MLflowTracker(experiment_name="whet", logging_dir=str(folder))
+        import mlflow
+
+        if not os.environ.get("MLFLOW_TRACKING_URI"):  # else it writes into the working folder
+            mlflow.set_tracking_uri(f"sqlite:///{folder.parent.absolute()}/mlflow.db")
+        tracker = tracking.MLflowTracker("whet", logging_dir=str(folder.parent), run_name=folder.name[:16])
     if hasattr(tracker, "start"):
         tracker.start()
     return tracker
