@@ -11,11 +11,12 @@ import json
 import logging
 import os
 import platform
+import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -112,6 +113,31 @@ def open_model(name: str, dtype: str) -> tuple[Any, Any]:
     except ModelError as error:
         stop(str(error))
         raise
+
+
+class Bench:
+    """A task, the base System on it, some of its train rows, and a Run over one store."""
+
+    def __init__(self, options: Any, name: str, home: Path) -> None:
+        from whet.methods import Run
+        from whet.metrics import get
+        from whet.model import resolve
+        from whet.search import base_system
+        from whet.store import Store
+
+        self.options, self.task = options, load_task(options.tasks, name)
+        self.run, ref = Run(Store(home), options.seed), resolve(options.model)
+        rows = self.task.split(options.seed).learnable
+        self.base = base_system(ref, self.task, rows, self.run.session(ref), home)
+        self.data = replace(rows, train=tuple(random.Random(options.seed).sample(rows.train, options.rows)))
+        self.test = self.task.test[: options.test]
+        self.metric = get(self.task.metric, self.task.folder, False)
+
+    def tested(self, system: Any) -> Any:
+        """The scorecard of a System on the test rows."""
+        from whet.scorecard import evaluate
+
+        return evaluate(system, self.test, self.metric, session=self.run.session(system.model), store=self.run.store)
 
 
 # --- timing ---------------------------------------------------------------------------------------------------------

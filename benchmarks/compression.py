@@ -42,33 +42,17 @@ WORDS = ("the", "story", "of", "people", "in", "a", "city", "was", "not", "bad",
 NEW, LONG = 64, 500  # tokens decoded, words read
 
 
-class Bench:
-    """A task, the System tuned on it, and a Run over one store."""
+class Bench(common.Bench):
+    """A task and the System tuned on it."""
 
     def __init__(self, options: Any, name: str, home: Path) -> None:
-        from whet.methods import Run, make
-        from whet.metrics import get
-        from whet.model import resolve
-        from whet.search import base_system
-        from whet.store import Store
+        from whet.methods import make
 
-        self.options, self.task = options, common.load_task(options.tasks, name)
-        self.run, ref = Run(Store(home), options.seed), resolve(options.model)
-        rows = self.task.split(options.seed).learnable
-        self.base = base_system(ref, self.task, rows, self.run.session(ref), home)
-        self.data = replace(rows, train=tuple(random.Random(options.seed).sample(rows.train, options.rows)))
-        self.test = self.task.test[: options.test]
-        self.metric = get(self.task.metric, self.task.folder, False)
+        super().__init__(options, name, home)
         begun = time.perf_counter()
         self.tuned = make("finetune", {"epochs": options.epochs}).apply(self.base, self.data, self.run)
         print(f"\n## {name}: tuned on {len(self.data.train)} rows in {time.perf_counter() - begun:.0f} s (0: kept)\n")
         self.card = self.tested(self.tuned)
-
-    def tested(self, system: Any) -> Any:
-        """The scorecard of a System on the test rows."""
-        from whet.scorecard import evaluate
-
-        return evaluate(system, self.test, self.metric, session=self.run.session(system.model), store=self.run.store)
 
     def made(self, recipe: str, start: Any, tokens: int | None = None) -> tuple[Any, dict[str, Any], float]:
         """What a recipe makes of a System, its notes, and the seconds that took."""

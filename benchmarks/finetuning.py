@@ -37,29 +37,12 @@ def flipped(rows: Sequence[Any], labels: Sequence[str], seed: int) -> tuple[tupl
     return tuple(other(e) if e.id in wrong else e for e in rows), wrong
 
 
-class Bench:
-    """A task, the base System on it, and a Run over one store."""
-
-    def __init__(self, options: Any, name: str, home: Path) -> None:
-        from whet.methods import Run
-        from whet.model import resolve
-        from whet.search import base_system
-        from whet.store import Store
-
-        self.options, self.task = options, common.load_task(options.tasks, name)
-        self.run, ref = Run(Store(home), options.seed), resolve(options.model)
-        rows = self.task.split(options.seed).learnable
-        self.base = base_system(ref, self.task, rows, self.run.session(ref), home)
-        self.data = replace(rows, train=tuple(random.Random(options.seed).sample(rows.train, options.rows)))
-        self.test = self.task.test[: options.test]
+class Bench(common.Bench):
+    """A task whose tuned models are closed once they are tested."""
 
     def tested(self, system: Any) -> Any:
         """The scorecard of a System on the test rows."""
-        from whet.metrics import get
-        from whet.scorecard import evaluate
-
-        session = self.run.session(system.model)
-        card = evaluate(system, self.test, get(self.task.metric), session=session, store=self.run.store)
+        card = super().tested(system)
         if system.model != self.base.model:
             del self.run.sessions[system.model]
         return card
