@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -14,15 +15,18 @@ import torch
 from models import make_model, make_tokenizer, reference, save_model
 from tokenizers import Tokenizer
 from torch.nn.functional import kl_div
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from whet import model as models
+from whet.compress import depth
 from whet.compress import folder as folders
+from whet.compress.structure import twin
 from whet.engine.prefix import Row
-from whet.engine.torch import TorchSession
+from whet.engine.torch import TorchSession, using_tree
 from whet.errors import ArtifactError, MethodError, ModelError
 from whet.methods import Run
 from whet.methods.distill import Distill, sharpness, softmax
+from whet.methods.prune import Prune
 from whet.methods.quantize import Quantize
 from whet.retrieval import Source
 from whet.search import tune
@@ -31,8 +35,9 @@ from whet.store import Store
 from whet.system import Decoding, Demonstrations, System
 from whet.task import Example, Learnable, Task
 from whet.train import losses
-from whet.train.batches import padded
-from whet.train.loop import _step
+from whet.train.batches import packs, padded
+from whet.train.loop import _logits, _step
+from whet.train.matching import Match, partners
 from whet.train.teacher import Teacher
 
 LABELS = ("positive", "negative")
@@ -206,6 +211,95 @@ def test_a_faint_teacher_is_sharpened_and_a_sure_one_is_not() -> None:
     assert math.log(chances[1][1] / chances[1][0]) == pytest.approx(3 * math.log(chances[0][0] / chances[0][1]))
     assert sharpness(sure) == pytest.approx(1, abs=1e-6) and softmax([0.0, math.log(3)]) == pytest.approx((0.25, 0.75))
     assert softmax([1.0, 1.0], sharpness([[1.0, 1.0]])) == (0.5, 0.5)
+
+
+# --- hidden states ----------------------------------------------------------------------------------------------------
+
+
+def deep(count: int = 5) -> Any:
+    """The tiny Llama with more layers."""
+    config = make_model("llama").config
+    config.num_hidden_layers = count
+    torch.manual_seed(3)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def test_layers_know_whose_output_they_are_to_have() -> None:
+    whole_one = deep()
+    kept = depth.keep(whole_one, [0, 1, 4])
+    assert partners(kept, whole_one) == [0, 3, 4]
+    assert partners(depth.keep(kept, [0, 2]), whole_one) == [3, 4]
+    assert partners(twin(whole_one), whole_one) == [0, 1, 2, 3, 4]
+    assert partners(deep(3), whole_one) is None and not hasattr(whole_one.config, "kept_layers")
+
+
+@pytest.mark.parametrize("renumbered", [False, True])
+def test_the_distance_of_hidden_states_is_that_of_transformers_own(renumbered: bool) -> None:
+    tokenizer, teacher = make_tokenizer(), deep()
+    student, ids = copy.deepcopy(depth.keep(teacher, [0, 1, 4])), None
+    rows = [Row((5, 6, 7, 8, 12), ((9, 10), (11,)), ((0.5,), (0.5,)))]
+    if renumbered:  # the student's token n is the teacher's n - 1
+        ids = torch.arange(300).roll(1)
+        student.get_input_embeddings().weight.data = teacher.get_input_embeddings().weight.data[ids]
+    live, pairs = TorchSession(student, tokenizer), [0, 3, 4]
+    match = Match(losses.Choose(), 0.5, live, TorchSession(teacher, tokenizer), pairs, ids)
+    found, _ = _step(student, student, rows, match)
+    assert live.spent.prefilled_tokens > 0
+    plain, _ = _step(student, student, rows, losses.Choose())
+
+    def states(module: Any, tokens: tuple[int, ...]) -> list[torch.Tensor]:
+        kept: list[torch.Tensor] = []
+        hooks = [m.register_forward_hook(lambda _, __, out: kept.append(out)) for m in module.model.layers]
+        module(input_ids=torch.tensor([tokens]))
+        for hook in hooks:
+            hook.remove()
+        return kept
+
+    # Each token behind the beginning it is read with, once; the last of an answer is never read.
+    paths = {row.prompt[: n + 1] for row in rows for n in range(len(row.prompt))}
+    paths |= {(*row.prompt, *c[:n]) for row in rows for c in row.continuations for n in range(1, len(c))}
+    parts = []
+    with torch.no_grad():
+        for path in paths:
+            theirs = states(teacher, path if ids is None else tuple(ids[list(path)].tolist()))
+            for mine, other in zip(states(student, path), pairs, strict=True):
+                a, b = mine.reshape(len(path), -1)[-1], theirs[other].reshape(len(path), -1)[-1]
+                parts.append(float((a - b).square().sum() / b.square().sum()))
+    assert found - plain == pytest.approx(0.5 * sum(parts) / len(parts), rel=1e-3)
+    match.weight = 2.0
+    student.zero_grad()
+    _step(student, student, rows, match)
+    grad = student.model.layers[1].mlp.up_proj.weight.grad
+    assert grad is not None and float(grad.norm()) > 0 and teacher.model.layers[1].mlp.up_proj.weight.grad is None
+
+
+def test_a_pruned_model_is_healed_by_its_teachers_states(tmp_path: Path) -> None:
+    folder = tmp_path / "deep"
+    deep().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    decoding = Decoding(LABELS, closed=True)
+    plain = System(models.resolve(str(folder)), "what is the review?", decoding=decoding, home=tmp_path / "a")
+    data = task(rows(64))
+    small = Recipe((Prune(layers=3, vocabulary=False),)).run(plain, data, Run(Store(tmp_path / "a")))
+    agreed = {}
+    for hidden in (0.0, 3.0):
+        method = Distill(batch=8, epochs=8, learning_rate=3e-3, hidden=hidden)
+        made, run = distil(method, small, data, tmp_path / "a")
+        assert run.notes["hidden"] is bool(hidden) and run.notes["targets"] == "choices"
+        found = [models.load(one.model, plain.home) for one in (plain, made)]
+        teacher, student = (TorchSession(*each) for each in found)
+        guide = Teacher.of(plain, teacher, student)
+        assert guide is not None
+        pairs = partners(student.module, teacher.module)
+        assert pairs is not None
+        match = Match(losses.Choose(), 1.0, student, teacher, pairs, guide.spelling())
+        asked = student.encode(made.prompts(rows(8), blind=True))
+        with torch.no_grad():
+            [pack] = packs([Row(p, ((0,),), ((1.0,),)) for p in asked], torch.float32, torch.device("cpu"))
+            with using_tree(student.module):
+                _logits(student.module, pack)
+            agreed[hidden] = float(match.distance(pack))
+    assert agreed[3.0] < 0.7 * agreed[0.0]
 
 
 # --- the method -------------------------------------------------------------------------------------------------------

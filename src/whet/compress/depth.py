@@ -33,6 +33,8 @@ def keep(module: Any, kept: Sequence[int]) -> Any:
     for number, part in parts:
         if hasattr(part, "layer_idx"):
             part.layer_idx = number
+    if not hasattr(config, "kept_layers"):  # by their numbers in the whole model, for who is to learn from that
+        config.kept_layers = list(range(len(before)))
     for name, value in vars(config).items():
         if "layer" in name and isinstance(value, list) and len(value) == len(before):
             setattr(config, name, [value[i] for i in kept])

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from whet.train.adapters import Adapter
     from whet.train.lesson import Lesson
     from whet.train.loop import Source
+    from whet.train.losses import Loss
     from whet.train.teacher import Teacher
 
     Pair = tuple[Example, Row]
@@ -60,9 +61,11 @@ class Distill:
     student loses, `clear` says: none, demonstrations, context (passages, too) or prompt (instruction and frame, too);
     by default context where the models are the same, else none. `adapter`: lora or full; by default full where the
     model was made smaller, and lora over packed weights. `learning_rate` 0: 1e-3 for lora, 2e-4 for full. `temperature`
-    softens the teacher. `gold` is the share of rows with a completion that are learnt from it instead. `on_policy` is
-    the share of the steps, the last ones, in which free text is sampled from the student itself and judged by the
-    teacher's distributions (GKD, Agarwal et al. 2024).
+    softens the teacher. `hidden` weighs how far the states behind the student's layers lie from the teacher's, at every
+    token, where the teacher is the model before it was made smaller and all weights are trained (Jiao et al. 2020,
+    TinyBERT). `gold` is the share of rows with a completion that are learnt from it instead. `on_policy` is the share
+    of the steps, the last ones, in which free text is sampled from the student itself and judged by the teacher's
+    distributions (GKD, Agarwal et al. 2024).
     """
 
     name: ClassVar[str] = "distill"
@@ -80,6 +83,7 @@ class Distill:
     epochs: float = 3.0
     batch: int = 32
     temperature: float = 1.0
+    hidden: float = 1.0
     gold: float = 0.0
     on_policy: float = 0.25
 
@@ -88,8 +92,10 @@ class Distill:
             raise ValueError(f"clear is {self.clear!r}; one of {', '.join(CLEARS)}")
         if self.adapter not in ("", *RATES):
             raise ValueError(f"adapter is {self.adapter!r}; one of {', '.join(RATES)}")
-        if min(self.epochs, self.temperature) <= 0 or min(self.rank, self.batch) < 1 or self.learning_rate < 0:
-            raise ValueError("epochs, temperature, rank and batch are positive, learning_rate is not negative")
+        if min(self.epochs, self.temperature) <= 0 or min(self.rank, self.batch) < 1:
+            raise ValueError("epochs, temperature, rank and batch are positive")
+        if self.learning_rate < 0 or self.hidden < 0:
+            raise ValueError("learning_rate and hidden are not negative")
         if not (0 <= self.gold <= 1 and 0 <= self.on_policy <= 1):
             raise ValueError("gold and on_policy lie between 0 and 1")
 
@@ -234,25 +240,42 @@ class Distill:
         turn = full - round(self.on_policy * full) if guide else full
         count = max(1, round(run.fidelity * full))
         source = steps(fit, batch, run.seed)
-        if guide is not None and turn < count:
-            same = adapter.kind == "lora" and teacher.model == student.model
-            own: Source = OnPolicy(source, turn, guide, Policy(live, student), run.seed, len(pairs), self.temperature,
-                                   same)  # fmt: skip
-        else:
-            own = lambda n: [row for _, row in source(n)]  # noqa: E731
-            if not opened:
-                run.sessions.pop(teacher.model, None)
         loss = Choose if notes["targets"] == "choices" else partial(Imitate, guide.table if guide else {})
+        own: Source = lambda n: [row for _, row in source(n)]  # noqa: E731
+        if sampled := guide is not None and turn < count:
+            same = adapter.kind == "lora" and teacher.model == student.model
+            own = OnPolicy(source, turn, guide, Policy(live, student), run.seed, len(pairs), self.temperature, same)
+        told = loss(self.temperature)
+        matched = self._matched(told, student, teacher, run, live, adapter)
+        if not (sampled or matched or opened):
+            run.sessions.pop(teacher.model, None)
         watched = {e: heard[e].text for e in examples if e in checks and e.text is None and not heard[e].gold}
         first = _agreement(student, watched, live)
         return Lesson(
-            own, loss(self.temperature),
+            own, matched or told,
             Settings(Schedule(self.learning_rate or RATES[adapter.kind], count), validations=validations(count)),
             (lambda: mean_of(live, [row for _, row in held], loss(1.0))) if held else None,
-            {**notes, "rows": len(fit), "batch": batch, "on_policy": max(0, count - turn)},
+            {**notes, "rows": len(fit), "batch": batch, "hidden": bool(matched), "on_policy": max(0, count - turn)},
             lambda _: {"agreement": {"n": min(WATCHED, len(watched)), "before": first,
                                      "after": _agreement(student, watched, live)}},
         )  # fmt: skip
+
+    def _matched(
+        self, loss: Loss, student: System, teacher: System, run: Run, live: TorchSession, adapter: Adapter
+    ) -> Loss | None:
+        """The loss with the distance of hidden states added; None where teacher and student read other tokens, too."""
+        from whet.engine.torch import TorchSession
+        from whet.train.matching import Match, partners
+        from whet.train.teacher import Teacher
+
+        voice = run.session(teacher.model)
+        alike = teacher.model == student.model.original and not set(_lost(teacher, student)) - {"calibration"}
+        if not (self.hidden and alike and adapter.kind == "full" and isinstance(voice, TorchSession)):
+            return None
+        pairs, known = partners(live.module, voice.module), Teacher.of(teacher, voice, live)
+        if pairs is None or known is None:
+            return None
+        return Match(loss, self.hidden, live, voice, pairs, known.spelling())
 
     def _heard(
         self, teacher: System, student: System, rows: Sequence[Example], run: Run, live: TorchSession

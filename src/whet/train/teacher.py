@@ -52,6 +52,13 @@ class Teacher:
         own, ids = (torch.tensor(side, device=device) for side in zip(*pairs, strict=True))
         return Teacher(system, session, student, own, ids)
 
+    def spelling(self) -> Tensor | None:
+        """The teacher's id of each of the student's tokens [V]; None where they are the same."""
+        if self.own is None or self.ids is None:
+            return None
+        found = torch.zeros(int(self.own.max()) + 1, dtype=torch.long, device=self.ids.device)
+        return found.index_copy_(0, self.own, self.ids)
+
     def judge(
         self, examples: Sequence[Example], rows: Sequence[Row], at: int, temperature: float, *, reverse: bool = False
     ) -> list[Row]:

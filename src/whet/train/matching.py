@@ -1,0 +1,101 @@
+"""Hidden states that a student's layers are to have in common with a teacher's: what was cut away, told at every token.
+
+A closed set's answers tell a student one choice a row; the teacher's states tell it all that the missing layers would
+have made of every token (Romero et al. 2015, FitNets; Jiao et al. 2020, TinyBERT).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from whet.compress.structure import layers
+from whet.engine import Spent
+from whet.engine.prefix import Row
+from whet.engine.torch import TorchSession, using_tree
+from whet.train.batches import Pack
+from whet.train.loop import _logits
+from whet.train.losses import Loss, PerTarget
+
+
+def partners(student: Any, teacher: Any) -> list[int] | None:
+    """For each of the student's layers, the teacher's whose output it is to have: the last before the next one kept.
+
+    None where the student is not made of the teacher's layers (all of them, or those that `depth.keep` noted).
+    """
+    count, config = len(layers(teacher)), student.config.get_text_config()
+    kept = list(getattr(config, "kept_layers", None) or range(len(layers(student))))
+    alike = config.hidden_size == teacher.config.get_text_config().hidden_size
+    whole = len(kept) == count or hasattr(config, "kept_layers")
+    if not (alike and whole) or len(kept) != len(layers(student)) or kept[-1] >= count:
+        return None
+    return [*(n - 1 for n in kept[1:]), count - 1]
+
+
+@contextmanager
+def _seen(module: Any, wanted: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Within it, the outputs of these decoder layers, by their number, of the latest pass."""
+    found: dict[int, Tensor] = {}
+    stack = layers(module)
+
+    def look(number: int, _: Any, __: Any, out: Any) -> None:
+        found[number] = out[0] if isinstance(out, tuple) else out
+
+    hooks = [stack[n].register_forward_hook(partial(look, n)) for n in set(wanted)]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Match:
+    """A loss to which the distance of hidden states is added, `weight` times, averaged over tokens and layers.
+
+    The distance is the squared error as a share of the teacher's squared length: layers and tokens whose states are
+    large count no more than others. `ids` [V] are the teacher's of the student's tokens, where they differ. The student
+    is watched from here on: it is to be a module of the training's own.
+    """
+
+    def __init__(
+        self, inner: Loss, weight: float, live: TorchSession, teacher: TorchSession, pairs: Sequence[int],
+        ids: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.inner, self.weight, self.live, self.teacher = inner, weight, live, teacher
+        self.pairs, self.ids = pairs, ids
+        self.seen: dict[int, Tensor] = {}
+        for number, layer in enumerate(layers(live.module)):
+            layer.register_forward_hook(partial(self._look, number))
+
+    def _look(self, number: int, _: Any, __: Any, out: Any) -> None:
+        self.seen[number] = out[0] if isinstance(out, tuple) else out
+
+    def count(self, rows: Sequence[Row]) -> float:
+        """What the sum over these rows is divided by."""
+        return self.inner.count(rows)
+
+    def __call__(self, logits: Tensor, pack: Pack) -> Tensor:
+        """A scalar, summed over the pack."""
+        whole = len(pack.targets) if isinstance(self.inner, PerTarget) else len(pack.owners.unique())
+        return self.inner(logits, pack) + self.weight * whole * self.distance(pack)
+
+    def distance(self, pack: Pack) -> Tensor:
+        """Mean over tokens and layers of ‖student - teacher‖² / ‖teacher‖², for the pack the student has just read."""
+        module = self.teacher.module
+        read = pack if self.ids is None else replace(pack, ids=self.ids[pack.ids])
+        with _seen(module, self.pairs) as theirs, using_tree(module, shared=pack.plan is not None), torch.no_grad():
+            _logits(module, read)
+        self.live.spent += Spent(prefilled_tokens=pack.tokens)
+        total = torch.zeros((), device=pack.ids.device)
+        for number, other in enumerate(self.pairs):
+            wanted = theirs[other].float()
+            off = (self.seen[number].float() - wanted).square().sum(-1)
+            total = total + (off / wanted.square().sum(-1).clamp_min(1e-12)).mean()
+        return total / len(self.pairs)
+
