@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     Pair = tuple[Example, Row]
 
 CLEARS = ("none", "demonstrations", "context", "prompt")
-RATES = {"lora": 1e-3, "full": 2e-4}
+RATES = {"lora": 1e-3, "full": 3e-4}
+GOLD = 0.5  # of what is learnt where a model was made smaller and a row has a completion (Hinton et al. 2015 mix both)
 FEW = 16  # choices up to which all are learnt from
 LIKELIEST, LEAST_CHANCE = 8, 0.01  # of more, so many of the likeliest, and none that is less likely than this
 CONFIDENT = 0.8  # how likely a teacher's choice is made to be, on average, where it was less
@@ -60,12 +61,13 @@ class Distill:
     without (context distillation, Snell et al. 2022). `unlabelled`: a file of prompts beside the train rows. What the
     student loses, `clear` says: none, demonstrations, context (passages, too) or prompt (instruction and frame, too);
     by default context where the models are the same, else none. `adapter`: lora or full; by default full where the
-    model was made smaller, and lora over packed weights. `learning_rate` 0: 1e-3 for lora, 2e-4 for full. `temperature`
+    model was made smaller, and lora over packed weights. `learning_rate` 0: 1e-3 for lora, 3e-4 for full. `temperature`
     softens the teacher. `hidden` weighs how far the states behind the student's layers lie from the teacher's, at every
     token, where the teacher is the model before it was made smaller and all weights are trained (Jiao et al. 2020,
-    TinyBERT). `gold` is the share of rows with a completion that are learnt from it instead. `on_policy` is the share
-    of the steps, the last ones, in which free text is sampled from the student itself and judged by the teacher's
-    distributions (GKD, Agarwal et al. 2024).
+    TinyBERT). `gold` is how much a row's own completion counts beside the teacher: mixed into the choices of a closed
+    set, of free text the share of such rows that are learnt from it instead; below 0: a half for a closed set where the
+    model was made smaller, else nothing. `on_policy` is the share of the steps, the last ones, in which free text is
+    sampled from the student itself and judged by the teacher's distributions (GKD, Agarwal et al. 2024).
     """
 
     name: ClassVar[str] = "distill"
@@ -84,7 +86,7 @@ class Distill:
     batch: int = 32
     temperature: float = 1.0
     hidden: float = 1.0
-    gold: float = 0.0
+    gold: float = -1.0
     on_policy: float = 0.25
 
     def __post_init__(self) -> None:
@@ -96,12 +98,13 @@ class Distill:
             raise ValueError("epochs, temperature, rank and batch are positive")
         if self.learning_rate < 0 or self.hidden < 0:
             raise ValueError("learning_rate and hidden are not negative")
-        if not (0 <= self.gold <= 1 and 0 <= self.on_policy <= 1):
-            raise ValueError("gold and on_policy lie between 0 and 1")
+        if not (self.gold <= 1 and 0 <= self.on_policy <= 1):
+            raise ValueError("gold and on_policy are at most 1, and on_policy is not negative")
 
     def space(self) -> Mapping[str, Sequence[Any]]:
         """The settings worth trying."""
-        rates = (1e-4, 5e-4) if self.adapter == "full" else (3e-4, 2e-3)
+        # Without a kind the model decides; rates that are all right for either.
+        rates = {"full": (1e-4, 1e-3), "lora": (3e-4, 2e-3)}.get(self.adapter, (2e-4, 6e-4))
         return {"learning_rate": rates, "temperature": (1.0, 2.0), "epochs": (1.0, 3.0, 6.0)}
 
     def apply(self, system: System, data: Learnable, run: Run) -> System:
@@ -295,10 +298,16 @@ class Distill:
         asked = _afforded(rows, self.epochs, self.batch, student, live, run)
         closed = student.decoding.closed and all(e.choices or student.decoding.labels for e in asked)
         known = [e for e in asked if (e.completion in _set(student, e) if closed else e.completion)]
-        golden = [e for e in known if draw.random() < self.gold]
+        small = teacher.model == student.model.original != student.model
+        gold = self.gold if self.gold >= 0 else GOLD if small and closed else 0.0
         heard = self._ask(teacher, student, asked, closed, voice, run)
-        for e in golden:
-            heard[e] = Said(e.completion, _only(e.completion, _set(student, e)) if closed else (), gold=True)
+        for e in known:
+            if not closed and draw.random() < gold:
+                heard[e] = Said(e.completion, gold=True)
+            elif closed and gold:
+                theirs = heard[e].chances if e in heard else ()
+                mixed = _mixed(theirs, _only(e.completion, _set(student, e)), gold if theirs else 1.0)
+                heard[e] = replace(heard.get(e, Said(e.completion)), chances=mixed, gold=gold == 1)
         # Behind reasons that the student leaves out, the teacher would say other things.
         if isinstance(voice, TorchSession) and not closed and student.decoding.after == teacher.decoding.after:
             guide = Teacher.of(teacher, voice, live)
@@ -391,6 +400,11 @@ def _set(student: System, example: Example) -> tuple[str, ...]:
 def _only(answer: str, choices: Sequence[str]) -> tuple[float, ...]:
     """All chance on one of the choices."""
     return tuple(float(c == answer) for c in choices)
+
+
+def _mixed(theirs: Sequence[float], own: Sequence[float], gold: float) -> tuple[float, ...]:
+    """A teacher's chances and the completion's, `gold` of it."""
+    return tuple((1 - gold) * a + gold * b for a, b in zip(theirs or own, own, strict=True))
 
 
 def _calibrated(teacher: System, example: Example, choices: Sequence[str], scores: Sequence[float]) -> list[float]:

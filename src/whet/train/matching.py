@@ -21,7 +21,7 @@ from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession, using_tree
 from whet.train.batches import Pack
 from whet.train.loop import _logits
-from whet.train.losses import Loss, PerTarget
+from whet.train.losses import Loss
 
 
 def partners(student: Any, teacher: Any) -> list[int] | None:
@@ -29,13 +29,15 @@ def partners(student: Any, teacher: Any) -> list[int] | None:
 
     None where the student is not made of the teacher's layers (all of them, or those that `depth.keep` noted).
     """
-    count, config = len(layers(teacher)), student.config.get_text_config()
+    count, config, theirs = len(layers(teacher)), student.config.get_text_config(), teacher.config.get_text_config()
+    numbers = list(getattr(theirs, "kept_layers", None) or range(count))
     kept = list(getattr(config, "kept_layers", None) or range(len(layers(student))))
-    alike = config.hidden_size == teacher.config.get_text_config().hidden_size
     whole = len(kept) == count or hasattr(config, "kept_layers")
-    if not (alike and whole) or len(kept) != len(layers(student)) or kept[-1] >= count:
+    alike = config.hidden_size == theirs.hidden_size and whole
+    if not alike or len(kept) != len(layers(student)) or not {*kept} <= {*numbers}:
         return None
-    return [*(n - 1 for n in kept[1:]), count - 1]
+    places = [numbers.index(n) for n in kept]
+    return [*(n - 1 for n in places[1:]), count - 1]
 
 
 @contextmanager
@@ -56,11 +58,12 @@ def _seen(module: Any, wanted: Sequence[int]) -> Iterator[dict[int, Tensor]]:
 
 
 class Match:
-    """A loss to which the distance of hidden states is added, `weight` times, averaged over tokens and layers.
+    """A loss to which the distance of hidden states is added, averaged over tokens and layers.
 
-    The distance is the squared error as a share of the teacher's squared length: layers and tokens whose states are
-    large count no more than others. `ids` [V] are the teacher's of the student's tokens, where they differ. The student
-    is watched from here on: it is to be a module of the training's own.
+    It is scaled so that it weighs `weight` times as much as the loss itself, whatever the size of either (Muralidharan
+    et al. 2024, Minitron). The distance is the squared error as a share of the teacher's squared length: layers and
+    tokens whose states are large count no more than others. `ids` [V] are the teacher's of the student's tokens, where
+    they differ. The student is watched from here on: it is to be a module of the training's own.
     """
 
     def __init__(
@@ -82,8 +85,8 @@ class Match:
 
     def __call__(self, logits: Tensor, pack: Pack) -> Tensor:
         """A scalar, summed over the pack."""
-        whole = len(pack.targets) if isinstance(self.inner, PerTarget) else len(pack.owners.unique())
-        return self.inner(logits, pack) + self.weight * whole * self.distance(pack)
+        own, apart = self.inner(logits, pack), self.distance(pack)
+        return own + self.weight * own.detach() / apart.detach().clamp_min(1e-6) * apart
 
     def distance(self, pack: Pack) -> Tensor:
         """Mean over tokens and layers of ‖student - teacher‖² / ‖teacher‖², for the pack the student has just read."""
