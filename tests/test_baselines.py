@@ -108,7 +108,9 @@ def test_a_question_on_documents_gets_the_best_sentence():
 
 
 def test_rows_that_ask_for_documents_get_a_ranking():
-    found = answers(run([], [row("bridge london", evidence=(("d2", 1.0),))], (), embed=None, documents=DOCUMENTS))
+    asked = [row("bridge london", evidence=(("d2", 1.0),))]
+    assert not run(asked, asked, (), embed=None, ranked=True)
+    found = answers(run([], asked, (), embed=None, documents=DOCUMENTS, ranked=True))
     assert found == {"bm25": ("d2\nd1\nd3",)}
 
 

@@ -148,7 +148,9 @@ def test_verdict_of_an_improvement() -> None:
 
 def test_verdict_names_a_baseline_that_wins() -> None:
     result = rich()
-    result["baselines"][2]["confirm"] = 0.95
+    result["baselines"][2] |= {"confirm": 0.95, "low": -0.01}
+    assert "scores as much or more (no difference shown) without a language model: 95.0" in report.verdict(result)
+    result["baselines"][2]["low"] = 0.01
     assert report.verdict(result).endswith(
         "; yet the baseline logistic regression on embeddings does better without a language model: 95.0.")
 
@@ -161,6 +163,12 @@ def test_verdict_when_nothing_helps() -> None:
     assert report.verdict(result) == (
         "Nothing was shown to beat the base model, which is handed over (accuracy 71.2): the best candidate differed "
         "by −0.8 points, 95 % interval −2.0 to +0.4 on 872 sealed examples.")
+
+
+def test_verdict_when_another_model_is_handed_over_as_it_stands() -> None:
+    result = rich()
+    result["chosen"] = {"recipe": [], "handed": True, "model": "another"}
+    assert report.verdict(result).startswith("Accuracy rose from 71.2 to 92.4")
 
 
 def test_verdict_when_the_handed_over_system_is_not_better() -> None:
@@ -298,7 +306,10 @@ def test_page_holds_what_matters(tmp_path: Path) -> None:
 def test_first_screen_says_that_a_baseline_wins(tmp_path: Path) -> None:
     result = rich()
     assert "A baseline wins" not in page(tmp_path, result, found(5))
-    result["baselines"][1]["confirm"] = 0.93
+    result["baselines"][1] |= {"confirm": 0.93, "low": -0.01}
+    html = page(tmp_path, result, found(5))
+    assert "A baseline does as well" in html[: html.index('id="tried"')]
+    result["baselines"][1]["low"] = 0.001
     html = page(tmp_path, result, found(5))
     assert "A baseline wins" in html[: html.index('id="tried"')]
 

@@ -181,6 +181,48 @@ def test_a_task_without_train_rows_is_looked_up(tmp_path: Path) -> None:
 
 @pytest.mark.embedder
 @pytest.mark.skipif(not embed.available(), reason="the embedding model is not installed")
+def test_rankings_are_raced_without_a_model_or_training(tmp_path: Path, model_folder: str) -> None:
+    folder = tmp_path / "ranked"
+    folder.mkdir()
+    (folder / "task.yaml").write_text("metric: recall@5\ndocuments: documents.jsonl\n")
+    names = [f"thing{n}" for n in range(60)]
+    rows = [{"id": n, "text": f"The {n} is kept in the {n} box."} for n in names]
+    (folder / "documents.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    asked = [{"prompt": f"Where is the {n}?", "completion": f"box {n}", "evidence": [n]} for n in names]
+    for name, some in (("train", asked[:40]), ("test", asked[40:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some))
+    made = improve(folder, model=model_folder, budget="20s", out=tmp_path / "out", home=tmp_path / "h")
+    trials = {t["name"]: t for t in made.result["trials"]}
+    assert {"base", "rag", "rag(mix=words)"} <= set(trials)
+    assert made.result["spent"]["trained_tokens"] == made.result["spent"]["prefilled_tokens"] == 0
+    assert made.result["confirm"]["improved"] and made.result["confirm"]["chosen"]["score"] == 1
+    assert [b["name"] for b in made.result["baselines"]] == ["bm25"] and made.result["baselines"][0]["confirm"] == 1
+
+
+def test_what_failed_is_tried_again_and_what_it_cost_is_spent(
+    task: Path, tmp_path: Path, model_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"model": model_folder, "budget": "2m", "methods": ["finetune"], "home": tmp_path / "h"}
+    import whet.train.lesson as lesson
+
+    trained = lesson.train
+
+    def fails(*args: object, **more: object) -> None:
+        trained(*args, **more)  # type: ignore[arg-type]
+        raise MethodError("the loss explodes at step 3")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lesson, "train", fails)
+        made = improve(task, out=tmp_path / "a", **settings)  # type: ignore[arg-type]
+    tried = {t["name"]: t for t in made.result["trials"]}["finetune"]
+    assert tried["status"] == "failed" and "explodes" in tried["why"] and tried["spent"]["trained_tokens"] > 0
+    assert tried["cost_seconds"] > 0
+    again = improve(task, out=tmp_path / "b", **settings)  # type: ignore[arg-type]
+    assert {t["name"]: t["status"] for t in again.result["trials"]}["finetune"] == "done"
+
+
+@pytest.mark.embedder
+@pytest.mark.skipif(not embed.available(), reason="the embedding model is not installed")
 def test_an_arm_without_its_package_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: str
 ) -> None:

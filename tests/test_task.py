@@ -468,6 +468,38 @@ def test_select_rows_that_repeat_confirm_are_dropped():
     assert splits.dropped == (("d1", "repeats t"),) and [row.id for row in splits.select] == ["d2"]
 
 
+def test_a_dev_that_is_all_of_test_leaves_train_to_select_from():
+    rows = [example(n) for n in range(60)]
+    splits = task(rows[:40], dev=tuple(rows[40:]), test=tuple(rows[40:])).split()
+    assert len(splits.dropped) == 20 and len(splits.select) == 8 and len(splits.learnable.train) == 32
+
+
+def test_rows_that_cannot_be_scored_are_learnt_from_and_not_selected_by():
+    texts = [Example(f"t{n}", "", text=f"{n} plain words about the sea and ships") for n in range(50)]
+    splits = task([*texts, *(example(n) for n in range(50))]).split()
+    assert len(splits.select) == 10 and all(row.text is None for row in splits.select)
+    assert len(splits.learnable.train) == 90 and set(texts) <= set(splits.learnable.train)
+    seen = [example(n, "", evidence=(("d1", 1.0),) if n % 4 == 0 else ()) for n in range(80)]
+    splits = replace(task(seen), metric="ndcg@10").split()
+    assert len(splits.select) == 4 and all(row.evidence for row in splits.select)
+    joined = Example("u", "", text="a word on them", group=splits.select[0].group or "g")
+    grouped = [replace(row, group="g") if row is splits.select[0] else row for row in seen]
+    again = replace(task([*grouped, joined]), metric="ndcg@10").split()
+    assert not ({"g"} & {r.group for r in again.select} and {"g"} & {r.group for r in again.learnable.train})
+
+
+def test_one_prompt_for_all_rows_is_told_apart_by_what_else_they_show():
+    asked = "Which sentence is right?"
+    sides = [(f"cats {n} sleep", f"cat {n} sleep") for n in range(60)]
+    rows = [Example(f"r{n}", asked, side[0], choices=side) for n, side in enumerate(sides)]
+    splits = task(rows[:40], test=tuple(rows[40:])).split()
+    assert not splits.dropped and len(splits.select) == 8 and len(splits.learnable.train) == 32
+    turned = replace(rows[50], id="x", choices=tuple(reversed(rows[50].choices)))
+    assert task([*rows[:40], turned], test=tuple(rows[40:])).split().dropped == (("x", "repeats r50"),)
+    told = [Example(f"s{n}", "Go on.", "x", history=(("system", f"story {n} of {n * n} ships"),)) for n in range(60)]
+    assert not task(told[:40], test=tuple(told[40:])).split().dropped
+
+
 def test_what_does_not_repeat():
     def kept(first: str, second: str) -> bool:
         return not task([Example("a", first, "x")], test=(Example("t", second, "x"),)).split().dropped

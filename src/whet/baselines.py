@@ -36,14 +36,15 @@ def run(
     seed: int = 0,
     documents: Mapping[str, str] | None = None,
     encoder: Classify | None = None,
+    ranked: bool = False,
 ) -> tuple[Baseline, ...]:
     """The baselines that fit the examples, each with one answer per example.
 
     A closed set: majority class, logistic regression on TF-IDF and on embeddings, nearest neighbour, and `encoder`
     (texts, labels, wanted texts → labels). Rows with their
     own choices: the longest choice, the choice nearest to the prompt. Free text: the nearest train row's completion
-    and, with `documents` (id → text) and evidence, the best sentence of the best document by BM25. Rows with evidence
-    and no completion: BM25's ranking. What needs train or `embed` (texts → vectors, shape (n, d)) and has none is left
+    and, with `documents` (id → text) and evidence, the best sentence of the best document by BM25. Where documents are
+    to be `ranked`: BM25's ranking. What needs train or `embed` (texts → vectors, shape (n, d)) and has none is left
     out, and so is everything for rows without prompts.
     """
     if not examples or not all(e.prompt for e in examples):
@@ -57,8 +58,8 @@ def run(
         return (*found, Baseline("encoder_finetuned", answers))
     if all(e.choices for e in examples):
         return _choices(examples, embed)
-    if documents and all(e.evidence and not e.completion and not e.answers for e in examples):
-        return (Baseline("bm25", _rankings(examples, documents)),)
+    if ranked:
+        return (Baseline("bm25", _rankings(examples, documents)),) if documents else ()
     found = _neighbour([e for e in train if e.completion], examples, embed)
     if documents and any(e.evidence for e in examples):
         found += (Baseline("bm25_span", _spans(examples, documents)),)

@@ -25,6 +25,7 @@ NEAR = 0.85  # Jaccard of character trigrams from which two prompts nearly repea
 SHORTEST = 5  # words: below, prompts of different meaning differ in a few letters, so that only the same is a repeat
 PROBES = 6  # the rarest word pairs of a row that are looked up: two edits cost four of them
 MOST_HOLDERS = 100  # a word pair that more rows hold belongs to a template
+TEMPLATE, TEMPLATE_SHARE = 4, 0.05  # a prompt that stands before more rows, and before that share of them, is one
 _PUNCTUATION = {ord(mark): " " for mark in ".,;:!?\"'`´()[]{}…‘’“”„«»‹›¿¡、。，！？：；「」『』（）"}
 _NUMBER = re.compile(r"\d+")
 _TOKEN = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]+|[^\w\s]")
@@ -40,6 +41,25 @@ def _key(example: Example) -> str:
     return " ".join(text.translate(_PUNCTUATION).split()) or " ".join(text.split())
 
 
+def _keys(*parts: Sequence[Example]) -> list[list[str]]:
+    """The keys of the rows of each part. Where one prompt stands before many rows, what else they show counts, too.
+
+    "Which sentence is right?" does not repeat itself where the choices differ, nor a constant question where the
+    system's turn does.
+    """
+    keys = [[_key(row) for row in part] for part in parts]
+    times = Counter(key for part in keys for key in part)
+    often = max(TEMPLATE, TEMPLATE_SHARE * sum(times.values()))
+
+    def whole(key: str, row: Example) -> str:
+        if times[key] <= often:
+            return key
+        more = [*sorted(row.choices), *(content for role, content in row.history if role == "system")]
+        return "\n".join([key, *(" ".join(text.casefold().split()) for text in more)])
+
+    return [[whole(k, row) for k, row in zip(ks, part, strict=True)] for ks, part in zip(keys, parts, strict=True)]
+
+
 def mark(example: Example) -> str:
     """The hash of what rows share that repeat each other; it tells a row again without telling the row."""
     return hashlib.sha256(_key(example).encode()).hexdigest()
@@ -49,7 +69,7 @@ def without(rows: tuple[Example, ...], held: tuple[Example, ...]) -> tuple[tuple
     """Rows that neither repeat (or nearly so) nor share a group with held-out rows; and the others, as (id, why)."""
     if not rows or not held:
         return rows, ()
-    keys, held_keys = [_key(row) for row in rows], [_key(row) for row in held]
+    keys, held_keys = _keys(rows, held)
     same = dict(zip(reversed(held_keys), reversed(held), strict=True))
     groups = {row.group: row for row in reversed(held) if row.group is not None}
     left = [i for i, row in enumerate(rows) if keys[i] not in same and row.group not in groups]
@@ -133,7 +153,7 @@ def _alike(a: Pairs, b: Pairs, weight: Mapping[tuple[str, str], float], rare: fl
 
 def _clusters(rows: Sequence[Example], near: bool) -> list[list[int]]:
     """Rows that must not be parted: of one group, with one prompt, or (near) with nearly the same."""
-    keys = [_key(row) for row in rows]
+    [keys] = _keys(rows)
     first: dict[tuple[str, str], int] = {}
     parent = list(range(len(rows)))
 

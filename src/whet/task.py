@@ -173,10 +173,17 @@ class Task:
                 expected="none",
                 do="remove them, or go on without --strict to have them dropped",
             )
-        if not self.dev and train:
-            wanted = min(SELECT_MOST, max(1, round(SELECT_SHARE * len(train))))
-            kept, held = cut(train, wanted, seed=seed, closed=self.closed, near=True)
-            train, select = tuple(train[i] for i in kept), tuple(train[i] for i in held)
+        if not select and train:
+            # Rows that the metric cannot score are learnt from, and not selected by.
+            can = [i for i, row in enumerate(train) if _scorable(row, self.metric)]
+            wanted = min(SELECT_MOST, max(1, round(SELECT_SHARE * len(can))))
+            _, held = cut([train[i] for i in can], wanted, seed=seed, closed=self.closed, near=True)
+            select, gone = tuple(train[can[i]] for i in held), {can[i] for i in held}
+            others = tuple(row for i, row in enumerate(train) if i not in {*can})
+            leaking = without(others, select)[1]
+            more += leaking
+            spoiled = {name for name, _ in leaking}
+            train = tuple(row for i, row in enumerate(train) if i not in gone and row.id not in spoiled)
             judged, spoilt = without_held(judged, select)
             leaks += () if alone else spoilt
         learnable = Learnable(
@@ -205,6 +212,17 @@ _CODE = re.compile(r"([\w./-]+\.py):([A-Za-z_]\w*)")
 _RANKED = re.compile(r"(recall|ndcg)@[1-9]\d{0,3}")
 _URL = re.compile(r"https?://\S+", re.IGNORECASE)
 _QUERY = re.compile(r"\s*(?:(?:sqlite|postgres|postgresql|mysql)(?:\+\w+)?:|sparql:|select\s|with\s)", re.IGNORECASE)
+
+
+def _scorable(row: Example, metric: str) -> bool:
+    """Whether a row says what an answer to it is scored by."""
+    if metric == "perplexity":
+        return bool(row.text or row.completion)
+    if _RANKED.fullmatch(metric):
+        return bool(row.evidence)
+    if metric == "win_rate":
+        return row.text is None
+    return row.text is None and bool(row.completion or row.answers)
 
 
 def _closed(labels: Sequence[str], rows: Sequence[Example]) -> bool:

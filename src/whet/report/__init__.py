@@ -23,14 +23,16 @@ def verdict(result: Record) -> str:
     said = _confirmed(result, confirm, scale) if record(confirm.get("base")) else _unconfirmed(result, scale)
     winner = view.winning_baseline(result)
     if winner:
-        said += f"; yet the baseline {winner[0]} does better without a language model: {scale.score(winner[1])}"
+        name, score, sure = winner
+        better = "does better" if sure else "scores as much or more (no difference shown)"
+        said += f"; yet the baseline {name} {better} without a language model: {scale.score(score)}"
     return said + "."
 
 
 def _confirmed(result: Record, confirm: Record, scale: Scale) -> str:
     base, chosen = (number(record(confirm.get(who)).get("score")) for who in ("base", "chosen"))
     difference, low, high = (number(confirm.get(key)) for key in ("difference", "low", "high"))
-    handed = bool(sequence(record(result.get("chosen")).get("recipe")))
+    handed = view.handed(result)
     span = scale.span(low, high, signed=True)
     change = f"{scale.gain(difference)}{scale.unit}{f', 95 % interval {span}' if span else ''}"
     sealed = f"{view.count(number(confirm.get('n')))} sealed examples" if confirm.get("n") else "the sealed examples"
@@ -178,7 +180,7 @@ def _headline(result: Record, scale: Scale) -> dict[str, Any]:
     winner = view.winning_baseline(result)
     return {"tiles": tiles, "name": name, "good": bool(confirm.get("improved")),
             "p": view.p_value(number(confirm.get("p_value"))), "single": _single(confirm, scale),
-            "winner": (winner[0], scale.score(winner[1])) if winner else None}
+            "winner": (winner[0], scale.score(winner[1]), winner[2]) if winner else None}
 
 
 def _single(confirm: Record, scale: Scale) -> str:

@@ -224,14 +224,22 @@ def _gain(score: float | None, base: float | None, scale: Scale) -> float | None
     return None if score is None or base is None else (score - base) * (1 if scale.higher_is_better else -1)
 
 
-def winning_baseline(result: Record) -> tuple[str, float] | None:
-    """The best baseline that beats the handed-over system on the confirm split: its name and score there."""
+def handed(result: Record) -> bool:
+    """Whether another System than the base is handed over; it may be another model as it stands."""
+    chosen = record(result.get("chosen"))
+    said = chosen.get("handed")
+    return said if isinstance(said, bool) else bool(sequence(chosen.get("recipe")))
+
+
+def winning_baseline(result: Record) -> tuple[str, float, bool] | None:
+    """The best baseline ahead of the handed-over system on the confirm split: its name, its score there, and whether
+    the paired interval shows it to be ahead.
+    """
     confirm, scale = record(result.get("confirm")), Scale.of(result)
-    handed = "chosen" if sequence(record(result.get("chosen")).get("recipe")) else "base"
-    ours = number(record(confirm.get(handed)).get("score"))
+    ours = number(record(confirm.get("chosen" if handed(result) else "base")).get("score"))
     sign = 1 if scale.higher_is_better else -1
-    scored = [(line(b.get("name")) or "baseline", s) for b in records(result.get("baselines"))
-              if (s := number(b.get("confirm"))) is not None]
+    scored = [(line(b.get("name")) or "baseline", s, (number(b.get("low")) or 0) > 0)
+              for b in records(result.get("baselines")) if (s := number(b.get("confirm"))) is not None]
     best = max(scored, key=lambda pair: sign * pair[1], default=None)
     return best if best and ours is not None and sign * (best[1] - ours) > 0 else None
 

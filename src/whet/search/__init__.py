@@ -14,12 +14,12 @@ from whet import __version__, baselines, embed, stats
 from whet import task as tasks
 from whet.encoder import Encoder
 from whet.engine import Session, Spent
-from whet.errors import TaskError
+from whet.errors import TaskError, WhetError
 from whet.feedback import pairs, thumbs
 from whet.memory import Known, known
-from whet.methods import Run, make, names
+from whet.methods import Run, make, names, table
 from whet.methods.reward import metric_of
-from whet.metrics import Metric, get, score_all
+from whet.metrics import Metric, Outcome, get, score_all
 from whet.model import DEFAULT, ModelRef, loaded_before, resolve
 from whet.progress import Silent, Watch, clock
 from whet.retention import forgetting, refused
@@ -88,6 +88,8 @@ class _Job:
     race: Race
     earlier: tuple[Known, ...] = ()  # tasks that must not get worse
     alone: Trial | None = None  # the only candidate, where there are no rows to select by
+    shrinking: float = 0.0  # seconds set aside for making the finalist smaller
+    tight: bool = False  # the base itself goes beyond the limits
     notes: list[str] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     plan: list[dict[str, Any]] = field(default_factory=list)
@@ -170,20 +172,27 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
         training = replace(run, tell=watch.tell, spent=Spent(), notes={})
         metric = metric_of(task, bases[0], training)
         judging = rates.price(training.spent)
-    confirm = rates.price(estimate(bases[0], splits.confirm, run.session(refs[0])))
+    confirm = rates.price(estimate(bases[0], splits.confirm, run.session(refs[0]), metric=metric.name))
     # Base and finalist, and a share of the best single-family arm; but the search always gets half.
     earlier = _earlier(bases[0], splits.learnable, run, refs[0])
-    again = sum(rates.price(estimate(one.asked, one.held, run.session(refs[0]))) for one in earlier)
-    reserve = min(2.2 * confirm + 2 * again + FIXED + ENCODED * wish.budget, 0.5 * wish.budget)
-    if limits.limited(task.limits) and not refs[0].remote:
-        reserve += min(limits.SECONDS, 0.25 * wish.budget)
+    again = sum(
+        rates.price(estimate(one.asked, one.held, run.session(refs[0]), metric=one.metric)) for one in earlier
+    )
+    needed = 2.2 * confirm + 2 * again + FIXED + ENCODED * wish.budget
+    reserve = min(needed, 0.5 * wish.budget)
+    shrinking = min(limits.SECONDS, 0.25 * wish.budget) if limits.limited(task.limits) and not refs[0].remote else 0.0
     select = shared_order(splits.select, task.closed, wish.seed)
-    race = Race(key, splits.learnable, select, metric, store, rates, wish.seed, wish.budget - reserve - judging, watch,
-                run, deadline=time.monotonic() + 3 * wish.budget)  # fmt: skip
-    job = _Job(task, wish, splits, metric, store, watch, key, folder, run, bases, rates, reserve, race, earlier)
+    race = Race(key, splits.learnable, select, metric, store, rates, wish.seed,
+                wish.budget - reserve - shrinking - judging, watch, run,
+                deadline=time.monotonic() + 3 * wish.budget)  # fmt: skip
+    job = _Job(task, wish, splits, metric, store, watch, key, folder, run, bases, rates, reserve, race, earlier,
+               shrinking=shrinking)  # fmt: skip
     job.notes += [*task.notes]
+    if needed > reserve:
+        job.notes.append(f"confirming takes about {clock(needed)}, of which the budget holds {clock(reserve)}: "
+                         "it will take longer than the budget says")  # fmt: skip
     if splits.dropped:
-        job.notes.append(f"{len(splits.dropped)} train rows dropped: they repeat or share a group with held-out rows")
+        job.notes.append(f"{len(splits.dropped)} rows dropped: they repeat or share a group with held-out rows")
     return job
 
 
@@ -203,7 +212,7 @@ def _race(job: _Job) -> None:
     race, data, session = job.race, job.splits.learnable, job.run.session(job.bases[0].model)
     several = len(job.bases) > 1
     labels = [f" [{b.model.base}]" if several else "" for b in job.bases]
-    each = job.rates.price(estimate(job.bases[0], race.select, session))
+    each = job.rates.price(estimate(job.bases[0], race.select, session, metric=job.metric.name))
     tuned = _training(job)
     # Where training is possible it needs most of the budget; without it the cheap arms may have it.
     most = (0.1 if tuned else 0.5) * race.seconds
@@ -213,6 +222,7 @@ def _race(job: _Job) -> None:
         more = min(max(0.0, dearest) * len(job.splits.confirm) / len(race.select), 0.25 * race.seconds)
         job.reserve, race.seconds = job.reserve + more, race.seconds - more
     job.skipped += left_out(job.wish, job.bases[0], data) + too_dear
+    job.skipped += _unused(job, [r for r, *_ in arms] + ([tuned] if tuned else []))
     job.plan.append({"arm": "base", "minutes": len(job.bases) * each / 60})
     job.plan += [{"arm": f"{r.name}{label}", "minutes": cost / 60} for r, _, label, cost in arms]
     if tuned is not None and race.select:
@@ -226,7 +236,11 @@ def _race(job: _Job) -> None:
         job.notes.append(f"{untried.name}: {why}")
     _print_plan(job)
     if not race.select:
-        job.alone = race.enter(untried, job.bases[0]) if untried else None
+        only = race.enter(untried, job.bases[0]) if untried else None
+        if only is not None and only.status == "done":
+            job.alone = only
+        elif only is not None:
+            job.notes.append(f"{only.name} could not be tried: {only.why}")
         return
     for base, label in zip(job.bases, labels, strict=True):
         trial = race.enter(Recipe(), base, label=label)
@@ -248,13 +262,28 @@ def _untried(job: _Job) -> Recipe | None:
     return next((r for r in wished if not r.lacks(job.bases[0], job.splits.learnable)), None)
 
 
+def _unused(job: _Job, used: Sequence[Recipe]) -> list[dict[str, str]]:
+    """Methods that were asked for by name, have what they need, and stand in no recipe that is tried."""
+    if job.wish.recipe or not job.race.select:
+        return []
+    data = job.splits.learnable
+    tried = {m.name for r in used for m in r.methods} | {d["method"] for d in job.skipped}
+    if any("weights" in m.needs for r in used for m in r.methods):
+        tried |= {"dpo", "kto", "calibrate"}  # behind a training
+    tried |= {name for name in names() if limits.limited(data.limits) and table()[name].family == "compression"}
+    missed = [n for n in job.wish.methods if n not in tried and not any(d.startswith(f"{n}(") for d in tried)]
+    return [{"method": n, "why": f'no recipe of its own is raced here: name one, like --recipe "{n}"'} for n in missed]
+
+
 def _training(job: _Job) -> Recipe | None:
     """The recipe that trains, where training was asked for and can be had."""
-    if job.wish.recipe:
+    if job.wish.recipe or "@" in job.metric.name:  # rankings ask no model
         return None
     reading = [recipe(("rag", {"k": 1}), "finetune")] if not job.task.closed else []
     reading += [recipe(("knowledge", {"k": 1}), "finetune")] if embed.available() else []
     wanted = [recipe(("continual", {"share": REPLAYED})), *reading, recipe("finetune")]
+    if job.wish.methods and job.splits.learnable.judged:  # asked for alone, preferences are learnt without a start
+        wanted += [recipe(name) for name in ("dpo", "kto", "rl") if name in job.wish.methods]
     for one in wanted:  # the first that has what it needs
         asked = not job.wish.methods or all(m.name in job.wish.methods for m in one.methods)
         if asked and not one.lacks(job.bases[0], job.splits.learnable):
@@ -272,11 +301,11 @@ def _train_and_combine(job: _Job, tuned: Recipe, each: float) -> None:
         return _train_and_combine(job, Recipe(tuned.methods[-1:]), each)
     if first is None or first.card is None:
         return
-    if judged:
-        race.enter(judged, start, tokens=first.notes.get("allowed"))
-    if _calibrates(job):
-        race.enter(Recipe((*tuned.methods, make("calibrate"))), start, tokens=first.notes.get("allowed"))
-    if first.cost < 0.8 * race.left:
+    more = [judged] if judged else []
+    more += [Recipe((*tuned.methods, make("calibrate")))] if _calibrates(job) else []
+    for one in more:  # with the same bound, which is part of what a training is known by
+        race.enter(one, start, tokens=first.notes["allowed"]).notes["allowed"] = first.notes["allowed"]
+    if first.cost < 0.8 * race.left and tuned.methods[-1].family in ("fine-tuning", "continual learning"):
         # Trained to read passages: is it the passages? Else: is it the learning rate?
         slower = replace(tuned.methods[-1], learning_rate=3e-4)  # type: ignore[type-var]
         _train(job, Recipe((slower,) if len(tuned.methods) == 1 else tuned.methods[-1:]), start, each)
@@ -284,6 +313,8 @@ def _train_and_combine(job: _Job, tuned: Recipe, each: float) -> None:
 
 def _preferring(job: _Job, tuned: Recipe) -> Recipe | None:
     """The recipe that goes on from a training with what people prefer, where the task has judgements."""
+    if tuned.families & {"human feedback"}:
+        return None
     for name in ("dpo", "kto"):
         one = Recipe((*tuned.methods, make(name)))
         asked = not job.wish.methods or name in job.wish.methods
@@ -409,8 +440,8 @@ def _confirmed(job: _Job, cards: dict[str, Scorecard], single: Trial | None) -> 
     return body
 
 
-def _run_baselines(job: _Job) -> list[dict[str, Any]]:
-    """The non-LLM baselines on select and confirm."""
+def _run_baselines(job: _Job, handed: Scorecard | None) -> list[dict[str, Any]]:
+    """The non-LLM baselines on select and confirm; there, compared in pairs with what is handed over."""
     train, select, confirm = job.splits.learnable.train, job.race.select, job.splits.confirm
     rows = [*select, *confirm]
     if job.metric.name == "perplexity" or not rows:
@@ -420,31 +451,50 @@ def _run_baselines(job: _Job) -> list[dict[str, Any]]:
     try:
         encoder = Encoder(round(ENCODED * job.wish.budget * ENCODER_SPEED * job.rates.train), job.wish.seed)
         found = baselines.run(
-            train, rows, job.task.labels, embed=embedder, seed=job.wish.seed, encoder=encoder if embedder else None
-        )
+            train, rows, job.task.labels, embed=embedder, seed=job.wish.seed, encoder=encoder if embedder else None,
+            documents=_texts(job), ranked="@" in job.metric.name,
+        )  # fmt: skip
     except ValueError as error:  # sklearn, on data that no classifier can be fitted to
         job.notes.append(f"baselines could not be fitted: {error}")
         return []
 
-    def score(answers: Sequence[str], examples: Sequence[Example]) -> float | None:
-        return job.metric.aggregate(score_all(job.metric, answers, examples)) if examples else None
+    def scored(answers: Sequence[str], examples: Sequence[Example]) -> tuple[float | None, tuple[Outcome, ...]]:
+        outcomes = score_all(job.metric, answers, examples)
+        return (job.metric.aggregate(outcomes) if examples else None), outcomes
 
-    cut = len(select)
-    return [
-        {"name": b.name, "select": score(b.answers[:cut], select), "confirm": score(b.answers[cut:], confirm)}
-        for b in found
-    ]
+    cut, rows_of = len(select), []
+    for one in found:
+        sealed, outcomes = scored(one.answers[cut:], confirm)
+        body: dict[str, Any] = {"name": one.name, "select": scored(one.answers[:cut], select)[0], "confirm": sealed}
+        if outcomes and handed:
+            paired = stats.compare(handed.outcomes, outcomes, job.metric, job.wish.seed)
+            body |= {"difference": paired.difference, "low": paired.low, "high": paired.high}
+        rows_of.append(body)
+    return rows_of
+
+
+def _texts(job: _Job) -> dict[str, str] | None:
+    """The task's documents, for baselines; None where there are none, or where they cannot be read."""
+    from whet import documents
+
+    data = job.splits.learnable
+    if data.documents is None:
+        return None
+    try:
+        return {d.id: d.text for d in documents.load(data.documents, data.folder, data.trusted)[0]}
+    except WhetError as error:
+        job.notes.append(f"no baseline by BM25: {error}")
+        return None
 
 
 def _finish(job: _Job, finalist: Trial | None, begun: float) -> Improvement:
     """Confirm, measure, write everything down and say what to do next."""
     confirmed, cards, spent = _confirm(job, finalist)
-    baselines_found = _run_baselines(job)
     improved = bool(confirmed and confirmed["improved"]) or (confirmed is None and finalist is not None)
-    # Where the base itself is too large, being within the limits is what was asked for.
+    # Where the base itself is too large or too slow, being within the limits is what was asked for.
     smaller = finalist is not None and any(m.family == "compression" for m in finalist.recipe.methods)
-    improved = improved or (smaller and limits.limited(job.task.limits))
-    handed = finalist if finalist and improved else None
+    handed = finalist if finalist and (improved or (smaller and job.tight)) else None
+    baselines_found = _run_baselines(job, cards.get("chosen" if handed else "base"))
     system = handed.system if handed else job.bases[0]
     card = cards.get("chosen" if handed else "base") or (handed.card if handed else None)
     card = card or (job.race.base.card if job.race.base else None)

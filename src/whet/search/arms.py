@@ -14,6 +14,7 @@ from whet.progress import clock
 from whet.scorecard import reads_scores, uncalibrated
 from whet.search.budget import Rates, estimate
 from whet.search.limits import limited
+from whet.search.race import first_rung
 from whet.search.recipe import Recipe, parse, recipe
 from whet.system import System
 from whet.task import Example, Learnable
@@ -21,15 +22,17 @@ from whet.task import Example, Learnable
 if TYPE_CHECKING:
     from whet.search import Wish
 
-FIRST_RUNG = 0.25  # share of select that the first rung looks at
 Arm = tuple[Recipe, System, str, float]  # recipe, the base it starts from, its model's label, cost in seconds
 
 
 def prompting_recipes(data: Learnable) -> list[Recipe]:
     """Recipes that leave the weights alone, for this kind of task."""
     nearest = embed.available()
-    one = ("knowledge", {"k": 1})
+    one, read = ("knowledge", {"k": 1}), ("rag", {"k": 1})
+    if "@" in data.metric:  # what is ranked are the documents; no model is asked
+        return [recipe("rag"), *(recipe(("rag", {"mix": mix})) for mix in ("words", "meaning"))] if nearest else []
     facts = [recipe(one), recipe("knowledge"), recipe(one, ("fewshot", {"k": 4}))] if nearest else []
+    reading = nearest and data.documents is not None
     if data.labels:
         # Many labels: a balanced sample cannot show them all, so the neighbours' labels matter more.
         k = 16 if len(data.labels) <= 16 else 8
@@ -43,14 +46,14 @@ def prompting_recipes(data: Learnable) -> list[Recipe]:
         ]
         if nearest:
             found.append(recipe(("fewshot", {"k": 8, "selection": "nearest"})))
-        return found + facts
+        return found + facts + ([recipe(read), recipe(read, "calibrate")] if reading else [])
     found = [*facts, recipe(("fewshot", {"k": 4}))]
-    if data.metric not in ("perplexity", "win_rate") and "@" not in data.metric:
+    if data.metric not in ("perplexity", "win_rate"):
         found.append(recipe("prompting"))
     if nearest:
         found.append(recipe(("fewshot", {"k": 4, "selection": "nearest"})))
-    if nearest and data.documents is not None:
-        found += [recipe(("rag", {"k": 1})), recipe("rag"), recipe(("rag", {"k": 1}), ("fewshot", {"k": 4}))]
+    if reading:
+        found += [recipe(read), recipe("rag"), recipe(read, ("fewshot", {"k": 4}))]
     return found
 
 
@@ -91,7 +94,7 @@ def cheap_arms(
                 one = less
                 plain, once, whole = _cost(one, base, data, select, rates, run)
             known = plain.fingerprint in scored and reads_scores(plain, select, run.session(base.model))
-            first = once + (0.0 if known else FIRST_RUNG * whole)
+            first = once + (0.0 if known else first_rung(len(select)) * whole)
             if not wish.recipe and first_rungs + first > most:
                 why = f"its first rung would take {clock(first)}, and {clock(most - first_rungs)} is left for such arms"
                 skipped.append({"method": f"{one.name}{label}", "why": why})
@@ -122,7 +125,7 @@ def _cost(
         if set(method.writes) <= {"demonstrations", "sources"} and not getattr(method, "prompts", 0):
             system = method.apply(system, data, run)
     session = run.session(base.model)
-    whole = rates.price(estimate(system, select, session))
+    whole = rates.price(estimate(system, select, session, metric=data.metric))
     prompts = sum(getattr(method, "prompts", 0) for method in one.methods)
     asked = select[:prompts]
     once = prompts / len(asked) * rates.price(estimate(system, asked, session, every=True)) if prompts else 0.0

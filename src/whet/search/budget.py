@@ -85,13 +85,15 @@ def _trained(session: Session) -> float:
 
 
 def estimate(
-    system: System, examples: Sequence[Example], session: Session, every: bool = False, sample: int = 48
-) -> Spent:
+    system: System, examples: Sequence[Example], session: Session, every: bool = False, sample: int = 48,
+    metric: str = "",
+) -> Spent:  # fmt: skip
     """What answering examples would cost, from a sample of them; beginnings that all share count once.
 
-    With `every`, what scoring each choice would cost.
+    With `every`, what scoring each choice would cost. By a `metric` of rankings nothing is asked of the model, and by
+    perplexity nothing is written.
     """
-    if not examples:
+    if not examples or "@" in metric:
         return Spent()
     few = list(examples[:sample])
     share = len(examples) / len(few)
@@ -105,5 +107,5 @@ def estimate(
     # Two points tell what is shared (once) from what every example adds.
     each = (whole - half) / max(1, len(few) - len(few) // 2)
     tokens = whole + each * (len(examples) - len(few))
-    made = 0 if closed else round(len(examples) * system.decoding.max_tokens * 0.5)
+    made = 0 if closed or metric == "perplexity" else round(len(examples) * system.decoding.max_tokens * 0.5)
     return Spent(prefilled_tokens=round(tokens), generated_tokens=made)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from whet.search import _Job
     from whet.search.race import Trial
 
+LOOKED_AT = 2  # other arms that are measured against the limits
 SECONDS = 120.0  # set aside for making it smaller, or a quarter of the budget where that is less
 SMALLER = (  # what is tried, the least loss first
     "quantize",
@@ -62,24 +63,28 @@ def within(job: _Job, finalist: Trial | None) -> Trial | None:
     start = finalist or race.base
     if not limited(limits) or start is None or start.card is None or job.bases[0].model.remote:
         return finalist
+    race.seconds += job.shrinking  # what was set aside for this
     used = _measured(job, start.system, start.card)
     over = beyond(limits, used)
     if not over:
         return finalist
-    race.mark(start, status="refused" if finalist else start.status, why=over)
+    job.tight = start is race.base or _too_much(job, race.base)
+    start = race.mark(start, status="refused" if finalist else start.status, why=over)
     nearest, least = start, _excess(limits, used)
     origin = next((b for b in job.bases if b.model.content == start.system.model.content), job.bases[0])
+    # The bound of a training is part of what it is known by: with another one it would be trained anew.
+    tokens = start.notes.get("allowed") or int(max(0.0, race.left) * job.rates.train)
     for text in SMALLER:
         step = parse(text)
         if job.wish.methods and not all(m.name in job.wish.methods for m in step.methods):
             continue
-        trial = race.enter(smaller(start.recipe, step), origin, tokens=start.notes.get("allowed"), label=start.label)
+        trial = race.enter(smaller(start.recipe, step), origin, tokens=tokens, label=start.label)
         if trial.card is None:
             continue
         used = _measured(job, trial.system, trial.card)
         over = beyond(limits, used)
         if not over:
-            return trial
+            return _better(job, trial, finalist)
         trial = race.mark(trial, status="refused", why=over)
         if _excess(limits, used) < least:
             nearest, least = trial, _excess(limits, used)
@@ -88,6 +93,24 @@ def within(job: _Job, finalist: Trial | None) -> Trial | None:
     job.notes.append(f"nothing that was tried keeps within the limits; the nearest is handed over: {nearest.name} "
                      f"({nearest.why})")  # fmt: skip
     return nearest if nearest is not race.base else finalist
+
+
+def _too_much(job: _Job, trial: Trial | None) -> bool:
+    """Whether a trial's System goes beyond the limits."""
+    if trial is None or trial.card is None:
+        return False
+    return bool(beyond(job.task.limits, _measured(job, trial.system, trial.card)))
+
+
+def _better(job: _Job, small: Trial, finalist: Trial | None) -> Trial:
+    """The one that was made small enough, or another arm that scored more and keeps within the limits as it is."""
+    race = job.race
+    whole = [t for t in race.trials if t.card and t.status == "done" and t.examples == len(race.select)]
+    ahead = [t for t in whole if t is not race.base and race.merit(t) > race.merit(small)]
+    for other in sorted(ahead, key=race.merit, reverse=True)[:LOOKED_AT]:
+        if other is not finalist and not _too_much(job, other):
+            return other
+    return small
 
 
 def _measured(job: _Job, system: System, card: Scorecard) -> Scorecard:

@@ -81,7 +81,8 @@ def result(
     selection = None
     if finalist and finalist.card and confirmed and "chosen" in cards:
         on_select, on_confirm = finalist.card.score, cards["chosen"].score
-        selection = {"select": on_select, "confirm": on_confirm, "shrinkage": on_select - on_confirm}
+        sign = 1 if job.metric.higher_is_better else -1
+        selection = {"select": on_select, "confirm": on_confirm, "shrinkage": sign * (on_select - on_confirm)}
     card = cards.get("base") or (job.race.base.card if job.race.base else None)
     truncated = {name: c.truncated for name, c in cards.items() if c.truncated}
     failed = {name: c.failed for name, c in cards.items() if c.failed}
@@ -99,6 +100,7 @@ def result(
         "baselines": baselines,
         "trials": trials,
         "chosen": {"recipe": handed.recipe.record if handed else [], "name": handed.name if handed else "base",
+                   "handed": handed is not None, "model": (handed.system if handed else job.bases[0]).model.base,
                    "gain_by_step": _gains(job, handed)},
         "confirm": confirmed,
         "selection": selection,
@@ -113,16 +115,22 @@ def result(
 
 
 def _gains(job: _Job, handed: Trial | None) -> list[dict[str, Any]]:
-    """What each step of the chosen recipe added on select, where its beginnings were tried by themselves."""
+    """What each step of the chosen recipe added on select, better being positive.
+
+    A beginning that was not tried on all of select by itself counts together with the step after it.
+    """
     if handed is None or job.race.base is None or job.race.base.card is None:
         return []
-    by_recipe = {t.recipe: t for t in job.race.trials if t.card and t.examples == handed.examples}
-    steps, before = [], job.race.base.card.score
-    for n in range(1, len(handed.recipe.methods) + 1):
+    whole = [t for t in job.race.trials if t.card and t.examples == handed.examples and t.label == handed.label]
+    by_recipe = {t.recipe: t for t in whole}
+    sign = 1 if job.metric.higher_is_better else -1
+    steps, names, before = [], list[str](), job.race.base.card.score
+    for n, method in enumerate(handed.recipe.methods, 1):
+        names.append(method.name)
         trial = by_recipe.get(type(handed.recipe)(handed.recipe.methods[:n]))
         if trial and trial.card:
-            steps.append({"method": handed.recipe.methods[n - 1].name, "gain": trial.card.score - before})
-            before = trial.card.score
+            steps.append({"method": "+".join(names), "gain": sign * (trial.card.score - before)})
+            names, before = [], trial.card.score
     return steps
 
 

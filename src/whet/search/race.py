@@ -26,6 +26,11 @@ RUNGS = (0.25, 0.5, 1.0)  # shares of select on which the cheap arms are compare
 LEAST = 60  # examples of the first rung, where there are that many
 
 
+def first_rung(count: int) -> float:
+    """The share of `count` rows of select that the first rung looks at."""
+    return min(1.0, max(LEAST, RUNGS[0] * count) / max(1, count))
+
+
 @dataclass(frozen=True)
 class Trial:
     """One recipe at its last rung: the System it made and what that scored on select."""
@@ -49,11 +54,12 @@ class Trial:
         """What the trial is called: its recipe, and its model where several are raced."""
         return f"{self.recipe.name}{self.label}"
 
-    def standing(self) -> Standing:
+    def standing(self, higher_is_better: bool) -> Standing:
         """Its line of the leader board."""
         card = self.card
         score, low, high = (card.score, card.low, card.high) if card else (None, None, None)
-        return Standing(self.name, self.status, score, low, high, self.examples, self.cost)
+        merit = (score or 0.0) if higher_is_better else -(score or 0.0)
+        return Standing(self.name, self.status, score, low, high, self.examples, self.cost, merit)
 
 
 @dataclass
@@ -93,7 +99,7 @@ class Race:
             self.trials.remove(old)
             trial = replace(trial, spent=old.spent + trial.spent, cost=old.cost + trial.cost)
         self.trials.append(trial)
-        self.watch.board([t.standing() for t in self.trials])
+        self._show()
         return trial
 
     def enter(
@@ -108,18 +114,23 @@ class Race:
         if time.monotonic() > self.deadline and kept is None:
             why = "the clock is far past the budget"
             return self.record(Trial(recipe, start, rung, "truncated", why, 0, None, Spent(), 0.0, {}, None, label))
+        run = replace(self.run, trained_tokens=tokens, spent=Spent(), notes={}, tell=self.watch.tell)
+        session = run.session(start.model)
+        before = session.spent
         try:
             if kept:
                 system, spent, notes, status, why = self._revive(kept, start)
             else:
-                system, spent, notes, status, why = self._apply(recipe, start, tokens)
+                system, spent, notes, status, why = self._apply(recipe, start, run)
             self.made[_made(recipe, start, tokens)] = (system, notes)
             card = self._score(system, len(rows)) if status == "done" and rows else None
         except StoreError:
             raise  # a full disk is no property of the arm
         except WhetError as error:
-            system, spent, notes, status, why, card = start, Spent(), {}, "failed", str(error), None
-        if kept is None:
+            # What it has cost is spent; that it failed is not kept, since what was missing may be there next time.
+            system, spent, notes, card = start, session.spent - before + run.spent, {}, None
+            status, why = "failed", str(error)
+        if kept is None and status == "done":
             body = {"settings": system.settings, "folders": _folders(system), "spent": asdict(spent), "notes": notes,
                     "status": status, "why": why}  # fmt: skip
             self.store.keep_trial(self.key, key, body)
@@ -141,13 +152,10 @@ class Race:
         mine = notes.get("trainings", {})
         return sum((Spent(**cost) for name, cost in mine.items() if name in before), Spent())
 
-    def _apply(
-        self, recipe: Recipe, start: System, tokens: int | None
-    ) -> tuple[System, Spent, dict[str, Any], str, str]:
-        before = self.made.get(_made(recipe, start, tokens))
+    def _apply(self, recipe: Recipe, start: System, run: Run) -> tuple[System, Spent, dict[str, Any], str, str]:
+        before = self.made.get(_made(recipe, start, run.trained_tokens))
         if before is not None:  # a later rung scores the same System on more examples
             return before[0], Spent(), before[1], "done", ""
-        run = replace(self.run, trained_tokens=tokens, spent=Spent(), notes={}, tell=self.watch.tell)
         session = run.session(start.model)
         spent = session.spent
         system = recipe.run(start, self.data, run)
@@ -178,8 +186,13 @@ class Race:
         """Put a changed trial in its own place on the board."""
         changed = replace(trial, **changes)
         self.trials[self.trials.index(trial)] = changed
-        self.watch.board([t.standing() for t in self.trials])
+        if self.base is trial:
+            self.base = changed
+        self._show()
         return changed
+
+    def _show(self) -> None:
+        self.watch.board([t.standing(self.metric.higher_is_better) for t in self.trials])
 
     def halve(self, arms: Sequence[tuple[Recipe, System, str]]) -> list[Trial]:
         """Successive halving (Jamieson & Talwalkar 2016) on paired differences: the better half goes on, less those
@@ -202,9 +215,15 @@ class Race:
                     origin = next(a for a in arms if f"{a[0].name}{a[2]}" == trial.name)
                     going.append(origin)
                 else:
-                    why = f"behind {best.name} by {-100 * paired.difference:.1f} points on {count} examples"
+                    why = f"behind {best.name} by {self._apart(paired)} on {count} examples"
                     self.mark(trial, status="dropped", why=why)
         return [t for t in trials if t.card]
+
+    def _apart(self, paired: stats.Paired) -> str:
+        """A difference in words, without its sign."""
+        if not self.metric.higher_is_better:
+            return f"{abs(paired.difference):.3g}"
+        return f"{100 * abs(paired.difference):.1f} points"
 
     def merit(self, trial: Trial) -> float:
         """Its score on select, greater is better; minus infinity where it has none."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,17 @@ def teach(
             live = TorchSession(tuned, session.tokenizer)
             lesson = prepare(live)
             peak = matmul_peak(tuned.dtype, tuned.device)
-            with trackers(run.report_to, run.home / "logs" / name) as track:
+            beats: list[Beat] = []
+
+            def beat(at: Beat) -> None:
+                beats.append(at)
+                told(at)
+
+            with trackers(run.report_to, run.home / "logs" / name) as track, _paying(run, live, beats):
+                told = _told(run, track)
                 curves = train(
                     tuned, lesson.source, lesson.loss, replace(lesson.settings, peak=peak), validate=lesson.validate,
-                    beat=_told(run, track), keep=checkpoint, since=before, team=crew, continued=run.fidelity < 1,
+                    beat=beat, keep=checkpoint, since=before, team=crew, continued=run.fidelity < 1,
                 )  # fmt: skip
             notes = {
                 **lesson.notes,
@@ -102,6 +110,18 @@ def kept(system: System, run: Run, name: str) -> System:
     trainings = {**run.notes.get("trainings", {}), name: body["spent"]}
     run.notes.update(body["notes"], artifact=name, trainings=trainings)
     return replace(system, model=system.model.add(Transform(body["kind"], body["fingerprint"], made / "weights")))
+
+
+@contextmanager
+def _paying(run: Run, live: TorchSession, beats: Sequence[Beat]) -> Iterator[None]:
+    """Within it, a training that fails is put down to the Run, as far as it came."""
+    try:
+        yield
+    except MethodError:
+        if beats:
+            run.spent += Spent(training_seconds=beats[-1].seconds, trained_tokens=beats[-1].tokens)
+        run.spent += live.spent
+        raise
 
 
 def _told(run: Run, track: Callable[[Beat], None]) -> Callable[[Beat], None]:
