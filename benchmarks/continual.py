@@ -61,12 +61,13 @@ class Ended:
 
 
 def shortened(task: Any, rows: int, test: int, seed: int) -> Any:
-    """The task with so many train rows, balanced and none of them a repeat of test, and its first test rows."""
+    """The task with so many train rows, balanced and none of them a repeat of test, and a sample of its test rows."""
     from whet.methods.fewshot import balanced
     from whet.splits import without
 
     train, _ = without(task.train, task.test)
-    return replace(task, train=tuple(balanced(train, rows, seed)), test=task.test[:test])
+    some = random.Random(seed).sample(task.test, min(test, len(task.test)))  # a test may be sorted by label
+    return replace(task, train=tuple(balanced(train, rows, seed)), test=tuple(some))
 
 
 def learnable(task: Any) -> Any:
@@ -114,7 +115,9 @@ def stream(tasks: Sequence[Any], strategy: str, setting: Setting) -> Ended:
     for n, task in enumerate(tasks):
         start = replace(asked(system, task, run), card={"memory": system.card.get("memory", [])})
         data = learnable(task)
-        method = Continual(strategy=strategy, **setting.tuning) if n else FineTune(**setting.tuning)
+        # Half of a step's rows are earlier ones where they are replayed: the others take as many steps of new rows.
+        tuning = setting.tuning if strategy == "replay" or not n else {**setting.tuning, "batch": 16}
+        method = Continual(strategy=strategy, **tuning) if n else FineTune(**tuning)
         taught = method.apply(start, data, run)
         memory = remember(taught, data, known(start, data, run.session(start.model)), keep=setting.keep, seed=run.seed)
         system = replace(taught, card={"task": task.name, "memory": memory})
@@ -141,7 +144,7 @@ def joint(tasks: Sequence[Any], setting: Setting) -> Ended:
     def prepare(live: Any) -> Any:
         rows, checks = [], []
         for system, data in parts:
-            fit, held = data.validation(seed=run.seed, most=24)
+            fit, held = data.validation(seed=run.seed, most=100)
             rows += render_rows(system, fit, live)[0]
             checks += render_rows(system, held, live)[0]
         count = round(method.epochs * len(rows) / method.batch)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import make_model, make_tokenizer
+from safetensors.torch import load_file
 
 from whet import model as models
 from whet.cli import main
@@ -25,6 +26,7 @@ from whet.model import Transform
 from whet.retention import drift, forgetting, refused, retention
 from whet.scorecard import evaluate
 from whet.search import base_system
+from whet.splits import mark
 from whet.store import Store
 from whet.system import System, load
 from whet.task import Example, Learnable, Task
@@ -185,14 +187,36 @@ def test_a_penalty_counts_once_a_step_however_the_step_is_cut(most: int) -> None
 def test_earlier_tasks_take_turns_whatever_their_sizes() -> None:
     new = [Row((1, n), ((9,),)) for n in range(6)]
     small, large = [Row((2, n), ((9,),)) for n in range(2)], [Row((3, n), ((9,),)) for n in range(20)]
-    source = mixed(lambda n: new[2 * n : 2 * n + 2], [small, large], 3, 0)
+    source = mixed(lambda n: new[2 * n : 2 * n + 2], [small, large], 3, 0, 1.0)
     steps = [source(n) for n in range(3)]
+    assert {row.facts for step in steps for row in step} == {((1.0,),)}  # answers of one length count alike
+    assert steps == [source(n) for n in range(3)]
+    steps = [[replace(row, facts=()) for row in step] for step in steps]
     assert [row for step in steps for row in step[:2]] == new
     old = [row for step in steps for row in step[2:]]
     assert [row.prompt[0] for row in old] == [2, 3, 2, 3, 2, 3, 2, 3, 2]
     assert {row for row in old[:4] if row in small} == set(small)  # each once before any twice
     assert len({row for row in old if row in large}) == 4
-    assert steps == [source(n) for n in range(3)]
+
+
+def test_short_answers_count_as_much_as_long_ones() -> None:
+    new, old = Row((5, 6), ((7, 8, 9, 10, 11, 12),)), Row((5, 13), ((14, 2),))
+    step = mixed(lambda _: [new], [[old]], 1, 0, 6.0)(0)
+    assert [row.facts for row in step] == [((1.0,),), ((3.0,),)]
+    module, loss = make_model("llama"), NextToken()
+    alone = [_step(module, module, [row], loss)[0] for row in (new, old)]
+    assert loss.count(step) == 12 and loss.count([new, old]) == 8
+    for most in (2048, 1):
+        assert _step(module, module, step, loss, most)[0] == pytest.approx(sum(alone) / 2, rel=1e-5)
+
+
+def test_adapters_upon_one_another_start_apart(taught: Any) -> None:
+    folder, system, _ = taught
+    made = teach(taught, Run(Store(folder / "home")), strategy="sequential", epochs=1.0)
+    starts = [load_file(t.folder / "adapter_model.safetensors") for t in made.model.transforms if t.folder]
+    name = next(n for n in starts[0] if "lora_A" in n)
+    first, second = (torch.nn.functional.normalize(one[name].float(), dim=-1) for one in starts)
+    assert float((first * second).sum(-1).abs().mean()) < 0.5  # of one seed they would hardly differ
 
 
 def test_merging_is_dense_arithmetic() -> None:
@@ -276,9 +300,16 @@ def test_rows_that_new_ones_contradict_are_not_learnt_again(run: Run, model_fold
     [kept] = known(replace(system, card={"memory": [one.entry()]}), data, run.session(system.model))
     assert [e.id for e in kept.rows] == [e.id for e in kept.held] == ["b"]
     # Asked in another way, the same question is another.
-    [other] = known(replace(system, card={"memory": [one.entry()]}), replace(data, instruction="?"),
-                    run.session(system.model))  # fmt: skip
+    elsewhere = replace(system, card={"memory": [one.entry()]}, instruction="?")
+    [other] = known(elsewhere, replace(data, instruction="?", name="others"), run.session(system.model))
     assert other.rows == rows
+    # A System keeps a prompt that was rewritten: by its name the task is the same.
+    [mine] = known(elsewhere, replace(data, instruction="?"), run.session(system.model))
+    assert [e.id for e in mine.rows] == ["b"]
+    # What the new task is measured on is not learnt, and stays to measure the old one by.
+    sealed = replace(data, train=(), sealed=frozenset({mark(rows[1])}))
+    [kept] = known(replace(system, card={"memory": [one.entry()]}), sealed, run.session(system.model))
+    assert [e.id for e in kept.rows] == ["a", "c"] and kept.held == rows
     # What is carried on of a task that was known already: half old, half new.
     many = tuple(Example(f"n{i}", f"new {i}", "Vem") for i in range(20))
     [entry] = remember(system, replace(data, train=many), [Known("facts", "exact_match", system, rows)], keep=6)
@@ -337,7 +368,7 @@ def test_replay_keeps_what_plain_training_forgets(taught: Any) -> None:
     assert old_plain < 0.7 and old_kept > 0.9
     held = known(system, tasks[1].split().learnable, run.session(system.model))
     [lost] = forgetting(system, plain, held, run)
-    assert lost.lost > 20 and lost.low > 0 and not lost.ok and lost.n == len(held[0].held)
+    assert lost.lost > 20 and lost.low >= 0 and not lost.ok and lost.n == len(held[0].held)
     assert "first loses" in refused([lost]) and "1 allowed" in refused([lost])
     [less] = forgetting(system, kept, held, run, allowed=10.0)
     assert less.ok and refused([less]) == ""

@@ -252,6 +252,18 @@ def test_generation_in_small_groups(models: Any, tokenizer: Any, monkeypatch: py
     assert told[-1] == (len(CHATS), len(CHATS))
 
 
+def test_samples_of_one_prompt_differ_however_they_are_grouped(
+    models: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = Sampling(max_tokens=8, temperature=1.5, n=12, seed=3)
+    [whole] = TorchSession(models["llama"], tokenizer).generate(CHATS[:1], sampling)
+    monkeypatch.setattr(TorchSession, "key_tokens", 40)
+    told: list[tuple[int, int]] = []
+    session = TorchSession(models["llama"], tokenizer)
+    [grouped] = session.generate(CHATS[:1], sampling, lambda done, of: told.append((done, of)))
+    assert len(told) > 1 and grouped == whole and len({g.text for g in grouped}) == 12
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_generation_ends_with_the_turn(models: Any, tokenizer: Any, family: str) -> None:
     session = TorchSession(models[family], tokenizer)

@@ -23,6 +23,7 @@ from whet.methods.reward import Reward, fit, judged_by
 from whet.methods.rl import RL, ByMetric, advantages
 from whet.metrics import Outcome
 from whet.model import resolve
+from whet.search import tune
 from whet.store import Store
 from whet.system import Decoding, System
 from whet.task import Example, Learnable
@@ -246,6 +247,46 @@ def test_a_win_rate_is_scored_with_judge_and_base_in_its_protocol(system: System
     assert found.rate[0] == card.score and found.n == 4 and found.judge == "length"
     scored = system.session.score(system.prompts(rows), [("yes", "no")] * 4, end=True)
     assert found.prefers is not None and found.prefers[0] == sum(a.mean > b.mean for a, b in scored) / 4
+
+
+def test_a_pair_that_two_people_judged_is_not_learnt_by_both_sides() -> None:
+    rows = [replace(r, annotator="ann") for r in judgements(12)]
+    again = [replace(r, id=f"b{n}", annotator="bob") for n, r in enumerate(rows[:6])]
+    turned = replace(again[0], chosen=again[0].rejected, rejected=again[0].chosen)  # bob may see it the other way
+    learn, judge = divide([*rows, turned, *again[1:]])
+    assert {r.annotator for r in judge} == {"bob"} and len(learn) == 6
+    assert not {r.prompt for r in learn} & {r.prompt for r in judge}
+
+
+def test_settings_of_what_has_no_validation_are_not_raced(system: System, home: Path) -> None:
+    for method in (Reward(), RL()):
+        with pytest.raises(MethodError, match="no validation"):
+            tune.race(tune.candidates(method), system, learnable(), run(home))
+
+
+def test_an_update_whose_answers_win_less_is_refused(
+    system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": j.prompt, "chosen": j.chosen, "rejected": j.rejected, "group": j.group} for j in judgements(30)]
+    asked = [{"prompt": f"my {t} is gone", "chosen": "yes", "rejected": "no"} for t in THINGS]
+    loaded = task.load(write(tmp_path / "t", rows, asked))
+    file = tmp_path / "judged.jsonl"
+    file.write_text("".join(json.dumps({**r, "prompt": f"{r['prompt']} again"}) + "\n" for r in rows))
+
+    class Dislikes(Longest):
+        """A judge to whom whatever is new is worse."""
+
+        def __call__(self, pairs: Sequence[tuple[Example, str]]) -> list[float]:
+            return [0.0 if text in self.known else -1.0 for _, text in pairs]
+
+        known: set[str] = set()
+
+    judge = Dislikes()
+    judge.known = {a.text for a in system.answers(loaded.test)}
+    monkeypatch.setattr("whet.update.metric_of", lambda t, base, r: Versus(judge, base, r.session(base.model)))
+    changed = {"epochs": 6.0, "batch": 4, "rank": 4, "learning_rate": 2e-2}
+    made = update(system, loaded, run(system.home), changed, file)
+    assert made.after.score < 0.5 and "win rate fell from 50.0" in made.refused
 
 
 # --- methods ----------------------------------------------------------------------------------------------------------

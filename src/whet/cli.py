@@ -407,7 +407,7 @@ def update(
               f"{made.paired.n} rows), {100 * made.paired.difference:+.1f} points, 95 % {found}")  # fmt: skip
         for one in (*made.lost, *(f"{name}: no rows to measure it on" for name in made.unmeasured)):
             print(one)
-        print(f"drift {made.drift:.3f} nats a token")
+        print(f"drift {made.drift:.3f} nats a token" if made.drift is not None else "drift not measured: no answers")
     if made.refused:
         raise MethodError(f"refused: {made.refused}", do="set strategy or share, or limits.forgetting in task.yaml")
     if not as_json:

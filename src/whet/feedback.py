@@ -213,7 +213,8 @@ def weighted(rows: Sequence[Judged], weights: Sequence[str]) -> tuple[Judged, ..
 def divide(
     rows: Sequence[Judged], share: float = JUDGING, seed: int = 0
 ) -> tuple[tuple[Judged, ...], tuple[Judged, ...]]:
-    """(for learning, for the judge): the judge gets an annotator of its own, else prompts and groups of its own.
+    """(for learning, for the judge): the judge gets an annotator of its own, else prompts and groups of its own; what
+    others said of the very same answers is left out of learning.
 
     Where all judgements are signed by two annotators or more, it is the one (first by name) who made nearest to `share`
     of them.
@@ -224,8 +225,11 @@ def divide(
         held = [i for i, r in enumerate(rows) if r.annotator == name]
     else:
         _, held = cut([r.example for r in rows], round(share * len(rows)), seed=seed, closed=False)
-    mine = set(held)
-    return tuple(r for i, r in enumerate(rows) if i not in mine), tuple(rows[i] for i in held)
+    mine, judging = set(held), tuple(rows[i] for i in held)
+    # Whoever judged the same two answers told the judge what the learner is told.
+    seen = {(r.prompt, frozenset((r.chosen, r.rejected))) for r in judging}
+    rest = (r for i, r in enumerate(rows) if i not in mine)
+    return tuple(r for r in rest if (r.prompt, frozenset((r.chosen, r.rejected))) not in seen), judging
 
 
 def digest(rows: Sequence[Judged]) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from whet.engine import Sampling, Session
 from whet.errors import ArtifactError
-from whet.splits import without
+from whet.splits import mark, without
 from whet.system import System, revive
 from whet.task import Example, Learnable, Task, load, rows_hash
 
@@ -110,22 +110,29 @@ def known(
     """The tasks to be kept: those in the System's card, and the task's `earlier:` folders, which have more rows.
 
     Rows to learn from come from a folder's train alone; `split` (select or test) says which ones are held to measure
-    by. Rows that the new ones contradict or repeat (the same question, or one of the same group) are left out of both.
+    by, select where there is no test. Rows that the new ones contradict or repeat (the same question, or one of the
+    same group) are left out of both, and nothing is learnt from rows that the new task is measured on.
     """
     found = {one.name: one for one in carried(system)}
     for folder in data.earlier:
         task = load(folder, trust=data.trusted)
         splits = task.split(seed)
-        held = splits.confirm if split == "test" else splits.select
+        held = (splits.confirm if split == "test" else ()) or splits.select
         asked = found[task.name].asked if task.name in found else as_task(system, task, session)
         metric = _scorable(task.metric, task.closed)
         found[task.name] = Known(task.name, metric, asked, splits.learnable.train, held, folder)
-    return tuple(
-        replace(one, rows=without(one.rows, data.train)[0], held=without(one.held, data.train)[0])
-        if one.asked.instruction == data.instruction
-        else one
-        for one in found.values()
-    )
+    return tuple(_kept(one, data) for one in found.values())
+
+
+def _kept(one: Known, data: Learnable) -> Known:
+    """An earlier task without what the new rows contradict, and without rows that the new task is measured on.
+
+    Asked in another way the same question is another; but a task of the same name is the same, whatever its prompt.
+    """
+    if one.asked.instruction != data.instruction and one.name != data.name:
+        return one
+    rows = tuple(e for e in without(one.rows, data.train)[0] if mark(e) not in data.sealed)
+    return replace(one, rows=rows, held=without(one.held, data.train)[0])
 
 
 def _scorable(metric: str, closed: bool) -> str:

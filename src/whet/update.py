@@ -14,7 +14,7 @@ from whet.feedback import pairs
 from whet.memory import Known, as_task, carried, known, remember
 from whet.methods import Method, Run, make
 from whet.methods.reward import metric_of
-from whet.retention import Lost, drift, forgetting, refused
+from whet.retention import ALLOWED, Lost, drift, forgetting, refused
 from whet.scorecard import Scorecard, evaluate
 from whet.search.recipe import Recipe
 from whet.system import System
@@ -29,7 +29,8 @@ class Update:
     """A System that was taught more: what it gained on the task, and what the earlier ones lost.
 
     `paired` compares after with before on the task's held-out rows; `length` is words per answer, before and after;
-    `drift` the KL divergence from before, in nats per token. `refused` says why it should not be used; empty: it may.
+    `drift` the KL divergence from before, in nats per token; None where no held-out row has an answer to take it from.
+    `refused` says why it should not be used; empty: it may.
     """
 
     system: System
@@ -39,7 +40,7 @@ class Update:
     lost: tuple[Lost, ...]
     unmeasured: tuple[str, ...]
     length: tuple[float, float]
-    drift: float
+    drift: float | None
     refused: str
     notes: Mapping[str, Any]
 
@@ -96,9 +97,13 @@ def update(
     length = tuple(sum(len(o.answer.split()) for o in card.outcomes) / card.n for card in cards)
     moved = _drift(start, after, splits, run)
     why = [refused(lost)]
+    if metric.name == "win_rate":
+        margin = (ALLOWED if task.limits.forgetting is None else task.limits.forgetting) / 100
+        if not stats.not_worse(cards[0].outcomes, cards[1].outcomes, metric, margin, run.seed).ok:
+            why.append(f"the win rate fell from {100 * cards[0].score:.1f} to {100 * cards[1].score:.1f}")
     if feedback is not None and length[1] > LONGER * length[0]:
         why.append(f"answers grew from {length[0]:.0f} to {length[1]:.0f} words")
-    if feedback is not None and moved > DRIFTED:
+    if feedback is not None and moved is not None and moved > DRIFTED:
         why.append(f"answers drifted by {moved:.2f} nats a token; {DRIFTED:g} allowed")
     memory = remember(after, splits.learnable, tasks, splits.select or rows, seed=run.seed)
     card = _card(system, method, task, cards[1], memory)
@@ -110,15 +115,15 @@ def update(
     )  # fmt: skip
 
 
-def _drift(before: System, after: System, splits: Splits, run: Run) -> float:
-    """KL between the two on answers to rows of the task that neither learnt from."""
+def _drift(before: System, after: System, splits: Splits, run: Run) -> float | None:
+    """KL between the two on answers to rows of the task that neither learnt from; None where there are none."""
     from whet.engine.torch import TorchSession
     from whet.train.lesson import render_rows
 
     rows = [e for e in (*splits.confirm, *splits.select) if e.completion][:LOOKED_AT]
     old, new = (run.session(one.model) for one in (before, after))
     if not rows or not isinstance(old, TorchSession) or not isinstance(new, TorchSession):
-        return 0.0
+        return None
     return drift(old, new, render_rows(before, rows, old)[0])
 
 

@@ -324,7 +324,8 @@ class TorchSession:
         device, dtype = self.module.device, self.module.dtype
         forest, units, own, kept, logits = ready.forest, ready.forest.units, ready.own, ready.kept, ready.logits
         live = [_Live(u.row, [], len(rows[u.row].prompt), u) for u in units]
-        draw = _sampler(sampling, [(rows[u.row].prompt, u.row) for u in units], device)
+        copies = _copies(rows)
+        draw = _sampler(sampling, [(rows[u.row].prompt, copies[u.row], u.row) for u in units], device)
         while live:
             for item, token in zip(live, draw(logits, [x.row for x in live], len(live[0].tokens)), strict=True):
                 item.tokens.append(token)
@@ -487,17 +488,28 @@ def decode_reads(forest: prefix.Forest, units: Sequence[prefix.Unit]) -> tuple[a
     return tuple(attention.Reads(start, stop, trunk, None) for trunk, (start, stop) in sorted(spans.items()))
 
 
+def _copies(rows: Sequence[Row]) -> list[int]:
+    """Of each row, how many before it have the same prompt: whatever runs together, no two copies draw alike."""
+    seen: dict[Tokens, int] = {}
+    numbers = []
+    for row in rows:
+        numbers.append(seen.get(row.prompt, 0))
+        seen[row.prompt] = numbers[-1] + 1
+    return numbers
+
+
 def _sampler(
-    sampling: Sampling, rows: Sequence[tuple[Tokens, int]], device: torch.device
+    sampling: Sampling, rows: Sequence[tuple[Tokens, int, int]], device: torch.device
 ) -> Callable[[Tensor, list[int], int], list[int]]:
-    """A function (logits, rows, step) → tokens; noise depends on seed, prompt, copy and step, never on the batch."""
+    """A function (logits, rows, step) → tokens; noise depends on seed, prompt, copy and step, never on the batch.
+
+    `rows` are (prompt, which copy of it, number of the row).
+    """
     if sampling.temperature <= 0:
         return lambda logits, live, step: cast(list[int], logits.argmax(-1).tolist())
-    copies: dict[Tokens, int] = {}
     generators: dict[int, torch.Generator] = {}
-    for prompt, row in sorted(rows, key=lambda r: r[1]):
-        copies[prompt] = copies.get(prompt, -1) + 1
-        seed = hash((sampling.seed, prompt, copies[prompt])) & 0x7FFF_FFFF_FFFF_FFFF
+    for prompt, copy, row in rows:
+        seed = hash((sampling.seed, prompt, copy)) & 0x7FFF_FFFF_FFFF_FFFF
         generators[row] = torch.Generator().manual_seed(seed)
 
     def draw(logits: Tensor, live: list[int], step: int) -> list[int]:
@@ -557,7 +569,8 @@ def _generate_unshared(
 ) -> tuple[list[list[int]], int]:
     """Generate row by row with the model's own cache."""
     answers: list[list[int]] = []
-    draw = _sampler(sampling, [(r.prompt, n) for n, r in enumerate(rows)], session.module.device)
+    numbered = zip(rows, _copies(rows), strict=True)
+    draw = _sampler(sampling, [(r.prompt, c, n) for n, (r, c) in enumerate(numbered)], session.module.device)
     for n, row in enumerate(rows):
         past, ids, made = None, torch.tensor([row.prompt], device=session.module.device), list[int]()
         with using_tree(session.module, shared=False), torch.inference_mode():

@@ -94,6 +94,9 @@ class Continual(FineTune):
         from whet.train.lesson import mean_loss
 
         plain, allowed = self, run.trained_tokens
+        # Groups have said what contradicts what. All phrasings of a fact held out would be a fact that is never taught,
+        # and the weights that were kept those that know it least wrongly.
+        data = replace(data, train=tuple(replace(e, group=None) for e in data.train))
         if self.strategy == "replay":
             plain = replace(self, batch=max(1, round((1 - self.share) * self.batch)))
             run = replace(run, trained_tokens=round((1 - self.share) * allowed) if allowed is not None else None)
@@ -120,7 +123,8 @@ class Continual(FineTune):
             return replace(lesson, settings=replace(
                 lesson.settings, penalty=protect.elastic(live.module, total, strength)))  # fmt: skip
         many = max(1, round(lesson.notes["batch"] * self.share / (1 - self.share)))
-        lesson = replace(lesson, source=protect.mixed(lesson.source, earlier, many, run.seed))
+        taught = [len(row.continuations[0]) for n in range(4) for row in lesson.source(n)]
+        lesson = replace(lesson, source=protect.mixed(lesson.source, earlier, many, run.seed, fmean(taught)))
         return lesson if allowed is None else _within(lesson, run.fidelity * allowed)
 
     def _earlier(
@@ -134,7 +138,7 @@ class Continual(FineTune):
         fit: list[list[Row]] = []
         checks: list[list[Row]] = []
         for one in tasks:
-            rows = [e for e in one.rows if e.completion or e.text]
+            rows = [replace(e, group=None) for e in one.rows if e.completion or e.text]
             rows = rows or list(made_up(one, system, live, [e.prompt for e in data.train if e.prompt], run.seed))
             kept, held = cut(rows, min(CHECKS, len(rows) // 4), seed=run.seed, closed=one.asked.decoding.closed)
             if not kept:

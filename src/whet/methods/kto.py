@@ -54,9 +54,13 @@ class KTO(Preference):
         from whet.engine.prefix import Row
         from whet.train.batches import steps
 
-        # Both sides of a pair stand side by side: half the rows away, the prompt is another one.
-        far = len(rows) // 2
-        others = [Row(a.prompt, b.continuations) for a, b in zip(rows, (*rows[far:], *rows[:far]), strict=True)]
+        # Half the rows away the prompt is another one; where it is not, the next that is.
+        far, count = len(rows) // 2, len(rows)
+        others = [
+            Row(a.prompt, next((b for k in range(count) if (b := rows[(i + far + k) % count]).prompt != a.prompt),
+                               rows[(i + far) % count]).continuations)
+            for i, a in enumerate(rows)
+        ]  # fmt: skip
         plain = steps(list(zip(rows, others, policy.logprobs(others), strict=True)), self.batch, run.seed)
 
         def step(number: int) -> list[Row]:

@@ -100,7 +100,10 @@ def fit(rows: Sequence[Judged], system: System, run: Run, settings: Reward) -> R
     plain = System(ModelRef(system.model.base, system.model.content), system.instruction, home=system.home)
     name = key("reward", asdict(settings), plain.fingerprint, digest(found), run.seed, run.fidelity)
     adapter = Adapter("lora", settings.rank, 2 * settings.rank, head=True)
-    return RewardModel(teach(plain, run, name, adapter, lambda live: _lesson(found, plain, run, settings, live)))
+    own = replace(run, previous=None)  # what an earlier rung kept is of the policy, not of its judge
+    made = teach(plain, own, name, adapter, lambda live: _lesson(found, plain, own, settings, live))
+    run.spent = own.spent
+    return RewardModel(made)
 
 
 def _lesson(rows: Sequence[Judged], system: System, run: Run, settings: Reward, live: TorchSession) -> Lesson:
@@ -147,6 +150,7 @@ class Reward:
     needs: ClassVar[tuple[Need, ...]] = ("feedback", "weights")
     writes: ClassVar[tuple[str, ...]] = ()
     invalidates: ClassVar[tuple[str, ...]] = ()
+    validated: ClassVar[bool] = False
 
     rank: int = 16
     learning_rate: float = 5e-4

@@ -70,6 +70,7 @@ class RL:
     needs: ClassVar[tuple[Need, ...]] = ("weights",)
     writes: ClassVar[tuple[str, ...]] = ("model", "decoding")
     invalidates: ClassVar[tuple[str, ...]] = ("calibration",)
+    validated: ClassVar[bool] = False
 
     algorithm: str = "rloo"
     reward: str = "auto"

@@ -45,6 +45,8 @@ def race(
     A rung goes on from the arm's last one before its decay, so that nothing is trained twice. `run.trained_tokens`
     bounds one whole training. An arm whose loss explodes is dropped; MethodError where all do.
     """
+    if len(arms) > 1:
+        _comparable(arms[0])
     going: list[tuple[Method, str | None]] = [(arm, None) for arm in arms]
     ended: list[Arm] = []
     made: dict[Method, System] = {}
@@ -78,6 +80,7 @@ def sample(
     The first trial has the method's own settings. After each rung of `race` the median pruner may end a trial. Returns
     the best System and all arms. Raises MethodError where Optuna is absent or every trial fails.
     """
+    _comparable(method)
     optuna = package("optuna", "tune")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     made: list[tuple[Arm, System | None]] = []
@@ -109,6 +112,15 @@ def sample(
     return best, [arm for arm, _ in made]
 
 
+def _comparable(method: Method) -> None:
+    """Raises MethodError for a method whose trainings have no validation loss to be compared by."""
+    if not getattr(method, "validated", True):
+        raise MethodError(
+            f"{method.name} has no validation that settings could be raced by", expected="finetune, dpo, kto …",
+            found=method.name, do="set learning_rate, or leave --budget and --trials out",
+        )  # fmt: skip
+
+
 def _drawn(method: Method, trial: Any) -> Method:
     """A method with every setting of its space drawn; words first, since numbers may depend on them."""
     names = sorted(method.space(), key=lambda n: not isinstance(method.space()[n][0], str))
@@ -129,7 +141,9 @@ def _trained(
     finally:
         run.spent += part.spent
         run.notes |= part.notes
-    return made, min(value for _, value in part.notes["curves"]["validation"][1:]), part.notes["artifact"]
+    # Without rows to validate on, a training can be run and not compared.
+    losses = [value for _, value in part.notes["curves"]["validation"][1:]]
+    return made, min(losses, default=math.inf), part.notes["artifact"]
 
 
 def _name(method: Method, arms: Sequence[Method]) -> str:

@@ -27,6 +27,7 @@ from whet.train.peak import matmul_peak
 from whet.train.team import team
 from whet.train.trackers import trackers
 
+NEXT = 7919  # between the seeds of adapters that stand upon one another
 TEXT_TOKENS = 1024  # plain text is trained in windows of at most this many tokens
 
 
@@ -65,7 +66,8 @@ def teach(
             raise MethodError("training needs the weights", expected="a local model", found=system.model.base)
         checkpoint = run.home / "checkpoints" / name
         before = checkpoint.with_name(f"{run.previous}.stable") if run.previous else None
-        with adapted(session.module, adapter, run.seed) as tuned:
+        # Another start for each adapter upon others: from the same one it would lie along what was learnt before.
+        with adapted(session.module, adapter, run.seed + NEXT * len(system.model.transforms)) as tuned:
             live = TorchSession(tuned, session.tokenizer)
             lesson = prepare(live)
             peak = matmul_peak(tuned.dtype, tuned.device)

@@ -66,11 +66,23 @@ def lengths(pack: Pack) -> Tensor:
 
 @dataclass(frozen=True)
 class NextToken(PerTarget):
-    """Negative log-likelihood: what TRL's SFTTrainer minimises with a completion-only mask."""
+    """Negative log-likelihood: what TRL's SFTTrainer minimises with a completion-only mask.
+
+    facts: (weight of the row,) where there are weights; a row's targets then count so many times.
+    """
 
     def __call__(self, logits: Tensor, pack: Pack) -> Tensor:
         """Summed over targets, in nats, computed in fp32."""
-        return cross_entropy(logits.float(), pack.targets, reduction="sum")
+        if not pack.facts.shape[1]:
+            return cross_entropy(logits.float(), pack.targets, reduction="sum")
+        each = cross_entropy(logits.float(), pack.targets, reduction="none")
+        return (pack.facts[pack.sequences, 0] * each).sum()
+
+    def count(self, rows: Sequence[Row]) -> float:
+        """Target tokens of the rows, each as often as its row's weight says."""
+        return sum(
+            (row.facts[n][0] if row.facts else 1.0) * len(c) for row in rows for n, c in enumerate(row.continuations)
+        )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -24,16 +26,20 @@ Penalty = Callable[[], Tensor]
 Weights = Mapping[str, Tensor]
 
 
-def mixed(new: Source, earlier: Sequence[Sequence[Row]], many: int, seed: int) -> Source:
+def mixed(new: Source, earlier: Sequence[Sequence[Row]], many: int, seed: int, length: float) -> Source:
     """Steps of new rows with `many` earlier ones each; the earlier tasks take turns, whatever their sizes.
 
-    Experience replay (Chaudhry et al. 2019).
+    Experience replay (Chaudhry et al. 2019). `length` is the mean target length of the new rows: an earlier task's
+    rows are weighted so that theirs are as long, since a loss over tokens would hardly see a task of short answers.
     """
-    streams = [steps(rows, 1, seed) for rows in earlier]
+    weighted = [[replace(r, facts=((length / fmean(len(r.continuations[0]) for r in rows),),)) for r in rows]
+                for rows in earlier]  # fmt: skip
+    streams = [steps(rows, 1, seed) for rows in weighted]
 
     def step(number: int) -> list[Row]:
         turns = range(number * many, (number + 1) * many)
-        return [*new(number), *(row for t in turns for row in streams[t % len(streams)](t // len(streams)))]
+        mine = [replace(row, facts=((1.0,),)) for row in new(number)]
+        return [*mine, *(row for t in turns for row in streams[t % len(streams)](t // len(streams)))]
 
     return step
 
