@@ -34,6 +34,7 @@ from whet.export import check as checks
 from whet.export.gguf import PRE_TOKENIZERS, permute, vocabulary
 from whet.export.gguf import write as write_gguf
 from whet.export.ollama import go_text, modelfile, template, turns
+from whet.export.vllm import packs
 from whet.methods import Run, make
 from whet.prompt import messages, render
 from whet.retrieval import Source
@@ -180,6 +181,9 @@ def test_vllm_gets_packed_layers_as_they_are(tmp_path: Path, activations: bool) 
     assert [why.split()[0] for what, why in made.left_out if what == "packing"] == ["1"]
     told = json.loads((made.folder / "config.json").read_text())["quantization_config"]
     assert [len(g["targets"]) for g in told["config_groups"].values()] == [3, 1]
+    dense_ones = {f"model.layers.1.mlp.{n}_proj" for n in ("gate", "up", "down")} | {"lm_head"}
+    assert dense_ones <= set(told["ignore"]) and "model.layers.0.self_attn.q_proj" not in told["ignore"]
+    assert not any("pack" in name or "base" in name for name in told["ignore"])
     again = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32).eval()
     logits(again)  # unpacks
     wanted = folders.dense(folders.load(tmp_path / "m", torch.bfloat16), torch.float32)
@@ -227,6 +231,19 @@ def test_gguf_types(tmp_path: Path) -> None:
     for kind, step in (("q8_0", widest / 127), ("q4_0", widest / 8)):
         off = np.abs(found[kind] - up).reshape(64, 1, 32)
         assert (off <= (0.57 if kind == "q8_0" else 1.01) * step).all(), kind
+
+
+def test_vllm_gets_siblings_packed_alike_or_in_full() -> None:
+    pytest.importorskip("compressed_tensors")
+    module = make_model("llama")
+    for name, bits in (("gate_proj", 4), ("up_proj", 8), ("down_proj", 4)):
+        layer = module.get_submodule(f"model.layers.0.mlp.{name}")
+        pack: Any = pack4(layer.weight, 32) if bits == 4 else pack8(layer.weight, False)
+        sizes = (layer.in_features, layer.out_features)
+        module.set_submodule(f"model.layers.0.mlp.{name}", PackedLinear(pack, sizes, None))
+    found = packs(module)
+    assert list(found.layers) == ["model.layers.0.mlp.down_proj"] and found.left[0][1].startswith("2 packed")
+    assert {"model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"} <= set(found.whole)
 
 
 def test_gguf_keeps_what_quantize_rounded(tmp_path: Path, fp32: None) -> None:

@@ -24,7 +24,7 @@ from whet.engine.torch import TorchSession
 from whet.errors import MethodError
 from whet.methods import Run, make
 from whet.methods.quantize import Quantize, _swapping
-from whet.model import load, resolve
+from whet.model import ModelRef, load, resolve
 from whet.store import Store
 from whet.system import Decoding, System
 from whet.task import Example, Learnable, Limits
@@ -231,9 +231,9 @@ def test_limits_keep_the_worst_layers_in_eight_bits(tmp_path: Path) -> None:
     run = Run(Store(tmp_path / "home"))
     Quantize(bits=4, group=16).apply(base, task(), run)
     least = run.notes["quantized"]["bytes"]
-    Quantize(bits=4, group=16).apply(base, task(limits=Limits(size=least + 3000)), run)
+    Quantize(bits=4, group=16).apply(base, task(limits=Limits(size=least + 9000)), run)
     notes = run.notes["quantized"]
-    assert notes["met"] and notes["kept_in_8"] > 0 and least < notes["bytes"] <= least + 3000
+    assert notes["met"] and notes["kept_in_8"] > 0 and least < notes["bytes"] <= least + 9000
     eight = [r["error"] for r in notes["layers"] if r["bits"] == 8]
     assert max(eight) == max(r["error"] for r in notes["layers"])
     Quantize(bits=4, group=16).apply(base, task(limits=Limits(size=1000)), run)
@@ -261,6 +261,46 @@ def test_tied_layers_hold_one_pack() -> None:
         assert first.up_proj.pack is second.up_proj.pack
         assert size(module)["bytes"] < size(make_model("llama"))["bytes"]
     assert first.up_proj.weight is second.up_proj.weight
+
+
+def test_siblings_of_tied_layers_count_each_input_once(tmp_path: Path) -> None:
+    module = make_model("llama")
+    first, second = (layer.self_attn for layer in module.model.layers)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        getattr(second, name).weight = getattr(first, name).weight
+    rows = [Row(tuple(range(5 + n, 25 + n)), ((7, 8),)) for n in range(4)]
+    given: dict[int, list[torch.Tensor]] = {}
+    seen: dict[int, torch.Tensor] = {}
+
+    class Looking(Quantize):
+        """Notes what each weight is rounded by."""
+
+        def _packed(self, weight: torch.Tensor, moments: torch.Tensor | None) -> packed.Pack:
+            assert moments is not None
+            seen[weight.data_ptr()] = moments.clone()
+            return rounding.pack8(weight, False)
+
+    def look(index: int, layer: nn.Module, moments: dict[str, calibrate.Moments]) -> None:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            weight = layer.get_submodule(f"self_attn.{name}").weight
+            given.setdefault(weight.data_ptr(), []).append(moments[f"self_attn.{name}"].second.clone())
+
+    session = TorchSession(module, make_tokenizer())
+    calibrate.walk(session, rows, look, None)
+    one = System(ModelRef("x", "x"), "x")
+    with _swapping(module) as work, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("whet.compress.moments.rows_of", lambda *_: rows)
+        Looking(activations=False)._pack(one, task(), Run(Store(tmp_path)), session, work)
+    for place, parts in given.items():
+        assert torch.allclose(seen[place], parts[0] + parts[1], rtol=0.05, atol=0.05 * float(parts[0].abs().max()))
+
+
+def test_clustered_weights_are_not_rounded(tmp_path: Path) -> None:
+    base = system(tmp_path / "model", tmp_path / "home")
+    run = Run(Store(tmp_path / "home"))
+    small = make("share", {"groups": 0, "values": 4}).apply(base, task(), run)
+    with pytest.raises(MethodError, match="share a few values"):
+        Quantize().apply(small, task(), run)
 
 
 def test_refusals(tmp_path: Path) -> None:

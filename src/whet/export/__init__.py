@@ -187,6 +187,8 @@ def _write(system: System, target: str, kind: str, work: Path) -> tuple[tuple[Le
     rest = [name for name in packs if name not in packed.layers]
     if rest and not packed.left and kind not in ("q8_0", "q4_0"):
         left += (("packing", f"{len(rest)} layers that whet keeps smaller are written in full, as {kind}"),)
+    if hasattr(module.config.get_text_config(), "kept_layers"):  # of interest to whoever heals it within whet only
+        del module.config.get_text_config().kept_layers
     module = dense(module, torch.float16 if kind == "f16" and target in ("hf", "vllm") else wide)
     context = int(getattr(module.config, "max_position_embeddings", 0) or 2048)
     if target in ("hf", "vllm"):

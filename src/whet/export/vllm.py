@@ -31,6 +31,7 @@ class Packs:
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     kinds: dict[Kind, list[str]] = field(default_factory=dict)
     left: tuple[Left, ...] = ()
+    whole: tuple[str, ...] = ()  # other linear layers: vLLM wants each named
 
     def write(self, folder: Path) -> None:
         """Put the packed layers in place of the dense ones in a model folder, and tell so in its config.json."""
@@ -48,7 +49,7 @@ class Packs:
         formats = {scheme.format for scheme in schemes.values()}
         told = QuantizationConfig(
             config_groups=schemes, format=formats.pop() if len(formats) == 1 else "mixed-precision",
-            quantization_status="compressed", ignore=["lm_head"],
+            quantization_status="compressed", ignore=["lm_head", *self.whole],
         )  # fmt: skip
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config["quantization_config"] = told.model_dump(mode="json")
@@ -72,8 +73,8 @@ def packs(module: Any) -> Packs:
     from torch import nn
 
     from whet.compress.folder import compressed
+    from whet.compress.packed import SIBLINGS
 
-    made, odd = Packs(), 0
     stand = compressed(module)
     found: list[tuple[str, Any]] = [  # not those within another, whose sum with a term of their own is written in full
         (n, m) for n, m in module.named_modules()
@@ -81,18 +82,29 @@ def packs(module: Any) -> Packs:
     ]  # fmt: skip
     if found and find_spec("compressed_tensors") is None:
         return Packs(left=(("packing", "packed layers are written in full: pip install 'whet[vllm]' packs them"),))
+    kinds: dict[str, Kind] = {}
     for name, layer in found:
-        pack, parts = layer.pack, layer.pack.parts()
-        zero = parts["zero"]
+        pack, zero = layer.pack, layer.pack.parts()["zero"]
         exact = zero is None or bool(((zero - zero.round()).abs() <= WHOLE).all())
-        if layer is module.get_output_embeddings() or pack.group not in GROUPS or not exact:
-            odd += 1
-            continue
-        kind = (pack.bits, pack.group, zero is None, pack.activations)
-        made.layers[name] = _packed(kind, parts, module.dtype)
-        made.kinds.setdefault(kind, []).append(name)
+        if layer is not module.get_output_embeddings() and pack.group in GROUPS and exact:
+            kinds[name] = (pack.bits, pack.group, zero is None, pack.activations)
+    for name in list(kinds):  # vLLM multiplies siblings at once: they are packed alike, or not at all
+        owner, _, leaf = name.rpartition(".")
+        together = next((s for s in SIBLINGS if leaf in s), (leaf,))
+        if len({kinds.get(f"{owner}.{one}") for one in together}) > 1:
+            del kinds[name]
+    made = Packs()
+    for name, layer in found:
+        if name in kinds:
+            made.layers[name] = _packed(kinds[name], layer.pack.parts(), module.dtype)
+            made.kinds.setdefault(kinds[name], []).append(name)
+    odd = len(found) - len(kinds)
     why = f"{odd} packed layers are written in full: vLLM reads linear ones with whole zeros, in groups of {GROUPS[1:]}"
-    return Packs(made.layers, made.kinds, (("packing", why),) if odd else ())
+    output = module.get_output_embeddings()
+    linear = [n for n, m in module.named_modules() if m is not output and not isinstance(m, nn.Embedding)
+              and (isinstance(m, nn.Linear) or n in stand)]  # fmt: skip
+    whole = tuple(n for n in linear if n not in kinds and not any(n.startswith(f"{outer}.") for outer in stand))
+    return Packs(made.layers, made.kinds, (("packing", why),) if odd else (), whole)
 
 
 def _packed(kind: Kind, parts: dict[str, Any], dtype: Any) -> dict[str, Any]:

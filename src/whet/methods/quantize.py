@@ -24,6 +24,7 @@ NORMED = {  # what a norm's output is read by, in families whose norm multiplies
 }
 PLAIN_NORM = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 STRENGTH = 0.5  # SmoothQuant's alpha (Xiao et al. 2023)
+HEADER = 128  # bytes of a file that tell of a tensor
 WORTH = 0.9  # of the error may be left after smoothing, or it is not done
 
 
@@ -71,6 +72,7 @@ class Quantize:
         Raises MethodError for a model that is quantized already, whose layers are of an unknown kind, or out of reach.
         """
         from whet.compress.folder import compressed, finished, settle, settled
+        from whet.compress.layers import Codebook
         from whet.compress.packed import GROUPS, PackedLinear
         from whet.engine.torch import TorchSession
         from whet.task import rows_hash
@@ -87,6 +89,12 @@ class Quantize:
             raise MethodError(
                 "the model is quantized already", expected="a model in 16 bits", found="packed layers",
                 do="quantize the System it was made from",
+            )  # fmt: skip
+        odd = next((n for n, m in session.module.named_modules() if isinstance(m, Codebook)), None)
+        if odd:
+            raise MethodError(
+                "the model's weights share a few values, which rounding would part", expected="share without values",
+                found=odd, do="leave share(values=…) out, or quantize without it",
             )  # fmt: skip
         with _swapping(session.module) as work:
             notes = self._pack(system, data, run, session, work)
@@ -105,12 +113,13 @@ class Quantize:
                 work.smooth(layer, moments, uses)
             for name, one in moments.items():
                 linear: Any = layer.get_submodule(name)
-                seen = work.seen.setdefault(id(linear.weight), one)
-                if seen is not one:
-                    seen.second += one.second
+                # Siblings share what is known of their inputs: each counts once for a weight, and stays as it is.
+                seen = work.seen.setdefault(id(linear.weight), {})
+                seen[id(one)] = one
                 uses[id(linear.weight)] -= 1
                 if not uses[id(linear.weight)]:  # a tied weight is rounded once all its inputs are known
-                    work.pack(linear, self._packed(linear.weight.data, seen.second), seen.second, self.bits)
+                    second = sum((m.second for m in list(seen.values())[1:]), next(iter(seen.values())).second)
+                    work.pack(linear, self._packed(linear.weight.data.cpu(), second), second, self.bits)
 
         walk(session, rows, visit, run.progress("quantizing"))
         work.embedding(self, self.embedding or 8)
@@ -155,7 +164,7 @@ class _Work:
     module: Any
     before: list[tuple[Any, str, Any]] = field(default_factory=list)  # (owner, attribute, what stood there)
     scaled: list[tuple[Any, Tensor]] = field(default_factory=list)  # (parameter, its values)
-    seen: dict[int, Moments] = field(default_factory=dict)  # weight → inputs
+    seen: dict[int, dict[int, Moments]] = field(default_factory=dict)  # weight → its inputs, each once
     report: dict[int, dict[str, Any]] = field(default_factory=dict)  # weight → what became of it
     weights: dict[int, Tensor] = field(default_factory=dict)
     packed: dict[int, list[Any]] = field(default_factory=dict)  # weight → the layers over its pack
@@ -187,8 +196,10 @@ class _Work:
         from whet.compress.rounding import output_error
 
         weight = linear.weight
-        places = [n for n, m in self.module.named_modules() if getattr(m, "weight", None) is weight]
-        error = output_error(weight.data, pack, second)
+        # `_parameters`, not `weight`: packed layers would be unpacked to answer.
+        places = [n for n, m in self.module.named_modules() if m._parameters.get("weight") is weight]
+        error = output_error(weight.data.cpu(), pack, second)
+        pack.to(weight.device)
         self.report[id(weight)] = {"layer": places[0], "bits": bits, "error": error}
         self.weights[id(weight)], self.packed[id(weight)] = weight.data, []
         for name in places:
@@ -213,7 +224,7 @@ class _Work:
         from whet.compress.rounding import pack8
 
         one = moments[0]
-        weights = torch.cat([r.weight.data.float() for r in readers])
+        weights = torch.cat([r.weight.data.float().cpu() for r in readers])
         factor = one.most.clamp_min(1e-5) ** STRENGTH / weights.abs().amax(0).clamp_min(1e-5) ** (1 - STRENGTH)
         factor = factor / factor.log().mean().exp()
 
@@ -231,7 +242,8 @@ class _Work:
         shaped = down if source.dim() == 1 else down[:, None]
         source.data = (source.data.float() * shaped).to(source.dtype)
         for reader in readers:
-            reader.weight.data = (reader.weight.data.float() * factor).to(reader.weight.dtype)
+            scaled = reader.weight.data.float() * factor.to(reader.weight.device)
+            reader.weight.data = scaled.to(reader.weight.dtype)
         for each in {id(m): m for m in moments}.values():
             each.second /= torch.outer(factor, factor)
             each.most, each.some = each.most / factor, each.some / factor
@@ -248,14 +260,18 @@ class _Work:
         )
         names = {id(m): n for n, m in self.module.named_modules()}
         packs: dict[int, Pack] = {}
+        if type(lookup) is not nn.Embedding and getattr(head, "weight", None) is lookup.weight:
+            return  # an embedding that does more than look up stays as it is, and so does what is tied to it
         for layer in (lookup, head):
             weight = layer.weight
             if type(layer) not in (nn.Embedding, nn.Linear):
-                continue  # an embedding that does more than look up stays as it is
+                continue
             if id(weight) not in packs:
                 how, columns = ("nearest" if method.rounding == "nearest" else "hqq"), method.columns(weight.shape[1])
-                packs[id(weight)] = (pack8(weight.data, method.activations) if bits == 8
-                                     else pack4(weight.data, columns, how, None, method.zero))  # fmt: skip
+                plain = weight.data.cpu()
+                packs[id(weight)] = (pack8(plain, method.activations) if bits == 8
+                                     else pack4(plain, columns, how, None, method.zero))  # fmt: skip
+                packs[id(weight)].to(weight.device)
             pack, sizes = packs[id(weight)], (weight.shape[1], weight.shape[0])
             current = self.module.get_input_embeddings() if layer is lookup else self.module.get_output_embeddings()
             packed = (PackedEmbedding(pack, (sizes[1], sizes[0]), weight.dtype) if layer is lookup
@@ -274,11 +290,13 @@ class _Work:
         from whet.compress.rounding import pack8
         from whet.compress.structure import size
 
-        room, count = most - size(module)["bytes"], 0
+        names = sum(1 for _ in module.state_dict())
+        room, count = most - size(module)["bytes"] - HEADER * names, 0
         for key, entry in sorted(self.report.items(), key=lambda r: -r[1]["error"]):
             more = self.weights[key].numel() // 2
             if more <= room:
-                pack = pack8(self.weights[key], False)
+                pack = pack8(self.weights[key].cpu(), False)
+                pack.to(self.weights[key].device)
                 for layer in self.packed[key]:
                     layer.pack = pack
                 entry["bits"] = 8
