@@ -179,10 +179,9 @@ class Task:
             wanted = min(SELECT_MOST, max(1, round(SELECT_SHARE * len(can))))
             _, held = cut([train[i] for i in can], wanted, seed=seed, closed=self.closed, near=True)
             select, gone = tuple(train[can[i]] for i in held), {can[i] for i in held}
-            others = tuple(row for i, row in enumerate(train) if i not in {*can})
-            leaking = without(others, select)[1]
-            more += leaking
-            spoiled = {name for name, _ in leaking}
+            scorable = set(can)
+            leaking = without(tuple(row for i, row in enumerate(train) if i not in scorable), select)[1]
+            more, spoiled = more + leaking, {name for name, _ in leaking}
             train = tuple(row for i, row in enumerate(train) if i not in gone and row.id not in spoiled)
             judged, spoilt = without_held(judged, select)
             leaks += () if alone else spoilt
