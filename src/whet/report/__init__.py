@@ -43,7 +43,8 @@ def _confirmed(result: Record, confirm: Record, scale: Scale) -> str:
     if handed:
         return (f"The chosen system was not shown to be better than the base: {scale.title} {scale.score(chosen)} "
                 f"against {scale.score(base)} ({change}) on {sealed}")
-    if difference is None:
+    tried = any(a.kind == "arm" and a.score is not None for a in view.arms(result))
+    if difference is None or not (difference or tried):  # the base was compared with itself
         return f"Nothing was shown to beat the base model, which is handed over: {scale.title} {scale.score(base)}"
     return (f"Nothing was shown to beat the base model, which is handed over ({scale.title} {scale.score(base)}): "
             f"the best candidate differed by {change} on {sealed}")

@@ -214,6 +214,10 @@ def _race(job: _Job) -> None:
     labels = [f" [{b.model.base}]" if several else "" for b in job.bases]
     each = job.rates.price(estimate(job.bases[0], race.select, session, metric=job.metric.name))
     tuned = _training(job)
+    if tuned is not None and race.select and (race.seconds - 2 * each) * job.rates.train < LEAST_TOKENS:
+        why = f"scoring takes {clock(2 * each)} of the search's {clock(race.seconds)}: too little is left to train in"
+        job.skipped.append({"method": tuned.name, "why": why})
+        tuned = None
     # Where training is possible it needs most of the budget; without it the cheap arms may have it.
     most = (0.1 if tuned else 0.5) * race.seconds
     arms, too_dear = cheap_arms(job.wish, job.bases, labels, data, race.select, job.rates, job.run, most)
