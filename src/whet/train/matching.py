@@ -6,8 +6,7 @@ have made of every token (Romero et al. 2015, FitNets; Jiao et al. 2020, TinyBER
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -40,21 +39,15 @@ def partners(student: Any, teacher: Any) -> list[int] | None:
     return [*(n - 1 for n in places[1:]), count - 1]
 
 
-@contextmanager
-def _seen(module: Any, wanted: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Within it, the outputs of these decoder layers, by their number, of the latest pass."""
+def _watch(module: Any, wanted: Iterable[int]) -> tuple[dict[int, Tensor], list[Any]]:
+    """Where the outputs of these decoder layers stand after each pass, by their number; and the hooks that put them."""
     found: dict[int, Tensor] = {}
-    stack = layers(module)
 
     def look(number: int, _: Any, __: Any, out: Any) -> None:
         found[number] = out[0] if isinstance(out, tuple) else out
 
-    hooks = [stack[n].register_forward_hook(partial(look, n)) for n in set(wanted)]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
+    stack = layers(module)
+    return found, [stack[n].register_forward_hook(partial(look, n)) for n in wanted]
 
 
 class Match:
@@ -72,12 +65,7 @@ class Match:
     ) -> None:  # fmt: skip
         self.inner, self.weight, self.live, self.teacher = inner, weight, live, teacher
         self.pairs, self.ids = pairs, ids
-        self.seen: dict[int, Tensor] = {}
-        for number, layer in enumerate(layers(live.module)):
-            layer.register_forward_hook(partial(self._look, number))
-
-    def _look(self, number: int, _: Any, __: Any, out: Any) -> None:
-        self.seen[number] = out[0] if isinstance(out, tuple) else out
+        self.seen, _ = _watch(live.module, range(len(pairs)))
 
     def count(self, rows: Sequence[Row]) -> float:
         """What the sum over these rows is divided by."""
@@ -92,8 +80,13 @@ class Match:
         """Mean over tokens and layers of ‖student - teacher‖² / ‖teacher‖², for the pack the student has just read."""
         module = self.teacher.module
         read = pack if self.ids is None else replace(pack, ids=self.ids[pack.ids])
-        with _seen(module, self.pairs) as theirs, using_tree(module, shared=pack.plan is not None), torch.no_grad():
-            _logits(module, read)
+        theirs, hooks = _watch(module, set(self.pairs))
+        try:
+            with using_tree(module, shared=pack.plan is not None), torch.no_grad():
+                _logits(module, read)
+        finally:
+            for hook in hooks:
+                hook.remove()
         self.live.spent += Spent(prefilled_tokens=pack.tokens)
         total = torch.zeros((), device=pack.ids.device)
         for number, other in enumerate(self.pairs):
