@@ -15,7 +15,17 @@ import pytest
 
 from whet.engine import Sampling
 from whet.engine import remote as module
-from whet.engine.remote import RemoteEngine, Retry, Step, address, by_beginning, by_text, echoed, read_context
+from whet.engine.remote import RemoteEngine, Retry, address
+from whet.engine.replies import (
+    UNANSWERED,
+    Step,
+    by_beginning,
+    by_text,
+    decided,
+    echoed,
+    read_context,
+    without_thought,
+)
 from whet.errors import EngineError, ModelError, RemoteError
 from whet.model import ModelRef, Transform, resolve
 
@@ -173,9 +183,9 @@ def test_raw_text_goes_to_completions_unchanged_and_usage_is_estimated():
         before = s.spent
         made = s.generate(["<s>what is it going"], Sampling(max_tokens=3))[0][0]
         cost = s.spent - before
-    assert (made.text, made.tokens, made.finish) == (" to be that", 4, "length")  # 1.3 tokens a word
+    assert (made.text, made.tokens, made.finish) == (" to be that", 3, "length")  # 4 characters a token
     assert play.asked("/v1/completions")[0]["prompt"] == "<s>what is it going"
-    assert (cost.prefilled_tokens, cost.generated_tokens) == (5, 4)
+    assert (cost.prefilled_tokens, cost.generated_tokens) == (5, 3)
 
 
 def test_control_markers_in_contents_are_broken_up():
@@ -243,6 +253,62 @@ def test_settings_that_newer_models_refuse_are_left_out():
     assert play.asked()[-1]["max_completion_tokens"] == 6
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("<think>\nis it a?\n</think>\n\nb", "b"), ("so it is b</think>b", "b"), ("\n<think>\nis it", ""),
+     ("<think></think>", ""), (" as <think> is", " as <think> is"), ("", "")],
+)  # fmt: skip
+def test_thought_is_no_part_of_an_answer(text, said):
+    assert without_thought(text) == said
+
+
+class Thinker(Play):
+    """A chat server whose model thinks 100 tokens before it answers; `way` is how it says that it got no further."""
+
+    def __init__(self, way, text="Positive."):
+        super().__init__()
+        self.way, self.text = way, text
+
+    def answer(self, path, payload, nth):
+        if path != "/v1/chat/completions" or payload.get("logprobs"):
+            return super().answer(path, payload, nth)
+        if payload["max_tokens"] > 100 and not (self.way == "block" and "stop" in payload):
+            thought = "<think>Is it?\n\nIt is.</think>\n\n" if self.way == "block" else ""
+            return 200, self.chat(payload, thought + self.text), {}
+        if self.way == "refusal":
+            return 400, {"error": {"message": "max_tokens or model output limit was reached", "code": None}}, {}
+        text = "<think>Is it?" if self.way == "block" else ""
+        return 200, self.chat(payload, text, finish_reason="stop" if "stop" in payload else "length"), {}
+
+
+@pytest.mark.parametrize("way", ["empty", "block", "refusal"])
+def test_models_that_think_get_room_for_it(way):
+    play = Thinker(way)
+    with session(play) as s:
+        assert s.generate([USER], Sampling(max_tokens=5))[0][0].text == "Positive."
+        row = s.score([USER], [["negative", "positive"]])[0]
+    assert [p["max_tokens"] for p in play.asked()] == [5, 4101, 24, 4120] and row[1].logprob == -0.05 > row[0].logprob
+
+
+def test_a_stop_string_does_not_end_a_thought():
+    with session(Thinker("block", "Positive.\n\nIndeed.")) as s:
+        made = s.generate([USER], Sampling(max_tokens=5, stop=("\n\n",)))[0][0]
+    assert (made.text, made.finish) == ("Positive.", "stop")
+
+
+def test_room_for_thought_stays_within_the_context():
+    class Small(Thinker):
+        def answer(self, path, payload, nth):
+            listed = {"data": [{"id": "m", "max_model_len": 50}]}
+            return (200, listed, {}) if path == "/v1/models" else super().answer(path, payload, nth)
+
+    play = Small("empty")
+    with session(play) as s:
+        made = s.generate([USER], Sampling(max_tokens=5))[0][0]
+    assert (made.text, made.finish) == ("", "length")
+    assert [p["max_tokens"] for p in play.asked()] == [5, 43]  # 7 are the prompt's
+
+
 # --- trouble ----------------------------------------------------------------------------------------------------------
 
 
@@ -265,7 +331,7 @@ def gaps(play):
     return [b - a for a, b in zip(at, at[1:], strict=False)]
 
 
-@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504, 524, 529])
 def test_passing_trouble_is_waited_out(status):
     play = Troubled((status, {"error": "busy"}, {}), times=2)
     with session(play) as s:
@@ -384,6 +450,56 @@ def test_a_failure_ends_the_other_requests():
         assert len(s.generate([USER] * 3, Sampling())) == 3  # and the session is still good
 
 
+class Picky(Play):
+    """A server that refuses prompts with "bad" in them."""
+
+    status = 400
+
+    def answer(self, path, payload, nth):
+        if "bad" in json.dumps(payload):
+            return self.status, {"error": {"message": "no", "code": "content_filter"}}, {}
+        return super().answer(path, payload, nth)
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_prompt_that_is_refused_leaves_the_others_their_answers(status):
+    play, seen = Picky(), []
+    play.status = status
+    with session(play) as s:
+        bad = (("user", "bad"),)
+        made = s.generate([USER, bad, USER], Sampling(n=2), lambda done, of: seen.append((done, of)))
+        assert [[g.text for g in row] for row in made] == [["c b a"] * 2, ["", ""], ["c b a"] * 2]
+        rows = s.score([USER, bad], [["c", "x"]] * 2)
+        assert [r.logprob for r in rows[1]] == [UNANSWERED] * 2 and rows[0][0].logprob == -0.05
+        assert seen == [(1, 3), (2, 3), (3, 3)]
+        with pytest.raises(RemoteError, match=f"status {status}.*content_filter"):
+            s.generate([bad, USER, bad], Sampling())
+        before = len(play.seen)
+        with pytest.raises(RemoteError, match="content_filter"):
+            s.generate([bad] * 300, Sampling())
+        assert len(play.seen) - before < 150  # a broken set-up is noticed before all is sent
+
+
+def test_a_text_that_is_refused_is_no_likelihood():
+    class PickyEcho(Echo):
+        def answer(self, path, payload, nth):
+            if "bad" in str(payload.get("prompt")):
+                return 400, {"error": "no"}, {}
+            return super().answer(path, payload, nth)
+
+    with session(PickyEcho()) as s:
+        assert [r[0].logprob for r in s.score(["", ""], [["a bad text"], ["a text"]])] == [-math.inf, -5.0]
+
+
+@pytest.mark.parametrize("said", [
+    {"error": {"code": "context_length_exceeded"}}, {"message": "This model's maximum context length is 4096 tokens."},
+    {"error": {"type": "exceed_context_size_error"}}, {"error": "Input tokens exceed the configured limit"},
+])  # fmt: skip
+def test_where_a_prompt_is_too_long_the_limit_is_named(said):
+    with session(Troubled((400, said, {}))) as s, pytest.raises(RemoteError, match="--max-model-len.*fewer demonst"):
+        s.generate([USER], Sampling())
+
+
 # --- addresses and keys -----------------------------------------------------------------------------------------------
 
 
@@ -467,6 +583,7 @@ def test_count_is_an_estimate_and_too_long_is_refused_before_sending():
     play = Play()
     with session(play) as s:
         assert s.count(["x" * 9, (("system", "x" * 8), ("user", "x")), ()]) == [3, 11, 0]
+        assert s.count(["가" * 3200, (("user", "ab cd 你好"),)]) == [3200, 8]
         for call in (lambda: s.generate(["x" * 4 * 8190], Sampling(max_tokens=3)),
                      lambda: s.score(["x" * 4 * 8193], [["a", "b"]])):  # fmt: skip
             with pytest.raises(EngineError, match="at most 8192 tokens, found about 8193"):
@@ -527,8 +644,9 @@ def test_labels_that_begin_alike_are_told_apart_further_on():
 
 
 def step(*row, token=None):
-    logs = tuple((t, math.log(p)) for t, p in row)
-    return Step(token or row[0][0], dict(logs)[token or row[0][0]], logs)
+    logs = tuple((t.encode(), math.log(p)) for t, p in row)
+    taken = token.encode() if token else logs[0][0]
+    return Step(taken, dict(logs)[taken], logs)
 
 
 def test_scores_of_beginnings_by_hand():
@@ -553,8 +671,67 @@ def test_scores_of_beginnings_by_hand():
     # No token at all: nothing is known.
     assert probabilities([], ["a", "b"]) == [0.5, 0.5]
     # The token taken is not listed, as with some servers.
-    bare = Step("a", math.log(0.7), (("b", math.log(0.2)),))
+    bare = Step(b"a", math.log(0.7), ((b"b", math.log(0.2)),))
     assert probabilities([bare], ["a", "b"]) == [0.7, 0.2]
+
+
+def test_parts_of_characters_are_told_apart_by_their_bytes():
+    spelt = [((b"\xeb\xb6", 0.7), (b"\xea\xb8\x8d", 0.2)), ((b"\x88", 0.6), (b"\x80\xec", 0.4))]
+
+    class Escaping(Logprobs):
+        def answer(self, path, payload, nth):
+            status, reply, headers = super().answer(path, payload, nth)
+            if status == 200:
+                for item in reply["choices"][0]["logprobs"]["content"]:
+                    for one in (item, *item["top_logprobs"]):
+                        raw = one["token"].encode("latin-1")
+                        one |= {"token": "".join(f"\\x{b:02x}" for b in raw), "bytes": list(raw)}
+            return status, reply, headers
+
+    table = [[(t.decode("latin-1"), p) for t, p in row] for row in spelt]
+    play = Escaping([*table, [("\xeb", 0.9)]])
+    with session(play) as s:
+        row = s.score([USER], [["부정", "긍정", "불만"]])[0]
+    assert chances(row) == [0.7 * 0.4, 0.2, 0.7 * 0.6] and play.asked()[0]["max_tokens"] == 3
+
+
+def test_what_says_nothing_of_the_labels_is_answered_in_words():
+    class Thinking(Logprobs):
+        def answer(self, path, payload, nth):
+            if path == "/v1/chat/completions" and not payload.get("logprobs"):
+                return 200, self.chat(payload, "<think>It reads well.</think>Positive"), {}
+            return super().answer(path, payload, nth)
+
+    # The labels are not listed, or hardly, or alike.
+    for row in ([("<think>", 0.99)], [("<think>", 0.99), ("neg", 5e-4), ("pos", 1e-4)], [("pos", 0.4), ("neg", 0.4)]):
+        play = Thinking([row])
+        with session(play) as s:
+            assert s.protocol["scoring"] == "logprobs"
+            values = [r.logprob for r in s.score([USER], [["negative", "positive"]])[0]]
+        assert values[1] == -0.05 and values[0] <= -1 and len(play.asked()) == 2
+
+
+def test_whether_beginnings_decide_by_hand():
+    def of(*chances):
+        return decided([math.log(p) for p in chances])
+
+    assert of(0.5, 0.4) and of(1e-3) and not of(0.4, 0.1, 0.4) and not of(5e-4, 4e-4)
+
+
+def test_choices_without_an_answer_have_none():
+    class Silent(Play):
+        def chat(self, payload, text=None, **more):
+            said = payload["messages"][-1]["content"]
+            return super().chat(payload, "" if said == "quiet" else said)
+
+    with session(Silent()) as s:
+        quiet, odd = (("user", "quiet"),), (("user", "??"),)
+        before = s.spent
+        rows = s.score([USER, quiet, odd], [["b", "x"]] * 3)
+        assert [[r.logprob for r in row] for row in rows[1:]] == [[UNANSWERED] * 2] * 2  # never the first label
+        assert rows[0][0].logprob == -0.05 and (s.spent - before).prefilled_tokens == 21
+        with pytest.raises(RemoteError, match="does not answer.*thinks less than 4096 tokens"):
+            s.score([quiet, USER, quiet], [["b", "x"]] * 3)
 
 
 @pytest.mark.parametrize("ignored", [None, {"content": []}, {"content": None}, "absent"])
@@ -584,6 +761,10 @@ def test_which_continuation_an_answer_means(answer, best):
     values = by_text(answer, texts)
     assert texts[max(range(3), key=lambda i: values[i])] == best and max(values) == -0.05
     assert sorted(values)[1] <= -1
+
+
+def test_an_answer_that_has_nothing_in_common_means_none():
+    assert by_text("Positive", ["긍정", "부정"]) == by_text(" . ", ["a", "b"]) == [UNANSWERED] * 2
 
 
 def test_the_others_rank_by_distance():
@@ -643,7 +824,7 @@ def test_raw_text_is_scored_by_echo(start, usage):
 
 def test_echo_by_hand():
     def of(*pairs):
-        return [Step(t, p) for t, p in pairs]
+        return [Step(t.encode(), p) for t, p in pairs]
 
     # Tokens that straddle the border count; a continuation seen earlier in the prompt does not matter.
     score = echoed(of(("a b", None), (" c a", -1.0), (" b", -2.0), ("!", -9.0)), "a b", 1)

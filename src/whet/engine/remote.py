@@ -6,7 +6,6 @@ proxy.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -25,6 +24,20 @@ from typing import Any, TypeVar
 import httpx
 
 from whet.engine import ByScores, Generation, Progress, Prompt, Sampling, Score, Session, Spent
+from whet.engine.replies import (
+    CONTEXT,
+    UNANSWERED,
+    Choice,
+    Reply,
+    by_beginning,
+    by_text,
+    decided,
+    echoed,
+    read_context,
+    read_reply,
+    shared_beginning,
+    tokens,
+)
 from whet.errors import EngineError, ModelError, RemoteError
 from whet.model import ModelRef
 from whet.prompt import escape
@@ -33,12 +46,15 @@ T = TypeVar("T")
 Item = TypeVar("Item")
 
 HOME = "https://api.openai.com/v1"
-CONTEXT = 8192  # where a server does not say
-RETRIED = frozenset({429, 500, 502, 503, 504})
+# The last four are those of servers in between (Cloudflare), and of models with too much to do.
+RETRIED = frozenset({408, 429, 500, 502, 503, 504, 520, 522, 524, 529})
+# What may be said of a single prompt, for what it holds or for its length.
+PARTICULAR = frozenset({400, 413, 422})
 # What a server says to a request it has no support for: llama.cpp answers 500, others 4xx.
 UNSUPPORTED = frozenset({400, 404, 405, 422, 500, 501})
 OPTIONAL = ("max_tokens", "temperature", "top_p", "seed", "stop", "n")  # what newer models may refuse to be told
 MOST_BYTES = 64 * 2**20
+THOUGHT = 4096  # tokens that a model may think before it answers, where the limit of its answer does not let it
 PROBE = "one two three four five"
 GARBAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError)
 CHECK = "check that this is the URL of an OpenAI-compatible server; it often ends with /v1"
@@ -61,9 +77,22 @@ class Retry:
 class Refusal(RemoteError):
     """A status other than 200, kept with its body so that a caller may look into it."""
 
+    spent = Spent()
+
     def __init__(self, status: int, body: bytes, problem: str, *, expected: str, found: str, do: str) -> None:
         super().__init__(problem, expected=expected, found=found, do=do)
         self.status, self.body = status, body
+
+
+class Unanswered(RemoteError):
+    """A choice that got an empty answer, and what asking has cost."""
+
+    def __init__(self, spent: Spent) -> None:
+        super().__init__(
+            "the model does not answer", expected="a choice", found="an empty answer",
+            do=f"take a model that thinks less than {THOUGHT} tokens, or serve it with thinking switched off",
+        )  # fmt: skip
+        self.spent = spent
 
 
 class _Again(Exception):
@@ -72,218 +101,6 @@ class _Again(Exception):
     def __init__(self, found: str, do: str, wait: float = 0.0, status: int = 0, body: bytes = b"") -> None:
         super().__init__(found)
         self.found, self.do, self.wait, self.status, self.body = found, do, wait, status, body
-
-
-# --- what servers say -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Step:
-    """One token with its log-probability (None: unknown) and the likeliest tokens at its place."""
-
-    token: str
-    logprob: float | None
-    alternatives: tuple[tuple[str, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One answer of a server."""
-
-    text: str
-    ended: bool
-    steps: tuple[Step, ...] = ()
-
-
-@dataclass(frozen=True)
-class Reply:
-    """All answers to one request, and its usage where the server states it."""
-
-    choices: tuple[Choice, ...]
-    prompt_tokens: int | None
-    completion_tokens: int | None
-
-
-def _number(value: Any) -> float:
-    number = float(value)
-    if math.isnan(number):
-        raise ValueError("not a number")
-    return min(number, 0.0)
-
-
-def _steps(logprobs: Any) -> tuple[Step, ...]:
-    """Steps out of either spelling: that of chats (a list `content`) or that of completions (parallel lists)."""
-    if not logprobs:
-        return ()
-    if logprobs.get("content") is not None:
-        return tuple(
-            Step(
-                str(item["token"]), _number(item["logprob"]),
-                tuple((str(top["token"]), _number(top["logprob"])) for top in item.get("top_logprobs") or ()),
-            )
-            for item in logprobs["content"]
-        )  # fmt: skip
-    tokens = logprobs.get("tokens") or []
-    own = logprobs.get("token_logprobs") or [None] * len(tokens)
-    tops = logprobs.get("top_logprobs") or [None] * len(tokens)
-    return tuple(
-        Step(str(t), None if p is None else _number(p), tuple((str(k), _number(v)) for k, v in (top or {}).items()))
-        for t, p, top in zip(tokens, own, tops, strict=True)
-    )
-
-
-def read_reply(body: Any) -> Reply:
-    """A Reply out of parsed JSON; a KeyError, TypeError, ValueError … says that it is none."""
-    choices = []
-    for item in body["choices"]:
-        text = item["message"]["content"] if "message" in item else item["text"]
-        if text is not None and not isinstance(text, str):
-            raise TypeError("text expected")
-        choices.append(Choice(text or "", item.get("finish_reason") != "length", _steps(item.get("logprobs"))))
-    if not choices:
-        raise ValueError("no choices")
-    usage = body.get("usage") or {}
-    counts = [None if usage.get(k) is None else int(usage[k]) for k in ("prompt_tokens", "completion_tokens")]
-    return Reply(tuple(choices), *counts)
-
-
-def read_context(body: Any, name: str) -> int:
-    """The context window that a list of models states for `name` (vLLM, OpenRouter, llama.cpp …), else 8192."""
-    models = body.get("data") if isinstance(body, dict) else body
-    entries = [m for m in models if isinstance(m, dict)] if isinstance(models, list) else []
-    for entry in [m for m in entries if m.get("id") == name] or entries[: len(entries) == 1]:
-        meta = entry.get("meta")
-        for value in (
-            entry.get("max_model_len"), entry.get("context_length"), meta.get("n_ctx") if isinstance(meta, dict) else 0
-        ):  # fmt: skip
-            if isinstance(value, int) and value > 0:
-                return value
-    return CONTEXT
-
-
-def estimate(text: str) -> int:
-    """Tokens of a text where the server does not count them: 1.3 for each word."""
-    return round(1.3 * len(text.split()))
-
-
-# --- a closed set, scored with what servers give ----------------------------------------------------------------------
-
-
-def shared_beginning(continuations: Sequence[str]) -> int:
-    """Characters of the longest beginning that two of the continuations share."""
-    texts = sorted({c.strip().casefold() for c in continuations})
-    return max((len(os.path.commonprefix([a, b])) for a, b in zip(texts, texts[1:], strict=False)), default=0)
-
-
-def by_beginning(steps: Sequence[Step], continuations: Sequence[str], ended: bool = True) -> list[float]:
-    """Log-probability of the shortest beginning that tells each continuation from the others.
-
-    `steps` are the tokens of a greedy answer with the likeliest tokens at each place. At a place, the probability of a
-    listed token goes to the continuations that go on with it (leading space and case do not matter), in equal parts;
-    if it is the token that was taken and several go on with it, the next place decides between them. A continuation
-    that no listed token begins gets an equal part of the probability left outside the list, at most that of the
-    least likely listed token. `ended`: the answer stopped of itself after the last step.
-    """
-    rest = [c.strip().casefold() for c in continuations]  # what each still has to say
-    mass, alive, path, begun = [0.0] * len(rest), list(range(len(rest))), 1.0, False
-    for place, step in enumerate(steps):
-        last, chances, reached = place == len(steps) - 1, _chances(step), set[int]()
-        onward, onward_text, onward_chance = list[int](), "", 0.0
-        for token, chance in chances:
-            text = token.casefold() if begun else token.casefold().lstrip()
-            taken = token == step.token
-            hits = [i for i in alive if text and rest[i].startswith(text)]
-            if taken and not text and not begun:
-                hits = alive  # white space before the answer decides nothing
-            elif taken and last and ended:
-                hits = [i for i in hits if rest[i] == text] or hits
-            reached.update(hits)
-            if taken and not last and (len(hits) > 1 or not text):
-                onward, onward_text, onward_chance = hits, text, onward_chance + chance
-                continue
-            for i in hits:
-                mass[i] += path * chance / len(hits)
-        _share_left(mass, [i for i in alive if i not in reached], {i: rest[i] for i in alive}, chances, path)
-        for i in onward:
-            rest[i] = rest[i][len(onward_text) :]
-        alive, path, begun = onward, path * onward_chance, begun or bool(onward_text)
-        if not alive:
-            break
-    if not steps:
-        mass = [1 / max(1, len(rest))] * len(rest)
-    return [math.log(max(m, 1e-30)) for m in mass]
-
-
-def _chances(step: Step) -> list[tuple[str, float]]:
-    """Probabilities of the listed tokens and of the one taken, which some servers do not list."""
-    listed = list(step.alternatives)
-    if step.logprob is not None and all(token != step.token for token, _ in listed):
-        listed.append((step.token, step.logprob))
-    return [(token, math.exp(logprob)) for token, logprob in listed]
-
-
-def _share_left(
-    mass: list[float], missed: Sequence[int], rest: dict[int, str], chances: Sequence[tuple[str, float]], path: float
-) -> None:
-    """Give continuations that no listed token goes on with their part of what is left, in place."""
-    left = max(0.0, 1 - sum(chance for _, chance in chances))
-    least = min((chance for _, chance in chances), default=1.0)
-    # Continuations said to their end get what goes on with no other one.
-    done = [i for i in missed if not rest[i]]
-    others = sum(c for t, c in chances if any(r and t and r.startswith(t.casefold()) for r in rest.values()))
-    for i in missed:
-        part = max(0.0, 1 - others) / len(done) if i in done else min(left / len(missed), least)
-        mass[i] += path * part
-
-
-def by_text(answer: str, continuations: Sequence[str]) -> list[float]:
-    """Stand-ins for log-probabilities where a server gives none: the continuation that the answer means gets -0.05.
-
-    That is the one equal to the answer, else the one found in it as whole words (the first; of two there the longer),
-    else the nearest by difflib. The others get -(1 + 9·distance), distance being 1 - difflib's ratio.
-    """
-    said = answer.strip().strip(".!\"'`*").casefold()
-    texts = [c.strip().casefold() for c in continuations]
-    distances = [1 - difflib.SequenceMatcher(None, text, said, autojunk=False).ratio() for text in texts]
-
-    def rank(i: int) -> tuple[int, float, int]:
-        found = re.search(rf"(?<!\w){re.escape(texts[i])}(?!\w)", said) if texts[i] else None
-        if texts[i] == said:
-            return (0, 0.0, i)
-        return (1, found.start() - len(texts[i]) / (len(said) + 1), i) if found else (2, distances[i], i)
-
-    best = min(range(len(texts)), key=rank, default=-1)
-    return [-0.05 if i == best else -(1 + 9 * distance) for i, distance in enumerate(distances)]
-
-
-def echoed(steps: Sequence[Step], continuation: str, generated: int) -> Score:
-    """Score of a continuation out of the echoed tokens of prompt and continuation and `generated` further ones.
-
-    Counted from the end, so that a beginning-of-text token does not matter; a token that straddles the border counts
-    as the continuation's. The first token of a text has no log-probability and is left out.
-    """
-    end = max(0, len(steps) - generated)
-    start = _found(steps[:end], continuation)
-    if start is None:  # some tokenizers drop the space before a word
-        start = _found(steps[:end], continuation.strip())
-    if start is None:  # tokens that are parts of characters cannot be read back: go by length
-        start, length = end, 0
-        while start > 0 and length < len(continuation):
-            start -= 1
-            length += len(steps[start].token)
-    values = [s.logprob for s in steps[start:end] if s.logprob is not None]
-    return Score(math.fsum(values), len(values))
-
-
-def _found(steps: Sequence[Step], text: str) -> int | None:
-    """Where the shortest run of last tokens that holds a text begins; None where a little more does not hold it."""
-    start, tail = len(steps), ""
-    while len(tail) < len(text) or text not in tail:
-        if start == 0 or len(tail) > len(text) + 32:
-            return None
-        start -= 1
-        tail = steps[start].token + tail
-    return start
 
 
 # --- the connection ---------------------------------------------------------------------------------------------------
@@ -335,6 +152,7 @@ _ADVICE = {
     404: "check the model's name, and the URL: it often ends with /v1",
     429: "wait, or ask the server's owner for a higher limit",
 }
+TOO_LONG = re.compile(rb"context.(length|size|window)|tokens exceed")
 
 
 class Server:
@@ -394,6 +212,9 @@ class Server:
             except GARBAGE as error:
                 raise _Again(found, CHECK) from error
         advice = _ADVICE.get(status, "see the server's log" if status >= 500 else CHECK)
+        if TOO_LONG.search(body):
+            advice = ("raise the server's limit (vLLM: --max-model-len, llama.cpp: -c, Ollama: OLLAMA_CONTEXT_LENGTH), "
+                      "or show fewer demonstrations or passages")  # fmt: skip
         if status in retried:
             raise _Again(found, advice, _wait_wished(answer), status, body)
         raise Refusal(
@@ -520,11 +341,8 @@ class RemoteSession(ByScores):
     # --- requests -----------------------------------------------------------------------------------------------------
 
     def count(self, prompts: Sequence[Prompt]) -> list[int]:
-        """An estimate, for the server's tokenizer is not at hand: a token per 4 characters, and 4 for each message."""
-        return [
-            math.ceil(len(p) / 4) if isinstance(p, str) else sum(math.ceil(len(text) / 4) + 4 for _, text in p)
-            for p in prompts
-        ]
+        """An estimate by `tokens`, for the server's tokenizer is not at hand, and 4 more for each message."""
+        return [tokens(p) if isinstance(p, str) else sum(tokens(text) + 4 for _, text in p) for p in prompts]
 
     def _fits(self, longest: int) -> None:
         if longest > self.context:
@@ -558,25 +376,60 @@ class RemoteSession(ByScores):
                     raise
                 self._dropped |= {refused}
                 self.protocol["dropped"] = ", ".join(sorted(self._dropped))
-        said = sum(estimate(c.text) for c in reply.choices)
-        asked = estimate(prompt if isinstance(prompt, str) else " ".join(text for _, text in prompt))
+        said = sum(tokens(c.text) for c in reply.choices)
+        asked = tokens(prompt if isinstance(prompt, str) else " ".join(text for _, text in prompt))
         return reply, Spent(
             prefilled_tokens=asked if reply.prompt_tokens is None else reply.prompt_tokens,
             generated_tokens=said if reply.completion_tokens is None else reply.completion_tokens,
         )
 
+    def _answered(self, prompt: Prompt, settings: dict[str, Any]) -> tuple[Reply, Spent]:
+        """One request, asked again with room for thought where the limit was reached before an answer began."""
+        try:
+            reply, spent = self._request(prompt, settings)
+        except Refusal as error:
+            if b"output limit was reached" not in error.body:  # OpenAI's other way to say so
+                raise
+            reply, spent = Reply((Choice("", False),), None, None), Spent()
+        limit = settings["max_tokens"]
+        room = min(limit + THOUGHT, self.context - (reply.prompt_tokens or self.count([prompt])[0]))
+        if room <= limit or all(c.text or c.ended for c in reply.choices):
+            return reply, spent
+        # A stop string must not end the thought; answers are cut at theirs by the caller.
+        wish = {k: v for k, v in settings.items() if k != "stop"}
+        reply, more = self._request(prompt, wish | {"max_tokens": room})
+        return reply, spent + more
+
     def _map(
-        self, work: Callable[[Item], tuple[T, Spent]], items: Sequence[Item], progress: Progress | None
+        self,
+        work: Callable[[Item], tuple[T, Spent]],
+        items: Sequence[Item],
+        unanswered: Callable[[Item], T],
+        progress: Progress | None,
     ) -> list[T]:
-        """Results of work on each item, in order, `concurrency` at a time; the first failure ends all and is raised."""
-        begun, results = time.monotonic(), dict[int, T]()
+        """Results of work on each item, in order, `concurrency` at a time; the first failure ends all and is raised.
+
+        What a server refuses of single prompts, or a model does not answer, is `unanswered` instead, unless that
+        happens to more of them than not: then it is no matter of the prompts.
+        """
+        begun, results, failed = time.monotonic(), dict[int, T](), list[Refusal | Unanswered]()
         self.server.halt.clear()
         pool = ThreadPoolExecutor(self.concurrency)
         try:
             places = {pool.submit(work, item): n for n, item in enumerate(items)}
             for future in as_completed(places):
-                results[places[future]], spent = future.result()
+                place = places[future]
+                try:
+                    results[place], spent = future.result()
+                except (Refusal, Unanswered) as error:
+                    if isinstance(error, Refusal) and error.status not in PARTICULAR:
+                        raise
+                    failed.append(error)
+                    results[place], spent = unanswered(items[place]), error.spent
                 self.spent += spent
+                telling = len(failed) > self.concurrency or len(results) == len(items)
+                if telling and 2 * len(failed) > len(results):
+                    raise failed[0]
                 if progress:
                     progress(len(results), len(items))
         except BaseException:
@@ -594,10 +447,13 @@ class RemoteSession(ByScores):
     ) -> list[tuple[Generation, ...]]:
         """`sampling.n` answers per prompt; at temperature 0 one is asked for and repeated.
 
-        Raises EngineError for a prompt that (by estimate) leaves no room for the answer, RemoteError on failure.
+        What a model thinks before it answers is no part of the answer. A prompt that the server refuses has empty
+        answers. Raises EngineError for a prompt that (by estimate) leaves no room for the answer, RemoteError on
+        failure, also where most prompts are refused.
         """
         self._fits(max(self.count(prompts), default=0) + sampling.max_tokens)
-        return self._map(lambda prompt: self._answers(prompt, sampling), prompts, progress)
+        none = (Generation("", 0, "stop"),) * sampling.n
+        return self._map(lambda prompt: self._answers(prompt, sampling), prompts, lambda _: none, progress)
 
     def _answers(self, prompt: Prompt, sampling: Sampling) -> tuple[tuple[Generation, ...], Spent]:
         wanted = sampling.n if sampling.temperature > 0 else min(1, sampling.n)
@@ -609,7 +465,7 @@ class RemoteSession(ByScores):
         while len(made) < wanted:  # servers may give fewer than n
             more = {"n": wanted - len(made)} if wanted - len(made) > 1 else {}
             more |= {"seed": sampling.seed + len(made)} if sampling.temperature > 0 else {}
-            reply, cost = self._request(prompt, settings | more)
+            reply, cost = self._answered(prompt, settings | more)
             spent += cost
             each = cost.generated_tokens // len(reply.choices)
             made += [_finish(c, sampling.stop, each) for c in reply.choices[: wanted - len(made)]]
@@ -627,8 +483,11 @@ class RemoteSession(ByScores):
     ) -> list[tuple[Score, ...]]:
         """Log-probability of each continuation behind its prompt, as `protocol["scoring"]` says; `end` is ignored.
 
-        Raises EngineError for a prompt (by estimate) longer than the context window, and for single continuations
-        where the server gives no log-probabilities of whole texts: only choices between several can be scored there.
+        Where the first tokens do not decide between several, the answer is generated and compared. Where it has nothing
+        in common with any, or the server refuses the prompt, each has the score UNANSWERED (a single continuation,
+        which is no choice, -inf). Raises RemoteError where most prompts are refused or get an empty answer, EngineError
+        for a prompt (by estimate) longer than the context window, and for single continuations where the server gives
+        no log-probabilities of whole texts: only choices between several can be scored there.
         """
         ways = [self.protocol["scoring_raw" if isinstance(p, str) else "scoring"] for p in prompts]
         alone = bool(ways) and all(len(c) == 1 for c in continuations)
@@ -637,27 +496,33 @@ class RemoteSession(ByScores):
                 f"{self.server.url} gives no log-probabilities of whole texts",
                 expected="several continuations to choose between", found="one", do="score this with a local model",
             )  # fmt: skip
-        lengths = [n + max((len(c) // 4 for c in texts), default=0) if way == "echo" else n
+        lengths = [n + max(map(tokens, texts), default=0) if way == "echo" else n
                    for n, texts, way in zip(self.count(prompts), continuations, ways, strict=True)]  # fmt: skip
         self._fits(max(lengths, default=0))
         jobs = list(zip(prompts, continuations, ways, strict=True))
-        return self._map(lambda job: self._scores(*job), jobs, progress)
+        none = Score(-math.inf if alone else UNANSWERED, 1)
+        return self._map(lambda job: self._scores(*job), jobs, lambda job: (none,) * len(job[1]), progress)
 
     def _scores(self, prompt: Prompt, texts: Sequence[str], way: str) -> tuple[tuple[Score, ...], Spent]:
         if way == "echo" and isinstance(prompt, str):
             return self._echo(prompt, texts)
-        longest = max(map(len, texts), default=0)
+        spent = Spent()
         if way == "logprobs":
             chat = {"logprobs": True, "top_logprobs": self._alternatives}
             many = {"logprobs": 5} if isinstance(prompt, str) else chat
-            # A token may be a single character, but hardly all are: half is plenty to tell the continuations apart.
+            # A token may be a single byte, but hardly all are: half is plenty to tell the continuations apart.
             limit = min(32, shared_beginning(texts) // 2 + 2)
             reply, spent = self._request(prompt, {"max_tokens": limit, "temperature": 0.0, **many})
             first = reply.choices[0]
             values = by_beginning(first.steps, texts, first.ended)
-        else:
-            reply, spent = self._request(prompt, {"max_tokens": max(24, longest // 3 + 16), "temperature": 0.0})
-            values = by_text(reply.choices[0].text, texts)
+            if decided(values):
+                return tuple(Score(v, 1) for v in values), spent
+        limit = max(24, 4 * max(map(tokens, texts), default=0) // 3 + 16)
+        reply, cost = self._answered(prompt, {"max_tokens": limit, "temperature": 0.0})
+        spent += cost
+        if not reply.choices[0].text.strip():
+            raise Unanswered(spent)
+        values = by_text(reply.choices[0].text, texts)
         return tuple(Score(v, 1) for v in values), spent
 
     def _echo(self, prompt: str, texts: Sequence[str]) -> tuple[tuple[Score, ...], Spent]:
