@@ -138,6 +138,9 @@ def test_bm25_equals_its_formula():
     queries = ["cat", "the the cat", "bird dog unknown", "서울 수도", ""]
     assert bm25(documents, queries) == pytest.approx(np.array([by_hand(q, documents) for q in queries]))
     assert bm25(["..", ""], ["cat"]).tolist() == [[0, 0]]
+    with pytest.MonkeyPatch.context() as small:  # in blocks of one query
+        small.setattr("whet.baselines.CELLS", len(documents))
+        assert bm25(documents, queries) == pytest.approx(np.array([by_hand(q, documents) for q in queries]))
 
 
 def test_many_rows_of_many_classes_are_quick():

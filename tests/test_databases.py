@@ -76,6 +76,35 @@ def test_a_database_answers_as_the_index_does(url: str, data: Learnable, home: P
     assert source.rank(question, home, 2)[0][0] == "toaster"
 
 
+def test_a_crash_leaves_nothing_twice(url: str, data: Learnable, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(databases, "BLOCK", 1)
+    base = System(resolve("fake:hash"), "Answer.", home=home)
+
+    def store() -> Any:
+        return Rag(k=9, store=url).apply(base, data, Run(Store(home))).sources[0]
+
+    with monkeypatch.context() as spoilt:
+        count, whole = iter(range(9)), embed.Embedder.__call__
+        spoilt.setattr(embed.Embedder, "__call__", lambda me, texts: whole(me, texts) if next(count) < 2 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            store()
+    assert len(store().find(["descale the kettle"], home)[0]) == 3
+    longer = Document("kettle", "kettle", "\n".join(f"# {n}\nStep {n}." for n in range(3)), "new")
+    store().change(home, [longer])
+    found = store().find(["descale\0 the kettle"], home)[0]
+    assert sorted(f.passage.text for f in found if f.passage.document == "kettle") == ["Step 0.", "Step 1.", "Step 2."]
+
+
+def test_a_lost_connection_is_made_anew(url: str, data: Learnable, home: Path) -> None:
+    if url.startswith("qdrant"):
+        pytest.skip("its store on disk has no connection")
+    made = Rag(k=1, store=url).apply(System(resolve("fake:hash"), home=home), data, Run(Store(home)))
+    made.sources[0].corpus(home)._connection.close()
+    with pytest.raises(MethodError, match="cannot be used"):
+        made.found(["descale"])
+    assert made.found(["descale"])[0][0].passage.document == "kettle"
+
+
 def test_a_store_that_cannot_be_used_is_named(home: Path) -> None:
     made = "0" * 64
     for url, said in [

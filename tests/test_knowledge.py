@@ -47,6 +47,10 @@ def load(source: Path | str, home: Path, trust: bool = False) -> tuple[Facts, li
     return triples.load(Learnable("toy", "", "exact_match", knowledge=source, trusted=trust, folder=home), home)
 
 
+def told(facts: Facts) -> set[tuple[str, ...]]:
+    return {tuple(facts.named(part)[0] for part in one) for one in facts.triples}
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Learnable:
     (tmp_path / "knowledge.tsv").write_text("".join("\t".join(row) + "\n" for row in ROWS))
@@ -62,7 +66,7 @@ TURTLE = """@prefix e: <http://e.org/> . @prefix r: <http://www.w3.org/2000/01/r
 @prefix x: <http://www.w3.org/2001/XMLSchema#> . @prefix o: <http://www.w3.org/2002/07/owl#> .
 e:Q1 r:label "Mount Tall"@en, "Hoher Berg"@de ; k:altLabel "Tally" ; r:comment "a high mountain"@en ;
   e:highestPoint "8848.0"^^d:metre ; e:firstAscent "1953-05-29T00:00:00Z"^^x:dateTime ; e:locatedIn e:Some_Land .
-e:childOf o:inverseOf e:parentOf . e:A e:childOf e:B . e:A e:parentOf _:blank .
+e:childOf o:inverseOf e:parentOf . e:A e:childOf e:B . e:A e:parentOf e:C .
 """
 
 
@@ -72,13 +76,61 @@ def test_turtle_is_read_with_its_names(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(pack(TURTLE.encode()))
     facts, _ = load(tmp_path / name, tmp_path)
     assert facts.named("<http://e.org/Q1>") == ("Mount Tall", "Hoher Berg", "Tally")
-    told = {tuple(facts.named(part)[0] for part in one) for one in facts.triples}
-    assert {("Mount Tall", "highest point", "8848 metre"), ("Mount Tall", "first ascent", "1953-05-29"),
-            ("Mount Tall", "located in", "Some Land"), ("Mount Tall", MEANS, "a high mountain")} <= told  # fmt: skip
+    me = "Mount Tall"
+    assert {(me, "highest point", "8848 metre"), (me, "first ascent", "1953-05-29"), (me, "located in", "Some Land"),
+            (me, MEANS, "a high mountain")} <= told(facts)  # fmt: skip
     assert facts.inverses["<http://e.org/childOf>"] == "<http://e.org/parentOf>"
     graph = Graph.of(facts)
     child = graph.relations.index("child of")
     assert graph.named(~child) == "parent of"
+
+
+def test_values_are_no_ids(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text(
+        "glucose\tfasting level\t<100 mg/dL\nshop\tasked\tAnn  Lee <ann@shop.org>\nx\t_\ty\n"
+    )
+    (tmp_path / "a.nt").write_text('<http://e/a> <http://e/b> "<b>" .\n')
+    facts, _ = load("a.tsv\na.nt", tmp_path)
+    assert told(facts) == {("glucose", "fasting level", "<100 mg/dL"), ("shop", "asked", "Ann Lee <ann@shop.org>"),
+                           ("x", "_", "y"), ("a", "b", "<b>")}  # fmt: skip
+    assert Graph.of(facts).sentence(4, (2,), [5]) == "The _ of x is y."
+
+
+def test_blank_nodes_are_told_through(tmp_path: Path) -> None:
+    (tmp_path / "a.ttl").write_text(
+        """@prefix e: <http://e.org/> . @prefix r: <http://www.w3.org/2000/01/rdf-schema#> .
+        e:Kettle e:size [ a e:Quantity ; e:value 5 ; e:unit [ e:code "cm" ] ] ; e:colours ( "red" "blue" ) ;
+          e:maker [ r:label "Carvel" ; e:city "Garrow" ] ; e:part _:loop ; e:none [] . _:loop e:part _:loop ."""
+    )
+    facts, _ = load(tmp_path / "a.ttl", tmp_path)
+    me = "Kettle"
+    assert told(facts) == {(me, "size value", "5"), (me, "size unit code", "cm"), (me, "maker", "Carvel"),
+                           (me, "colours", "red"), (me, "colours", "blue"), ("Carvel", "city", "Garrow")}  # fmt: skip
+    assert identity(Graph.of(facts)) == identity(Graph.of(load(tmp_path / "a.ttl", tmp_path)[0]))
+
+
+def test_names_in_other_languages(tmp_path: Path) -> None:
+    (tmp_path / "a.ttl").write_text(
+        """@prefix e: <http://e.org/> . @prefix p: <http://dbpedia.org/property/> .
+        @prefix r: <http://www.w3.org/2000/01/rdf-schema#> .
+        e:S r:label "서울"@ko , "Séoul"@fr ; r:comment "수도"@ko , "capitale"@fr ;
+          e:motto "우리"@ko , "nous"@fr , "we"@en-GB .
+        e:A p:label "XL Recordings" ; r:label "Adele A." , "Adele"@en , "Adele B."@en ."""
+    )
+    facts, _ = load(tmp_path / "a.ttl", tmp_path)
+    assert told(facts) == {("서울", MEANS, "수도"), ("서울", "motto", "we"), ("Adele", "label", "XL Recordings")}
+    assert facts.named("<http://e.org/A>") == ("Adele", "Adele B.", "Adele A.")
+    assert facts.named("<http://e.org/S>") == ("서울", "Séoul")
+    when = [{"mainsnak": {"datavalue": {"type": "time", "value": {"time": "+1920-00-00T00:00:00Z", "precision": p}}}}
+            for p in (7, 8)]  # fmt: skip
+    one = {"id": "Q1", "labels": {"ko": {"value": "서울"}}, "aliases": [], "claims": {"P1": when}}
+    (tmp_path / "b.json").write_text(json.dumps([one]))
+    assert told(load(tmp_path / "b.json", tmp_path)[0]) == {("서울", "P1", "1920s")}
+
+
+def test_what_an_answer_leaves_unbound_is_no_fact() -> None:
+    rdf = pytest.importorskip("pyoxigraph")
+    assert list(triples.term_triples(rdf, rdf.NamedNode("http://a"), rdf.NamedNode("http://b"), None)) == []
 
 
 def test_n_triples_and_wikidata_are_read(tmp_path: Path) -> None:
@@ -103,10 +155,10 @@ def test_n_triples_and_wikidata_are_read(tmp_path: Path) -> None:
     others = [{"id": k, "labels": {"en": {"value": v}}} for k, v in names.items()]
     (tmp_path / "b.json").write_text("[\n" + ",\n".join(json.dumps(one) for one in [entity, *others]) + "\n]")
     facts, _ = load(tmp_path / "b.json", tmp_path)
-    told = {tuple(facts.named(part)[0] for part in one) for one in facts.triples}
     me = "Douglas Adams"
-    assert told == {(me, "date of birth", "1952-03-11"), (me, "date of death", "2001"), (me, "height", "1.96 metre"),
-                    (me, "place of birth", "Cambridge"), (me, MEANS, "English writer")}  # fmt: skip
+    assert told(facts) == {(me, "date of birth", "1952-03-11"), (me, "date of death", "2001"),
+                           (me, "height", "1.96 metre"), (me, "place of birth", "Cambridge"),
+                           (me, MEANS, "English writer")}  # fmt: skip
     facts, _ = load(tmp_path / "a.nt", tmp_path)
     assert [facts.named(part)[0] for part in facts.triples[0]] == ["Ada", "born in", "1815"]
 
@@ -180,10 +232,6 @@ def test_an_endpoint_gives_the_same_facts_as_its_file(
     (tmp_path / "k.ttl").write_text(TURTLE)
     wanted, _ = load(tmp_path / "k.ttl", tmp_path)
 
-    def told(facts: Facts) -> set[tuple[str, ...]]:
-        named = {tuple(facts.named(part)[0] for part in one) for one in facts.triples}
-        return {one for one in named if one[1] != "parent of"}  # a blank node has another name each time
-
     monkeypatch.setattr(sparql, "PAGE", 3)
     found, notes = load(f"sparql:{endpoint}", tmp_path / "a", trust=True)
     assert told(found) == told(wanted) and found.named("<http://e.org/Q1>")[0] == "Mount Tall"
@@ -235,6 +283,8 @@ def test_every_step_has_its_way_back(rows: list[tuple[str, str, str]]) -> None:
 
 
 def test_hubs_and_cycles_are_bounded() -> None:
+    hub = [("hub", "child", f"n{n}") for n in range(30_000)] + [("hub", "colour", "red")]
+    assert [len(ends) for ends in Graph.of(gather(hub)).steps(0).values()] == [MOST_ENDS, 1]
     count = 100_000
     facts = gather([("hub", "child", f"n{n}") for n in range(count)] + [("n1", "child", "hub"), ("n1", "self", "n1")])
     graph = Graph.of(facts)
@@ -277,6 +327,7 @@ def linker() -> Linker:
         ("which COLOUR has the orla_kettle", "The colour of Orla kettle is moss green."),
         ("colour of OK-1?", "The colour of Orla kettle is moss green."),  # an alias
         ("Which colour is the Orla kettel?", "The colour of Orla kettle is moss green."),  # misspelt
+        ("Orla kettle의 colour?", "The colour of Orla kettle is moss green."),  # with a particle
         ("What was launched in 2012?", "Orla kettle is launched in 2012."),
     ],
 )
@@ -312,6 +363,16 @@ def test_what_was_learnt_reads_words_that_say_nothing(linker: Linker) -> None:
     linker.learnt = learnt
     for word, answers in ask.items():
         assert answers[0] in linker.facts([f"{word} Orla kettle"], 2, 1)[0][0].passage.text
+
+
+def test_names_are_found_in_any_script() -> None:
+    graph = Graph.of(gather([(name, "size", "big") for name in ("서울", "Café Nord", "东京", "marigold", *"bcdefg")]))
+    linker = Linker(in_memory(graph), Words())  # type: ignore[arg-type]
+    asked = {"서울의 인구는?": "서울", "size of cafe\u0301 nord": "Café Nord", "东京的人口是多少": "东京"}
+    for question, name in asked.items():
+        assert graph.nodes[linker.mentions(question)[0].nodes[0]][0] == name
+    [found] = linker._misspelt(words("bcdefg of marigolds"))  # short names, which stand in it, do not hide it
+    assert graph.nodes[found.nodes[0]][0] == "marigold"
 
 
 def test_facts_are_told_as_sentences() -> None:

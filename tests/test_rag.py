@@ -53,6 +53,7 @@ def write(folder: Path) -> Path:
     )
     made = docx.Document()
     made.add_heading("Dock", 1)
+    made.add_table(1, 1).cell(0, 0).text = "from a table"
     made.add_paragraph("from a docx")
     made.save(str(folder / "f.docx"))
     (folder / "sub").mkdir()
@@ -67,7 +68,7 @@ def test_every_kind_is_read(tmp_path: Path) -> None:
     assert by_id["j"].title == "Jay" and by_id["j"].where == "a.jsonl line 1"
     assert by_id["c.md"].title == "See" and by_id["f.docx"].title == "Dock"
     assert by_id["e.html"].title == "Page" and "evil" not in by_id["e.html"].text and "menu" not in by_id["e.html"].text
-    assert "from a page" in by_id["e.html"].text and "from a docx" in by_id["f.docx"].text
+    assert "from a page" in by_id["e.html"].text and by_id["f.docx"].text.endswith("from a table\n\nfrom a docx")
     assert len(notes) == 2 and all("no text in it" in note for note in notes)
 
 
@@ -90,7 +91,11 @@ def test_a_pdf_is_read_page_by_page(tmp_path: Path) -> None:
     page[NameObject("/Resources")] = DictionaryObject({NameObject("/Font"): fonts})
     written.write(tmp_path / "text.pdf")
     [found], _ = documents.load(tmp_path / "text.pdf")
+    assert found.title == "text" and [p.title for p in passages(found)] == ["text / page 1"]
     assert "# page 1" in found.text and "from a pdf" in found.text
+    written.add_metadata({"/Title": "A manual"})
+    written.write(tmp_path / "text.pdf")
+    assert documents.load(tmp_path / "text.pdf")[0][0].title == "A manual"
     (tmp_path / "broken.pdf").write_bytes(b"no pdf at all")
     with pytest.raises(TaskError, match=r"broken.pdf cannot be read"):
         documents.load(tmp_path / "broken.pdf")
@@ -118,12 +123,85 @@ def test_large_files_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [d.id for d in found] == ["few.txt"] and note.startswith("big.txt was left out")
 
 
+def test_a_folder_is_read_despite_bad_files(tmp_path: Path) -> None:
+    (tmp_path / "good.txt").write_text("good")
+    for name in ("broken.pdf", "empty.jsonl", "photo.png"):
+        (tmp_path / name).write_bytes(b"")
+    found, notes = documents.load(tmp_path)
+    assert [d.id for d in found] == ["good.txt"]
+    assert [n.split(" ")[0] for n in notes[:2]] == ["broken.pdf", "empty.jsonl"] and "photo.png" in notes[2]
+    for name in ("empty.jsonl", "nowhere.txt"):
+        with pytest.raises(TaskError):
+            documents.load(tmp_path / name)
+
+
+def test_ids_say_where_documents_lie(tmp_path: Path) -> None:
+    for name in ("m1", "m2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "index.md").write_text("text")
+        (tmp_path / name / "rows.csv").write_text("text\na\nb\n")
+    ids = ["m1/index.md", "m1/rows.csv:1", "m1/rows.csv:2", "m2/index.md", "m2/rows.csv:1", "m2/rows.csv:2"]
+    assert [d.id for d in documents.load("m1\nm2", tmp_path)[0]] == ids
+    assert [d.id for d in documents.load(tmp_path)[0]] == ids
+    assert [d.id for d in documents.load(tmp_path / "m1" / "index.md", known=ids)[0]] == ids[:1]
+    assert [d.id for d in documents.load(tmp_path / "m1" / "rows.csv", known=ids)[0]] == ids[1:3]
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    assert documents.load(tmp_path)[0][0].text == "one"
+    monkeypatch.setattr(documents, "_file", lambda *_: pytest.fail("read again"))
+    assert documents.load(tmp_path)[0][0].text == "one"
+    monkeypatch.undo()
+    (tmp_path / "a.txt").write_text("two, longer")
+    assert documents.load(tmp_path)[0][0].text == "two, longer"
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("서울은 대한민국의 수도이다. A kettle.", "cp949"),
+        ("東京は日本の首都です。コンピュータ", "shift_jis"),
+        ("東京は日本の首都です。コンピュータ", "euc_jp"),
+        ("北京是中国的首都，水壶每六个星期需要除垢一次。", "gb2312"),
+        ("Der Kessel wird überall für 20 € „günstig“ geführt.", "cp1252"),
+        ("서울 and Genève", "utf-16"),
+        ("서울 and Genève", "utf-8-sig"),
+    ],
+)
+def test_encodings_are_told(tmp_path: Path, text: str, encoding: str) -> None:
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    assert documents.load(tmp_path / "a.txt")[0][0].text == text
+
+
+def test_pages_say_their_encoding_and_the_unknown_is_left_out(tmp_path: Path) -> None:
+    page = '<meta charset="euc-kr"><body><header><b>site</b></header><article><header><h1>똠 H<sub>2</sub>O</h1>'
+    (tmp_path / "a.html").write_bytes(
+        (page + "</header><p>물은 <b>좋</b>다</p><pre># no heading</pre>").encode("cp949")
+    )
+    (tmp_path / "b.txt").write_bytes("Москва является столицей".encode("cp1251"))
+    [found], [note] = documents.load(tmp_path)
+    assert [(p.title, p.text) for p in passages(found)] == [("똠 H2O", "물은 좋다 ``` # no heading ```")]
+    assert note.startswith("b.txt was left out") and "UTF-8" in note
+    made = documents._document("http://a", "text/plain; charset=ISO-8859-1", "für".encode("latin-1"))
+    assert (made.id, made.title, made.text) == ("http://a", "http://a", "für")
+
+
+def test_what_cannot_be_written_is_no_part_of_a_document(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"id": "a\\ud800", "text": "x\\u0000y \\ud83d"}')
+    [found], _ = documents.load(tmp_path / "a.jsonl")
+    assert (found.id, found.text) == ("a?", "xy ?")
+
+
 # --- passages ---------------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.text("ab.!# \n", max_size=60), max_size=8), st.integers(3, 12), st.integers(0, 5))
-def test_passages_cover_a_document(parts: list[str], words: int, overlap: int) -> None:
-    text = "\n".join(parts)
+WORDS = st.lists(st.sampled_from(["a", "b.", "ab!", "#", "\n", "\n# a", "\n## b"]), max_size=30)
+
+
+@given(st.lists(WORDS, max_size=8), st.integers(3, 12), st.integers(0, 5))
+def test_passages_cover_a_document(parts: list[list[str]], words: int, overlap: int) -> None:
+    text = "\n".join(" ".join(part) for part in parts)
     made = passages(Document("d", "T", text, "here"), words, overlap)
     all_words = [w for _, body in documents._sections(text) for w in body.split()]
     seen: set[int] = set()
@@ -145,6 +223,28 @@ def test_passages_keep_sections_and_sentences() -> None:
         ("Title / Part", "Four five six. Seven eight."),
     ]
     assert [p.start for p in made] == [0, 4, 7]
+
+
+def test_headings_are_carried_and_none_is_lost() -> None:
+    text = "# Prices\n## Kettle: 20 EUR\n## Lamp\nOn request.\n```sh\n# a comment\n```\n### Bulb\nTwo.\n# Other\n"
+    made = passages(Document("d", "Prices", text, "f"))
+    assert [(p.title, p.text) for p in made] == [
+        ("Prices", "Kettle: 20 EUR"),
+        ("Prices / Lamp", "On request. ```sh # a comment ```"),
+        ("Prices / Lamp / Bulb", "Two."),
+        ("Prices", "Other"),
+    ]
+
+
+def test_passages_are_as_short_as_the_embedder_reads() -> None:
+    chinese = "北京是中国的首都。水壶每六个星期需要除垢一次。" * 200
+    made = passages(Document("d", "", chinese, "f"))
+    assert len(made) > 15 and all(100 < len(p.text.replace(" ", "")) <= documents.PIECES for p in made)
+    assert all(p.text.endswith("。") for p in made)
+    solid = "的" * 5000
+    assert "".join(p.text for p in passages(Document("d", "", solid, "f"))) == solid
+    korean = passages(Document("d", "", "서울은 대한민국의 수도이다. " * 200, "f"))
+    assert all(2 * len(p.text.replace(" ", "")) <= documents.PIECES + len(p.text.split()) for p in korean)
 
 
 def test_passages_stand_in_the_question_and_are_no_turns(tokenizer: Any) -> None:
@@ -239,6 +339,19 @@ def test_a_crash_while_indexing_leaves_nothing(home: Path, monkeypatch: pytest.M
     assert not list(folder.iterdir())
 
 
+@needs_embedder
+def test_words_without_spaces_are_found(home: Path) -> None:
+    texts = {"서울": "서울의 인구는 천만 명이다.", "부산": "부산에서는 배가 다닌다.", "北京": "北京的人口是两千万。",
+             "上海": "上海在海边。"}  # fmt: skip
+    pieces = [p for k, v in texts.items() for p in passages(Document(k, "", v, k))]
+    index = Index(home / "a" / build(pieces, home / "a", embed.Embedder(home)), embed.Embedder(home))
+    asked = ["부산은 어디?", "서울", "北京有多少人", "上海呢"]
+    assert [f[0].passage.document for f in index.search(asked, 1, "words")] == ["부산", "서울", "北京", "上海"]
+    bare = [Passage("a", "", "a", "x", 0), Passage("b", "", "?", "x", 0)]
+    index = Index(home / "b" / build(bare, home / "b", embed.Embedder(home)), embed.Embedder(home))
+    assert len(index.search(["a"], 2)[0]) == 2 and index.search(["a"], 2, "words") == [[]]
+
+
 def test_settings_are_checked() -> None:
     for bad in ({"k": 0}, {"chunk": 5}, {"mix": "x"}, {"threshold": 1.0}):
         with pytest.raises(ValueError):
@@ -279,6 +392,9 @@ def test_a_crash_while_documents_change_leaves_the_old_index(
     data: Learnable, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = Rag(k=1).apply(System(resolve("fake:hash"), home=home), data, Run(Store(home)))
+    with pytest.raises(ArtifactError, match="shared with others.*save it"):
+        made.sources[0].change(home, drop=["lamp"])
+    made = system.load(made.save(home / "system"), home)
     [source] = made.sources
     found = made.found(["descale"])
     for name in ("_hash", "write_text"):  # while files are written, and before the new generation is made current
@@ -415,10 +531,15 @@ def found_in(**texts: str) -> list[Found]:
 def test_what_holds_an_answer() -> None:
     row = Example("1", "q", "Six weeks", evidence=(("kettle", 1.0),))
     kettle, lamp = found_in(kettle="every six weeks.", lamp="after six weeks")
-    assert reading.holds(kettle, row) and not reading.holds(lamp, row)
-    assert reading.holds(lamp, replace(row, evidence=()))
-    assert not reading.holds(*found_in(kettle="never"), row)
+    assert reading.holding([lamp, kettle], row) == [kettle]
+    assert reading.holding([lamp, kettle], replace(row, evidence=())) == [lamp, kettle]
+    never = found_in(kettle="never", lamp="six weeks")
+    assert reading.holding(never, row) == never[:1]  # nobody says it in these words: the evidence is enough
+    assert reading.holding([*never, kettle], row) == [kettle] and not reading.holding([lamp], row)
     assert not reading.says("sixty weeks", "six") and reading.says("It's SIX, now", "six")
+    assert reading.says("서울은 수도이다", "서울") and not reading.says("서울대학교는 크다", "서울")
+    assert reading.says("1894년에 열렸다", "1894") and reading.says("北京是首都", "北京")
+    assert not reading.says("cats", "cat")
     assert reading.cited("six weeks!", [kettle, lamp]) == (kettle, lamp) and reading.cited("ten", [kettle]) == ()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ Embed = Callable[[Sequence[str]], NDArray[Any]]
 Classify = Callable[[Sequence[str], Sequence[str], Sequence[str]], tuple[str, ...]]
 
 RANKED = 100  # documents named by a ranking
+CELLS = 2**24  # scores of questions and documents that are held at once
 
 
 @dataclass(frozen=True)
@@ -108,15 +109,16 @@ def _neighbour(train: Sequence[Example], examples: Sequence[Example], embed: Emb
 
 def _rankings(examples: Sequence[Example], documents: Mapping[str, str]) -> tuple[str, ...]:
     ids = list(documents)
-    scores = bm25([documents[i] for i in ids], [e.prompt for e in examples])
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :RANKED]
+    blocks = _bm25([documents[i] for i in ids], [e.prompt for e in examples])
+    best = (row for block in blocks for row in np.argsort(-block, axis=1, kind="stable")[:, :RANKED])
     return tuple("\n".join(ids[i] for i in row) for row in best)
 
 
 def _spans(examples: Sequence[Example], documents: Mapping[str, str]) -> tuple[str, ...]:
     texts = list(documents.values())
     answers = []
-    for example, best in zip(examples, bm25(texts, [e.prompt for e in examples]).argmax(axis=1), strict=True):
+    every = (n for block in _bm25(texts, [e.prompt for e in examples]) for n in block.argmax(axis=1))
+    for example, best in zip(examples, every, strict=True):
         sentences = _sentences(texts[best])
         answers.append(sentences[int(bm25(sentences, [example.prompt])[0].argmax())])
     return tuple(answers)
@@ -133,10 +135,20 @@ def bm25(documents: Sequence[str], queries: Sequence[str], k1: float = 1.2, b: f
     A query's term adds ln(1 + (N - df + 0.5) / (df + 0.5)) * tf / (tf + k1 * (1 - b + b * length / mean length)) each
     time the query has it. Terms are runs of letters and digits, in lower case.
     """
+    return np.concatenate([*_bm25(documents, queries, k1, b), np.zeros((0, len(documents)))])
+
+
+def _bm25(
+    documents: Sequence[str], queries: Sequence[str], k1: float = 1.2, b: float = 0.75
+) -> Iterator[NDArray[np.float64]]:
+    """The same, so many queries at a time that a block holds about CELLS scores."""
     from sklearn.feature_extraction.text import CountVectorizer
 
+    size = max(1, CELLS // max(1, len(documents)))
+    blocks = [queries[at : at + size] for at in range(0, len(queries), size)]
     if not any(re.search(r"\w", d) for d in documents):
-        return np.zeros((len(queries), len(documents)))
+        yield from (np.zeros((len(some), len(documents))) for some in blocks)
+        return
     counter = CountVectorizer(token_pattern=r"(?u)\w+", dtype=np.float64)
     weights = counter.fit_transform(documents).tocoo()
     length = np.asarray(weights.sum(axis=1)).ravel()
@@ -144,8 +156,8 @@ def bm25(documents: Sequence[str], queries: Sequence[str], k1: float = 1.2, b: f
     idf = np.log1p((len(documents) - df + 0.5) / (df + 0.5))
     norm = k1 * (1 - b + b * length / length.mean())
     weights.data = idf[weights.col] * weights.data / (weights.data + norm[weights.row])
-    scores: NDArray[np.float64] = (counter.transform(queries) @ weights.T.tocsc()).toarray()
-    return scores
+    across = weights.T.tocsc()
+    yield from ((counter.transform(some) @ across).toarray() for some in blocks)
 
 
 def tfidf(train: Sequence[str], examples: Sequence[str]) -> tuple[Any, Any]:

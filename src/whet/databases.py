@@ -13,6 +13,7 @@ import uuid
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -23,7 +24,7 @@ from whet.documents import Document, Passage, passages
 from whet.embed import DIMENSIONS, Embedder
 from whet.errors import ArtifactError, MethodError
 from whet.extras import package
-from whet.retrieval import Corpus, shown
+from whet.retrieval import Corpus, paired, shown
 
 Key = TypeVar("Key", int, str)
 BLOCK = 256  # passages written, and questions asked, at once
@@ -54,7 +55,9 @@ class Database(Corpus[Any]):
         """The vectors of these documents' passages, by the text that was embedded."""
 
     def build(self, pieces: Sequence[Passage], version: str) -> None:
-        """Fill an empty corpus."""
+        """Fill a corpus that has no version yet; what a crash left in it goes first."""
+        if left := self.ids():
+            self.write((), left, "")
         for at in range(0, max(1, len(pieces)), BLOCK):
             some = pieces[at : at + BLOCK]
             last = at + BLOCK >= len(pieces)
@@ -118,23 +121,37 @@ class Postgres(Database):
         except Exception as error:  # the driver's own kinds
             raise _unreached(self.url, error) from error
 
+    @contextmanager
+    def _asked(self) -> Iterator[Any]:
+        """The connection in a transaction. Raises MethodError where it fails; one that was lost is made anew then."""
+        try:
+            with self._connection.transaction():
+                yield self._connection
+        except package("psycopg", "postgres").Error as error:
+            if self._connection.closed:
+                del self._connection
+            raise _unreached(self.url, error) from error
+
+    def _rows(self, query: str, *values: Any) -> list[Any]:
+        with self._asked() as connection:
+            return list(connection.execute(query, values).fetchall())
+
     @property
     def version(self) -> str:
-        found = self._connection.execute("select version from whet_corpora where name = %s", [self.name]).fetchone()
-        return str(found[0]) if found else ""
+        found = self._rows("select version from whet_corpora where name = %s", self.name)
+        return str(found[0][0]) if found else ""
 
     def ids(self) -> list[str]:
-        rows = self._connection.execute(f"select document from {self.name} group by 1 order by min(key)")
-        return [str(row[0]) for row in rows]
+        return [str(row[0]) for row in self._rows(f"select document from {self.name} group by 1 order by min(key)")]
 
     def vectors_of(self, documents: Sequence[str]) -> dict[str, Any]:
-        rows = self._connection.execute(
-            f"select {', '.join(FIELDS)}, vector::text from {self.name} where document = any(%s)", [list(documents)]
+        rows = self._rows(
+            f"select {', '.join(FIELDS)}, vector::text from {self.name} where document = any(%s)", list(documents)
         )
         return {shown(Passage(*row[:5])): [float(x) for x in row[5][1:-1].split(",")] for row in rows}
 
     def write(self, rows: Sequence[tuple[Passage, Any]], gone: Sequence[str], version: str) -> None:
-        with self._connection.transaction(), self._connection.cursor() as cursor:
+        with self._asked() as connection, connection.cursor() as cursor:
             cursor.execute(f"delete from {self.name} where document = any(%s)", [list(gone)])
             cursor.executemany(
                 f"insert into {self.name} ({', '.join(FIELDS)}, vector) values (%s, %s, %s, %s, %s, %s::vector)",
@@ -152,16 +169,16 @@ class Postgres(Database):
             # Any of its words is enough, as in BM25: the lexemes of the question, joined by or.
             any_of = "(select string_agg(quote_literal(l), ' | ')::tsquery from unnest(tsvector_to_array(" \
                      "to_tsvector('english', %(q)s))) as l)"  # fmt: skip
-            with self._connection.transaction():
-                self._connection.execute("select set_config('hnsw.ef_search', %s, true)", [str(min(1000, 2 * depth))])
-                near = self._connection.execute(
+            with self._asked() as connection:
+                connection.execute("select set_config('hnsw.ef_search', %s, true)", [str(min(1000, 2 * depth))])
+                near = connection.execute(
                     f"select key, 1 - (vector <=> %(v)s::vector), {own} from {self.name} "
                     "order by vector <=> %(v)s::vector limit %(n)s", {"v": _text(vector), "n": depth},
                 ).fetchall()  # fmt: skip
-                said = self._connection.execute(
+                said = connection.execute(
                     f"select key, 1 - (vector <=> %(v)s::vector), {own}, ts_rank_cd(words, {any_of}, 1) as r "
                     f"from {self.name} where words @@ {any_of} order by r desc, key limit %(n)s",
-                    {"v": _text(vector), "n": depth, "q": question},
+                    {"v": _text(vector), "n": depth, "q": question.replace("\0", " ")},
                 ).fetchall()  # fmt: skip
             self.cache = {row[0]: Passage(*row[2:7]) for row in (*near, *said)}
             yield ({row[0]: float(row[7]) for row in sorted(said)},
@@ -191,20 +208,30 @@ class Qdrant(Database):
         except Exception as error:  # the client's own kinds
             raise _unreached(self.url, error) from error
 
+    @contextmanager
+    def _asked(self) -> Iterator[Any]:
+        """The client. Raises MethodError where the server fails."""
+        try:
+            yield self._client
+        except package("qdrant_client.http.exceptions", "qdrant").ApiException as error:
+            raise _unreached(self.url, error) from error
+
     @cached_property
     def _models(self) -> Any:
         return package("qdrant_client.models", "qdrant")
 
     @property
     def version(self) -> str:
-        found = self._client.retrieve("whet_corpora", [_uuid(self.name)])
+        with self._asked() as client:
+            found = client.retrieve("whet_corpora", [_uuid(self.name)])
         return str(found[0].payload["version"]) if found else ""
 
     def _scroll(self, names: Sequence[str] | None, vectors: bool) -> Iterator[Any]:
         wanted = self._of(names) if names is not None else None
         at = None
         while True:
-            points, at = self._client.scroll(self.name, wanted, limit=1000, offset=at, with_vectors=vectors)
+            with self._asked() as client:
+                points, at = client.scroll(self.name, wanted, limit=1000, offset=at, with_vectors=vectors)
             yield from points
             if at is None:
                 return
@@ -222,8 +249,7 @@ class Qdrant(Database):
 
     def write(self, rows: Sequence[tuple[Passage, Any]], gone: Sequence[str], version: str) -> None:
         models = self._models
-        if gone:
-            self._client.delete(self.name, models.FilterSelector(filter=self._of(gone)))
+        old = {point.id for point in self._scroll(gone, False)} if gone else set()
         points = [
             models.PointStruct(
                 id=_uuid(f"{p.document}\0{p.start}\0{p.text}"),
@@ -232,15 +258,20 @@ class Qdrant(Database):
             )
             for p, v in rows
         ]
-        if points:
-            self._client.upsert(self.name, points, wait=True)
         state = models.PointStruct(id=_uuid(self.name), vector=[1.0], payload={"version": version})
-        self._client.upsert("whet_corpora", [state], wait=True)
+        with self._asked() as client:
+            for at in range(0, len(points), BLOCK):
+                client.upsert(self.name, points[at : at + BLOCK], wait=True)
+            if over := sorted(
+                old - {point.id for point in points}
+            ):  # only now: a crash leaves too much, not too little
+                client.delete(self.name, models.PointIdsList(points=over), wait=True)
+            client.upsert("whet_corpora", [state], wait=True)
 
     def _sparse(self, text: str) -> Any:
         """Stems by their hashes, weighted as BM25 weighs how often they occur (k1 1.2, without lengths)."""
         stem = package("Stemmer", "rag").Stemmer("english")
-        counts = Counter(stem.stemWords(re.findall(r"\w\w+", text.lower())))
+        counts = Counter(stem.stemWords(re.findall(r"\w\w+", paired(text).lower())))
         weights: dict[int, float] = {}
         for word, times in counts.items():
             number = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=4).digest())
@@ -252,10 +283,11 @@ class Qdrant(Database):
         import numpy as np
 
         for question, vector in zip(questions, self.embedder(list(questions)), strict=True):
-            near = self._client.query_points(self.name, query=vector.tolist(), using="meaning", limit=depth).points
-            said = self._client.query_points(
-                self.name, query=self._sparse(question), using="words", limit=depth, with_vectors=["meaning"]
-            ).points
+            with self._asked() as client:
+                near = client.query_points(self.name, query=vector.tolist(), using="meaning", limit=depth).points
+                said = client.query_points(
+                    self.name, query=self._sparse(question), using="words", limit=depth, with_vectors=["meaning"]
+                ).points
             self.cache = {point.id: _passage(point) for point in (*near, *said)}
             similar = {point.id: float(np.dot(point.vector["meaning"], vector)) for point in said}
             similar.update({point.id: float(point.score) for point in near})

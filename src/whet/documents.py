@@ -5,11 +5,14 @@ Files, folders, web pages by their URLs, and rows of a database by a query.
 
 from __future__ import annotations
 
+import codecs
+import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -20,9 +23,17 @@ from whet.rows import read, short
 
 QUERY = re.compile(r"\s*(?:(?:sqlite|postgres|postgresql|mysql)(?:\+\w+)?:|select\s|with\s)", re.IGNORECASE)
 WORDS, OVERLAP = 200, 30  # of a passage at most; of the one before that the next repeats
+PIECES = 240  # about so many word pieces of WORDS words at most, their title among them: the embedder reads 256
 MOST_BYTES = 50_000_000  # of one file that is no table
-HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*$")
-SENTENCE = re.compile(r"(?<=[.!?])\s+")
+HEADING = re.compile(r"(#{1,6})\s+(.+?)\s*#*$")
+FENCE = re.compile(r" {0,3}(`{3,}(?!.*`)|~{3,})")
+ENDS = ".!?。！？"
+SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])(?![」』”’）])\s*")
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+HANGUL = "\uac00-\ud7a3"
+# What stands behind a Korean noun in one word with it.
+PARTICLE = "(?:은|는|이|가|을|를|의|에|에서|에게|와|과|도|만|으?로|까지|부터|보다|이?나|이?란|이?라는|인|이다|입니다)"
+PIECE = re.compile(rf"[A-Za-z]{{1,7}}|\d\d?|(?<=[{HANGUL}])|\S")  # Hangul counts twice
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,11 @@ class Document:
     title: str
     text: str
     where: str
+
+    def __post_init__(self) -> None:
+        for name in ("id", "title", "text", "where"):  # half a surrogate pair and NUL cannot be written everywhere
+            clean = getattr(self, name).replace("\0", "").encode("utf-8", "replace").decode()
+            object.__setattr__(self, name, clean)
 
 
 @dataclass(frozen=True)
@@ -46,20 +62,28 @@ class Passage:
     start: int
 
 
-def load(source: Path | str, folder: Path = Path(), trusted: bool = False) -> tuple[list[Document], tuple[str, ...]]:
+def load(
+    source: Path | str, folder: Path = Path(), trusted: bool = False, known: Iterable[str] = ()
+) -> tuple[list[Document], tuple[str, ...]]:
     """Documents of a file or folder, of URLs (one a line) or of a database's query; and notes on what was left out.
 
-    A query runs only where the task is `trusted`; `folder` is the task's, for a database in it. Raises TaskError for
-    what cannot be read, or where nothing is found.
+    A query runs only where the task is `trusted`; `folder` is the task's, for a database in it. Files are named by
+    their path in `source`, in `folder` where it lists several; one whose path ends with an id that is `known` has that.
+    Raises TaskError for what cannot be read, or where nothing is found.
     """
-    if isinstance(source, Path):
-        found, notes = _files(source)
-    elif QUERY.match(source):
-        found, notes = list(_query(source, folder, trusted)), []
+    names = tuple(sorted({n for k in known for n in (k, k.rpartition(":")[0]) if n}, key=lambda n: (-len(n), n)))
+    found: list[Document] = []
+    notes: list[str] = []
+    if isinstance(source, str) and QUERY.match(source):
+        found += _query(source, folder, trusted)
     else:
-        found, notes = [], []
-        for line in source.split("\n"):
-            some, said = ([_page(line)], []) if line.startswith(("http://", "https://")) else _files(folder / line)
+        for line in [source] if isinstance(source, Path) else source.split("\n"):
+            if isinstance(line, str) and line.startswith(("http://", "https://")):
+                found.append(_page(line))
+                continue
+            file = (line if isinstance(line, Path) else folder / line).absolute()
+            root = folder.absolute() if isinstance(line, str) else file if file.is_dir() else file.parent
+            some, said = _files(file, root, names, _stamps(file))
             found, notes = found + some, notes + said
     if not found:
         shown = source.name if isinstance(source, Path) else short(source)
@@ -71,49 +95,80 @@ def load(source: Path | str, folder: Path = Path(), trusted: bool = False) -> tu
     return found, tuple(notes)
 
 
-def _files(source: Path) -> tuple[list[Document], list[str]]:
-    """Documents of one file, or of all in a folder that can be read; and notes on what was left out."""
-    known = (*TABLES, *READERS)
-    files = sorted(p for p in source.rglob("*") if p.suffix.lower() in known) if source.is_dir() else [source]
+def _stamps(source: Path) -> tuple[tuple[Path, int, int], ...]:
+    """The files of a folder, or the one file, each with when it was written and its bytes."""
+    try:
+        listed = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
+        return tuple((p, p.stat().st_mtime_ns, p.stat().st_size) for p in listed)
+    except OSError as error:
+        raise _unread(source, error) from error
+
+
+def _unread(file: Path, error: OSError) -> TaskError:
+    return TaskError(f"{file.name} cannot be read", found=error.strerror or str(error),
+                     do="check the path and its permissions")  # fmt: skip
+
+
+@lru_cache(maxsize=8)
+def _files(
+    source: Path, root: Path, known: Sequence[str], stamps: Sequence[tuple[Path, int, int]]
+) -> tuple[list[Document], list[str]]:
+    """Documents of one file, or of all in a folder that can be read, and notes on what was left out; kept.
+
+    Raises TaskError for a file that was named itself.
+    """
     found: list[Document] = []
     notes: list[str] = []
-    for file in files:
-        kind = file.suffix.lower()
-        if kind in TABLES:
-            rows = list(_rows(file))
-            found += [d for d in rows if d.text.strip()]
-            notes += [f"{d.where} was left out: no text in it" for d in rows if not d.text.strip()]
+    other: list[str] = []
+    for file, _, size in stamps:
+        name = Path(os.path.relpath(file, root)).as_posix()
+        name = next((k for k in known if file.resolve().as_posix().endswith(f"/{k}")), name)
+        if source.is_dir() and file.suffix.lower() not in (*TABLES, *READERS):
+            other += [] if file.name.startswith(".") else [name]
             continue
-        if kind not in READERS:
-            raise TaskError(f"{file.name} is of no kind that can be read", expected=", ".join(known),
-                            found=kind or "no ending", do="convert it")  # fmt: skip
-        if file.stat().st_size > MOST_BYTES:
-            size = file.stat().st_size / 1e6
-            notes.append(f"{file.name} was left out: {size:.0f} MB, at most {MOST_BYTES / 1e6:.0f}")
-            continue
-        name = str(file.relative_to(source)) if source.is_dir() else file.name
-        text = READERS[kind](file)
-        if not text.strip():
-            notes.append(f"{name} was left out: no text in it" + (" (scanned?)" if kind == ".pdf" else ""))
-            continue
-        first = next((m[1] for m in map(HEADING.match, text.splitlines()) if m), "")
-        found.append(Document(name, first or file.stem.replace("_", " "), text, name))
+        try:
+            some, said = _file(file, name, size)
+        except TaskError as error:
+            if not source.is_dir():
+                raise
+            some, said = [], [f"{name} was left out: {error}"]
+        found, notes = found + some, notes + said
+    if other:
+        more = f" and {len(other) - 5} more" if len(other) > 5 else ""
+        notes.append(f"of no kind that can be read: {', '.join(other[:5])}{more}")
     return found, notes
 
 
-def _rows(file: Path) -> Iterator[Document]:
-    for number, row in enumerate(read(file), 1):
-        yield _row(dict(row.values), number, row.where)
+def _file(file: Path, name: str, size: int) -> tuple[list[Document], list[str]]:
+    """The documents of a file, and notes on what was left out."""
+    kind = file.suffix.lower()
+    if kind in TABLES:
+        rows = [_row(dict(row.values), f"{name}:{n}", row.where) for n, row in enumerate(read(file), 1)]
+        return ([d for d in rows if d.text.strip()],
+                [f"{d.where} was left out: no text in it" for d in rows if not d.text.strip()])  # fmt: skip
+    if kind not in READERS:
+        raise TaskError(f"{file.name} is of no kind that can be read", expected=", ".join((*TABLES, *READERS)),
+                        found=kind or "no ending", do="convert it")  # fmt: skip
+    if size > MOST_BYTES:
+        return [], [f"{name} was left out: {size / 1e6:.0f} MB, at most {MOST_BYTES / 1e6:.0f}"]
+    try:
+        text = READERS[kind](file)
+    except OSError as error:
+        raise _unread(file, error) from error
+    if not text.strip():
+        return [], [f"{name} was left out: no text in it" + (" (scanned?)" if kind == ".pdf" else "")]
+    first = next((line for level, line in _marked(text) if level), "")
+    return [Document(name, first or file.stem.replace("_", " "), text, name)], []
 
 
-def _row(values: dict[str, Any], number: int, where: str) -> Document:
-    """A row with `text`, and where it has them `id` and `title`."""
+def _row(values: dict[str, Any], own: str, where: str) -> Document:
+    """A row with `text`, and where it has them `id` (else its `own`) and `title`."""
     text = values.get("text") or ""  # an empty cell of a table is None
     if "text" not in values or not isinstance(text, str):
         raise TaskError(f"{where}: no text", expected='{"id", "title", "text"}', found=short(values),
                         do="name the text column text")  # fmt: skip
     name = values.get("id")
-    return Document(str(number if name is None else name), str(values.get("title") or ""), text, where)
+    return Document(own if name is None else str(name), str(values.get("title") or ""), text, where)
 
 
 def _query(source: str, folder: Path, trusted: bool) -> Iterator[Document]:
@@ -138,7 +193,7 @@ def _query(source: str, folder: Path, trusted: bool) -> Iterator[Document]:
         raise TaskError("the database refuses the query", expected="rows with a text column",
                         found=str(error).splitlines()[0][:160], do="try the query by hand") from error  # fmt: skip
     for number, values in enumerate(rows, 1):
-        made = _row(values, number, f"{short(query)} row {number}")
+        made = _row(values, str(number), f"{short(query)} row {number}")
         if made.text.strip():
             yield made
 
@@ -183,60 +238,111 @@ def _body(answer: Any, url: str) -> bytes:
 def _document(url: str, kind: str, body: bytes) -> Document:
     """What was fetched, read as a file of its kind."""
     endings = {"application/pdf": ".pdf", "text/plain": ".txt", "text/markdown": ".md"}
+    if charset := re.search(r"charset=[\"']?([\w.:-]+)", kind):
+        body = _decoded(body, charset[1], url).encode("utf-8-sig")  # the mark says so to whoever reads the file
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"page{endings.get(kind.partition(';')[0].strip(), '.html')}"
         file.write_bytes(body)
-        found, notes = _files(file)
+        found, notes = _file(file, url, len(body))
     if not found:
         raise TaskError(f"{url} holds no text", expected="some", found="; ".join(notes), do="leave it out")
     title = url if found[0].title == "page" else found[0].title
-    return replace(found[0], id=url, title=title, where=url)
+    return replace(found[0], title=title)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
+BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+        (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
+# What is written under these names is in truth (WHATWG's Encoding Standard).
+WIDER = {"euc_kr": "cp949", "shift_jis": "cp932", "gb2312": "gb18030", "iso8859-1": "cp1252"}
+# Encodings of text that names none: characters that show one, and the least share of these in all beyond ASCII.
+GUESSES = (("cp932", "[ぁ-ヶ]", 0.3), ("euc_jp", "[ぁ-ヶ]", 0.3), ("cp949", f"[{HANGUL}]", 0.8),
+           ("gb2312", "[一-龥]", 0.8), ("cp1252", "(?<=[A-Za-z])[¡-ÿ‘-…]|[¡-ÿ‘-…](?=[A-Za-z])", 0.5))  # fmt: skip
+INLINE = ("a", "abbr", "b", "bdi", "bdo", "cite", "code", "data", "del", "dfn", "em", "font", "i", "ins", "kbd", "mark",
+          "q", "s", "samp", "small", "span", "strong", "sub", "sup", "time", "tt", "u", "var", "wbr")  # fmt: skip
+
+
+def _decoded(data: bytes, declared: str, name: str) -> str:
+    """Text by its byte order mark, by the encoding it declares, as UTF-8, or by a guess; else TaskError."""
+    for mark, encoding in BOMS:
+        if data.startswith(mark):
+            return data.decode(encoding, "replace")
+    try:
+        encoding = codecs.lookup(declared or "utf-8").name
+        return data.decode(WIDER.get(encoding, encoding))
+    except (LookupError, ValueError):
+        pass
+    plain = data.decode("utf-8", "replace")
+    if 10 * plain.count("\ufffd") <= sum(c > "\x7f" for c in plain):  # a few bytes are broken
+        return plain
+    for encoding, own, least in GUESSES:
+        try:
+            text = data.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        if len(re.findall(own, text)) >= least * sum(c > "\x7f" for c in text):
+            return text
+    raise TaskError(f"{name} is in no encoding that is known", expected="UTF-8", do="save it as UTF-8")
+
+
 def _text(file: Path) -> str:
-    return file.read_text(encoding="utf-8-sig", errors="replace")
+    return _decoded(file.read_bytes(), "", file.name)
 
 
 def _html(file: Path) -> str:
-    """Headings and text of a page; scripts, styles and navigation are left out."""
-    page = package("bs4", "rag").BeautifulSoup(_text(file), "html.parser")
+    """Headings and text of a page; scripts, styles, navigation and the page's own header and footer are left out."""
+    soup, data = package("bs4", "rag"), file.read_bytes()
+    declared = soup.dammit.EncodingDetector.find_declared_encoding(data, is_html=True)
+    page = soup.BeautifulSoup(_decoded(data, declared or "", file.name), "html.parser")
     for part in page(["script", "style", "nav", "header", "footer", "noscript", "template"]):
-        part.decompose()
-    for heading in page(re.compile("^h[1-6]$")):
-        heading.replace_with(f"\n\n# {' '.join(heading.get_text(' ').split())}\n\n")
-    title = page.title.get_text().strip() if page.title else ""
-    if page.title:
-        page.title.decompose()
+        if part.name != "header" or not part.find_parent(["article", "main", "section"]):
+            part.decompose()
+    title = page.title.extract().get_text().strip() if page.title else ""
+    for part in page(INLINE):  # else a line would end at each of them
+        part.unwrap()
+    page.smooth()
+    for part in page("pre"):
+        part.insert_before("\n```\n")
+        part.insert_after("\n```\n")
+    for part in page(re.compile("^h[1-6]$")):
+        level = min(6, int(part.name[1]) + 1)
+        part.replace_with(f"\n\n{'#' * level} {' '.join(part.get_text(' ').split())}\n\n")
     return (f"# {title}\n\n" if title else "") + str(page.get_text("\n"))
 
 
 def _pdf(file: Path) -> str:
-    """The text of every page, each behind a heading with its number."""
+    """The title or the file's name, and the text of every page, each behind a heading with its number."""
     pypdf = package("pypdf", "rag")
     try:
-        pages = [page.extract_text() for page in pypdf.PdfReader(str(file)).pages]
+        opened = pypdf.PdfReader(str(file))
+        title = str((opened.metadata and opened.metadata.title) or "").strip() or file.stem.replace("_", " ")
+        pages = [page.extract_text() for page in opened.pages]
     except Exception as error:  # a broken file raises what it likes
         raise TaskError(f"{file.name} cannot be read", expected="a PDF", found=str(error)[:120], do="save it anew"
                         ) from error  # fmt: skip
-    return "\n\n".join(f"# page {n}\n\n{text}" for n, text in enumerate(pages, 1) if text.strip())
+    told = [f"## page {n}\n\n{text}" for n, text in enumerate(pages, 1) if text.strip()]
+    return "\n\n".join([f"# {' '.join(title.split())}", *told]) if told else ""
 
 
 def _docx(file: Path) -> str:
-    """Paragraphs and table rows; headings by their style."""
+    """Paragraphs and table rows as they come; headings by their style."""
+    lines = []
     try:
-        opened = package("docx", "rag").Document(str(file))
+        for block in package("docx", "rag").Document(str(file)).iter_inner_content():
+            if hasattr(block, "rows"):
+                lines += [" | ".join(cell.text for cell in row.cells) for row in block.rows]
+            elif block.text.strip():
+                head = re.match(r"Title|Heading (\d)", block.style.name)
+                level = min(6, int(head[1] or 0) + 1) if head else 0
+                lines.append(f"{'#' * level} {block.text}" if level else block.text)
     except WhetError:
         raise
     except Exception as error:
         raise TaskError(f"{file.name} cannot be read", expected="a DOCX", found=str(error)[:120], do="save it anew"
                         ) from error  # fmt: skip
-    heads = ("Heading", "Title")
-    lines = [f"# {p.text}" if p.style.name.startswith(heads) else p.text for p in opened.paragraphs if p.text.strip()]
-    rows = [" | ".join(cell.text for cell in row.cells) for table in opened.tables for row in table.rows]
-    return "\n\n".join([*lines, *rows])
+    return "\n\n".join(lines)
 
 
 TABLES = (".jsonl", ".csv", ".parquet")
@@ -251,50 +357,85 @@ READERS: dict[str, Callable[[Path], str]] = {
 def passages(document: Document, words: int = WORDS, overlap: int | None = None) -> list[Passage]:
     """Cut a document into passages of at most `words` words, sentences whole where they fit, within one section.
 
-    Each repeats the last `overlap` words or fewer (30, or a quarter of short ones), in whole sentences, of the one
-    before it in its section.
+    They are shorter where the embedder would not read so many words to the end. Each repeats the last `overlap` words
+    or fewer (30, or a quarter of short ones), in whole sentences, of the one before it in its section.
     """
     overlap = min(OVERLAP, words // 4) if overlap is None else overlap
+    most = min(2 * words, PIECES * max(words, WORDS) // WORDS)
     made: list[Passage] = []
     at = 0  # words of the document before the sentence at hand
-    for section, text in _sections(document.text):
-        title = " / ".join(dict.fromkeys(part for part in (document.title, section) if part))
+    for headings, text in _sections(document.text):
+        title = " / ".join(dict.fromkeys(part for part in (document.title, *headings) if part))
+        room = most - min(most // 2, _pieces([title]))
         here: list[str] = []
         start, repeated = at, 0  # of `here`: where it begins, and how many of its words the last passage has, too
-        for sentence in [*_sentences(text, words), []]:
-            if len(here) > repeated and (not sentence or len(here) + len(sentence) > words):
+        for sentence in [*_sentences(text, words, room), []]:
+            full = len(here) + len(sentence) > words or _pieces(here) + _pieces(sentence) > room
+            if len(here) > repeated and (not sentence or full):
                 made.append(Passage(document.id, title, " ".join(here), document.where, start))
-                here = _tail(here, min(overlap, words - len(sentence)))
+                here = _tail(here, min(overlap, words - len(sentence)), min(2 * overlap, room - _pieces(sentence)))
                 start, repeated = at - len(here), len(here)
             here = here + sentence
             at += len(sentence)
     return made
 
 
-def _sections(text: str) -> Iterator[tuple[str, str]]:
-    """(heading, text) of each section that has text."""
-    heading, lines = "", list[str]()
-    for line in [*text.splitlines(), "# "]:
-        found = HEADING.match(line)
-        if found or line == "# ":
-            if " ".join(lines).strip():
-                yield heading, "\n".join(lines)
-            heading, lines = found[1] if found else "", []
-        else:
+def _marked(text: str) -> Iterator[tuple[int, str]]:
+    """The lines of a text, headings with their level; 0 for other lines, and for all of code between fences."""
+    fence = ""
+    for line in text.splitlines():
+        if mark := FENCE.match(line):
+            fence = fence if fence and not mark[1].startswith(fence) else "" if fence else mark[1]
+        found = None if fence else HEADING.match(line)
+        yield (len(found[1]), found[2]) if found else (0, line)
+
+
+def _sections(text: str) -> Iterator[tuple[list[str], str]]:
+    """(headings, text) of each section that has text; a heading with nothing below it is text itself."""
+    path: list[tuple[int, str]] = []
+    lines: list[str] = []
+    for level, line in [*_marked(text), (1, "")]:
+        if not level:
             lines.append(line)
+            continue
+        if " ".join(lines).strip():
+            yield [name for _, name in path], "\n".join(lines)
+        elif path and level <= path[-1][0]:
+            yield [name for _, name in path[:-1]], path[-1][1]
+        path, lines = [*(one for one in path if one[0] < level), (level, line)], []
 
 
-def _sentences(text: str, words: int) -> Iterator[list[str]]:
-    """The words of each sentence; one that is too long is cut."""
+def _pieces(words: Sequence[str]) -> int:
+    """About how many word pieces the embedder takes for words."""
+    return sum(map(_pieces_of, words))
+
+
+@lru_cache(maxsize=100_000)
+def _pieces_of(word: str) -> int:
+    return len(PIECE.findall(word))
+
+
+def _sentences(text: str, words: int, room: int) -> Iterator[list[str]]:
+    """The words of each sentence; one that is too long is cut, and so is a word of more than `room` pieces."""
     for sentence in SENTENCE.split(text):
-        found = sentence.split()
-        for at in range(0, len(found), words):
-            yield found[at : at + words]
+        part: list[str] = []
+        for word in (one for whole in sentence.split() for one in _cut(whole, room)):
+            if part and (len(part) == words or _pieces(part) + _pieces_of(word) > room):
+                yield part
+                part = []
+            part.append(word)
+        if part:
+            yield part
 
 
-def _tail(words: list[str], most: int) -> list[str]:
-    """The last sentences that are together at most so many words long."""
-    for at in range(max(0, len(words) - most), len(words)):
-        if at > 0 and words[at - 1][-1] in ".!?":
+def _cut(word: str, room: int) -> list[str]:
+    step = max(1, len(word) * room // max(room, _pieces_of(word)))
+    return [word[at : at + step] for at in range(0, len(word), step)]
+
+
+def _tail(words: list[str], most: int, room: int) -> list[str]:
+    """The last sentences that are together at most so many words and pieces long."""
+    for at in range(max(1, len(words) - most), len(words)):
+        if words[at - 1][-1] in ENDS and _pieces(words[at:]) <= room:
             return words[at:]
     return []

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 Step = int  # a relation's number, or ~number where it is walked backwards
 Way = tuple[Step, ...]
 MOST_ENDS = 100  # neighbours that one step from a node leads to: a hub's others are left out
-MOST_EDGES = 20_000  # of a node, read in each direction to find its relations
 MOST_EMBEDDED = 20_000  # names that can be found by meaning
 VERBS = ("by", "in", "at", "to", "from", "with", "on", "of", "for", "as", "a", "an")
 
@@ -45,8 +44,10 @@ class Graph:
         rows = [(nodes.setdefault(s, len(nodes)), relations.setdefault(r, len(relations)),
                  nodes.setdefault(o, len(nodes))) for s, r, o in facts.triples]  # fmt: skip
         inverses = {relations[a]: relations[b] for a, b in facts.inverses.items() if {a, b} <= relations.keys()}
-        return cls(tuple(facts.named(n) for n in nodes), tuple(facts.named(r)[0].replace("_", " ") for r in relations),
-                   np.array(sorted(rows), np.int64).reshape(-1, 3), inverses)  # fmt: skip
+        called = (facts.named(r)[0] for r in relations)
+        told = tuple(" ".join(name.replace("_", " ").split()) or name for name in called)
+        edges = np.array(sorted(rows), np.int64).reshape(-1, 3)
+        return cls(tuple(facts.named(n) for n in nodes), told, edges, inverses)
 
     @cached_property
     def _backwards(self) -> np.ndarray[Any, Any]:
@@ -64,10 +65,10 @@ class Graph:
         made: dict[Step, list[int]] = {}
         for back, edges in enumerate((self.edges, self._backwards)):
             first, last = np.searchsorted(edges[:, 0], [node, node + 1])
-            here = edges[first : min(last, first + MOST_EDGES)]
-            for relation in np.unique(here[:, 1]):
-                low, high = np.searchsorted(here[:, 1], [relation, relation + 1])
-                made[~int(relation) if back else int(relation)] = here[low : min(high, low + MOST_ENDS), 2].tolist()
+            found = np.unique(edges[first:last, 1], return_index=True, return_counts=True)
+            for relation, low, count in zip(*(part.tolist() for part in found), strict=True):
+                ends = edges[first + low : first + low + min(count, MOST_ENDS), 2]
+                made[~relation if back else relation] = ends.tolist()
         return made
 
     def named(self, step: Step) -> str:

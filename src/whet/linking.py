@@ -6,13 +6,14 @@ import hashlib
 import json
 import random
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from whet.documents import Passage
+from whet.documents import PARTICLE, UNSPACED, Passage
 from whet.embed import Embedder
 from whet.errors import ArtifactError
 from whet.extras import package
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Ways = dict[Way, tuple[int, ...]]  # and where each leads
-WORD = re.compile(r"[^\W_]+")
+WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")  # a character where words have no spaces between them
+WITH_PARTICLE = re.compile(f"(.+){PARTICLE}")
 # Words that name no relation; everything else in a question may.
 STOP = frozenset(WORD.findall("what is the of s who name did do does a an in which from for to by was were that it and "
                               "at where when whom are on how"))  # fmt: skip
-MOST_WORDS = 12  # of a name that is looked for in a question
+MOST_WORDS = 20  # of a name that is looked for in a question
 MENTIONS, HOMONYMS = 3, 5  # of a question; nodes of one name
 FUZZY, MEANT = 90.0, 3  # least partial ratio of a misspelt name; names taken by meaning
 MOST_CACHED = 50_000  # vectors of words and ways that are kept between questions
@@ -63,8 +65,8 @@ class Candidate:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text as names are compared by: lower case, without punctuation and underscores."""
-    return WORD.findall(text.casefold())
+    """The words of a text as names are compared by: lower case, without punctuation and underscores, in NFC."""
+    return WORD.findall(unicodedata.normalize("NFC", text).casefold())
 
 
 class Linker:
@@ -88,7 +90,7 @@ class Linker:
         said, found, at = words(question), [], 0
         while at < len(said):
             for size in range(min(MOST_WORDS, len(said) - at), 0, -1):
-                if nodes := self.names.get(" ".join(said[at : at + size])):
+                if nodes := self._named(said[at : at + size]):
                     found.append((size, self._mention(nodes, 1.0, said, at, at + size)))
                     at += size - 1
                     break
@@ -96,16 +98,23 @@ class Linker:
         longest = [m for _, m in sorted(found, key=lambda f: -f[0])][:MENTIONS]
         return longest or self._misspelt(said)
 
+    def _named(self, said: Sequence[str]) -> list[int]:
+        """The nodes that words name, the last one with or without a Korean particle."""
+        bare = WITH_PARTICLE.fullmatch(said[-1])
+        found = self.names.get(" ".join(said)) or (bare and self.names.get(" ".join([*said[:-1], bare[1]])))
+        return found or []
+
     def _misspelt(self, said: list[str]) -> list[Mention]:
         fuzzy, text = package("rapidfuzz", "knowledge"), " ".join(said)
-        found = fuzzy.process.extract(text, self.names.keys(), scorer=fuzzy.fuzz.partial_ratio, score_cutoff=FUZZY)
+        names = [name for name in self.names if 5 <= len(name) <= len(text)]
+        score = fuzzy.fuzz.partial_ratio
+        found = fuzzy.process.extract(text, names, scorer=score, score_cutoff=FUZZY, limit=None)
         made = []
-        for name, ratio, _ in sorted(found, key=lambda f: (-f[1], -len(f[0]), f[0])):
-            if 5 <= len(name) <= len(text):
-                at = fuzzy.fuzz.partial_ratio_alignment(name, text)
-                first, last = text[: at.dest_start].count(" "), text[: at.dest_end].rstrip().count(" ") + 1
-                made.append(self._mention(self.names[name], 0.009 * ratio, said, first, last))
-        return made[:MENTIONS]
+        for name, ratio, _ in sorted(found, key=lambda f: (-f[1], -len(f[0]), f[0]))[:MENTIONS]:
+            at = fuzzy.fuzz.partial_ratio_alignment(name, text)
+            first, last = text[: at.dest_start].count(" "), text[: at.dest_end].rstrip().count(" ") + 1
+            made.append(self._mention(self.names[name], 0.009 * ratio, said, first, last))
+        return made
 
     def _mention(self, nodes: Sequence[int], sure: float, said: list[str], first: int, last: int) -> Mention:
         order = [*said[last:], *reversed(said[:first])]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from whet.documents import HANGUL, PARTICLE, UNSPACED
 from whet.engine import Session
 from whet.metrics import Metric, references, score_all, squad
 from whet.retrieval import Found
@@ -21,19 +22,28 @@ DECLINES = re.compile(r"|unknown|no answer|not (?:known|answerable|stated|given)
 
 
 def says(text: str, answer: str) -> bool:
-    """Whether a text holds an answer word for word, whatever the case, articles and punctuation."""
-    wanted = squad(answer)
-    return bool(wanted) and f" {wanted} " in f" {squad(text)} "
+    """Whether a text holds an answer word for word, whatever the case, articles and punctuation.
 
-
-def holds(found: Found, example: Example) -> bool:
-    """Whether a passage holds what the example asks for: it is of a document of its evidence, and says an answer.
-
-    Where nothing is said word for word in the evidence, or none is named, one of the two is enough.
+    A Korean word may have a particle; words of scripts without spaces begin and end anywhere.
     """
-    ids, passage = {i for i, _ in example.evidence}, found.passage
-    said = any(says(passage.text, a) for a in references(example))
-    return passage.document in ids and (said or not any(references(example))) if ids else said
+    wanted = squad(answer)
+    if not wanted:
+        return False
+    begin = "" if re.match(f"[{UNSPACED}]", wanted) else f"(?<![^\\W{UNSPACED}])"
+    korean, free = re.search(f"[{HANGUL}]$", wanted), re.search(f"[{UNSPACED}]$", wanted)
+    end = "" if free else f"{PARTICLE}?(?![^\\W{UNSPACED}])" if korean else f"(?![^\\W{UNSPACED}{HANGUL}])"
+    return re.search(begin + re.escape(wanted) + end, squad(text)) is not None
+
+
+def holding(found: Sequence[Found], example: Example) -> list[Found]:
+    """The passages that hold what the example asks for: of a document of its evidence, and saying an answer.
+
+    Where none of them says one word for word, or no evidence is named, one of the two is enough.
+    """
+    ids = {i for i, _ in example.evidence}
+    named = [f for f in found if not ids or f.passage.document in ids]
+    said = [f for f in named if any(says(f.passage.text, a) for a in references(example))]
+    return said or (named if ids else [])
 
 
 def cited(answer: str, shown: Sequence[Found]) -> tuple[Found, ...]:
@@ -59,7 +69,7 @@ def taught(
     deep = system.found([e.prompt for e in examples], DEEP)
     made = []
     for example, here, more in zip(examples, shown, deep, strict=True):
-        right = [f for f in more if holds(f, example)]
+        right = holding(more, example)
         if random.Random(f"{seed}/{example.id}").random() < absent:
             wrong = [f for f in more if f not in right and f not in here]
             kept = [f for f in here if f not in right]
@@ -94,7 +104,7 @@ def measure(system: System, examples: Sequence[Example], metric: Metric, session
     """Read the same questions with the passages found, with the right one alone, and with wrong ones only."""
     shown = system.found([e.prompt for e in examples])
     deep = system.found([e.prompt for e in examples], DEEP)
-    right = [[f for f in more if holds(f, e)] for e, more in zip(examples, deep, strict=True)]
+    right = [holding(more, e) for e, more in zip(examples, deep, strict=True)]
     hit = [any(f in good for f in here) for here, good in zip(shown, right, strict=True)]
     answers = [a.text for a in system.answers(examples, session, found=shown)]
 

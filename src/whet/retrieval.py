@@ -6,12 +6,13 @@ writes the next generation beside it and then renames `current`: the next questi
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
 import mmap
+import re
 import shutil
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from whet.documents import Document, Passage, passages
+from whet.documents import HANGUL, UNSPACED, Document, Passage, passages
 from whet.embed import PACKAGE, Embedder
 from whet.errors import ArtifactError, MethodError
 from whet.extras import package
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     Vectors = np.ndarray[Any, Any]
 
+RUN = re.compile(f"[{UNSPACED}{HANGUL}]{{2,}}")
 MIXES = ("both", "ranks", "words", "meaning")
 Key = TypeVar("Key", int, str)
 DEPTH = 100  # passages of each ranking that are merged
@@ -54,7 +56,7 @@ class Found:
 
 def identity(pieces: Sequence[Passage]) -> str:
     """What a generation is named by: its passages, and how words and meanings are told from them."""
-    body = json.dumps([PACKAGE, "snowball", [asdict(p) for p in pieces]], sort_keys=True)
+    body = json.dumps([PACKAGE, "snowball, bigrams", [asdict(p) for p in pieces]], sort_keys=True)
     return hashlib.sha256(body.encode()).hexdigest()
 
 
@@ -81,9 +83,10 @@ def build(pieces: Sequence[Passage], folder: Path, embedder: Embedder, before: I
             _into_lists(vectors, work / "near.faiss")
             vectors = vectors.astype(np.float16)
         np.save(work / "dense.npy", vectors, allow_pickle=False)
-        if pieces:
+        stems = _stems(texts)
+        if any(stems.ids):
             ranker = package("bm25s", "rag").BM25(method="lucene")
-            ranker.index(_stems(texts), show_progress=False)
+            ranker.index(stems, show_progress=False)
             ranker.save(str(work / "words"))
         lines = [json.dumps(asdict(p), ensure_ascii=False).encode() + b"\n" for p in pieces]
         (work / "passages.jsonl").write_bytes(b"".join(lines))
@@ -111,7 +114,14 @@ def _vectors(texts: Sequence[str], embedder: Embedder, before: Index | None) -> 
 def _stems(texts: Sequence[str]) -> Any:
     """The words of texts as BM25 counts them: without English stop words, as Snowball's stems."""
     stemmer = package("Stemmer", "rag").Stemmer("english")
-    return package("bm25s", "rag").tokenize(list(texts), stopwords="en", stemmer=stemmer, show_progress=False)
+    every = [paired(text) for text in texts]
+    return package("bm25s", "rag").tokenize(every, stopwords="en", stemmer=stemmer, show_progress=False)
+
+
+def paired(text: str) -> str:
+    """A text in NFC and, behind it, each pair of neighbouring characters where words are not told apart by spaces."""
+    text = unicodedata.normalize("NFC", text)
+    return " ".join([text, *(run[n : n + 2] for run in RUN.findall(text) for n in range(len(run) - 1))])
 
 
 def _into_lists(vectors: Vectors, file: Path) -> None:
@@ -167,7 +177,14 @@ def change(
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One change at a time."""
+    """One change at a time. Raises MethodError on a system without file locks."""
+    try:
+        import fcntl
+    except ModuleNotFoundError as error:
+        raise MethodError(
+            "passages cannot be changed on this system", expected="file locks as on Linux and macOS", found="none",
+            do="index them anew, or change them under WSL",
+        ) from error  # fmt: skip
     with (folder / "lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -299,7 +316,9 @@ class Index(Corpus[int]):
 
     @cached_property
     def _words(self) -> Any:
-        return package("bm25s", "rag").BM25.load(str(self.folder / "words"), mmap=True)
+        """BM25's index; None where no passage has a word that it counts."""
+        file = self.folder / "words"
+        return package("bm25s", "rag").BM25.load(str(file), mmap=True) if file.exists() else None
 
     def candidates(self, questions: Sequence[str], depth: int) -> Iterator[tuple[dict[int, float], dict[int, float]]]:
         """BM25 scores, and cosine similarities by all vectors or, of many passages, through the inverted lists."""
@@ -311,7 +330,8 @@ class Index(Corpus[int]):
                 continue
             asked = self.embedder(some)
             nearest = self._by_meaning(asked, depth)
-            tops, scores = self._words.retrieve(_stems(some), k=depth, show_progress=False, n_threads=0)
+            tops, scores = ([[]] * len(some), [[]] * len(some)) if self._words is None else self._words.retrieve(
+                _stems(some), k=depth, show_progress=False, n_threads=0)  # fmt: skip
             for n in range(len(some)):
                 words = dict(sorted((int(p), float(s)) for p, s in zip(tops[n], scores[n], strict=True) if s > 0))
                 both = sorted({*words, *(int(p) for p in nearest[n] if p >= 0)})
@@ -434,9 +454,13 @@ class Source:
         return self.corpus(home).rank(questions, most, self.mix)
 
     def change(self, home: Path, put: Iterable[Document] = (), drop: Iterable[str] = ()) -> tuple[str, int]:
-        """Put documents in and drop others, for the next question to see; as `retrieval.change`."""
+        """Put documents in and drop others, for the next question to see; as `retrieval.change`.
+
+        Raises ArtifactError for a System that was not saved: others made of the same documents share its corpus.
+        """
         if self.store:
             return self._database(home).change(put, drop, self.chunk)
+        if self._place().parent == home / "artifacts":
+            raise ArtifactError("the System's documents are shared with others", expected="a saved System",
+                                do="save it and load it from its folder")  # fmt: skip
         return change(self._place(), home, put, drop, self.chunk)
-
-

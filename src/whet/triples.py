@@ -7,8 +7,8 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -19,17 +19,23 @@ from whet.extras import package
 from whet.rows import decode, short
 from whet.task import Learnable, places
 
-Triple = tuple[str, str, str]  # ids: an IRI or blank node in angle brackets; anything else is its own name
+# Ids are IRIs and blank nodes in angle brackets; anything else is a value as `text` writes it, and its own name.
+Triple = tuple[str, str, str]
 MOST_TRIPLES = 1_000_000
 MOST_BYTES = 500_000_000  # of a JSON file, unpacked
 MEANS = "means"  # the relation from a term to its description
 PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open}
 RDF = {".nt": "N_TRIPLES", ".ttl": "TURTLE", ".nq": "N_QUADS", ".trig": "TRIG", ".rdf": "RDF_XML", ".owl": "RDF_XML"}
 KINDS = (".tsv", ".json", *RDF)
-# What names things, by the last part of the relation's id: rdfs, skos, foaf and schema.org agree well enough.
+# What names things, by the last part of the relation's id: rdfs, skos, foaf and schema.org agree well enough. A "label"
+# of other vocabularies is any label, such as a record label.
 NAMED = {"label": "label", "prefLabel": "label", "name": "label", "altLabel": "alias", "alias": "alias",
          "alternateName": "alias", "also known as": "alias", "comment": MEANS, "description": MEANS,
          "definition": MEANS, "abstract": MEANS, "inverseOf": "inverse", "inverse of": "inverse"}  # fmt: skip
+PLAIN = ("en", "")  # the languages that come first
+LABELS = ("<http://www.w3.org/", "<#")
+RDF_OWN = "<http://www.w3.org/1999/02/22-rdf-syntax-ns#"
+MOST_HELD = 100  # facts that are told through one blank node
 LOCAL = re.compile(r"[^/#]*[/#]?$")
 HUMPS = re.compile(r"(?<=[a-z])(?=[A-Z])")
 TIME = re.compile(r"(-?\d{4,}(?:-\d\d){0,2})(?:T00:00:00(?:\.0+)?)?(?:Z|[+-]\d\d:\d\d)?")
@@ -45,10 +51,25 @@ class Facts:
 
     def named(self, one: str) -> tuple[str, ...]:
         """The names of an id, the label first; one without a label is called by the end of its IRI."""
-        number, unit, _ = one.partition(" <")
-        if unit and one[:1] != "<" and one[-1] == ">":  # a quantity of Wikidata's
-            return (f"{number} {self.named(one[len(number) + 1 :])[0]}",)
-        return self.names.get(one) or (_local(one) if one[:1] == "<" else one,)
+        number, unit, _ = one.partition("  <")
+        if unit and one[:1] != "<":  # a quantity of Wikidata's
+            return (f"{number} {self.named(one[len(number) + 2 :])[0]}",)
+        return self.names.get(one) or (_local(one) if one[:1] == "<" else _spoken(one)[1],)
+
+
+def text(value: str, language: str = "") -> str:
+    """A value of a triple: on one line; its language, or that it only looks like an id, stands behind a first space.
+
+    No value has that space, nor two spaces in a row, of its own.
+    """
+    line = " ".join(value.split())
+    return f" @{language} {line}" if language or line[:1] == "<" else line
+
+
+def _spoken(value: str) -> tuple[str, str]:
+    """The language of a value, English as "en" whatever its kind, and what it says."""
+    language, _, said = value[2:].partition(" ") if value[:2] == " @" else ("", "", value)
+    return "en" if language.startswith("en-") else language, said
 
 
 def load(data: Learnable, home: Path) -> tuple[Facts, list[str]]:
@@ -74,26 +95,75 @@ def load(data: Learnable, home: Path) -> tuple[Facts, list[str]]:
 
 
 def gather(found: Iterable[Triple]) -> Facts:
-    """Facts out of triples as they are written: labels, aliases, descriptions and inverses are told apart."""
+    """Facts out of triples as they are written: labels, aliases, descriptions and inverses are told apart.
+
+    Of what is said in several languages English or none comes first, else the one that comes first in the file.
+    """
+    rows = [(s, r, o, *_spoken(o)) for s, r, o in found]
+    spoken: dict[tuple[str, str], str] = {}
+    for s, r, o, language, _ in rows:
+        if o[:1] != "<" and (language in PLAIN or (s, r) not in spoken):
+            spoken[s, r] = language
     triples: dict[Triple, None] = {}
-    labels: dict[str, str] = {}
-    aliases: dict[str, dict[str, None]] = {}
+    labels: dict[str, list[tuple[int, str]]] = {}
+    aliases: dict[str, list[str]] = {}
     inverses: dict[str, str] = {}
-    for s, r, o in found:
-        role = NAMED.get(_local(r, humps=False) if r[:1] == "<" else r, "")
-        if role == "label" and r[:1] == "<":
-            labels.setdefault(s, o)
-        elif role == "alias":
-            aliases.setdefault(s, {})[o] = None
-        elif role == "inverse":
+    for s, r, o, language, said in rows:
+        role = _role(r)
+        if role == "inverse":
             inverses.update({s: o, o: s})
-        elif s and r and o:
-            triples[s, MEANS if role == MEANS and o[:1] != "<" else r, o] = None
+        elif o[:1] == "<":
+            triples[s, r, o] = None
+        elif role == "label":
+            labels.setdefault(s, []).append(((*PLAIN, language).index(language), said))
+        elif role == "alias":
+            aliases.setdefault(s, []).append(said)
+        elif s and r and said and (language in PLAIN or language == spoken[s, r]):
+            triples[s, MEANS if role == MEANS else r, text(said) if language else o] = None
     names: dict[str, tuple[str, ...]] = {}
     for one in {**labels, **aliases}:
-        own = labels.get(one) or ("" if one[:1] == "<" else one)
-        names[one] = tuple(dict.fromkeys(filter(None, (own, *aliases.get(one, ())))))
-    return Facts(tuple(triples), names, inverses)
+        own = [said for _, said in sorted(labels.get(one, ()), key=lambda label: label[0])]
+        if not any(own) and one[:1] != "<":
+            own = [_spoken(one)[1]]
+        names[one] = tuple(dict.fromkeys(filter(None, (*own, *aliases.get(one, ())))))
+    known = Facts((), names, inverses)
+    return replace(known, triples=tuple(dict.fromkeys(_through(tuple(triples), known))))
+
+
+def _role(relation: str) -> str:
+    """What a relation says of names; "" for one that states a fact."""
+    if relation[:1] != "<":
+        return NAMED.get(relation, "").replace("label", "")
+    end = _local(relation, humps=False)
+    return NAMED.get(end, "") if end != "label" or relation.startswith(LABELS) else ""
+
+
+def _through(triples: Sequence[Triple], known: Facts) -> Iterator[Triple]:
+    """Triples without nameless blank nodes: what has the size [value 5] has the "size value" 5; lists go by items."""
+    held: dict[str, list[tuple[str, str]]] = {}
+    for s, r, o in triples:
+        if _blank(s, known):
+            held.setdefault(s, []).append((r, o))
+
+    def ends(r: str, o: str) -> Iterator[tuple[str, str]]:
+        ahead, seen = [(r, o)], set[str]()
+        while ahead:
+            r, o = ahead.pop()
+            if not _blank(o, known):
+                yield r, o
+            elif o not in seen:
+                seen.add(o)
+                ahead += [(r if step.startswith(RDF_OWN) else text(f"{known.named(r)[0]} {known.named(step)[0]}"), end)
+                          for step, end in reversed(held.get(o, ()))
+                          if step != f"{RDF_OWN}type>" and end != f"{RDF_OWN}nil>"]  # fmt: skip
+
+    for s, r, o in triples:
+        if not _blank(s, known):
+            yield from ((s, *end) for end in islice(ends(r, o), MOST_HELD)) if _blank(o, known) else [(s, r, o)]
+
+
+def _blank(one: str, known: Facts) -> bool:
+    return one.startswith("<_:") and not known.names.get(one)
 
 
 def _local(iri: str, humps: bool = True) -> str:
@@ -130,7 +200,7 @@ def _file(file: Path, glossary: bool) -> Iterator[Triple]:
 
 def _lines(file: Path, expected: str, counts: tuple[int, ...]) -> Iterator[list[str]]:
     for number, line in enumerate(decode(file).split("\n"), 1):
-        cells = [" ".join(cell.split()) for cell in line.split("\t")]
+        cells = [text(cell) for cell in line.split("\t")]
         if any(cells):
             if len(cells) not in counts or not all(cells[: counts[0]]):
                 raise TaskError(f"{file.name} line {number}: not {expected}", expected="cells between tabs",
@@ -146,7 +216,7 @@ def _terms(file: Path) -> Iterator[Triple]:
     """A term, what it means, and in a third column its aliases between semicolons."""
     for term, meaning, *rest in _lines(file, "term, meaning (and aliases)", (2, 3)):
         yield term, MEANS, meaning
-        yield from ((term, "alias", one.strip()) for one in ";".join(rest).split(";") if one.strip())
+        yield from ((term, "alias", text(one)) for one in _spoken(";".join(rest))[1].split(";") if one.strip())
 
 
 def _rdf(name: str, stream: IO[bytes], kind: str) -> Iterator[Triple]:
@@ -161,24 +231,24 @@ def _rdf(name: str, stream: IO[bytes], kind: str) -> Iterator[Triple]:
 
 
 def term_triples(rdf: Any, s: Any, p: Any, o: Any) -> Iterator[Triple]:
-    """A triple of RDF terms as ids; a literal in another language than English is an alias where it is a label."""
-    ends = [f"<{one}>" if isinstance(one, rdf.BlankNode) else str(one) for one in (s, p)]
-    if not isinstance(o, rdf.Literal):
-        yield ends[0], ends[1], f"<{o}>" if isinstance(o, rdf.BlankNode) else str(o)
-    elif o.language is None or o.language.split("-")[0] == "en":
-        yield ends[0], ends[1], literal(o.value, o.datatype.value)
-    elif NAMED.get(_local(ends[1], humps=False)) in ("label", "alias"):
-        yield ends[0], "alias", literal(o.value, "")
+    """A triple of RDF terms as ids and values; nothing where an answer leaves one of them unbound."""
+    if s is None or p is None or o is None:
+        return
+    subject, relation = (f"<{one}>" if isinstance(one, rdf.BlankNode) else str(one) for one in (s, p))
+    if isinstance(o, rdf.Literal):
+        yield subject, relation, literal(o.value, o.datatype.value, (o.language or "").lower())
+    else:
+        yield subject, relation, f"<{o}>" if isinstance(o, rdf.BlankNode) else str(o)
 
 
-def literal(value: str, datatype: str) -> str:
+def literal(value: str, datatype: str, language: str = "") -> str:
     """A literal as people write it: a day without its midnight, a number with the unit that its type names."""
     value = " ".join(value.split())
     if found := TIME.fullmatch(value):
         return found[1]
     if datatype and "XMLSchema" not in datatype and re.fullmatch(r"[-+]?[\d.]+(?:[eE][-+]?\d+)?", value):
         return f"{float(value):.15g} {_local(datatype)}"
-    return value
+    return text(value, language)
 
 
 def _wikidata(name: str, stream: IO[bytes]) -> Iterator[Triple]:
@@ -190,13 +260,14 @@ def _wikidata(name: str, stream: IO[bytes]) -> Iterator[Triple]:
         for one in listed:
             me = f"<{one['id']}>"
             for key, tag in (("labels", "<#label>"), ("aliases", "<#altLabel>"), ("descriptions", "<#description>")):
-                said = one.get(key, {})
-                english = said.get("en", said.get("mul", []))
-                for text in english if isinstance(english, list) else [english]:
-                    yield me, tag, text["value"]
-            for relation, claims in one.get("claims", {}).items():
-                best = [c for c in claims if c.get("rank") == "preferred"]
-                for claim in best or [c for c in claims if c.get("rank") != "deprecated"]:
+                said = one.get(key) or {}  # an empty map is written as a list
+                best = {k: said[k] for k in ("en", "mul") if k in said} or said
+                for language, texts in best.items():
+                    for found in texts if isinstance(texts, list) else [texts]:
+                        yield me, tag, text(found["value"], language.replace("mul", ""))
+            for relation, claims in (one.get("claims") or {}).items():
+                first = [c for c in claims if c.get("rank") == "preferred"]
+                for claim in first or [c for c in claims if c.get("rank") != "deprecated"]:
                     if value := _value(claim["mainsnak"].get("datavalue")):
                         yield me, f"<{relation}>", value
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -213,9 +284,13 @@ def _value(found: Any) -> str:
     if kind == "wikibase-entityid":
         return f"<{value['id']}>"
     if kind == "time":
-        day = value["time"].lstrip("+").split("T")[0]
-        return str(day[: {9: -6, 10: -3}.get(value.get("precision", 11), len(day))])
+        day, precision = value["time"].lstrip("+").split("T")[0], value.get("precision", 11)
+        if precision < 9:  # a decade; what is vaguer cannot be told from its first or last year
+            return f"{day[:-6]}s" if precision == 8 else ""
+        return str(day[: {9: -6, 10: -3}.get(precision, len(day))])
     if kind == "quantity":
         unit = value.get("unit", "1")
-        return str(value["amount"]).lstrip("+") + ("" if unit == "1" else f" <{_local(unit, humps=False)}>")
-    return str(value["text"] if kind == "monolingualtext" else value) if kind in ("string", "monolingualtext") else ""
+        return str(value["amount"]).lstrip("+") + ("" if unit == "1" else f"  <{_local(unit, humps=False)}>")
+    if kind == "monolingualtext":
+        return text(value["text"], value["language"])
+    return text(str(value)) if kind == "string" else ""
