@@ -2,6 +2,7 @@
 
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -83,6 +84,21 @@ def test_user_code_may_define_dataclasses(tmp_path):
     assert get("metrics.py:f", tmp_path, trusted=True).score("", example("x")) == 0.5
 
 
+def test_scores_of_edited_code_or_of_another_version_are_told_apart(tmp_path, monkeypatch):
+    code = "def f(answer, example):\n    return {}\n"
+    first, again, edited = (get("metrics.py:f", write(tmp_path, code.format(n)), trusted=True) for n in (1, 1, 0))
+    assert first.rules == again.rules != edited.rules and edited.score("", example("x")) == 0
+    assert get("accuracy").rules == {}
+
+    class Brevity(metrics.Mean):
+        name = "brevity"
+
+    doors = [SimpleNamespace(dist=SimpleNamespace(name="brief", version="1.2"))]
+    monkeypatch.setattr(metrics.importlib.metadata, "entry_points",
+                        lambda **asked: doors if asked["value"].endswith("Brevity") else [])
+    assert Brevity().rules == {"metric_of": "brief 1.2"}
+
+
 def test_an_example_on_which_a_metric_fails_is_data(tmp_path):
     write(tmp_path, "def f(answer, example):\n    return float(answer) if 'n' in answer else 1 / len(answer)\n")
     rows = [example("r", id=str(i), group="g") for i in range(4)]
@@ -151,6 +167,8 @@ def test_macro_f1_counts_a_failed_example_as_a_miss_of_its_class_only():
 @pytest.mark.parametrize("text, normal", [
     ("The  Cat, sat!", "cat sat"), ("An apple a day", "apple day"), ("1914–1918", "1914–1918"), ("$1,000.", "1000"),
     ("한국의 수도는 서울이다.", "한국의 수도는 서울이다"), ("A", "a"), ("!!!", "!!!"), ("", ""), ("theory", "theory"),
+    ("A.", "a"), ("$1,000.50.", "1000.50"), ("-5", "-5"), ("(-$5)", "-5"), ("1/2 or .5", "1/2 or .5"),
+    ("12-05", "12-05"), ("U.S. F-16", "us f16"), ("a 3-year-old", "3yearold"), ("No.5, and/or - 6.", "no5 andor 6"),
 ])
 def test_squad_normalisation(text, normal):
     assert squad(text) == normal
@@ -162,6 +180,9 @@ def test_squad_normalisation(text, normal):
     ("Denver Denver", ["Denver Broncos"], 0, 0.5),  # a repeated token counts once
     ("Paris", ["London", "Paris, France"], 0, 2 * 1 * 0.5 / 1.5),
     ("서울 특별시", ["서울"], 0, 2 / 3), ("", ["x"], 0, 0), ("", [""], 1, 1), ("B", ["A"], 0, 0), ("the", ["A"], 0, 0),
+    ("A.", ["A"], 1, 1), ("It is (A)", ["A"], 0, 0.5), ("-5", ["5"], 0, 0), ("15", ["1.5"], 0, 0),
+    ("12", ["1/2"], 0, 0), ("5.", ["5"], 1, 1), ("他出生在北京市", ["北京市"], 0, 0.6), ("ราคาบ้าน", ["บ้าน"], 0, 2 / 3),
+    ("Tokyo東京", ["東京"], 0, 0.8),
 ])
 def test_exact_match_and_token_f1_by_hand(answer, accepted, em, f1):
     assert get("exact_match").score(answer, example(*accepted)) == em
@@ -172,6 +193,9 @@ def test_exact_match_and_token_f1_by_hand(answer, accepted, em, f1):
     ("It was the Denver Broncos.", "Denver Broncos", 1), ("I know", "no", 0), ("No, I do not", "no", 1),
     ("in 2010", "201", 0), ("2010년에", "2010", 1), ("서울은 수도다", "서울", 1), ("부산", "서울", 0),
     ("anything", "", 0), ("", "", 1), ("b", "+", 0), ("about", "The A", 0),
+    ("The answer is (A).", "A", 1), ("It is -5", "5", 0), ("It is 1.5", "5", 0), ("It is 1.5", "1", 0), ("5.", "5", 1),
+    ("интернет", "нет", 0), ("нет, нельзя", "нет", 1), ("पानी", "पान", 0), ("他出生在北京市", "北京", 1),
+    ("ราคาบ้าน", "บ้าน", 1), ("무인도에", "인도", 0), ("Paris는", "Paris", 1),
 ])
 def test_contains(answer, accepted, inside):
     assert get("contains").score(answer, example(accepted)) == inside
@@ -193,6 +217,24 @@ def test_rouge_l_equals_rouge_score_on_ascii_and_the_best_reference_wins(answer)
 def test_rouge_l_reads_korean():
     score = get("rouge_l").score("서울은 한국의 수도이다.", example("서울은 수도이다"))
     assert score == pytest.approx(2 * (2 / 3) / (5 / 3))  # both words of the reference among three: precision 2/3
+
+
+@pytest.mark.parametrize("answer, wanted, score", [
+    ("पिना", "पानी", 0), ("पानी", "पानी", 1), ("他出生在北京", "他出生在北京市", 12 / 13), ("ราคา บ้าน", "ราคาบ้าน", 1),
+])
+def test_rouge_l_reads_vowel_signs_and_scripts_without_spaces(answer, wanted, score):
+    assert get("rouge_l").score(answer, example(wanted)) == pytest.approx(score)
+
+
+def test_bleu_of_scripts_without_spaces_is_sacrebleu_s_by_characters():
+    import sacrebleu
+
+    answers, accepted = ["他出生在北京。", "東京は晴れだ。"], ["他出生在北京市。", "東京は雨だ。"]
+    scored = outcomes(get("bleu"), answers, accepted)
+    corpus = sacrebleu.corpus_bleu(answers, [accepted], tokenize="char").score / 100
+    assert get("bleu").aggregate(scored) == pytest.approx(corpus) and corpus > 0.4
+    sentence = sacrebleu.sentence_bleu(answers[0], accepted[:1], tokenize="char").score / 100
+    assert scored[0].score == pytest.approx(sentence)
 
 
 @pytest.mark.parametrize("name, corpus", [("bleu", "corpus_bleu"), ("chrf", "corpus_chrf")])

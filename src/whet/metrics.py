@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
-import importlib.util
 import math
 import re
 import string
@@ -20,11 +19,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
 from whet.errors import TaskError, nearest
+from whet.splits import UNSPACED
 
 if TYPE_CHECKING:
     from whet.task import Example
@@ -32,6 +33,14 @@ if TYPE_CHECKING:
 GROUP = "whet.metrics"
 # What a failed row costs in perplexity, in nats per token: a blind guess among 2^18 tokens, the largest vocabularies.
 FAILED_NLL = 18 * math.log(2)
+ARTICLES = frozenset(("a", "an", "the"))
+# ASCII punctuation, and behind group 1 what is part of a number: 1.5, 1/2, 2010-12, -5, -$5, .5
+_PUNCTUATION = re.compile(
+    rf"((?<=\d)[-./](?=\d)|(?<![\w.-])-(?=\$?\.?\d)|(?<![\w.])\.(?=\d))|[{re.escape(string.punctuation)}]"
+)
+_HANGUL = re.compile("[\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff]")
+_UNSPACED = re.compile(f"[{UNSPACED}]")
+_TOKEN = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,12 @@ class Additive:
 
     higher_is_better: ClassVar[bool] = True
 
+    @property
+    def rules(self) -> dict[str, str]:
+        """What its scores depend on beside its name, for their protocol: of a plugin, the package and its version."""
+        package = _package(f"{type(self).__module__}:{type(self).__qualname__}")
+        return {"metric_of": package} if package else {}
+
     def statistics(self, outcomes: Sequence[Outcome]) -> Any:
         """Rows to be summed: (score, 1)."""
         return np.array([(o.score, 1.0) for o in outcomes], dtype=float).reshape(-1, 2)
@@ -95,6 +110,13 @@ class Additive:
         if not outcomes:
             raise ValueError("no outcomes to aggregate")
         return float(self.finish(np.ones(len(outcomes)) @ self.statistics(outcomes)))
+
+
+@functools.cache
+def _package(place: str) -> str:
+    """The package, other than this one, that brings the metric of a place (module:name), with its version."""
+    found = (door.dist for door in importlib.metadata.entry_points(group=GROUP, value=place))
+    return next((f"{dist.name} {dist.version}" for dist in found if dist and dist.name != "whet"), "")
 
 
 class Mean(Additive):
@@ -118,14 +140,22 @@ def plain(text: str) -> str:
     return text.rstrip(".,;:!?。！？、，").rstrip() or text
 
 
-def squad(text: str) -> str:
+def squad(text: str, articles: bool = False) -> str:
     """SQuAD's normalisation (Rajpurkar et al., 2016): lower case, no ASCII punctuation, no articles, single spaces.
 
-    Other scripts stay intact (NFC). A text that would vanish, such as the choice 'A', stays as it is in lower case.
+    Other scripts stay intact (NFC), and so do signs inside numbers: 1.5 is not 15. Articles stay on request and where
+    nothing else would (the choice 'A'), punctuation where a text has no more than that.
     """
     lowered = unicodedata.normalize("NFC", text).lower()
-    bare = "".join(c for c in lowered if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split()) or " ".join(lowered.split())
+    bare = _PUNCTUATION.sub(r"\1", lowered)
+    short = "" if articles else re.sub(r"\b(a|an|the)\b", " ", bare)
+    return next((" ".join(form.split()) for form in (short, bare, lowered) if form.strip()), "")
+
+
+def _both(answer: str, reference: str) -> tuple[str, str]:
+    """Both after `squad`; where the reference is an article, as the choice 'A' is, the answer keeps its own."""
+    wanted = squad(reference)
+    return squad(answer, articles=ARTICLES.issuperset(wanted.split())), wanted
 
 
 # -- built-in metrics --------------------------------------------------------------------------------------------
@@ -193,19 +223,21 @@ class ExactMatch(Mean):
 
     def score(self, answer: str, example: Example) -> float:
         """1 if equal to any accepted answer, else 0."""
-        return float(squad(answer) in map(squad, references(example)))
+        return float(any(given == wanted for given, wanted in (_both(answer, r) for r in references(example))))
 
 
 @dataclass(frozen=True)
 class TokenF1(Mean):
-    """SQuAD's F1 over whitespace tokens (Rajpurkar et al., 2016), the best over the accepted answers."""
+    """SQuAD's F1 over tokens (Rajpurkar et al., 2016), the best over the accepted answers.
+
+    Tokens are parted by spaces; in scripts without spaces each character is one.
+    """
 
     name: ClassVar[str] = "token_f1"
 
     def score(self, answer: str, example: Example) -> float:
         """Harmonic mean of token precision and recall, 0..1."""
-        given = squad(answer).split()
-        return max(self._f1(given, squad(r).split()) for r in references(example))
+        return max(self._f1(*map(_TOKEN.findall, _both(answer, r))) for r in references(example))
 
     @staticmethod
     def _f1(given: list[str], wanted: list[str]) -> float:
@@ -218,30 +250,48 @@ class TokenF1(Mean):
 class Contains(Mean):
     """Share of answers that contain an accepted one, after SQuAD's normalisation.
 
-    A Latin word or a number must be contained whole ('no' is not in 'know'); particles of other scripts may follow.
+    A word or a number must be contained whole ('no' is not in 'know', nor 5 in -5). Behind a Korean word particles may
+    follow; in scripts without spaces any place will do.
     """
 
     name: ClassVar[str] = "contains"
 
     def score(self, answer: str, example: Example) -> float:
         """1 if any accepted answer is contained, else 0."""
-        text = squad(answer)
-        return float(any(self._inside(squad(r), text) for r in references(example)))
+        return float(any(self._inside(*_both(answer, r)) for r in references(example)))
 
     @staticmethod
-    def _inside(wanted: str, text: str) -> bool:
+    def _inside(text: str, wanted: str) -> bool:
         if not wanted:
             return not text
-        before = r"(?<![a-z0-9])" if re.match("[a-z0-9]", wanted) else ""
-        after = r"(?![a-z0-9])" if re.search("[a-z0-9]$", wanted) else ""
-        return re.search(before + re.escape(wanted) + after, text) is not None
+        first, last = _script(wanted[0]), _script(wanted[-1])
+        for found in re.finditer(f"(?={re.escape(wanted)})", text):
+            before, after = text[: found.start()][-1:], text[found.start() + len(wanted) :][:1]
+            if not (first and _script(before) == first) and not (last == "spaced" and _script(after) == last):
+                return True
+        return False
+
+
+def _script(sign: str) -> str:
+    """How words of a character's script stand: "spaced" (digits, too), "hangul", or "" where one may end anywhere."""
+    if _HANGUL.match(sign):
+        return "hangul"
+    inside = sign.isalnum() or (bool(sign) and (sign in "-./" or unicodedata.category(sign)[0] == "M"))
+    return "spaced" if inside and not _UNSPACED.match(sign) else ""
 
 
 class _Words:
-    """rouge-score's tokenizer without its loss of everything outside a-z and 0-9."""
+    """rouge-score's tokenizer without its loss of everything outside a-z and 0-9; of unspaced scripts each character.
+
+    Vowel signs belong to their words.
+    """
+
+    def __init__(self) -> None:
+        marks = "".join(c for c in map(chr, range(0x300, 0x1F000)) if unicodedata.category(c)[0] == "M")
+        self._word = re.compile(rf"[{UNSPACED}]|(?:[^\W_{UNSPACED}]|[{marks}])+")
 
     def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"[^\W_]+", unicodedata.normalize("NFC", text).lower())
+        return self._word.findall(unicodedata.normalize("NFC", text).lower())
 
 
 @functools.cache
@@ -267,27 +317,37 @@ def _sacrebleu(kind: str) -> Any:
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
-    return BLEU(effective_order=True) if kind == "bleu" else CHRF()
+    return CHRF() if kind == "chrf" else BLEU(effective_order=True, tokenize=kind)
+
+
+def _bleu(answer: str, accepted: Sequence[str]) -> Any:
+    """sacrebleu's score of one answer: by characters where most of the references' are of a script without spaces."""
+    text = "".join("".join(accepted).split())
+    kind = "char" if 2 * len(_UNSPACED.findall(text)) > len(text) else "13a"
+    return _sacrebleu(kind).sentence_score(answer, accepted)
 
 
 @dataclass(frozen=True)
 class Bleu(Additive):
-    """Corpus BLEU (Papineni et al., 2002) as sacrebleu computes it (13a tokens, exp smoothing), divided by 100."""
+    """Corpus BLEU (Papineni et al., 2002) as sacrebleu computes it (exp smoothing), divided by 100.
+
+    Tokens are sacrebleu's 13a, or its `char` for rows in scripts without spaces.
+    """
 
     name: ClassVar[str] = "bleu"
 
     def score(self, answer: str, example: Example) -> float:
         """Sentence BLEU / 100 with effective order."""
-        return float(_sacrebleu("bleu").sentence_score(answer, list(references(example))).score) / 100
+        return float(_bleu(answer, references(example)).score) / 100
 
     def statistics(self, outcomes: Sequence[Outcome]) -> Any:
         """Rows of (answer length, reference length, 4 matches, 4 totals)."""
-        bleus = [_sacrebleu("bleu").sentence_score(_said(o), list(o.references)) for o in outcomes]
+        bleus = [_bleu(_said(o), o.references) for o in outcomes]
         return np.array([(b.sys_len, b.ref_len, *b.counts, *b.totals) for b in bleus], dtype=float).reshape(-1, 10)
 
     def finish(self, totals: Any) -> Any:
         """Corpus BLEU / 100 from summed rows."""
-        compute = _sacrebleu("bleu").compute_bleu
+        compute = _sacrebleu("13a").compute_bleu
 
         def one(row: Any) -> float:
             r = [int(x) for x in row]
@@ -416,11 +476,17 @@ class Custom(Mean):
 
     function: Callable[[str, Example], float]
     label: str
+    code: str  # hash of the file, so that no score of an earlier version is taken for its own
 
     @property
     def name(self) -> str:
         """As the task names it: file.py:function."""
         return self.label
+
+    @property
+    def rules(self) -> dict[str, str]:
+        """The hash of its file."""
+        return {"metric_code": self.code}
 
     def score(self, answer: str, example: Example) -> float:
         """What the function says."""
@@ -436,7 +502,7 @@ def get(name: str, folder: Path | None = None, trusted: bool = False) -> Metric:
     Raises TaskError for an unknown name, and for user code that is not trusted, lies outside `folder` or breaks.
     """
     if ".py:" in name:
-        return Custom(_load(name, folder, trusted), name)
+        return _load(name, folder, trusted)
     doors = {e.name: e for e in importlib.metadata.entry_points(group=GROUP)}
     base, at, k = name.partition("@")
     if base not in doors or (at and not re.fullmatch("[1-9][0-9]*", k)):
@@ -448,7 +514,7 @@ def get(name: str, folder: Path | None = None, trusted: bool = False) -> Metric:
     return metric
 
 
-def _load(name: str, folder: Path | None, trusted: bool) -> Callable[[str, Example], float]:
+def _load(name: str, folder: Path | None, trusted: bool) -> Custom:
     file, _, function = name.rpartition(":")
     if not trusted:
         raise TaskError(f"metric {name!r} is code of the task", do="read it, and allow it with --trust")
@@ -460,13 +526,11 @@ def _load(name: str, folder: Path | None, trusted: bool) -> Callable[[str, Examp
         raise TaskError(f"metric {name!r} is missing", expected=f"a file {path}")
     # Registered under a name of its own, since dataclasses in user code look their module up.
     unique = f"whet_task_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(unique, path)
-    if spec is None or spec.loader is None:
-        raise TaskError(f"metric {name!r} cannot be read as Python")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[unique] = module
+    module = sys.modules[unique] = ModuleType(unique)
+    module.__file__ = str(path)
     try:
-        spec.loader.exec_module(module)
+        source = path.read_bytes()  # never cached bytecode, which an edit within a second may leave standing
+        exec(compile(source, path, "exec"), vars(module))
     except (Exception, SystemExit) as error:
         del sys.modules[unique]
         raise TaskError(f"{file} cannot be loaded: {type(error).__name__}: {error}", do="mend the file") from error
@@ -474,7 +538,7 @@ def _load(name: str, folder: Path | None, trusted: bool) -> Callable[[str, Examp
     if not callable(found):
         defined = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == unique]
         raise TaskError(f"{file} has no function {function!r}", do=nearest(function, defined))
-    return found  # type: ignore[no-any-return]
+    return Custom(found, name, hashlib.sha256(source).hexdigest()[:16])
 
 
 def score_all(metric: Metric, answers: Sequence[str], examples: Sequence[Example]) -> tuple[Outcome, ...]:

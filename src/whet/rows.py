@@ -20,6 +20,7 @@ FIELDS = frozenset(("id", "prompt", "completion", "answers", "choices", "group",
                     "chosen", "rejected", "instruction", "input", "output", "system", "conversations"))  # fmt: skip
 HEADING = re.compile(r"(?m)(?<=\n)[ \t]*\n[ \t]*= [^=\n]+ =[ \t]*\n(?=[ \t]*(?:\n|\Z))")
 BLANK = re.compile(r"\n(?:[ \t]*\n)+")
+QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,11 @@ def _csv(name: str, text: str, delimiter: str | None) -> list[Row]:
     if delimiter is None:  # a semicolon is what spreadsheets write in half of Europe
         head = text.lstrip("\n").split("\n", 1)[0]
         delimiter = max(",;\t|", key=lambda mark: len(next(csv.reader([head], delimiter=mark))))
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    raw = delimiter == "\t" and _unquoted(text)
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=delimiter, strict=True,
+        quoting=csv.QUOTE_NONE if raw else csv.QUOTE_MINIMAL,
+    )  # fmt: skip
     rows: list[Row] = []
     header: list[str] | None = None
     start = 1
@@ -187,6 +192,14 @@ def _csv(name: str, text: str, delimiter: str | None) -> list[Row]:
             f"{name} line {start} is not CSV ({error})", expected="quotes closed and cells below 128 KB"
         ) from None
     return rows
+
+
+def _unquoted(text: str) -> bool:
+    """Whether quotes are text: each line is a row as it is, and a cell begins with a quote that does not wrap it."""
+    lines = [line.split("\t") for line in text.split("\n") if line.strip()]
+    if len(set(map(len, lines))) > 1 or lines[0][0].startswith('"'):  # a header in quotes: one wrong cell is an error
+        return False
+    return any(cell.startswith('"') and not QUOTED.fullmatch(cell) for cells in lines for cell in cells)
 
 
 def _header(name: str, line: int, cells: Sequence[str]) -> list[str]:

@@ -8,10 +8,14 @@ import math
 import random
 import re
 import unicodedata
+import zlib
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from whet.rows import short
 
@@ -19,33 +23,47 @@ if TYPE_CHECKING:
     from whet.task import Example
 
 Leaks = tuple[tuple[str, str], ...]  # (id of the row, why)
-Pairs = set[tuple[str, str]]  # neighbouring words
+Pairs = NDArray[np.uint64]  # hashes of neighbouring words, sorted, each once
 
 NEAR = 0.85  # Jaccard of character trigrams from which two prompts nearly repeat each other
 SHORTEST = 5  # words: below, prompts of different meaning differ in a few letters, so that only the same is a repeat
 PROBES = 6  # the rarest word pairs of a row that are looked up: two edits cost four of them
 MOST_HOLDERS = 100  # a word pair that more rows hold belongs to a template
 TEMPLATE, TEMPLATE_SHARE = 4, 0.05  # a prompt that stands before more rows, and before that share of them, is one
-_PUNCTUATION = {ord(mark): " " for mark in ".,;:!?\"'`´()[]{}…‘’“”„«»‹›¿¡、。，！？：；「」『』（）"}
+# Scripts without spaces between words (inside a character set): Thai, Lao, Burmese, Khmer, kana, Han.
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30fa\u30fc-\u30ff\u3400-\u9fff\uf900-\ufaff"
+    "\uff66-\uff9f\U00020000-\U0003ffff"
+)
+_QUOTES = {ord(mark): " " for mark in "\"'`´‘’“”„«»‹›¿¡、。「」『』"}
+_APART = {ord(mark): f" {mark} " for mark in "()[]{}"}  # ":)" is not ":(", however it is spaced
+_STOP = re.compile(r"[.,;:!?…](?![a-z0-9_=<>+*/&|-])")  # before these signs it is code or a number: x != 1, 1.5
+_LAST = re.compile(r"(?<=\w)[.,;:!?…。、]+$")
 _NUMBER = re.compile(r"\d+")
-_TOKEN = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]+|[^\w\s]")
+_BRACKET = re.compile(r"[()\[\]{}]")
+_TOKEN = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+|[^\w\s]")
+
+
+def _text(example: Example) -> str:
+    """All that is said before the answer, without case and further spaces."""
+    said = [content for role, content in example.history if role != "system"] + [example.prompt or example.text or ""]
+    return " ".join(unicodedata.normalize("NFKC", "\n".join(said)).casefold().split())
 
 
 def _key(example: Example) -> str:
     """What rows share that repeat each other: all that is said before the answer, without case, spaces, punctuation.
 
-    Signs that mean something (+ - * / < = % …) stay: 3-5 does not repeat 3*5.
+    Signs that mean something (+ - * / < = % …) and brackets stay: 3-5 does not repeat 3*5.
     """
-    said = [content for role, content in example.history if role != "system"] + [example.prompt or example.text or ""]
-    text = unicodedata.normalize("NFKC", "\n".join(said)).casefold()
-    return " ".join(text.translate(_PUNCTUATION).split()) or " ".join(text.split())
+    text = _text(example)
+    return " ".join(_STOP.sub(" ", text.translate(_QUOTES | _APART)).split()) or text
 
 
 def _keys(*parts: Sequence[Example]) -> list[list[str]]:
     """The keys of the rows of each part. Where one prompt stands before many rows, what else they show counts, too.
 
     "Which sentence is right?" does not repeat itself where the choices differ, nor a constant question where the
-    system's turn does.
+    system's turn does. There, all punctuation counts but that of the last word.
     """
     keys = [[_key(row) for row in part] for part in parts]
     times = Counter(key for part in keys for key in part)
@@ -55,7 +73,7 @@ def _keys(*parts: Sequence[Example]) -> list[list[str]]:
         if times[key] <= often:
             return key
         more = [*sorted(row.choices), *(content for role, content in row.history if role == "system")]
-        return "\n".join([key, *(" ".join(text.casefold().split()) for text in more)])
+        return "\n".join([_LAST.sub("", _text(row)), *(" ".join(text.casefold().split()) for text in more)])
 
     return [[whole(k, row) for k, row in zip(ks, part, strict=True)] for ks, part in zip(keys, parts, strict=True)]
 
@@ -93,62 +111,106 @@ def near_repeats(
 ) -> list[tuple[int, int]]:
     """Pairs (i, j) where keys[i] nearly repeats others[j], one for each i; without `others`, all j < i within keys.
 
-    Nearly: Jaccard of character trigrams ≥ threshold (Broder, 1997), the same numbers, and at least 5 words. Text that
-    many rows share (a template, an instruction) hardly counts: word pairs are weighted by rarity. Candidates come from
-    an inverted index of the rarest word pairs (the prefix filter of Chaudhuri et al., 2006): the cost is near linear.
+    Nearly: Jaccard of character trigrams ≥ threshold (Broder, 1997), the same numbers, the same brackets left open (or
+    none on one side), and at least 5 words. Text that many rows share (a template, an instruction) hardly counts: word
+    pairs are weighted by rarity. Candidates come from an inverted index of the rarest word pairs (the prefix filter of
+    Chaudhuri et al., 2006): the cost is near linear.
     """
-    rows = [_Prepared(key) for key in keys]
-    pool = rows if others is None else [_Prepared(key) for key in others]
-    postings: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for j, row in enumerate(pool):
-        for pair in row.pairs:
-            postings[pair].append(j)
-    rare = math.log(len(pool) + 1)
-    weight = {pair: rare - math.log(len(holders)) for pair, holders in postings.items()}
+    pool = keys if others is None else others
+    held = _Postings([_pairs(key) for key in pool])
     found = []
-    for i, row in enumerate(rows):
-        known = sorted((len(postings[pair]), pair) for pair in row.pairs if pair in postings)
-        if 2 * len(known) <= len(row.pairs):
+    for i, key in enumerate(keys):
+        pairs = held.of(i) if others is None else _pairs(key)
+        known = held.places(pairs)
+        known = known[known >= 0]
+        if 2 * len(known) <= len(pairs):
             continue
-        rarest = [postings[pair] for count, pair in known[:PROBES] if count <= MOST_HOLDERS]
-        hits = Counter(j for holders in rarest for j in holders)
+        rarest = known[np.argsort(held.counts[known], kind="stable")][:PROBES]
+        rarest = rarest[held.counts[rarest] <= MOST_HOLDERS]
+        hits = Counter(j for place in rarest for j in held.holders(place))
         for j in sorted(j for j, count in hits.items() if count >= min(2, len(rarest))):  # each edit costs two pairs
             if others is None and j >= i:
                 break
-            if _near(row, pool[j], threshold) and _alike(row.pairs, pool[j].pairs, weight, rare):
+            if _near(key, pool[j], threshold) and held.alike(pairs, held.of(j)):
                 found.append((i, j))
                 if others is not None:
                     break
     return found
 
 
-class _Prepared:
-    """A key with what comparing it needs; the trigrams only once asked for, since few rows ever are."""
-
-    def __init__(self, key: str) -> None:
-        words = _TOKEN.findall(key)
-        self.key = key
-        self.pairs: Pairs = set(zip(words, words[1:], strict=False)) if len(words) >= SHORTEST else set()
-        self.numbers = _NUMBER.findall(key)
-
-    @cached_property
-    def trigrams(self) -> frozenset[str]:
-        return frozenset(self.key[n : n + 3] for n in range(len(self.key) - 2))
+def _pairs(key: str) -> Pairs:
+    words = _TOKEN.findall(key)
+    if sum(word[0].isalnum() for word in words) < SHORTEST:
+        return np.empty(0, np.uint64)
+    codes = np.array([zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words], np.uint64)
+    return np.unique(codes[:-1] << np.uint64(32) | codes[1:])
 
 
-def _near(a: _Prepared, b: _Prepared, threshold: float) -> bool:
-    if a.numbers != b.numbers:  # a sum with another number is another question
+class _Postings:
+    """Which rows hold a word pair, and what it weighs: the rarer, the more. Arrays, since rows may be many."""
+
+    def __init__(self, rows: Sequence[Pairs]) -> None:
+        sizes = [len(pairs) for pairs in rows]
+        self._all = np.concatenate([np.empty(0, np.uint64), *rows])
+        self._ends = np.cumsum([0, *sizes])
+        order = np.argsort(self._all, kind="stable")
+        self._holders = np.repeat(np.arange(len(rows), dtype=np.uint32), sizes)[order]
+        self._pairs, self._starts, self.counts = np.unique(self._all[order], return_index=True, return_counts=True)
+        self._rare = math.log(len(rows) + 1)
+
+    def of(self, row: int) -> Pairs:
+        """The pairs of one row."""
+        return self._all[self._ends[row] : self._ends[row + 1]]
+
+    def places(self, pairs: Pairs) -> NDArray[np.intp]:
+        """The place of each pair; -1 where no row holds it."""
+        if not len(self._pairs):
+            return np.full(len(pairs), -1)
+        found = np.searchsorted(self._pairs, pairs)
+        return np.where(self._pairs[np.minimum(found, len(self._pairs) - 1)] == pairs, found, -1)
+
+    def holders(self, place: int) -> list[int]:
+        """The rows that hold the pair of a place."""
+        start = self._starts[place]
+        found: list[int] = self._holders[start : start + self.counts[place]].tolist()
+        return found
+
+    def alike(self, a: Pairs, b: Pairs) -> bool:
+        """Whether what two rows share weighs at least as much as what they do not."""
+        shared = self._weight(np.intersect1d(a, b, assume_unique=True))
+        return shared > 0 and shared >= self._weight(np.setxor1d(a, b, assume_unique=True))
+
+    def _weight(self, pairs: Pairs) -> float:
+        places = self.places(pairs)
+        return len(pairs) * self._rare - float(np.log(self.counts[places[places >= 0]]).sum())
+
+
+@lru_cache(1024)
+def _signs(key: str) -> tuple[list[str], list[str]]:
+    """The numbers of a key, and the brackets that prose would close: an emoticon's, or those of a task of brackets."""
+    left: list[str] = []
+    for bracket in _BRACKET.findall(key):
+        if left and left[-1] + bracket in ("()", "[]", "{}"):
+            left.pop()
+        else:
+            left.append(bracket)
+    return _NUMBER.findall(key), left
+
+
+@lru_cache(1024)  # few rows are ever compared, and some of them often
+def _trigrams(key: str) -> frozenset[str]:
+    return frozenset(key[n : n + 3] for n in range(len(key) - 2))
+
+
+def _near(a: str, b: str, threshold: float) -> bool:
+    if min(len(a), len(b)) < threshold * max(len(a), len(b)):
         return False
-    if min(len(a.key), len(b.key)) < threshold * max(len(a.key), len(b.key)):
+    (numbers, left), (others, open_) = _signs(a), _signs(b)
+    if numbers != others or (left and open_ and left != open_):  # a sum with another number is another question
         return False
-    shared = len(a.trigrams & b.trigrams)
-    return shared >= threshold * (len(a.trigrams) + len(b.trigrams) - shared)
-
-
-def _alike(a: Pairs, b: Pairs, weight: Mapping[tuple[str, str], float], rare: float) -> bool:
-    shared = sum(weight[pair] for pair in a & b)
-    apart = sum(weight.get(pair, rare) for pair in a ^ b)
-    return shared > 0 and shared >= apart
+    first, second = _trigrams(a), _trigrams(b)
+    shared = len(first & second)
+    return shared >= threshold * (len(first) + len(second) - shared)
 
 
 def _clusters(rows: Sequence[Example], near: bool) -> list[list[int]]:

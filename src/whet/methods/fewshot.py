@@ -102,7 +102,13 @@ class FewShot:
 
     def apply(self, system: System, data: Learnable, run: Run) -> System:
         """The System with demonstrations from train; its calibration, if any, is dropped."""
-        usable = [e for e in data.train if e.completion and e.text is None and not e.history]
+        usable = [e for e in data.train
+                  if e.completion and e.text is None and all(role == "system" for role, _ in e.history)]  # fmt: skip
+        if not usable:
+            raise MethodError(
+                "nothing to show", expected="train rows with a completion and without earlier turns",
+                found=f"0 of {len(data.train)}", do="use a method that trains",
+            )  # fmt: skip
         start = replace(system, demonstrations=Demonstrations(), decoding=replace(system.decoding, prior=()))
         rows = self._bootstrapped(usable, start, data, run) if self.selection == "bootstrapped" else usable
         k, new = self.k, self._shown(rows, start, data, run, self.k)

@@ -1,0 +1,64 @@
+"""What repeats what: signs that matter, and what the search for near repeats keeps in memory."""
+
+from __future__ import annotations
+
+import random
+import tracemalloc
+
+import pytest
+
+from whet.splits import near_repeats, without
+from whet.task import Example
+
+CLOSING = {"(": ")", "[": "]", "{": "}"}
+
+
+def dropped(train: list[Example], test: list[Example]) -> list[str]:
+    return [name for name, _ in without(tuple(train), tuple(test))[1]]
+
+
+@pytest.mark.parametrize("asked", ["{}", "Complete: {}", "Close what is open in this line of brackets: {}"])
+def test_rows_of_brackets_are_told_apart(asked):
+    chance = random.Random(0)
+    lines = sorted({"".join(chance.choices("([{", k=6)) for _ in range(80)})[:60]
+    rows = [Example(line, asked.format(" ".join(line)), "".join(CLOSING[c] for c in reversed(line))) for line in lines]
+    chance.shuffle(rows)
+    again = Example("again", asked.format(rows[50].id).upper(), rows[50].completion)  # without spaces
+    assert dropped([*rows[:40], again], rows[40:]) == ["again"]
+
+
+def test_rows_of_punctuation_are_told_apart():
+    lines = [" ".join(f"{n:06b}").replace("0", "!").replace("1", "?") for n in range(60)]
+    rows = [Example(line, f"Go on: {line}", "x") for line in lines]
+    assert dropped([*rows[:40], Example("again", rows[50].prompt.upper(), "x")], rows[40:]) == ["again"]
+
+
+@pytest.mark.parametrize("first, second", [("great :)", "great :("), ("x != 1", "x = 1"), ("a.b", "a,b"), (".5", "5")])
+def test_signs_that_mean_something_count(first, second):
+    assert not dropped([Example("a", first, "yes")], [Example("b", second, "no")])
+    assert dropped([Example("c", f"“{second.upper()}”.", "no")], [Example("b", second, "yes")]) == ["c"]
+
+
+def test_punctuation_of_prose_does_not_count():
+    rows = [Example("a", "Well... it's “5,5”, she said: is it so? Yes; so it is!", "x")]
+    assert dropped([Example("b", "well it’s 5,5 she said is it so yes so it is", "y")], rows) == ["b"]
+    assert dropped([Example("c", "你好，世界。", "x")], [Example("d", "你好世界", "x")]) == []
+    assert dropped([Example("c", "你好，世界。", "x")], [Example("d", "你好 世界", "x")]) == ["c"]
+
+
+def test_brackets_of_prose_are_no_difference():
+    text = "the old town hall (rebuilt after the fire) stands between the river and the market square"
+    assert near_repeats([text.replace("(", "").replace(")", "")], [text]) == [(0, 0)]
+    assert near_repeats([f"{text} :)"], [text]) == [(0, 0)] and not near_repeats([f"{text} :)"], [f"{text} :("])
+
+
+def test_near_repeats_of_long_rows_need_little_memory():
+    chance = random.Random(0)
+    words = [f"w{n}x" for n in range(5000)]
+    rows = [" ".join(chance.choices(words, k=200)) for _ in range(1000)]
+    tracemalloc.start()
+    assert near_repeats(rows[:800], [*rows[800:], rows[0] + "s"]) == [(0, 200)]
+    assert near_repeats([*rows, rows[0] + "s"]) == [(1000, 0)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 25e6
