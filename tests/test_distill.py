@@ -25,14 +25,14 @@ from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession, using_tree
 from whet.errors import ArtifactError, MethodError, ModelError
 from whet.methods import Run
-from whet.methods.distill import Distill, sharpness, softmax
+from whet.methods.distill import Distill, _made_of, sharpness, softmax
 from whet.methods.prune import Prune
 from whet.methods.quantize import Quantize
 from whet.retrieval import Source
 from whet.search import tune
 from whet.search.recipe import Recipe, parse
 from whet.store import Store
-from whet.system import Decoding, Demonstrations, System
+from whet.system import Decoding, Demonstrations, System, load
 from whet.task import Example, Learnable, Task
 from whet.train import losses
 from whet.train.batches import packs, padded
@@ -607,6 +607,19 @@ def test_an_adapter_stays_beside_tied_layers(free: System, tmp_path: Path) -> No
     made, run = distil(Distill(**QUICK, adapter="lora"), small, task(rows(32), ()), tmp_path / "a")
     assert [t.kind for t in made.model.standing] == ["model", "adapter"]
     assert validation(run)[-1] < validation(run)[0] and made.answer(rows(2), run.session(made.model))
+
+
+def test_a_saved_smaller_model_is_taught_by_what_it_was_made_of(free: System, tmp_path: Path) -> None:
+    tuned = replace(free, model=free.model.add(models.Transform("adapter", "0" * 64)))
+    for whole, home in ((free, tmp_path / "a"), (tuned, tmp_path / "b")):
+        again = load(shrunk(whole, home).save(home / "small"), home)
+        assert _made_of(again, whole) and not _made_of(again, tuned if whole is free else free)
+        if whole is free:
+            assert Distill()._teacher(again, task(())).model.identity == free.model.identity
+            continue
+        with pytest.raises(MethodError, match="not at hand; .*set teacher=FOLDER"):
+            Distill()._teacher(again, task(()))
+        assert Distill()._teacher(shrunk(whole, home), task(())).model == tuned.model
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

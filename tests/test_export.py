@@ -194,6 +194,26 @@ def test_vllm_gets_packed_layers_as_they_are(tmp_path: Path, activations: bool) 
     assert "vllm serve" in (made.folder / "README.md").read_text()
 
 
+def test_rounded_inputs_are_no_fault_of_the_export(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    module = make_model("llama", dtype=torch.bfloat16)
+    for block in module.model.layers:
+        block.input_layernorm.weight.data[3] = block.post_attention_layernorm.weight.data[5] = 20  # outliers
+        for name, layer in list(block.named_modules()):
+            if isinstance(layer, torch.nn.Linear):
+                sizes = (layer.in_features, layer.out_features)
+                block.set_submodule(name, PackedLinear(pack8(layer.weight, True), sizes, None))
+    folders.save(module, make_tokenizer(), tmp_path / "m")
+    one = models.Transform("model", models.hash_files([*(tmp_path / "m").iterdir()]), tmp_path / "m")
+    base = system(tmp_path)
+    whole = replace(base, model=base.model.add(one))
+    made = export(whole, "vllm", tmp_path / "out")
+    other = checks.reopen(made.folder, None, make_tokenizer(), tmp_path / "home")
+    assert made.check and other
+    plain = checks.compare(checks.told(whole, checks.NEUTRAL), other)
+    assert made.check.good and not plain.good and made.check.gap < 0.2 * plain.gap
+
+
 # --- GGUF ------------------------------------------------------------------------------------------------------------
 
 

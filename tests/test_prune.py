@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from models import CHATML, SHARED, SPECIALS, UNSHARED, make_model, make_tokenizer, reference_rows
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import models as kinds
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 from whet import model as models
 from whet.compress import depth, vocabulary, width
@@ -24,6 +24,7 @@ from whet.compress.structure import counted, layers, parameters, size, twin
 from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession
 from whet.errors import MethodError
+from whet.memory import Known
 from whet.methods import Run
 from whet.methods.finetune import FineTune
 from whet.methods.prune import Prune
@@ -201,6 +202,19 @@ def test_a_model_with_layers_dropped_is_one_built_with_fewer(family: str) -> Non
     assert module.config.to_dict() == before and torch.equal(logits(module), whole)
     again = depth.keep(made, [1, 2])  # what was cut can be cut again
     assert torch.equal(logits(again), logits(depth.keep(module, [2, 3])))
+
+
+def test_lists_of_layers_by_number_are_numbered_anew() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_experts": 2,
+             "num_experts_per_tok": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
+             "vocab_size": 300, "num_hidden_layers": 4}  # fmt: skip
+    module = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes, mlp_only_layers=[0, 3])).eval()
+    made = depth.keep(module, [1, 2, 3])
+    assert made.config.mlp_only_layers == [2]
+    depth._check(made)
+    every_second = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes, decoder_sparse_step=2)).eval()
+    with pytest.raises(MethodError, match="no rule for dropping layers of qwen3_moe"):
+        depth._check(depth.keep(every_second, [1, 2, 3]))
 
 
 @pytest.mark.parametrize("by", ["loss", "influence"])
@@ -532,3 +546,17 @@ def test_more_layers_than_there_are(data: Learnable, tmp_path: Path, fp32: None)
     system = save(make_model("llama"), make_tokenizer(), tmp_path / "m")
     with pytest.raises(MethodError, match="too many layers; expected at most 2, found 3"):
         prune(system, data, tmp_path / "a", layers=3)
+
+
+def test_what_earlier_tasks_say_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    folder.mkdir()
+    (folder / "task.yaml").write_text("instruction: Name the hue.\nmetric: accuracy\nlabels: [mauve, teal]\n")
+    rows = [{"prompt": f"a cloth numbered {n}", "completion": "mauve"} for n in range(20)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    data = Learnable("t", "Say which.", "accuracy", LABELS, earlier=(folder,))
+    asked = System(models.ModelRef("x", "x"), "Name it.", decoding=Decoding(("umber",), True))
+    known = Known("older", "accuracy", asked, (Example("1", "a wall", "umber"),))
+    found = vocabulary.said(System(models.ModelRef("x", "x"), "", card={"memory": [known.entry()]}), data)
+    assert {"Name the hue.", "teal", "mauve", "a wall", "umber"} < set(found)
+    assert any(t.startswith("a cloth numbered") for t in found)

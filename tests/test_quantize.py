@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import gguf as ggml
 import numpy as np
@@ -15,16 +18,22 @@ from test_search import write_task
 from torch import nn
 
 from whet import improve
+from whet.compress import folder as folders
 from whet.compress import moments as calibrate
 from whet.compress import packed, rounding
 from whet.compress.folder import compressed
 from whet.compress.structure import size
+from whet.engine import Spent
+from whet.engine.fake import FakeSession
 from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession
 from whet.errors import MethodError
 from whet.methods import Run, make
 from whet.methods.quantize import Quantize, _swapping
 from whet.model import ModelRef, load, resolve
+from whet.search import limits
+from whet.search.race import Trial
+from whet.search.recipe import Recipe, parse
 from whet.store import Store
 from whet.system import Decoding, System
 from whet.task import Example, Learnable, Limits
@@ -295,6 +304,51 @@ def test_siblings_of_tied_layers_count_each_input_once(tmp_path: Path) -> None:
         assert torch.allclose(seen[place], parts[0] + parts[1], rtol=0.05, atol=0.05 * float(parts[0].abs().max()))
 
 
+def test_each_layer_is_walked_with_its_own_masks() -> None:
+    module = make_model("gemma2")  # windows and whole attention take turns
+    rows = [Row(tuple(range(5 + n, 45 + n)), ((7,),)) for n in range(2)]
+    found, wanted = list[torch.Tensor](), list[torch.Tensor]()
+    calibrate.walk(TorchSession(module, make_tokenizer()), rows,
+                   lambda _, __, moments: found.append(moments["mlp.up_proj"].second), None)  # fmt: skip
+    for layer in module.model.layers:
+        layer.mlp.up_proj.register_forward_pre_hook(lambda _, given: wanted.append(given[0].flatten(0, -2)))
+    with torch.no_grad():
+        module(input_ids=torch.tensor([row.prompt for row in rows]))
+    for one, x in zip(found, wanted, strict=True):
+        assert torch.allclose(one, x.T @ x, rtol=1e-3, atol=1e-3 * float(one.abs().max()))
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2"])
+def test_an_embedding_that_is_scaled_is_packed(family: str, tmp_path: Path) -> None:
+    module = make_model(family)
+    module.get_output_embeddings().weight = module.get_input_embeddings().weight
+    ids = torch.tensor([[5, 9, 40, 7, 120, 33]])
+    with torch.no_grad(), _swapping(module) as work:
+        plain = module.get_input_embeddings()(ids)
+        work.embedding(Quantize(), 8)
+        lookup = module.get_input_embeddings()
+        assert isinstance(lookup, packed.PackedEmbedding) and module.get_output_embeddings().pack is lookup.pack
+        assert (lookup(ids) - plain).norm() < 0.01 * plain.norm()
+        assert torch.allclose(lookup.dense()(ids), lookup(ids))
+        folders.save(module, make_tokenizer(), tmp_path / "m")
+        again = folders.load(tmp_path / "m", torch.float32)
+        assert torch.equal(again.get_input_embeddings()(ids), lookup(ids))
+        assert (again(ids).logits - module(ids).logits).norm() < 0.05 * module(ids).logits.norm()
+
+
+def test_experts_are_refused_by_the_familys_name() -> None:
+    with pytest.raises(MethodError, match="no rule for gpt_oss"):
+        calibrate.linear_layers(make_model("gpt_oss"))
+
+
+def test_moments_go_with_the_weight_that_was_packed(tmp_path: Path) -> None:
+    base, run = system(tmp_path / "model", tmp_path / "home"), Run(Store(tmp_path / "home"))
+    session = run.session(base.model)
+    with _swapping(session.module) as work:
+        Quantize(rounding="nearest")._pack(base, task(), run, session, work)
+        assert len(work.report) == 14 and not work.seen
+
+
 def test_clustered_weights_are_not_rounded(tmp_path: Path) -> None:
     base = system(tmp_path / "model", tmp_path / "home")
     run = Run(Store(tmp_path / "home"))
@@ -330,3 +384,67 @@ def test_improve_makes_it_small_enough_or_names_the_nearest(
     assert ("the nearest is handed over" in said) is not met
     stored = sum(p.stat().st_size for p in (tmp_path / "out" / "system").rglob("*.safetensors"))
     assert (stored <= int(size[:-2]) * 1000) is met
+
+
+def trial(name: str, size: int, merit: float = 0.5, content: str = "x") -> Trial:
+    """A finished trial of which only the size and the score are known."""
+    card = SimpleNamespace(size_bytes=size, memory_bytes=None, latency_ms=None, score=merit)
+    system = SimpleNamespace(model=SimpleNamespace(content=content, remote=False))
+    return Trial(parse(name) if name else Recipe(), system, 0, "done", "", 4, card, Spent(), 0.0, {}, None)  # type: ignore[arg-type]
+
+
+def limited_job(monkeypatch: pytest.MonkeyPatch, forgets: str = "no such trial") -> Any:
+    """A job whose candidates are all of 50 bytes, of 100 allowed; trials with such a name cost an earlier task much."""
+    run = SimpleNamespace(sessions={"base": FakeSession("hash")}, tidy=lambda: None)
+
+    def enter(recipe: Recipe, *_: Any, **__: Any) -> Trial:
+        run.sessions[recipe.name] = TorchSession(make_model("llama"), make_tokenizer())
+        made = trial(recipe.name, 50)
+        job.race.trials.append(made)
+        return made
+
+    def mark(one: Trial, **changes: Any) -> Trial:
+        changed = replace(one, **changes)
+        job.race.trials[job.race.trials.index(one)] = changed
+        job.race.base = changed if job.race.base is one else job.race.base
+        return changed
+
+    def keeping(_: Any, one: Trial) -> Trial:
+        return mark(one, status="refused", why="forgets") if forgets in one.name else one
+
+    base = trial("", 200)
+    race = SimpleNamespace(base=base, trials=[base], seconds=0.0, left=10.0, select=[0] * 4, enter=enter, mark=mark,
+                           merit=lambda t: t.card.score)  # fmt: skip
+    job = SimpleNamespace(task=SimpleNamespace(limits=Limits(size=100)), race=race, bases=[base.system], shrinking=0.0,
+                          run=run, wish=SimpleNamespace(methods=()), notes=[], tight=False,
+                          rates=SimpleNamespace(train=1.0))  # fmt: skip
+    monkeypatch.setattr("whet.search.limits._measured", lambda _, __, card: card)
+    monkeypatch.setattr("whet.search._keeping", keeping)
+    return job
+
+
+def test_a_base_beyond_the_limits_is_known_where_the_finalist_keeps_within_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = limited_job(monkeypatch)
+    small = trial("quantize", 50)
+    assert limits.within(job, small) is small and job.tight
+
+
+def test_what_is_made_smaller_keeps_the_earlier_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = limited_job(monkeypatch, forgets="layers")
+    job.race.trials.append(trial("finetune", 200, 0.9))
+    job.race.trials.append(trial("prune(layers=0.5)+finetune", 50, 0.8))
+    found = limits.within(job, job.race.trials[1])
+    assert found is not None and found.name == "finetune+quantize"  # not the other, which scored more
+    job = limited_job(monkeypatch, forgets="quantize")
+    assert limits.within(job, None) is None and "nothing that was tried" in job.notes[0]
+    assert [t.status for t in job.race.trials[1:]] == ["refused"] * len(limits.SMALLER)
+    assert list(job.run.sessions) == ["base"]  # what was tried in vain holds no memory
+
+
+def test_only_methods_that_were_asked_for_make_it_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = limited_job(monkeypatch)
+    job.wish.methods = ("share", "distill")
+    found = limits.within(job, None)
+    assert found is not None and found.name == "share+distill"

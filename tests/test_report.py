@@ -209,6 +209,23 @@ def test_verdict_of_hostile_names_has_no_terminal_escapes() -> None:
     assert report.verdict(result).isprintable()
 
 
+def test_several_models_have_one_base_and_one_chosen(tmp_path: Path) -> None:
+    result = rich() | {"model": ["모델", "other"]}
+    for one in result["trials"]:
+        one["name"] += " [모델]"
+    result["trials"] += [trial("base [other]", [], 0.05, 9.0),
+                         trial("finetune(rank=16)+calibrate(kind=batch) [other]", CHOSEN, 0.01, 9.0)]  # fmt: skip
+    kinds = {a.name: a.kind for a in view.arms(result) if a.kind != "baseline"}
+    assert [n for n, kind in kinds.items() if kind == "base"] == ["base [모델]"]
+    result["chosen"] |= {"name": "finetune(rank=16)+calibrate(kind=batch) [모델]", "handed": True}
+    assert [a.name for a in view.arms(result) if a.kind == "chosen"] == [result["chosen"]["name"]]
+    assert report.verdict(result | {"confirm": None}).startswith("Accuracy rose from 71.0 to 92.8 on the select split")
+    assert "모델, other" in page(tmp_path, result, found(20))
+    result["chosen"] = {"recipe": [], "name": "base [other]", "handed": True}
+    assert [a.name for a in view.arms(result) if a.kind == "chosen"] == ["base [other]"]
+    assert report._headline(result, view.Scale.of(result))["tiles"][1][0] == "Chosen"
+
+
 # -- numbers -----------------------------------------------------------------------------------------------------
 
 

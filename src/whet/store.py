@@ -63,22 +63,22 @@ def anew(folder: Path, mark: str) -> Iterator[Path]:
         raise StoreError(f"{folder} holds something else", expected="an empty or new folder", do="name another")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        place = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        old, work = place / "old", place / "new"  # within: what mkdtemp makes is for its owner's eyes alone
+        work.mkdir()
     except OSError as error:
         raise StoreError(f"cannot write {folder}", found=error.strerror or str(error), do="choose --out") from error
     try:
         yield work
         if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            os.replace(folder, old / "old")
-            os.replace(work, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(work, folder)
+            os.replace(folder, old)
+        os.replace(work, folder)
     except OSError as error:
         raise StoreError(f"cannot write {folder}", found=error.strerror or str(error), do="free space") from error
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if old.exists() and not folder.exists():  # cut off between the two
+            os.replace(old, folder)
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _outcome(body: dict[str, Any]) -> Outcome:

@@ -9,10 +9,12 @@ from typing import Any
 from torch import nn
 
 from whet.compress.calibration import Calibration, influence
-from whet.compress.structure import layers, twin
+from whet.compress.structure import family, layers, twin
 from whet.engine.torch import TorchSession
+from whet.errors import MethodError
 
 CANDIDATES = 4  # layers of least influence of which the loss decides
+NUMBERED = ("mlp_only_layers", "moe_layers", "cross_attention_layers", "full_attn_idxs")  # lists of layers by number
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,29 @@ def keep(module: Any, kept: Sequence[int]) -> Any:
     if not hasattr(config, "kept_layers"):  # by their numbers in the whole model, for who is to learn from that
         config.kept_layers = list(range(len(before)))
     for name, value in vars(config).items():
-        if "layer" in name and isinstance(value, list) and len(value) == len(before):
+        if name in NUMBERED and value:
+            setattr(config, name, [kept.index(i) for i in value if i in kept])
+        elif "layer" in name and isinstance(value, list) and len(value) == len(before):
             setattr(config, name, [value[i] for i in kept])
     path = next(name for name, m in made.named_modules() if m is before)
     made.set_submodule(path, nn.ModuleList(before[i] for i in kept))
     config.num_hidden_layers = len(kept)
     return made
+
+
+def _check(module: Any) -> None:
+    """Raise MethodError where the module's configuration is not that of its layers: such a folder could not be read."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights():
+        told = AutoModelForCausalLM.from_config(module.config)
+    shapes = [{n: t.shape for n, t in layers(m).state_dict().items()} for m in (module, told)]
+    if shapes[0] != shapes[1]:
+        raise MethodError(
+            f"no rule for dropping layers of {family(module)}", expected="layers that its configuration can tell apart",
+            found="a pattern of layers", do="set layers=0",
+        )  # fmt: skip
 
 
 def drop(
@@ -51,7 +70,8 @@ def drop(
     """The session's module with `many` layers, and what was dropped, in that order.
 
     Greedy: the one goes whose input and output are most alike (Men et al. 2024) or, by loss, that of the four most
-    alike without which the rows' loss is least; then the rest is looked at anew.
+    alike without which the rows' loss is least; then the rest is looked at anew. Raises MethodError for a family whose
+    configuration cannot say which layers were kept.
     """
     kept, gone = list(range(len(layers(session.module)))), list[Dropped]()
     module, whole, tokenizer = session.module, len(kept), session.tokenizer
@@ -68,4 +88,5 @@ def drop(
         module = keep(session.module, kept)
         if progress:
             progress(len(gone), whole - many)
+    _check(module)
     return module, gone

@@ -6,6 +6,7 @@ disk and in memory. A folder without it is an ordinary model folder.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from whet.compress import packed  # noqa: F401  (enters its kinds)
 from whet.compress.layers import KINDS
 from whet.errors import ModelError
-from whet.model import Transform, aside, hash_files
+from whet.model import ModelRef, Transform, aside, hash_files
 
 if TYPE_CHECKING:
     from whet.methods import Run
@@ -43,8 +44,11 @@ def plain(module: nn.Module) -> bool:
     return not compressed(module) and len(set(held)) == len(held)
 
 
-def save(module: Any, tokenizer: Any, folder: Path) -> None:
-    """Write a module as a model folder: parameters as bf16, buffers as they are; what several places share, once."""
+def save(module: Any, tokenizer: Any, folder: Path, made_of: Sequence[Transform] = ()) -> None:
+    """Write a module as a model folder: parameters as bf16, buffers as they are; what several places share, once.
+
+    Its configuration keeps what the model that was first made smaller was `made_of`, for who is to learn from that.
+    """
     from safetensors.torch import save_file
 
     first: dict[tuple[Any, ...], str] = {}
@@ -59,7 +63,9 @@ def save(module: Any, tokenizer: Any, folder: Path) -> None:
         narrow = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
         kept[name] = tensor.detach().to("cpu", torch.bfloat16 if narrow else None).contiguous()
     folder.mkdir(parents=True, exist_ok=True)
-    config = module.config
+    config = copy.deepcopy(module.config)
+    if not hasattr(config, "made_of"):
+        config.made_of = [t.fingerprint for t in made_of]
     config.save_pretrained(folder)
     module.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -132,7 +138,7 @@ def settle(system: System, run: Run, module: Any, tokenizer: Any, key: str, note
     made = run.store.artifact(key)
     if not (made / "done.json").exists():
         with aside(made) as work:
-            save(module, tokenizer, work / "weights")
+            save(module, tokenizer, work / "weights", system.model.transforms)
             files = [p for p in (work / "weights").iterdir() if p.is_file()]
             body = {"kind": "model", "fingerprint": hash_files(files), "notes": notes, "spent": {}}
             (work / "done.json").write_text(json.dumps(body), encoding="utf-8")
@@ -146,6 +152,14 @@ def settled(system: System, run: Run, key: str) -> System:
     run.notes.update(body["notes"], artifact=key)
     transform = Transform("model", body["fingerprint"], made / "weights")
     return replace(system, model=system.model.add(transform))
+
+
+def made_of(ref: ModelRef) -> list[str] | None:
+    """The transforms, by their hashes, of what a smaller model was made of; None where it is no smaller model."""
+    if ref.whole is None or ref.whole.folder is None:
+        return None
+    config: dict[str, Any] = json.loads((ref.whole.folder / "config.json").read_text(encoding="utf-8"))
+    return config.get("made_of")
 
 
 def finished(run: Run, key: str) -> bool:

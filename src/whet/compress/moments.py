@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from whet.compress.layers import KINDS
 from whet.compress.structure import family
 from whet.compress.structure import layers as layers_of
 from whet.engine.prefix import Row
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from whet.task import Example
 
 SAMPLE = 256  # inputs of each layer that are kept as they are
+OUTSIDE = 0.1  # of a decoder's weights may be other than those of linear layers (short convolutions)
 
 
 @dataclass
@@ -58,9 +60,13 @@ def rows_of(system: System, examples: Sequence[Example], session: TorchSession, 
 
 
 def linear_layers(module: Any) -> nn.ModuleList:
-    """The decoder's layers. Raises MethodError for a family whose products are not linear layers."""
+    """The decoder's layers. Raises MethodError for a family whose weights are not those of linear layers (experts)."""
     found = layers_of(module)
-    if not any(isinstance(m, nn.Linear) for m in found.modules()):
+    sizes = {True: 0, False: 0}
+    for one in found.modules():
+        known = isinstance(one, (nn.Linear, *KINDS.values()))
+        sizes[known] += sum(p.numel() for p in one.parameters(recurse=False) if p.ndim > 1)
+    if sizes[False] > OUTSIDE * sum(sizes.values()):
         raise MethodError(
             f"no rule for {family(module)}", expected="decoder layers of linear layers", found="others",
             do="take llama, mistral, qwen or gemma",
@@ -68,8 +74,11 @@ def linear_layers(module: Any) -> nn.ModuleList:
     return found
 
 
+Given = tuple[tuple[Any, ...], dict[str, Any]]  # what a layer is called with beside the states
+
+
 class _CaughtError(Exception):
-    """The first layer's inputs are at hand; the rest need not run."""
+    """What the layers are called with is at hand; the rest need not run."""
 
 
 def walk(
@@ -81,15 +90,20 @@ def walk(
     A layer is run again after its visit, so that the next one sees what the changed layer makes.
     """
     module, layers = session.module, linear_layers(session.module)
+    kinds = getattr(module.config.get_text_config(), "layer_types", None) or [""] * len(layers)
+    first = [kinds.index(kind) for kind in kinds]  # layers of a kind have masks and positions in common
     made = packs(rows, module.dtype, module.device) if _shared(session, rows) else padded(rows, module.device)
     with using_tree(module, shared=made[0].plan is not None), torch.no_grad():
-        states = [_caught(module, layers[0], pack) for pack in made]
+        caught = [_caught(module, {n: layers[n] for n in set(first)}, pack) for pack in made]
+        states = [state for state, _ in caught]
         for index, layer in enumerate(layers):
+            given = [of[first[index]] for _, of in caught]
             with _watched(layer) as moments:
-                for args, known in states:
-                    layer(*args, **known)
+                for state, (args, known) in zip(states, given, strict=True):
+                    layer(state, *args, **known)
             visit(index, layer, moments)
-            states = [((_first(layer(*args, **known)), *args[1:]), known) for args, known in states]
+            states = [_first(layer(state, *args, **known))
+                      for state, (args, known) in zip(states, given, strict=True)]  # fmt: skip
             if progress:
                 progress(index + 1, len(layers))
 
@@ -100,23 +114,30 @@ def _shared(session: TorchSession, rows: Sequence[Row]) -> bool:
     return attention.shares(session.module, max(len(r.prompt) + max(map(len, r.continuations)) for r in rows))
 
 
-def _caught(module: Any, layer: nn.Module, pack: Pack) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the first layer is called with."""
-    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+def _caught(module: Any, layers: Mapping[int, nn.Module], pack: Pack) -> tuple[Tensor, dict[int, Given]]:
+    """The states that go into the first of some layers, and what each of these is called with beside them."""
+    states: list[Tensor] = []
+    found: dict[int, Given] = {}
 
-    def catch(_: nn.Module, args: tuple[Any, ...], known: dict[str, Any]) -> None:
-        found.append((args, known))
-        raise _CaughtError
+    def catch(number: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def seen(_: nn.Module, args: tuple[Any, ...], known: dict[str, Any]) -> None:
+            states.append(args[0])
+            found[number] = args[1:], known
+            if len(found) == len(layers):
+                raise _CaughtError
 
-    handle = layer.register_forward_pre_hook(catch, with_kwargs=True)
+        return seen
+
+    handles = [layer.register_forward_pre_hook(catch(n), with_kwargs=True) for n, layer in layers.items()]
     plan = {} if pack.plan is None else {"whet_plan": pack.plan}
     try:
         module(input_ids=pack.ids, position_ids=pack.positions, use_cache=False, **plan)
     except _CaughtError:
         pass
     finally:
-        handle.remove()
-    return found[0]
+        for handle in handles:
+            handle.remove()
+    return states[0], found
 
 
 def _first(out: Any) -> Tensor:

@@ -358,16 +358,34 @@ class PackedLinear(nn.Linear):
         return made if self.bias is None else made + self.bias
 
 
+def scale_of(layer: nn.Module) -> float | None:
+    """What an embedding multiplies the rows of its table by (gemma's by a constant); None where it does more."""
+    if type(layer) is nn.Embedding:
+        return 1.0
+    scale: Any = getattr(layer, "embed_scale", None)
+    return None if scale is None else float(scale)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """An ordinary embedding whose rows are multiplied by a constant."""
+
+    scale = 1.0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [..] → [.., size]."""
+        return super().forward(ids) * self.weight.new_tensor(self.scale)
+
+
 class PackedEmbedding(nn.Embedding):
-    """An embedding over packed weights; only the rows that are asked for are unpacked."""
+    """An embedding over packed weights, `scale` times; only the rows that are asked for are unpacked."""
 
     kind: ClassVar[str] = "packed_embedding"
 
-    def __init__(self, pack: Pack, sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    def __init__(self, pack: Pack, sizes: tuple[int, int], dtype: torch.dtype, scale: float = 1.0) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = sizes
         self.padding_idx = None
-        self.pack, self.dtype = pack, dtype
+        self.pack, self.dtype, self.scale = pack, dtype, scale
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -376,11 +394,12 @@ class PackedEmbedding(nn.Embedding):
 
     @classmethod
     def blank(cls, layer: nn.Embedding, **settings: Any) -> PackedEmbedding:
-        """Empty, in the place of an embedding. Raises ValueError for one that does more than look up."""
-        if type(layer) is not nn.Embedding:
+        """Empty, in the place of an embedding. Raises ValueError for one that does more than look up and scale."""
+        scale = scale_of(layer)
+        if scale is None:
             raise ValueError(f"{type(layer).__name__} is no plain embedding")
         sizes = (layer.num_embeddings, layer.embedding_dim)
-        return cls(empty(*sizes, **settings), sizes, layer.weight.dtype)
+        return cls(empty(*sizes, **settings), sizes, layer.weight.dtype, scale)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -389,13 +408,15 @@ class PackedEmbedding(nn.Embedding):
 
     def dense(self) -> nn.Embedding:
         """An ordinary embedding with the same weights, in fp32."""
-        made = nn.Embedding(self.num_embeddings, self.embedding_dim, device="meta")
+        made = ScaledEmbedding(self.num_embeddings, self.embedding_dim, device="meta")
+        made.scale = self.scale
         made.weight = nn.Parameter(self.pack.dense(), requires_grad=False)
         return made
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [..] → [.., size]."""
-        return self.pack.rows(ids.flatten()).to(self.dtype).view(*ids.shape, self.embedding_dim)
+        rows = self.pack.rows(ids.flatten()).to(self.dtype)
+        return (rows * rows.new_tensor(self.scale)).view(*ids.shape, self.embedding_dim)
 
 
 def settings_of(pack: Pack) -> dict[str, Any]:

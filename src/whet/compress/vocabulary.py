@@ -27,9 +27,9 @@ SHOWN = 256  # train rows that are rendered with all that the System shows besid
 MOST = 20_000_000  # characters of documents that are looked at
 
 
-def said(system: System, data: Learnable) -> list[str]:
-    """All that the task says beside its rows: labels, demonstrations, judgements, and the text of its documents."""
-    found = [*data.labels, *system.decoding.words, data.instruction]
+def said(system: System, data: Learnable, seed: int = 0) -> list[str]:
+    """All that the task says beside its rows: labels, demonstrations, judgements, earlier tasks, text of documents."""
+    found = [*data.labels, *system.decoding.words, data.instruction, *_earlier(system, data, seed)]
     found += [t for pair in system.demonstrations.pool for t in pair]
     found += [t for j in data.judged for t in (j.prompt, j.chosen, j.rejected) if t]
     room = MOST
@@ -51,6 +51,19 @@ def texts(system: System, data: Learnable, session: TorchSession, said: Sequence
     shown = [render(tokenizer, p, system=session.system) for p in prompts]
     raw = [e.text for e in data.train if e.text]
     return list(dict.fromkeys([*shown, *(escape(t, marks) for t in (*said, *answers)), *raw]))
+
+
+def _earlier(system: System, data: Learnable, seed: int) -> Iterator[str]:
+    """What the tasks that must not be lost say: their instructions, labels, and rows to learn from."""
+    from whet.memory import carried
+    from whet.task import load
+
+    tasks = [load(folder, trust=data.trusted) for folder in data.earlier]
+    parts = [(t.instruction, t.labels, t.split(seed).learnable.train) for t in tasks]
+    parts += [(one.asked.instruction, one.asked.decoding.labels, one.rows) for one in carried(system)]
+    for instruction, labels, rows in parts:
+        yield from (instruction, *labels)
+        yield from (t for e in rows for t in (e.prompt, e.text, e.completion, *e.answers, *e.choices) if t)
 
 
 def _beside(data: Learnable) -> Iterator[str]:

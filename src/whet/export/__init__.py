@@ -17,7 +17,7 @@ from whet import __version__
 from whet import model as models
 from whet.compress.folder import compressed, dense
 from whet.errors import ArtifactError, nearest
-from whet.prompt import SLOT, messages
+from whet.prompt import SLOT, end_of_turn, messages
 from whet.store import anew
 from whet.system import Demonstrations, System
 
@@ -121,7 +121,7 @@ def request(system: System, bias: dict[str, float]) -> dict[str, Any]:
 def _ends(module: Any, tokenizer: Any) -> list[int]:
     """Tokens that end a turn, as `TorchSession` has them."""
     more = getattr(module.generation_config, "eos_token_id", None) or []
-    ids = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])}
+    ids = {end_of_turn(tokenizer), tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])}
     return sorted(i for i in ids if i is not None)
 
 
@@ -170,8 +170,8 @@ def _whole(module: Any, packs: Mapping[str, Any]) -> dict[str, Any]:
     return {n: {**m.pack.parts(), "bits": m.pack.bits} for n, m in alone.items()}
 
 
-def _write(system: System, target: str, kind: str, work: Path) -> tuple[tuple[Left, ...], Any]:
-    """Write weights and all that goes with them; returns what is left out, and the tokenizer."""
+def _write(system: System, target: str, kind: str, work: Path) -> tuple[tuple[Left, ...], Any, tuple[str, ...]]:
+    """Write weights and all beside; returns what is left out, the tokenizer, and the layers that round their inputs."""
     import torch
 
     from whet.export import gguf, ollama, vllm
@@ -187,8 +187,9 @@ def _write(system: System, target: str, kind: str, work: Path) -> tuple[tuple[Le
     rest = [name for name in packs if name not in packed.layers]
     if rest and not packed.left and kind not in ("q8_0", "q4_0"):
         left += (("packing", f"{len(rest)} layers that whet keeps smaller are written in full, as {kind}"),)
-    if hasattr(module.config.get_text_config(), "kept_layers"):  # of interest to whoever heals it within whet only
-        del module.config.get_text_config().kept_layers
+    for config, name in ((module.config.get_text_config(), "kept_layers"), (module.config, "made_of")):
+        if hasattr(config, name):  # of interest to whoever heals it within whet only
+            delattr(config, name)
     module = dense(module, torch.float16 if kind == "f16" and target in ("hf", "vllm") else wide)
     context = int(getattr(module.config, "max_position_embeddings", 0) or 2048)
     if target in ("hf", "vllm"):
@@ -209,7 +210,7 @@ def _write(system: System, target: str, kind: str, work: Path) -> tuple[tuple[Le
         body = json.dumps(request(asked, bias), indent=1, ensure_ascii=False)
         (work / REQUEST).write_text(body + "\n", encoding="utf-8")
     (work / "README.md").write_text(_readme(asked, target, context, left), encoding="utf-8")
-    return left, tokenizer
+    return left, tokenizer, packed.rounded
 
 
 def export(
@@ -239,8 +240,8 @@ def export(
     with anew(out, MARK) as work:
         if watch:
             watch.tell("writing", 0, 1)
-        left, tokenizer = _write(system, target, kind, work)
-        found = _check(system, target, kind, work, tokenizer, task, watch) if check else None
+        left, tokenizer, rounded = _write(system, target, kind, work)
+        found = _check(system, target, kind, work, tokenizer, rounded, task, watch) if check else None
         if check and found is None:
             left += (("check", "only llama.cpp reads this family's GGUF: pip install 'whet[llamacpp]'"),)
         files = tuple(sorted(p.name for p in work.iterdir()))
@@ -253,8 +254,9 @@ def export(
 
 
 def _check(
-    system: System, target: str, kind: str, work: Path, tokenizer: Any, task: Task | None, watch: Watch | None
-) -> Check | None:
+    system: System, target: str, kind: str, work: Path, tokenizer: Any, rounded: Sequence[str], task: Task | None,
+    watch: Watch | None,
+) -> Check | None:  # fmt: skip
     """Read what was written back and ask it; None where nothing here can read it.
 
     Raises ArtifactError where it answers otherwise than the System.
@@ -267,7 +269,7 @@ def _check(
     examples = [e for e in rows if e.text is None][: checks.PROMPTS] or list(checks.NEUTRAL)
     asked = askable(system, bool(biases(system, tokenizer, target)))
     with tempfile.TemporaryDirectory() as home:
-        told = checks.told(asked, examples)
+        told = checks.told(asked, examples, rounded)
         other = checks.reopen(work, FILE if target in ("gguf", "ollama") else None, tokenizer, Path(home))
         if other is None:
             return None

@@ -134,16 +134,28 @@ class Told:
     answers: tuple[Tokens, ...]
 
 
-def told(system: System, examples: Sequence[Example]) -> Told:
-    """The System's greedy answers. Its weights are as it has them; fp32 keeps its own rounding out of the check."""
+def told(system: System, examples: Sequence[Example], rounded: Sequence[str] = ()) -> Told:
+    """The System's greedy answers. Its weights are as it has them; fp32 keeps its own rounding out of the check.
+
+    Only inputs of `rounded` layers are rounded to 8 bits, as the export has it.
+    """
     module, tokenizer = models.load(system.model, system.home)
-    session = TorchSession(dense(module, module.dtype).float(), tokenizer)
+    module = dense(module, module.dtype).float()
+    for name in rounded:
+        module.get_submodule(name).register_forward_pre_hook(_rounds)
+    session = TorchSession(module, tokenizer)
     length = min(LENGTH, max(8, system.decoding.max_tokens))
     session.context = min(session.context, CONTEXT)
     prompts, _ = system.fitting(examples, session, [length + 1] * len(examples))
     tokens = session.encode(prompts)
     made = session.generate_rows([Row(t) for t in tokens], Sampling(length))
     return Told(tuple(prompts), tuple(tokens), tuple(answer for answer, _ in made))
+
+
+def _rounds(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """What goes into a layer in 8 bits, row by row, by compressed-tensors' step: another step is noise of its own."""
+    step = given[0].abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127.5
+    return (given[0] / step).round().clamp(-128, 127) * step
 
 
 def compare(told: Told, other: Reopened, progress: Progress | None = None) -> Check:

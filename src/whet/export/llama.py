@@ -17,7 +17,7 @@ import numpy as np
 
 from whet.engine import ByScores, Generation, Progress, Prompt, Sampling, Score, Spent
 from whet.errors import ArtifactError, EngineError
-from whet.prompt import escape, render, specials_of, takes_system
+from whet.prompt import end_of_turn, escape, render, specials_of, takes_system
 
 Tokens = tuple[int, ...]
 AT_ONCE = 32  # continuations that are computed beside each other
@@ -160,7 +160,7 @@ class LlamaSession(ByScores):
     ) -> list[tuple[Score, ...]]:
         """Log-probability of each continuation behind its prompt; with `end`, of the turn ending there too."""
         begun, made = time.monotonic(), []
-        stop = (self.tokenizer.eos_token_id,) if end else ()
+        stop = (end_of_turn(self.tokenizer),) if end else ()
         for n, (prompt, texts) in enumerate(zip(self.encode(prompts), continuations, strict=True)):
             raw = isinstance(prompts[n], str)
             answers = [(*self.tokens(t if raw else escape(t, self.specials)), *stop) for t in texts]

@@ -33,6 +33,11 @@ class Packs:
     left: tuple[Left, ...] = ()
     whole: tuple[str, ...] = ()  # other linear layers: vLLM wants each named
 
+    @property
+    def rounded(self) -> tuple[str, ...]:
+        """The layers whose inputs are rounded, too."""
+        return tuple(name for (*_, rounded), names in self.kinds.items() if rounded for name in names)
+
     def write(self, folder: Path) -> None:
         """Put the packed layers in place of the dense ones in a model folder, and tell so in its config.json."""
         if not self.layers:

@@ -144,9 +144,16 @@ class Distill:
 
         place = Path(self.teacher)
         if not self.teacher:
+            if system.model.whole is None:
+                return system
             # A calibration that stands here is that of the smaller model.
             before = replace(system, model=system.model.original, decoding=replace(system.decoding, prior=()))
-            return before if before.model != system.model else system
+            if not _made_of(system, before):  # a saved System has no history: what is left of it is the untuned base
+                raise MethodError(
+                    "the model that this one was made of is not at hand", expected="its System as the teacher",
+                    found=f"{system.model.base} alone", do="set teacher=FOLDER",
+                )  # fmt: skip
+            return before
         if place.is_dir() and not (place / "config.json").exists():
             found = load(place, system.home, trust=data.trusted)
         else:
@@ -272,7 +279,7 @@ class Distill:
         from whet.train.teacher import Teacher
 
         voice = run.session(teacher.model)
-        alike = teacher.model == student.model.original and not set(_lost(teacher, student)) - {"calibration"}
+        alike = _made_of(student, teacher) and not set(_lost(teacher, student)) - {"calibration"}
         if not (self.hidden and alike and adapter.kind == "full" and isinstance(voice, TorchSession)):
             return None
         pairs, known = partners(live.module, voice.module), Teacher.of(teacher, voice, live)
@@ -298,7 +305,7 @@ class Distill:
         asked = _afforded(rows, self.epochs, self.batch, student, live, run)
         closed = student.decoding.closed and all(e.choices or student.decoding.labels for e in asked)
         known = [e for e in asked if (e.completion in _set(student, e) if closed else e.completion)]
-        small = teacher.model == student.model.original != student.model
+        small = _made_of(student, teacher)
         gold = self.gold if self.gold >= 0 else GOLD if small and closed else 0.0
         heard = self._ask(teacher, student, asked, closed, voice, run)
         for e in known:
@@ -422,6 +429,14 @@ def _lost(before: System, after: System) -> list[str]:
              "frame": (before.frame != SLOT, after.frame != SLOT),
              "calibration": (before.decoding.prior, after.decoding.prior)}  # fmt: skip
     return [name for name, (had, has) in parts.items() if had and not has]
+
+
+def _made_of(student: System, teacher: System) -> bool:
+    """Whether the teacher's model is the student's as it was before anything made it smaller."""
+    from whet.compress.folder import made_of
+
+    theirs = [t.fingerprint for t in teacher.model.transforms]
+    return teacher.model.content == student.model.content and made_of(student.model) == theirs
 
 
 def _prompted(student: System, examples: Sequence[Example], live: TorchSession, room: Sequence[int]) -> tuple[Any, int]:

@@ -55,7 +55,7 @@ class Prune:
         from whet.task import rows_hash
         from whet.train.lesson import key
 
-        said = vocabulary.said(system, data) if self.vocabulary else []
+        said = vocabulary.said(system, data, run.seed) if self.vocabulary else []
         name = key("prune", asdict(self), system.state, rows_hash(data.train), said, run.seed)
         if finished(run, name):
             made = settled(system, run, name)

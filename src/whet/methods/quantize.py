@@ -119,6 +119,7 @@ class Quantize:
                 uses[id(linear.weight)] -= 1
                 if not uses[id(linear.weight)]:  # a tied weight is rounded once all its inputs are known
                     second = sum((m.second for m in list(seen.values())[1:]), next(iter(seen.values())).second)
+                    del work.seen[id(linear.weight)]  # a layer's moments are larger than its weights
                     work.pack(linear, self._packed(linear.weight.data.cpu(), second), second, self.bits)
 
         walk(session, rows, visit, run.progress("quantizing"))
@@ -252,7 +253,7 @@ class _Work:
         """The embedding and the output in `bits`; where they are tied, they stay so."""
         from torch import nn
 
-        from whet.compress.packed import PackedEmbedding, PackedLinear
+        from whet.compress.packed import PackedEmbedding, PackedLinear, scale_of
         from whet.compress.rounding import pack4, pack8
 
         lookup, head = self._original(self.module.get_input_embeddings()), self._original(
@@ -260,11 +261,12 @@ class _Work:
         )
         names = {id(m): n for n, m in self.module.named_modules()}
         packs: dict[int, Pack] = {}
-        if type(lookup) is not nn.Embedding and getattr(head, "weight", None) is lookup.weight:
+        scale = scale_of(lookup)
+        if scale is None and getattr(head, "weight", None) is lookup.weight:
             return  # an embedding that does more than look up stays as it is, and so does what is tied to it
         for layer in (lookup, head):
             weight = layer.weight
-            if type(layer) not in (nn.Embedding, nn.Linear):
+            if scale is None if layer is lookup else type(layer) is not nn.Linear:
                 continue
             if id(weight) not in packs:
                 how, columns = ("nearest" if method.rounding == "nearest" else "hqq"), method.columns(weight.shape[1])
@@ -274,7 +276,7 @@ class _Work:
                 packs[id(weight)].to(weight.device)
             pack, sizes = packs[id(weight)], (weight.shape[1], weight.shape[0])
             current = self.module.get_input_embeddings() if layer is lookup else self.module.get_output_embeddings()
-            packed = (PackedEmbedding(pack, (sizes[1], sizes[0]), weight.dtype) if layer is lookup
+            packed = (PackedEmbedding(pack, (sizes[1], sizes[0]), weight.dtype, scale) if scale and layer is lookup
                       else PackedLinear(pack, sizes, layer.bias))  # fmt: skip
             self.put(names[id(current)], packed)
 

@@ -100,8 +100,8 @@ def _page(result: Record, details: Record) -> dict[str, Any]:
     return {
         "css": _own("page.css"), "js": _own("page.js"), "data": _json(data),
         "plotly": figures.plotly_gzip() if drawn else "",
-        "task": line(result.get("task")) or "task", "model": line(result.get("model")),
-        "seed": line(result.get("seed")),
+        "task": line(result.get("task")) or "task", "seed": line(result.get("seed")),
+        "model": ", ".join(_lines(result.get("model"))) or line(result.get("model")),
         "verdict": verdict(result).replace(" %", "\u00a0%"), "headline": _headline(result, scale),
         "notes": _lines(result.get("notes")),
         "scale": scale, "figures": drawn, "arms": [_arm_row(a, scale) for a in arms],
@@ -167,7 +167,7 @@ def _figures(result: Record, details: Record, arms: Sequence[Arm], scale: Scale)
 def _headline(result: Record, scale: Scale) -> dict[str, Any]:
     """The figures under the verdict: (label, figure, interval) each, and comparisons in words."""
     confirm, chosen = record(result.get("confirm")), record(result.get("chosen"))
-    handed = bool(sequence(chosen.get("recipe")))
+    handed = view.handed(result)
     tiles = [(label, scale.score(number(card.get("score"))),
               scale.span(number(card.get("low")), number(card.get("high"))))
              for label, who in (("Base", "base"), ("Chosen" if handed else "Best candidate", "chosen"))

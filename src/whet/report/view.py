@@ -43,8 +43,14 @@ def records(value: Any) -> list[Record]:
 
 def line(value: Any) -> str:
     """A value as one printable line; empty for None. Control characters (terminal escapes too) become spaces."""
-    text = "" if value is None else value if isinstance(value, str) else json.dumps(value, default=str)
+    text = _written(value)
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return "" if value is None else json.dumps(value, default=str, ensure_ascii=False)
 
 
 def short(text: str, longest: int) -> str:
@@ -170,9 +176,17 @@ def name_of(trial: Record) -> str:
     return line(trial.get("name")) or "+".join(methods) or "base"
 
 
-def is_base(trial: Record) -> bool:
-    """Whether the trial is the model as it stands, no method applied."""
-    return not sequence(trial.get("recipe")) and name_of(trial) == "base"
+def is_base(trial: Record, result: Record) -> bool:
+    """Whether the trial is the model as it stands, no method applied; of several models, the first."""
+    first = [line(f"base [{model}]") for model in sequence(result.get("model"))[:1]]
+    return not sequence(trial.get("recipe")) and name_of(trial) in ("base", *first)
+
+
+def is_chosen(trial: Record, result: Record) -> bool:
+    """Whether the trial is what is handed over; of several models, one as it stands may be."""
+    chosen = record(result.get("chosen"))
+    same = line(sequence(trial.get("recipe"))) == line(sequence(chosen.get("recipe")))
+    return handed(result) and same and name_of(trial) == (line(chosen.get("name")) or name_of(trial))
 
 
 def furthest(result: Record) -> list[Record]:
@@ -197,21 +211,19 @@ def score_of(trial: Record) -> float | None:
 def arms(result: Record) -> list[Arm]:
     """Base, every recipe and every baseline; the best gain first, those without a score last."""
     trials, scale = furthest(result), Scale.of(result)
-    base = next((score_of(t) for t in trials if is_base(t)), None)
-    chosen = sequence(record(result.get("chosen")).get("recipe"))
-    found = [_arm(t, base, chosen, scale) for t in trials] + [
+    base = next((score_of(t) for t in trials if is_base(t, result)), None)
+    found = [_arm(t, base, result, scale) for t in trials] + [
         Arm(line(b.get("name")) or "baseline", "baseline", number(b.get("select")),
             _gain(number(b.get("select")), base, scale))
         for b in records(result.get("baselines"))]
     return sorted(found, key=lambda a: (a.gain is None, a.score is None, -(a.gain or 0.0)))
 
 
-def _arm(trial: Record, base: float | None, chosen: Sequence[Any], scale: Scale) -> Arm:
+def _arm(trial: Record, base: float | None, result: Record, scale: Scale) -> Arm:
     difference = record(trial.get("difference"))
     score, gain = score_of(trial), number(difference.get("difference"))
     seconds = number(trial.get("cost_seconds"))
-    recipe = sequence(trial.get("recipe"))
-    kind = "base" if is_base(trial) else "chosen" if recipe and line(recipe) == line(chosen) else "arm"
+    kind = "base" if is_base(trial, result) else "chosen" if is_chosen(trial, result) else "arm"
     return Arm(
         name_of(trial), kind, score, 0.0 if kind == "base" and score is not None else
         gain if gain is not None else _gain(score, base, scale),
@@ -284,8 +296,7 @@ def examples(details: Record, scale: Scale) -> Examples:
 
 
 def _cell(value: Any) -> str:
-    text = "" if value is None else value if isinstance(value, str) else json.dumps(value, default=str)
-    return short(text, LONGEST)
+    return short(_written(value), LONGEST)
 
 
 def _kind(base: float | None, chosen: float | None, binary: bool, changed: bool, higher: bool) -> str:

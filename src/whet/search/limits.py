@@ -22,6 +22,7 @@ SMALLER = (  # what is tried, the least loss first
     "prune(vocabulary=true)+quantize(bits=4)",
     "prune(layers=0.75,vocabulary=true)+distill+quantize(bits=4)",
     "prune(layers=0.5,vocabulary=true)+distill+quantize(bits=4)",
+    "share+distill+quantize(bits=4)",
 )
 
 
@@ -57,8 +58,10 @@ def smaller(recipe: Recipe, step: Recipe) -> Recipe:
 def within(job: _Job, finalist: Trial | None) -> Trial | None:
     """The finalist, or what it becomes when made small enough; the nearest, where nothing keeps within the limits.
 
-    Trials beyond the limits are marked as refused, with what they use and what is allowed.
+    Trials beyond the limits, or that cost an earlier task too much, are marked as refused, with the reason.
     """
+    from whet.search import _keeping
+
     limits, race = job.task.limits, job.race
     start = finalist or race.base
     if not limited(limits) or start is None or start.card is None or job.bases[0].model.remote:
@@ -66,28 +69,35 @@ def within(job: _Job, finalist: Trial | None) -> Trial | None:
     race.seconds += job.shrinking  # what was set aside for this
     used = _measured(job, start.system, start.card)
     over = beyond(limits, used)
+    job.tight = bool(over) if start is race.base else _too_much(job, race.base)
     if not over:
         return finalist
-    job.tight = start is race.base or _too_much(job, race.base)
     start = race.mark(start, status="refused" if finalist else start.status, why=over)
     nearest, least = start, _excess(limits, used)
     origin = next((b for b in job.bases if b.model.content == start.system.model.content), job.bases[0])
     # The bound of a training is part of what it is known by: with another one it would be trained anew.
     tokens = start.notes.get("allowed") or int(max(0.0, race.left) * job.rates.train)
     for text in SMALLER:
-        step = parse(text)
-        if job.wish.methods and not all(m.name in job.wish.methods for m in step.methods):
+        whole = parse(text).methods
+        wished = tuple(m for m in whole if not job.wish.methods or m.name in job.wish.methods)
+        if wished[:1] != whole[:1]:
             continue
-        trial = race.enter(smaller(start.recipe, step), origin, tokens=tokens, label=start.label)
-        if trial.card is None:
-            continue
-        used = _measured(job, trial.system, trial.card)
-        over = beyond(limits, used)
-        if not over:
-            return _better(job, trial, finalist)
-        trial = race.mark(trial, status="refused", why=over)
-        if _excess(limits, used) < least:
-            nearest, least = trial, _excess(limits, used)
+        opened = set(job.run.sessions)
+        trial = race.enter(smaller(start.recipe, Recipe(wished)), origin, tokens=tokens, label=start.label)
+        if trial.card is not None:
+            used = _measured(job, trial.system, trial.card)
+            over, excess = beyond(limits, used), _excess(limits, used)
+            if not over or excess < least:  # else it is not handed over, whatever it forgets
+                trial = _keeping(job, trial)
+            keeps = trial.status != "refused"
+            if keeps and not over:
+                return _better(job, trial, finalist)
+            trial = race.mark(trial, status="refused", why=over or trial.why)
+            if keeps and excess < least:
+                nearest, least = trial, excess
+        for model in set(job.run.sessions) - opened:  # what was tried in vain holds no memory
+            job.run.sessions.pop(model).close()
+        job.run.tidy()
         if race.left <= 0:
             break
     job.notes.append(f"nothing that was tried keeps within the limits; the nearest is handed over: {nearest.name} "
@@ -104,12 +114,14 @@ def _too_much(job: _Job, trial: Trial | None) -> bool:
 
 def _better(job: _Job, small: Trial, finalist: Trial | None) -> Trial:
     """The one that was made small enough, or another arm that scored more and keeps within the limits as it is."""
+    from whet.search import _keeping
+
     race = job.race
     whole = [t for t in race.trials if t.card and t.status == "done" and t.examples == len(race.select)]
     ahead = [t for t in whole if t is not race.base and race.merit(t) > race.merit(small)]
     for other in sorted(ahead, key=race.merit, reverse=True)[:LOOKED_AT]:
-        if other is not finalist and not _too_much(job, other):
-            return other
+        if other is not finalist and not _too_much(job, other) and (kept := _keeping(job, other)).status != "refused":
+            return kept
     return small
 
 
