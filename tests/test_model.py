@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,14 +15,27 @@ from models import save_model
 
 from whet.engine import Sampling
 from whet.engine.torch import TorchSession
-from whet.errors import ModelError
-from whet.model import DEFAULT, ModelRef, aside, compute_dtype, hash_files, load, loaded_before, resolve
+from whet.errors import ModelError, StoreError
+from whet.model import DEFAULT, ModelRef, aside, compute_dtype, hash_files, load, loaded_before, own_device, resolve
 from whet.prompt import messages, render
+from whet.store import anew
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return Path(save_model(tmp_path / "tiny"))
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert own_device() == "cpu" and not taken
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert own_device() == "cuda" and taken == [3]
+    monkeypatch.delenv("LOCAL_RANK")
+    assert own_device() == "cuda" and taken == [3]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +100,41 @@ def test_a_folder_written_aside_is_whole_or_absent(tmp_path: Path) -> None:
         with aside(tmp_path / "made") as work:
             (work / "file").write_text(text)
     assert (tmp_path / "made" / "file").read_text() == "first"
-    assert hash_files([tmp_path / "made" / "file"]) == hash_files([tmp_path / "made" / "file"])
+    seen = hash_files([*(tmp_path / "made").iterdir()])
+    (tmp_path / "made" / ".DS_Store").write_text("where windows lie")
+    assert hash_files([*(tmp_path / "made").iterdir()]) == seen
+
+
+def test_folders_are_open_to_whom_new_ones_are(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    with aside(tmp_path / "kept"):
+        pass
+    with anew(tmp_path / "written", "mark"):
+        pass
+    assert len({(tmp_path / n).stat().st_mode for n in ("plain", "kept", "written")}) == 1
+
+
+def test_an_older_folder_is_put_back_where_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with anew(tmp_path / "out", "mark") as work:
+        (work / "mark").write_text("old")
+    rename = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if source.name == "new":
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(StoreError, match="No space left"), anew(tmp_path / "out", "mark") as work:
+        (work / "mark").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "mark").read_text() == "old"
+
+
+def test_nothing_that_only_unix_has_is_needed_to_start() -> None:
+    hidden = "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None"
+    subprocess.run([sys.executable, "-c", f"{hidden}; import whet.cli, whet.probe, whet.retrieval"], check=True)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from models import CHATML, SPECIALS, STRICT, make_model, make_tokenizer
 from whet.engine import Chat
 from whet.engine.torch import TorchSession
 from whet.errors import EngineError
-from whet.prompt import BREAK, MARKERS, escape, messages, render, shorten, specials_of, takes_system
+from whet.prompt import BREAK, MARKERS, end_of_turn, escape, messages, render, shorten, specials_of, takes_system
 
 TOKENIZER = make_tokenizer()
 OTHERS = ("</s>", "<s>", "[INST]", "[/INST]", "<<SYS>>", "<start_of_turn>", "<end_of_turn>", "<|eot_id|>", "<eos>")
@@ -118,6 +118,23 @@ def test_templates_render_in_a_sandbox() -> None:
 
 
 # --- templates without a system turn ----------------------------------------------------------------------------------
+
+
+def test_models_that_think_aloud_answer_at_once() -> None:
+    thinks = make_tokenizer(CHATML.replace("assistant\n{% endif %}", "assistant\n{% if enable_thinking is not defined "
+                            "or enable_thinking %}<think>{% endif %}{% endif %}"))  # fmt: skip
+    assert render(thinks, (("user", "x"),)) == "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_an_answer_ends_as_the_template_ends_it() -> None:
+    def end(template: str) -> str:
+        tokenizer = make_tokenizer(template)
+        return str(tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer)))
+
+    assert end(CHATML) == end(STRICT) == "<|im_end|>"
+    assert end(CHATML.replace("<|im_end|>", "__mask__")) == "__mask__"  # where the tokenizer's end is another
+    assert end("{% for m in messages %}{{ m['content'] }}\n{% endfor %}") == "<|im_end|>"
+    assert end("{{ raise_exception('no') }}") == "<|im_end|>"
 
 
 def test_takes_system() -> None:

@@ -6,10 +6,12 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -240,6 +242,42 @@ def test_an_arm_without_its_package_is_left_out(
     assert left and all("needs the package bm25s" in why for why in left)
     trials = {t["name"]: t["status"] for t in made.result["trials"]}
     assert trials["rag(k=1)+finetune"] == "failed" and trials["finetune"] == "done"
+
+
+@pytest.mark.embedder
+def test_documents_that_cannot_be_had_leave_the_other_arms(tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "toy", documents="http://127.0.0.1:9/page")
+    made = improve(folder, model="fake:keyword", budget="2m", out=tmp_path / "out", home=tmp_path / "home")
+    assert any(one["method"].startswith("rag") for one in made.result["left_out"])
+    assert made.result["confirm"]["improved"]
+
+
+@pytest.mark.embedder
+@pytest.mark.skipif(not embed.available(), reason="the embedding model is not installed")
+def test_sources_that_change_unseen_are_read_again(tmp_path: Path) -> None:
+    def fill(shelf: str) -> None:
+        with sqlite3.connect(folder / "s.db") as base:
+            base.execute("drop table if exists things")
+            base.execute("create table things (id text, text text)")
+            base.executemany("insert into things values (?, ?)", [(str(n), f"Item {n} {shelf}.") for n in range(30)])
+
+    folder = write_task(tmp_path / "toy", documents="sqlite:///s.db SELECT id, text FROM things")
+    seen = []
+    for shelf in ("old", "new"):
+        fill(shelf)
+        made = improve(folder, model="fake:keyword", budget="2m", out=tmp_path / shelf, home=tmp_path / "home",
+                       recipe="rag", trust=True)  # fmt: skip
+        rag = next(t for t in made.result["trials"] if t["name"] == "rag")
+        seen.append(rag["status"])
+    corpora = {p.parent.name for p in (tmp_path / "home" / "artifacts").glob("*/current")}
+    assert seen == ["done", "done"] and len(corpora) == 2
+
+
+def test_the_base_is_measured_however_late_it_is(task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("whet.search.race.time", SimpleNamespace(monotonic=lambda: time.monotonic() + 1e6))
+    made = improve(task, model="fake:keyword", budget="2m", out=tmp_path / "out", home=tmp_path / "home")
+    status = {t["name"]: t["status"] for t in made.result["trials"]}
+    assert status.pop("base") == "done" and set(status.values()) == {"truncated"}
 
 
 def test_free_text_and_own_choices(tmp_path: Path) -> None:

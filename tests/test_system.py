@@ -23,13 +23,16 @@ from whet import model as models
 from whet import system as systems
 from whet.engine import Sampling, Session
 from whet.engine.fake import FakeSession
+from whet.engine.replies import UNANSWERED
 from whet.errors import ArtifactError, MethodError, ModelError, StoreError
 from whet.methods import Run
 from whet.methods.calibrate import Calibrate, batch_prior
 from whet.methods.fewshot import FewShot, balanced
 from whet.methods.finetune import FineTune
+from whet.metrics import get
 from whet.model import ModelRef, Transform
 from whet.prompt import messages
+from whet.scorecard import evaluate
 from whet.store import Store
 from whet.system import Decoding, Demonstrations, System
 from whet.task import Example, Learnable
@@ -482,6 +485,21 @@ def test_batch_prior_properties(rows: list[tuple[float, ...]], shift: float) -> 
     assert turned == pytest.approx(prior[1:] + prior[:1])
 
 
+def test_where_the_model_gave_no_answer_there_is_none() -> None:
+    silent = (UNANSWERED,) * len(LABELS)
+    prior = batch_prior([silent, (-0.1, *(-3.0 for _ in LABELS[1:]))])
+    for said in ((), prior):  # an unanswered prompt leans to no label
+        assert System(FAKE, decoding=Decoding(LABELS, True, prior=said)).decide(silent).text == ""
+    assert all(map(math.isfinite, prior))
+
+
+def test_an_answer_that_was_not_given_counts_as_failed(tiny: System, session: Session) -> None:
+    rows = [Example(str(n), f"movie {n}", LABELS[0]) for n in range(3)]
+    mute = replace(tiny, decoding=replace(tiny.decoding, prior=(1e9, 1e9)))
+    card = evaluate(mute, rows, get("accuracy"), session=session)
+    assert card.failed == 3 and {o.error for o in card.outcomes} == {"no answer"}
+
+
 def test_calibrate(tiny: System, home: Path) -> None:
     run = Run(Store(home))
     got = Calibrate(prompts=8).apply(tiny, DATA, run)
@@ -569,10 +587,20 @@ def test_rows_with_choices_of_their_own(tiny: System, session: Session) -> None:
     assert [len(a.scores) for a in answers] == [3, 2, 2]
     assert all(a.text in (e.choices or LABELS) for a, e in zip(answers, rows, strict=True))
     scored = session.score([chat(tiny, "a")] * 3, [e.choices or LABELS for e in rows])
-    for answer, row in zip(answers, scored, strict=True):  # the prior is of the labels: it is left out
-        assert answer.scores == pytest.approx([s.mean for s in row], abs=1e-4)
-    open_labels = replace(tiny, decoding=Decoding((), True))
+    for answer, row, prior in zip(answers, scored, [(0.0,) * 3, (0.0,) * 2, (-1e3, 0.0)], strict=True):
+        assert answer.scores == pytest.approx([s.mean - p for s, p in zip(row, prior, strict=True)], abs=1e-3)
+    open_labels = replace(tiny, decoding=Decoding((), True, max_tokens=4))
     assert [a.text for a in open_labels.answers(rows[:2], session)] == [a.text for a in answers[:2]]
+    for system in (biased, open_labels):  # beside others each is answered as it is alone
+        assert [system.answers([e], session)[0].text for e in rows] == [a.text for a in system.answers(rows, session)]
+
+
+def test_perplexity_of_prompts_that_do_not_fit(tiny: System, session: Session) -> None:
+    rows = [Example(str(n), text, "great film") for n, text in enumerate(("a", "the movie was great " * 400))]
+    card = evaluate(tiny, rows, get("perplexity"), session=session)
+    assert card.truncated == 1 and card.failed == 0
+    alone = session.score(tiny.prompts(rows[:1]), [["great film"]])[0][0]
+    assert card.outcomes[0].score == pytest.approx(-alone.mean) and card.outcomes[0].weight == alone.tokens
 
 
 def test_answers_by_generation(tiny: System, session: Session) -> None:

@@ -142,6 +142,14 @@ def test_retrieval_and_pairs_need_no_completion(tmp_path):
     assert (first.completion, first.rejected) == ("good", "bad") and (second.completion, second.rejected) == ("", None)
 
 
+def test_perplexity_of_nothing_is_refused(tmp_path):
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "only a prompt"}]
+    loaded = load(folder(tmp_path, "metric: perplexity", "learnt", train=rows, test=rows[:1]))
+    assert len(loaded.train) == 2
+    with pytest.raises(TaskError, match="test.jsonl line 2: the completion is missing"):
+        load(folder(tmp_path, "metric: perplexity", "scored", test=rows))
+
+
 def test_plain_text_tasks(tmp_path):
     path = folder(tmp_path, "name: lm", train__txt="one\ntwo\n\nthree\n", test__txt="four")
     loaded = load(path)

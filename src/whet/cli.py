@@ -257,7 +257,7 @@ def compare(first: str, second: str, task: str, split: str, seed: int, trust: bo
     from dataclasses import asdict
 
     from whet.methods import Run
-    from whet.progress import figure
+    from whet.progress import apart, figure
     from whet.scorecard import compare as compared
     from whet.store import Store
     from whet.task import load
@@ -276,9 +276,10 @@ def compare(first: str, second: str, task: str, split: str, seed: int, trust: bo
         _print({"first": a.record(), "second": b.record(), **asdict(paired)})
         return
     print(f"{first}: {figure(a.score)}   {second}: {figure(b.score)}   ({a.metric}, {a.n} examples)")
-    between = f"[{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]"
-    print(f"difference {100 * paired.difference:+.1f} points, 95 % {between}, p = {paired.p_value:.2g} ({paired.test})")
-    print(f"the smallest difference this many examples could have shown: {100 * paired.smallest_detectable:.1f} points")
+    between, least = apart(paired.difference, paired.low, paired.high, a.score, b.score), paired.smallest_detectable
+    print(f"difference {between}, p = {paired.p_value:.2g} ({paired.test})")
+    print("the smallest difference this many examples could have shown: "
+          f"{apart(least, least, least, a.score, b.score).partition(',')[0].removeprefix('+')}")
 
 
 @main.command(epilog=example(
@@ -384,7 +385,7 @@ def update(
     from whet import update as updating
     from whet.errors import MethodError
     from whet.methods import Run
-    from whet.progress import figure
+    from whet.progress import apart, figure
     from whet.store import Store
     from whet.system import load
     from whet.task import load as load_task
@@ -402,9 +403,9 @@ def update(
     if as_json:
         _print({"system": None if made.refused else str(out), **made.record()})
     else:
-        found = f"[{100 * made.paired.low:+.1f}, {100 * made.paired.high:+.1f}]"
-        print(f"{loaded.name}: {figure(made.before.score)} to {figure(made.after.score)} ({made.before.metric}, "
-              f"{made.paired.n} rows), {100 * made.paired.difference:+.1f} points, 95 % {found}")  # fmt: skip
+        paired, found = made.paired, (made.before.score, made.after.score)
+        print(f"{loaded.name}: {figure(found[0])} to {figure(found[1])} ({made.before.metric}, {paired.n} rows), "
+              f"{apart(paired.difference, paired.low, paired.high, *found)}")  # fmt: skip
         for one in (*made.lost, *(f"{name}: no rows to measure it on" for name in made.unmeasured)):
             print(one)
         print(f"drift {made.drift:.3f} nats a token" if made.drift is not None else "drift not measured: no answers")
@@ -530,14 +531,19 @@ def documents(
     source = next((s for s in made.sources if isinstance(s, Source)), None)
     if source is None:
         raise ArtifactError(f"{system} has no documents", expected="a System made with rag", do="whet apply rag TASK")
-    new = [d for one in put for d in read(one if "://" in one else Path(one))[0]]
+    known = source.corpus(made.home).ids() if put else []
+    loaded = [read(one if "://" in one else Path(one), known=known) for one in put]
+    new = [document for texts, _ in loaded for document in texts]
     embedded = source.change(made.home, new, drop)[1] if put or drop else 0
     ids = source.corpus(made.home).ids()
     if as_json:
-        _print({"version": source.version, "documents": ids, "embedded": embedded})
+        left = [one for _, notes in loaded for one in notes]
+        _print({"version": source.version, "documents": ids, "embedded": embedded, "left_out": left})
         return
     print(f"{len(ids)} documents, version {source.version[:12]}"
           + (f"; {embedded} passages embedded" if put or drop else ""))
+    for one in (note for _, notes in loaded for note in notes):
+        print(f"  left out: {one}")
     for name in ids if not (put or drop) else []:
         print(f"  {name}")
 

@@ -77,9 +77,10 @@ class ModelRef:
 
 
 def hash_files(paths: list[Path]) -> str:
-    """sha256 over names and contents of files, in order of name."""
+    """sha256 over names and contents of files, in order of name; hidden ones (.DS_Store) beside others do not count."""
     digest = hashlib.sha256()
-    for path in sorted(paths, key=lambda p: p.name):
+    shown = [p for p in paths if not p.name.startswith(".")]
+    for path in sorted(shown or paths, key=lambda p: p.name):
         digest.update(path.name.encode() + b"\0")
         with path.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
@@ -90,16 +91,15 @@ def hash_files(paths: list[Path]) -> str:
 def aside(folder: Path) -> Iterator[Path]:
     """Write a folder aside and rename it into place, so that it is whole or absent; an existing one is kept."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    place = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    work = place / "new"  # within: what mkdtemp makes is for its owner's eyes alone
     try:
+        work.mkdir()
         yield work
-        if folder.exists():
-            shutil.rmtree(work)
-        else:
+        if not folder.exists():
             os.replace(work, folder)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def embedded_file(alias: str) -> Path:
@@ -241,6 +241,17 @@ def compute_dtype() -> Any:
     return torch.bfloat16 if fast else torch.float32
 
 
+def own_device() -> str:
+    """Where this process computes: of several that torchrun or accelerate started, each has a GPU of its own."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    if "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return "cuda"
+
+
 def check_transform(transform: Transform) -> Path:
     """The folder of a transform, its files checked against its hash. Raises ModelError where they differ."""
     folder = transform.folder
@@ -266,12 +277,11 @@ def load(
     Adapters are merged into the weights; where those are tied or packed, they stand beside them as terms of their own.
     Raises ModelError on missing files, changed transforms, or a model without chat template.
     """
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = local_folder(ref, home)
     dtype = dtype or compute_dtype()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or own_device()
     try:
         tokenizer = quiet(AutoTokenizer.from_pretrained, folder)
         if ref.whole is not None:

@@ -95,6 +95,13 @@ def figure(value: float | None) -> str:
     return f"{100 * value:.1f}" if 0 <= value <= 1 else f"{value:.2f}"
 
 
+def apart(difference: float, low: float, high: float, *scores: float) -> str:
+    """A difference of these scores with its interval: in points where both are shares, else as it is."""
+    share = all(0 <= s <= 1 for s in scores)
+    many, form, unit = (100, "+.1f", " points") if share else (1, "+.3g", "")
+    return f"{many * difference:{form}}{unit}, 95 % [{many * low:{form}}, {many * high:{form}}]"
+
+
 class Silent:
     """Says nothing."""
 

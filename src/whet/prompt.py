@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from whet.engine import Chat, Message, Prompt
 from whet.errors import EngineError
@@ -147,8 +147,9 @@ def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
 def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, system: bool = True) -> str:
     """A chat as the model's own template writes it, the answer's turn opened; raw text stays as it is.
 
-    Templates render in transformers' sandbox. Used alike for scoring, generation and training. Raises EngineError
-    where the template refuses the turns.
+    Templates render in transformers' sandbox. Used alike for scoring, generation and training. Models that can think
+    aloud answer at once: what is measured and trained is the answer. Raises EngineError where the template refuses the
+    turns.
     """
     from jinja2 import TemplateError
 
@@ -158,12 +159,26 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, system: bool =
     specials = specials_of(tokenizer)
     turns = [{"role": role, "content": escape(content, specials)} for role, content in chat]
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        ))  # fmt: skip
     except TemplateError as error:
         raise EngineError(
             "the model's chat template refuses a prompt", expected="turns it knows, in an order it knows",
             found=f"{', '.join(role for role, _ in chat)}: {error}", do="change the row's turns or take another model",
         ) from error  # fmt: skip
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends an answer: the special one that the template writes behind it, else the tokenizer's end."""
+    answered = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "whet-probe"}]
+    try:
+        written = str(tokenizer.apply_chat_template(answered, tokenize=False, enable_thinking=False))
+    except Exception:  # base models have no template, and templates raise errors of their own choosing
+        return cast(int, tokenizer.eos_token_id)
+    behind = tokenizer(written.rpartition("whet-probe")[2], add_special_tokens=False)["input_ids"]
+    specials = set(tokenizer.all_special_ids) | {n for n, t in tokenizer.added_tokens_decoder.items() if t.special}
+    return next((n for n in behind if n in specials), cast(int, tokenizer.eos_token_id))
 
 
 def specials_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:

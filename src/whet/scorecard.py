@@ -155,7 +155,8 @@ def _answers(
     The scores are kept: calibration changes how they are read, not what they are.
     """
     plain = uncalibrated(system)
-    rules = {k: v for k, v in protocol(system, [], metric, session, "").items() if k not in ("data", "metric")}
+    other = ("data", "metric", *getattr(metric, "rules", {}))
+    rules = {k: v for k, v in protocol(system, [], metric, session, "").items() if k not in other}
     key = hashlib.sha256(json.dumps([plain.fingerprint, rules], sort_keys=True).encode()).hexdigest()
     names = [rows_hash([e]) for e in examples]
     kept = store.scores(key)
@@ -179,16 +180,21 @@ def _outcomes(
             answers, scores = _answers(system, examples, metric, session, store, progress)
         else:
             answers = system.answers(examples, session, progress)
-        return score_all(metric, [a.text for a in answers], examples), sum(a.truncated for a in answers), scores
+        outcomes = score_all(metric, [a.text for a in answers], examples)
+        silent = [system.decoding.closed and not a.text for a in answers]
+        told = (replace(o, score=0.0, error="no answer") if s else o for o, s in zip(outcomes, silent, strict=True))
+        return tuple(told), sum(a.truncated for a in answers), scores
     texts = [e.text if e.text is not None else e.completion for e in examples]
-    scored = session.score(system.prompts(examples), [[t] for t in texts], progress=progress)
-    outcomes = []
+    room = [n + 1 for n in session.count(texts)]
+    prompts, cut = system.fitting(examples, session, room)
+    scored = session.score(prompts, [[t] for t in texts], progress=progress)
+    made = []
     for example, row in zip(examples, scored, strict=True):
         error = None if math.isfinite(row[0].logprob) else "the log-probability is not finite"
-        outcomes.append(
+        made.append(
             Outcome(example.id, "", -row[0].mean, "", example.group, error, weight=float(max(1, row[0].tokens)))
         )
-    return tuple(outcomes), 0, None
+    return tuple(made), sum(cut), None
 
 
 def size_bytes(system: System) -> int | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from whet import __version__
 from whet.engine import Progress, Prompt, Sampling, Session, open_session
+from whet.engine.replies import UNANSWERED
 from whet.errors import ArtifactError
 from whet.metrics import plain
 from whet.model import ModelRef, Transform, hash_files, local_folder, resolve
@@ -135,9 +136,9 @@ def _voted(texts: Sequence[str]) -> str:
 
 
 def _greatest(choices: Sequence[str], scores: tuple[float, ...], truncated: bool) -> Answer:
-    """The choice with the greatest score, the first of equals."""
+    """The choice with the greatest score, the first of equals; none where the model gave no answer."""
     best = max(range(len(choices)), key=lambda i: (scores[i], -i))
-    return Answer(choices[best], scores, truncated)
+    return Answer(choices[best] if scores[best] > UNANSWERED / 2 else "", scores, truncated)
 
 
 @dataclass(frozen=True)
@@ -266,11 +267,22 @@ class System:
         examples = [Example(str(n), p) if isinstance(p, str) else p for n, p in enumerate(prompts)]
         session = session or self.session
         found = self.found([e.prompt for e in examples]) if found is None else found
-        if self.decoding.closed and all(e.choices or self.decoding.labels for e in examples):
-            made = self._choose(examples, session, progress, found, blind)
-        else:
-            made = self._generate(examples, session, progress, found, blind)
-        return [replace(a, passages=tuple(f)) if f else a for a, f in zip(made, found, strict=True)]
+        # Each row is answered in its own way, so that none is answered otherwise beside others than alone.
+        kinds = [self._kind(e) for e in examples]
+        made: dict[int, Answer] = {}
+        for kind in dict.fromkeys(kinds):
+            mine = [n for n, k in enumerate(kinds) if k == kind]
+            answer = self._generate if kind == "free" else self._choose
+            told = _later(progress, len(made), len(examples)) if progress else None
+            made |= zip(mine, answer([examples[n] for n in mine], session, told, [found[n] for n in mine], blind),
+                        strict=True)  # fmt: skip
+        return [replace(made[n], passages=tuple(f)) if f else made[n] for n, f in enumerate(found)]
+
+    def _kind(self, example: Example) -> str:
+        """How a row is answered: out of its own choices, out of the labels, or freely."""
+        if not self.decoding.closed or not (example.choices or self.decoding.labels):
+            return "free"
+        return "choices" if example.choices else "labels"
 
     def label_scores(
         self, examples: Sequence[Example], session: Session, progress: Progress | None = None, *, blind: bool = False
@@ -383,6 +395,11 @@ def _card_text(system: System) -> str:
         lines += ["## Scorecard", "", "```json", json.dumps(card["scorecard"], indent=1, ensure_ascii=False), "```", ""]
     lines += ["Answer with `whet chat`, `whet evaluate`, or `whet.load(folder).answer(prompt)`.", ""]
     return "\n".join(lines)
+
+
+def _later(progress: Progress, before: int, whole: int) -> Progress:
+    """Progress of a part, as that of the whole."""
+    return lambda done, _: progress(before + done, whole)
 
 
 def _finite(values: Sequence[Any], size: int) -> tuple[float, ...]:

@@ -366,6 +366,9 @@ def _labels(value: object) -> tuple[str, ...]:
             raise TaskError("task.yaml: a label is empty", expected="text", do="quote it if it is the word null")
         if count > 1:
             raise TaskError("task.yaml: a label stands twice", expected="labels that differ", found=short(label))
+    for alike in (group for group in _alike(labels) if len(group) > 1):
+        raise TaskError("task.yaml: two labels differ by case or signs alone, and answers are read without them",
+                        expected="labels that differ in words", found=short(alike))  # fmt: skip
     if len(labels) < 2:
         raise TaskError(
             "task.yaml: too few labels",
@@ -374,6 +377,16 @@ def _labels(value: object) -> tuple[str, ...]:
             do="leave labels out for free text",
         )
     return tuple(labels)
+
+
+def _alike(labels: Sequence[str]) -> list[list[str]]:
+    """Labels in groups that answers are not told apart by."""
+    from whet.metrics import plain
+
+    groups: dict[str, list[str]] = {}
+    for label in labels:
+        groups.setdefault(plain(label), []).append(label)
+    return list(groups.values())
 
 
 _BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -640,7 +653,8 @@ def _example(row: Row, values: dict[str, Any], split: str, metric: str, labels: 
     completion = values.get("completion")
     if not completion and answers:
         completion = answers[0]
-    if not completion and not (_RANKED.fullmatch(metric) or metric in ("win_rate", "perplexity")):
+    open_ended = _RANKED.fullmatch(metric) or metric == "win_rate" or (metric == "perplexity" and split == "train")
+    if not completion and not open_ended:
         what = "empty" if completion is not None else "null" if "completion" in values else "missing"
         raise TaskError(f"{where}: the completion is {what}", expected="prompt and completion", found=found)
     completion = completion or ""

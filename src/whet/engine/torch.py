@@ -33,10 +33,11 @@ from whet.engine import (
 )
 from whet.engine.prefix import Row, Tokens
 from whet.errors import EngineError
-from whet.prompt import escape, render, specials_of, takes_system
+from whet.prompt import end_of_turn, escape, render, specials_of, takes_system
 
 BATCH_TOKENS = 2048  # packed tokens per forward pass: larger ones fall out of the caches and gain nothing
 KEY_BYTES = 512 * 2**20  # keys and values of prompts held at once while generating; joining them needs as much again
+LOGIT_ROWS = 1024  # places whose logits are in fp32 at once
 
 
 class TorchEngine:
@@ -89,6 +90,7 @@ class TorchSession:
         self.context = int(longest or 2048)
         self.system = takes_system(tokenizer)
         self.specials = specials_of(tokenizer)
+        self.end_id = end_of_turn(tokenizer)
         self.stop_ids = self._stop_ids()
         self.encode_text = lru_cache(maxsize=65_536)(self._encode_text)
         self.protocol = {
@@ -109,9 +111,9 @@ class TorchSession:
         return max(1, KEY_BYTES // int(each))
 
     def _stop_ids(self) -> frozenset[int]:
-        """Tokens that end a turn: the tokenizer's end and whatever the generation config names."""
+        """Tokens that end a turn: the template's, the tokenizer's end and whatever the generation config names."""
         ends = getattr(self.module.generation_config, "eos_token_id", None) or []
-        ids = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+        ids = {self.end_id, self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
         return frozenset(i for i in ids if i is not None)
 
     def close(self) -> None:
@@ -139,7 +141,7 @@ class TorchSession:
     def encode_answer(self, text: str, end: bool, raw: bool = False) -> Tokens:
         """Token ids of an answer; with `end`, the end of the turn follows. Markers in it are only text unless `raw`."""
         tokens = self.encode_text(text, raw)
-        return (*tokens, self.tokenizer.eos_token_id) if end else tokens
+        return (*tokens, self.end_id) if end else tokens
 
     def count(self, prompts: Sequence[Prompt]) -> list[int]:
         """Tokens of each prompt, the opening of the answer's turn included."""
@@ -442,10 +444,12 @@ def _target_logprobs(
         return torch.zeros(0)
     unique = sorted({place for place, _ in places})
     rank = {place: n for n, place in enumerate(unique)}
-    logits = _logits(module, forest, batch, plan, unique).float()
+    logits = _logits(module, forest, batch, plan, unique)
     rows = torch.tensor([rank[place] for place, _ in places], device=logits.device)
     tokens = torch.tensor([token for _, token in places], device=logits.device)
-    return logits[rows, tokens] - torch.logsumexp(logits, -1)[rows]
+    # In slices: a whole window's logits in fp32 would take gigabytes.
+    total = torch.cat([torch.logsumexp(part.float(), -1) for part in logits.split(LOGIT_ROWS)])
+    return logits[rows, tokens].float() - total[rows]
 
 
 def _own_keys(kv: attention.KeysValues, batch: prefix.Batch, capacity: int) -> attention.KeysValues:

@@ -45,6 +45,7 @@ CALIBRATED_ROWS = 128
 REPLAYED = 0.25  # of each step are rows of earlier tasks, where there are some
 MOST_HELD = 200  # rows of an earlier task that forgetting is measured on
 ANSWER_TOKENS = (16, 256)  # bounds of how long a generated answer may be
+INDEXED = 0.1  # of the budget: what indexing takes beyond it is told
 
 
 @dataclass(frozen=True)
@@ -183,8 +184,7 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
     shrinking = min(limits.SECONDS, 0.25 * wish.budget) if limits.limited(task.limits) and not refs[0].remote else 0.0
     select = shared_order(splits.select, task.closed, wish.seed)
     race = Race(key, splits.learnable, select, metric, store, rates, wish.seed,
-                wish.budget - reserve - shrinking - judging, watch, run,
-                deadline=time.monotonic() + 3 * wish.budget)  # fmt: skip
+                wish.budget - reserve - shrinking - judging, watch, run, live=_live(task))  # fmt: skip
     job = _Job(task, wish, splits, metric, store, watch, key, folder, run, bases, rates, reserve, race, earlier,
                shrinking=shrinking)  # fmt: skip
     job.notes += [*task.notes]
@@ -194,6 +194,12 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
     if splits.dropped:
         job.notes.append(f"{len(splits.dropped)} rows dropped: they repeat or share a group with held-out rows")
     return job
+
+
+def _live(task: Task) -> bool:
+    """Whether a source may change without the task's files changing: a database, a page, an endpoint."""
+    named = [p for s in (task.documents, task.knowledge, task.glossary) for p in tasks.places(task.folder, s)]
+    return any(not isinstance(place, Path) for place in named)
 
 
 def _earlier(base: System, data: Learnable, run: Run, ref: ModelRef) -> tuple[Known, ...]:
@@ -220,7 +226,13 @@ def _race(job: _Job) -> None:
         tuned = None
     # Where training is possible it needs most of the budget; without it the cheap arms may have it.
     most = (0.1 if tuned else 0.5) * race.seconds
+    begun = time.monotonic()
     arms, too_dear = cheap_arms(job.wish, job.bases, labels, data, race.select, job.rates, job.run, most)
+    # Indexes are kept: what making them takes is paid once, and not out of the budget.
+    if (indexing := time.monotonic() - begun) > INDEXED * job.wish.budget:
+        job.notes.append(f"reading and indexing documents or facts took {clock(indexing)}, on top of the budget")
+    job.notes += [f"left out: {one}" for one in job.run.notes.pop("left_out", ())]
+    race.deadline = time.monotonic() + 3 * job.wish.budget
     if race.select:  # an arm that is dearer than the base is dearer to confirm, too
         dearest = max((whole for *_, whole in arms), default=0.0) - each
         more = min(max(0.0, dearest) * len(job.splits.confirm) / len(race.select), 0.25 * race.seconds)
@@ -507,6 +519,8 @@ def _finish(job: _Job, finalist: Trial | None, begun: float) -> Improvement:
     if card:
         job.watch.arm("measuring latency and memory", 0.0)
         measured["chosen"] = measure(card, system, rows)
+        if over := limits.beyond(job.task.limits, measured["chosen"]):
+            job.notes.append(f"what is handed over goes beyond the limits: {over}")
         base_card = cards.get("base") or (job.race.base.card if job.race.base else None)
         measured["base"] = measure(base_card, job.bases[0], rows) if handed and base_card else measured["chosen"]
         record = measured["chosen"].record()

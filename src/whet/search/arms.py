@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from whet import embed
-from whet.errors import MethodError, WhetError
+from whet.errors import StoreError, WhetError
 from whet.methods import Run, lacking, table
 from whet.methods.prompting import Prompting
 from whet.progress import clock
@@ -85,7 +85,9 @@ def cheap_arms(
                 continue
             try:
                 plain, once, whole = _cost(one, base, data, select, rates, run)
-            except MethodError as error:  # a package that is not installed: other arms go on
+            except StoreError:
+                raise  # a full disk is no property of the arm
+            except WhetError as error:  # a package that is missing, documents that cannot be had: other arms go on
                 if wish.recipe:
                     raise
                 skipped.append({"method": f"{one.name}{label}", "why": str(error)})

@@ -77,6 +77,7 @@ class Race:
     watch: Watch
     run: Run
     deadline: float = float("inf")
+    live: bool = False  # a source may have changed unseen: no trial is taken from the store
     trials: list[Trial] = field(default_factory=list)
     base: Trial | None = None
     made: dict[str, tuple[System, dict[str, Any]]] = field(default_factory=dict)  # what recipes have made so far
@@ -110,8 +111,8 @@ class Race:
         rows = self.select[:examples] if examples else self.select
         key = json.dumps([recipe.record, start.fingerprint, rung, len(rows), tokens], sort_keys=True)
         self.watch.arm(f"{recipe.name}{label}", self.left)
-        kept = self.store.trial(self.key, key)
-        if time.monotonic() > self.deadline and kept is None:
+        kept = None if self.live else self.store.trial(self.key, key)
+        if time.monotonic() > self.deadline and kept is None and recipe.methods:  # the base is always measured
             why = "the clock is far past the budget"
             return self.record(Trial(recipe, start, rung, "truncated", why, 0, None, Spent(), 0.0, {}, None, label))
         run = replace(self.run, trained_tokens=tokens, spent=Spent(), notes={}, tell=self.watch.tell)
