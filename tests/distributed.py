@@ -1,7 +1,7 @@
 """One process of a training by several: started by torch.distributed.run from test_train.
 
 Arguments: the file for what came out of it, and a folder for checkpoints where the training is to be stopped halfway
-and begun again.
+and begun again; or "short" where one process is to find too little memory for a pass once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from models import make_model
 from test_train import learnable
@@ -23,7 +24,24 @@ from whet.train.team import team
 crew = team()
 # 24 rows in steps of 23: every second step has one row, and one process none.
 source, settings = steps(learnable(0), 23, 0), Settings(Schedule(1e-3, 6))
-if len(sys.argv) > 2:
+
+
+class Short(NextToken):
+    """Finds too little memory in its second pass."""
+
+    passes = 0
+
+    def __call__(self, logits: Any, pack: Any) -> Any:
+        Short.passes += 1
+        if Short.passes == 2:
+            raise MemoryError
+        return super().__call__(logits, pack)
+
+
+loss: Any = NextToken()
+if sys.argv[2:] == ["short"]:
+    keep, loss = None, Short() if crew.rank else loss
+elif len(sys.argv) > 2:
     loop.KEEP_EVERY, loop.WRITING_SHARE, keep = 0.0, 1e9, Path(sys.argv[2]) / "checkpoint"
 
     def halt(beat: loop.Beat) -> None:
@@ -36,7 +54,7 @@ else:
     keep = None
 model = make_model("llama")
 seen: list[int] = []
-curves = loop.train(model, source, NextToken(), settings, team=crew, keep=keep, beat=lambda b: seen.append(b.step))
+curves = loop.train(model, source, loss, settings, team=crew, keep=keep, beat=lambda b: seen.append(b.step))
 total = float(sum(p.detach().double().sum() for p in model.parameters()))
 if crew.first:
     made = {"processes": crew.size, "sharded": crew.sharded, "first": seen[0], "sum": total,

@@ -17,6 +17,7 @@ from whet.cli import main
 from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession
 from whet.errors import ArtifactError, MethodError, TaskError
+from whet.feedback import Judged
 from whet.memory import Known, as_task, carried, for_task, known, made_up, remember
 from whet.methods import Run
 from whet.methods.continual import Continual
@@ -28,15 +29,18 @@ from whet.scorecard import evaluate
 from whet.search import base_system
 from whet.splits import mark
 from whet.store import Store
+from whet.suspects import Suspect
 from whet.system import System, load
 from whet.task import Example, Learnable, Task
 from whet.task import load as load_task
+from whet.train import lesson
 from whet.train.adapters import Adapter, adapted, add_lora
 from whet.train.lesson import render_rows
 from whet.train.loop import _step
 from whet.train.losses import NextToken
 from whet.train.protect import elastic, fisher, lora_layers, merged, mixed, orthogonal
 from whet.train.team import Alone
+from whet.update import _paired, update
 
 HEAD = tuple(range(10, 45))
 ROWS = [Row(HEAD + (5, 6), ((7, 8, 9),)), Row(HEAD + (5, 7), ((7, 4),)), Row((3, 4), ((1, 6),))]
@@ -396,6 +400,26 @@ def test_other_strategies_teach_repeatably(taught: Any, tmp_path: Path, settings
     assert teach(taught, spent, **short).fingerprint == second.fingerprint  # finished before: not repeated
 
 
+def test_suspects_and_bits_count_under_every_strategy(taught: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    pytest.importorskip("bitsandbytes")
+    bits, first = list[int](), taught[2][1].split().learnable.train[0]
+    monkeypatch.setattr(lesson, "adapted", lambda module, a, seed: bits.append(a.bits) or adapted(module, a, seed))
+    monkeypatch.setattr(Continual, "suspects", lambda *_: (Suspect(first.id, first.completion, "red", 0.9),))
+    plain, clean = Run(Store(tmp_path)), Run(Store(tmp_path))
+    teach(taught, plain, strategy="replay", epochs=0.1)
+    teach(taught, clean, strategy="replay", epochs=0.1, clean=True, bits=8)
+    assert bits == [16, 8] and [s["id"] for s in clean.notes["suspects"]] == [first.id]
+    assert clean.notes["rows"] < plain.notes["rows"]
+    assert type(Continual(clean=True, rank=4).alone) is FineTune and Continual(rank=4).alone == FineTune(rank=4)
+
+
+def test_packed_weights_are_not_merged(taught: Any, run: Run, monkeypatch: Any) -> None:
+    monkeypatch.setattr("whet.compress.folder.plain", lambda _: False)
+    monkeypatch.setattr(FineTune, "apply", lambda *_: pytest.fail("trained before it was refused"))
+    with pytest.raises(MethodError, match="merging averages whole weights"):
+        teach(taught, run, strategy="merge")
+
+
 def test_a_strong_penalty_holds_the_weights(taught: Any) -> None:
     folder, system, tasks = taught
     run = Run(Store(folder / "home"))
@@ -495,6 +519,28 @@ def test_update_without_kept_rows_makes_some_up(taught: Any, whet: Any, tmp_path
     assert body["notes"]["earlier"]["first"] > 50
 
 
+def test_judgements_that_go_into_no_pair_are_told() -> None:
+    sides = [Judged("1", "p", "good", "bad"), Judged("2", "q", "good"), Judged("3", "q", None, "bad"),
+             Judged("4", "r", "good")]  # fmt: skip
+    found, single = _paired(sides)
+    assert [r.id for r in found] == ["1", "2>3"] and [r.id for r in single] == ["4"]
+
+
+def test_an_annotator_left_out_judges_nothing_and_many_thumbs_outvote_a_pair(taught: Any, tmp_path: Path) -> None:
+    folder, system, (first, _) = taught
+    file = tmp_path / "judged.jsonl"
+    asked = [f"{word} {n}" for n in range(20, 24) for word in WORDS[::2]]
+    rows = [{"prompt": p, "completion": "red", "label": True, "annotator": "kit"} for p in asked[1:]]
+    rows += [{"prompt": asked[0], "chosen": "red", "rejected": "blue", "annotator": "kit"},
+             {"prompt": first.test[0].prompt, "chosen": "red", "rejected": "blue", "annotator": "kit"},
+             {"prompt": asked[0], "chosen": "blue", "rejected": "red", "annotator": "ann"}]  # fmt: skip
+    file.write_text("\n".join(map(json.dumps, rows)))
+    settings = {"weights": "ann=0", "epochs": 0.5, "rank": 4, "learning_rate": 1e-6}
+    made = update(system, first, Run(Store(folder / "home")), settings, file)
+    assert made.system.card["recipe"].startswith("kto") and made.notes["judgements"] + 2 >= len(asked)
+    assert [name for name, _ in made.dropped] == [f"judged-{len(asked) + 1}"] and made.notes["weights"] == ["ann=0"]
+
+
 def test_update_by_feedback_passes_a_gate(taught: Any, whet: Any, tmp_path: Path) -> None:
     folder, _, _ = taught
     file = tmp_path / "judged.jsonl"
@@ -506,6 +552,7 @@ def test_update_by_feedback_passes_a_gate(taught: Any, whet: Any, tmp_path: Path
     code, body, _ = whet("update", folder / "system", folder / "first", *words, "--out", out)
     assert code == 0 and body["recipe"].startswith("dpo") and body["length"] == [1.0, 1.0]
     assert [one["task"] for one in body["earlier"]] == ["first"] and body["drift"] < 0.5
+    assert body["dropped"] == [] and body["unused"] == []
     thumbs = [{"prompt": p["prompt"], "completion": "red", "label": n % 2 == 0} for n, p in enumerate(pairs)]
     file.write_text("\n".join(map(json.dumps, thumbs)))
     words[-1] = "--set=learning_rate=0.5"  # far too much

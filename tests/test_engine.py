@@ -11,12 +11,15 @@ import pytest
 import torch
 from models import SHARED, TEXT, UNSHARED, WINDOW, make_model, make_tokenizer, reference, reference_rows
 from scipy import stats
+from transformers import AutoModelForCausalLM, DogeConfig, NemotronConfig
 
 from whet.engine import Sampling, attention, open_session, prefix
 from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession, using_tree
 from whet.errors import EngineError
 from whet.model import resolve
+from whet.train.loop import _step
+from whet.train.losses import NextToken
 
 SYSTEM = ("system", "what is the question? the answer is positive or negative: a review of the film.")
 CHATS = [
@@ -489,6 +492,29 @@ def test_windows_of_families(models: Any) -> None:
     assert attention.shares(models["mistral"], WINDOW)
     assert not attention.shares(models["mistral"], WINDOW + 1)
     assert not attention.shares(models["gemma2"], 1)
+
+
+@pytest.mark.parametrize("config", [NemotronConfig, DogeConfig])
+def test_layers_that_drop_the_plan_or_mask_on_their_own_run_unshared(config: Any, tokenizer: Any) -> None:
+    own = config(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, initializer_range=0.25, pad_token_id=0)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(own, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for value in model.parameters():  # Doge's own mask begins as nothing
+            value.add_(0.2 * torch.randn_like(value))
+    before, session = model.config._attn_implementation, TorchSession(model, tokenizer)
+    assert session.protocol["sharing"] == "none" and model.config._attn_implementation == before
+    rows = [Row((5, 6, 7, 8, 9), ((11, 12), (13,))), Row((5, 6, 7, 40), ((11, 12, 5),))]
+    close(session.score_rows(rows), reference_rows(model, rows))
+    wanted = [value for row in rows for c in row.continuations for value in reference(model, row.prompt, c)]
+    assert _step(model, model, rows, NextToken())[0] == pytest.approx(-sum(wanted) / len(wanted), rel=1e-4)
+
+
+def test_one_long_row_is_cut_into_blocks_off_the_processor() -> None:
+    q, k = (torch.empty(1, heads, 32_768, 1, device="meta") for heads in (32, 8))
+    blocks = list(attention._blocks(q, k, causal=True))
+    assert max((b.queries.stop - b.queries.start) * 32 * 32_768 for b in blocks) <= attention.DEVICE_CELLS
+    assert [b.queries.start for b in blocks[1:]] == [b.queries.stop for b in blocks[:-1]]
 
 
 def test_short_rows_of_a_windowed_model_are_shared(models: Any, tokenizer: Any) -> None:

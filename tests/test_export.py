@@ -503,6 +503,8 @@ def test_labels_of_one_token_are_chosen_by_biases(tmp_path: Path, fp32: None) ->
     assert bias == {str(ids(tokenizer, "a")[0]): 97.8, str(ids(tokenizer, "b")[0]): 100.0}
     sent = request(one, bias)
     assert sent["max_tokens"] == 1 and sent["logit_bias"] == bias and sent["messages"][-1]["content"] == "{question}"
+    assert "chat_template_kwargs" not in sent
+    assert request(one, bias, thinks=True)["chat_template_kwargs"] == {"enable_thinking": False}
     questions = [f"film {n}" for n in range(12)]
     wanted = one.answer(questions)
     assert set(wanted) == {"a", "b"} != set(askable(one).answer(questions)) or wanted != askable(one).answer(questions)

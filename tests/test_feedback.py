@@ -19,7 +19,7 @@ from whet.feedback import Judged, Versus, agreement, collect, divide, pairs, thu
 from whet.methods import Method, Run
 from whet.methods.dpo import DPO
 from whet.methods.kto import KTO
-from whet.methods.reward import Reward, fit, judged_by
+from whet.methods.reward import Reward, fit, judged_by, render_pairs
 from whet.methods.rl import RL, ByMetric, advantages
 from whet.metrics import Outcome
 from whet.model import resolve
@@ -497,6 +497,39 @@ def test_the_command_asks_and_keeps(
     with pytest.raises(SystemExit) as ended:
         main(["feedback", str(tmp_path / "system"), str(tmp_path / "none.txt")])
     assert ended.value.code == 2 and "cannot be read" in capsys.readouterr().err
+
+
+def test_answers_longer_than_the_window_lose_their_end(system: System, home: Path) -> None:
+    session = system.session
+    rows = [Judged(str(n), f"{n} tell me", "a film " * 400, f"{n} great", annotator="ann") for n in range(8)]
+    for head, last in ((False, 0), (True, 2)):
+        made, cut = render_pairs(system, rows, session, head=head)  # type: ignore[arg-type]
+        whole = render_pairs(system, [replace(rows[0], chosen="a film")], session, head=head)[0][0]  # type: ignore[arg-type]
+        assert cut == 8 and all(len(r.prompt) + len(r.continuations[0]) == session.context for r in made)
+        assert made[0].prompt == whole.prompt and made[0].continuations[1] == whole.continuations[1]
+        assert not last or made[0].continuations[0][-last:] == whole.continuations[0][-last:]
+    for method in (KTO(batch=4, epochs=0.5, rank=4), DPO(batch=4, epochs=0.5, rank=4), Reward(batch=4, epochs=0.5)):
+        one = Run(Store(home))
+        method.apply(system, replace(learnable(), judged=tuple(rows)), one)
+        assert method.name == "reward" or 6 <= one.notes["shortened"] <= 8  # the others are validated on
+
+
+def test_a_conversation_is_judged_as_one(
+    system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chats = [[("user", f"i have a {t}"), ("assistant", "what of it?"), ("user", "tell me more")] for t in THINGS[:3]]
+    lines = [json.dumps({"messages": [{"role": r, "content": c} for r, c in chat]}) for chat in chats]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    asked, file = feedback.prompts_of(tmp_path / "p.jsonl"), tmp_path / "judged.jsonl"
+    assert [[*e.history, ("user", e.prompt)] for e in asked] == chats
+    monkeypatch.setattr("sys.stdin", io.StringIO("1\n2\nq\n"))
+    assert collect(system, asked, file, feedback.ask)["judged"] == 2
+    assert f"user: i have a {THINGS[1]}" in capsys.readouterr().err
+    loaded, _ = feedback.load(tmp_path, file.name)
+    assert [(j.prompt, j.history) for j in loaded] == [(e.prompt, e.history) for e in asked[:2]]
+    assert [why for _, why in feedback.without_held(loaded, asked[:1])[1]] == [f"repeats {asked[0].id}"]
+    again: list[Example] = []
+    assert collect(system, asked, file, lambda e, _: again.append(e) or "q")["before"] == 2 and again == [asked[2]]
 
 
 def test_prompts_come_from_any_file(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from models import SHARED, make_model, make_tokenizer, save_model
 from peft import PeftModel
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from whet import model as models
 from whet.engine import prefix
@@ -29,13 +30,15 @@ from whet.search import tune
 from whet.store import Store
 from whet.system import Decoding, Demonstrations, System
 from whet.task import Example, Learnable
-from whet.train import batches, loop
+from whet.train import batches, loop, policy
 from whet.train.adapters import Adapter, _AdaptedLinear, adapted, add_lora, quick_products
 from whet.train.batches import Pack, packs, padded, steps, tokens_per_row
 from whet.train.fit import twice_the_data, verdict
-from whet.train.lesson import render_rows
+from whet.train.lesson import mean_loss, render_rows
 from whet.train.loop import Curves, Masters, Schedule, Settings, _step, operations, train
 from whet.train.losses import NextToken
+from whet.train.protect import fisher
+from whet.train.team import Alone
 from whet.train.trackers import trackers
 
 HEAD = tuple(range(10, 45))
@@ -236,6 +239,18 @@ def test_quick_products_in_bf16_differ_from_peft_by_rounding_only() -> None:
     for name, gradient in gradients(tuned).items():
         apart = (gradient.float() - wanted[name].float()).norm() / wanted[name].float().norm()
         assert apart < 0.1, name
+
+
+def test_an_adapter_that_cannot_stand_leaves_nothing_behind() -> None:
+    config = MixtralConfig(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                           num_attention_heads=4, num_key_value_heads=2, num_local_experts=2)  # fmt: skip
+    module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    before = dict(module.named_modules())
+    with pytest.raises(MethodError, match="dora does not go with"), adapted(module, Adapter("dora", 4, 8), 0):
+        pass
+    assert dict(module.named_modules()) == before
+    with adapted(module, Adapter("lora", 4, 8), 0) as tuned, pytest.raises(MethodError, match="no fused experts"):
+        fisher(tuned, ROWS)
 
 
 @pytest.mark.parametrize(("bits", "kind"), [(8, "lora"), (4, "lora"), (4, "dora")])
@@ -541,16 +556,18 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLI
         "FSDP_RESHARD_AFTER_FORWARD": "true"}  # fmt: skip
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
-def test_two_processes_train_as_one(sharded: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["ddp", "fsdp", "short"])
+def test_two_processes_train_as_one(way: str, tmp_path: Path) -> None:
     """Over gloo: the same losses and weights as one process, also where a process has no row in a step.
 
-    In shards, they are stopped halfway, too, and go on from what each has kept.
+    In shards, they are stopped halfway, too, and go on from what each has kept. Where memory is short in one of them,
+    both begin the step again.
     """
+    sharded, more = way == "fsdp", {"ddp": [], "fsdp": [str(tmp_path)], "short": ["short"]}[way]
     script = Path(__file__).parent / "distributed.py"
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517", str(script),
-         str(tmp_path / "out.json"), *([str(tmp_path)] if sharded else [])],
+         str(tmp_path / "out.json"), *more],
         capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", **(FSDP if sharded else {})},
     )  # fmt: skip
@@ -563,6 +580,18 @@ def test_two_processes_train_as_one(sharded: bool, tmp_path: Path) -> None:
     assert body["first"] == (4 if sharded else 1)  # the checkpoint of step 3 is the last one written before the stop
     assert body["train"] == [pytest.approx(v, abs=1e-4) for _, v in alone.train]
     assert body["sum"] == pytest.approx(float(sum(p.detach().double().sum() for p in model.parameters())), abs=1e-2)
+
+
+def test_what_reads_whole_weights_is_refused_in_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sharded(Alone):
+        sharded = True
+
+    penalised = Settings(Schedule(1e-3, 1), penalty=lambda: torch.zeros(()))
+    with pytest.raises(MethodError, match="a penalty reads whole weights"):
+        train(make_model("llama"), steps(learnable(0), 6, 0), NextToken(), penalised, team=Sharded())
+    monkeypatch.setattr(policy, "team", Sharded)
+    with pytest.raises(MethodError, match="needs whole weights"):
+        policy.Policy(TorchSession(make_model("llama"), make_tokenizer()), None)  # type: ignore[arg-type]
 
 
 # --- fp32 masters of bf16 weights -------------------------------------------------------------------------------------
@@ -835,6 +864,13 @@ def test_rows_are_rendered_as_the_system_renders_them(system: System, home: Path
     # Plain text stands outside the template, behind the token that begins a text; no turn ends behind it.
     assert raw == Row(session.encode([""])[0], (session.encode_answer("raw", end=False, raw=True),))
     assert len(row.prompt) + len(row.continuations[0]) <= session.context
+    # An answer that is longer than the window loses its end, so that the prompt keeps half of it.
+    wordy = Example("w", "movie " * 400, "film " * 400)
+    [row], cut = render_rows(system, [wordy], session)
+    [answer] = row.continuations
+    assert cut == 1 and len(row.prompt) + len(answer) == session.context
+    assert session.context // 2 - 40 < len(row.prompt) <= session.context // 2
+    assert answer == session.encode_answer(wordy.completion, end=True)[: len(answer)]
 
 
 @pytest.mark.parametrize("selection", ["fixed", "nearest"])
@@ -906,11 +942,54 @@ def test_learning_rates_are_raced(system: System, data: Learnable, home: Path) -
     ended[0].method.apply(system, data, alone)
     assert len(won.model.transforms) == 1
     assert run.spent.trained_tokens < 2.5 * alone.spent.trained_tokens
+    assert not list((home / "checkpoints").glob("*.stable"))  # nothing goes on from them any more
     again, _ = tune.race(arms, system, data, Run(Store(home), seed=1))
     assert again.fingerprint == won.fingerprint
     bad = [replace(METHOD, learning_rate=1e30)]
     with pytest.raises(MethodError, match="every setting failed"):
         tune.race(bad, system, data, Run(Store(home)))
+
+
+def test_where_the_best_one_fails_in_the_end_the_next_takes_its_place(
+    system: System, data: Learnable, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tune._trained
+
+    def failing(method: Any, fidelity: float, *rest: Any) -> Any:
+        if fidelity == 1 and method.learning_rate == 1e-2:
+            raise MethodError("it explodes")
+        return own(method, fidelity, *rest)
+
+    arms = tune.candidates(replace(METHOD, epochs=8))
+    monkeypatch.setattr(tune, "_trained", failing)
+    won, ended = tune.race(arms, system, data, Run(Store(home), seed=1))
+    assert [(arm.method.learning_rate, arm.fidelity, arm.why) for arm in ended[:2]] == [
+        (2e-3, 1.0, ""), (1e-2, 1.0, "it explodes"),
+    ]  # fmt: skip
+    assert [arm.fidelity for arm in ended[2:]] == [0.15, 0.15] and len(won.model.transforms) == 1
+
+
+def test_what_was_learnt_before_a_loss_exploded_is_kept(
+    system: System, data: Learnable, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def explode(self: NextToken, logits: torch.Tensor, pack: Pack) -> torch.Tensor:
+        calls.append(1)
+        return own(self, logits, pack) * (1.0 if len(calls) < 12 else math.nan)
+
+    own = NextToken.__call__
+    monkeypatch.setattr(NextToken, "__call__", explode)
+    with pytest.raises(MethodError, match="so far are in") as told:
+        replace(METHOD, epochs=4).apply(system, data, Run(Store(home), seed=3))
+    folder = Path(str(told.value).rsplit(" in ", 1)[1])
+    monkeypatch.undo()
+    base, tokenizer = models.load(system.model, home, dtype=torch.float32, device="cpu")
+    live = TorchSession(PeftModel.from_pretrained(base, str(folder)), tokenizer)
+    checks, _ = render_rows(system, data.validation(seed=3)[1], live)
+    with live.module.disable_adapter():
+        before = mean_loss(live, checks)
+    assert mean_loss(live, checks) < before
 
 
 def test_settings_are_drawn_by_a_sampler(system: System, data: Learnable, home: Path) -> None:
@@ -957,6 +1036,15 @@ def test_plain_text_is_learnt_beside_instructions(system: System, home: Path) ->
     only = Learnable("texts", "", "perplexity", (), texts)
     replace(METHOD, epochs=6).apply(replace(system, decoding=Decoding()), only, alone)
     assert alone.notes["curves"]["train"][-1][1] < 0.8 * alone.notes["curves"]["train"][0][1]
+
+
+def test_a_long_text_is_as_many_rows_as_it_has_windows(system: System, home: Path) -> None:
+    texts = tuple(Example(f"t{n}", "", text=f"film {n}: " + "the film was great and funny. " * 400) for n in range(3))
+    run = Run(Store(home))
+    only = Learnable("texts", "", "perplexity", (), texts)
+    replace(METHOD, epochs=1).apply(replace(system, decoding=Decoding()), only, run)
+    assert run.notes["rows"] > 24
+    assert run.notes["steps"] == round(run.notes["rows"] / METHOD.batch)
 
 
 def test_steps_are_reported_to_tensorboard(system: System, data: Learnable, home: Path) -> None:

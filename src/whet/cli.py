@@ -406,8 +406,12 @@ def update(
         paired, found = made.paired, (made.before.score, made.after.score)
         print(f"{loaded.name}: {figure(found[0])} to {figure(found[1])} ({made.before.metric}, {paired.n} rows), "
               f"{apart(paired.difference, paired.low, paired.high, *found)}")  # fmt: skip
-        for one in (*made.lost, *(f"{name}: no rows to measure it on" for name in made.unmeasured)):
-            print(one)
+        for said in (*made.lost, *(f"{name}: no rows to measure it on" for name in made.unmeasured)):
+            print(said)
+        if made.dropped:
+            print(f"dropped  {len(made.dropped)} rows that leak; the first, {made.dropped[0][0]}, {made.dropped[0][1]}")
+        if made.unused:
+            print(f"unused   {len(made.unused)} judgements without a counterpart; with method=kto they count")
         print(f"drift {made.drift:.3f} nats a token" if made.drift is not None else "drift not measured: no answers")
     if made.refused:
         raise MethodError(f"refused: {made.refused}", do="set strategy or share, or limits.forgetting in task.yaml")

@@ -29,7 +29,6 @@ HEADING = re.compile(r"(#{1,6})\s+(.+?)\s*#*$")
 FENCE = re.compile(r" {0,3}(`{3,}(?!.*`)|~{3,})")
 ENDS = ".!?。！？"
 SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])(?![」』”’）])\s*")
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 HANGUL = "\uac00-\ud7a3"
 # What stands behind a Korean noun in one word with it.
 PARTICLE = "(?:은|는|이|가|을|를|의|에|에서|에게|와|과|도|만|으?로|까지|부터|보다|이?나|이?란|이?라는|인|이다|입니다)"

@@ -227,9 +227,9 @@ def divide(
         _, held = cut([r.example for r in rows], round(share * len(rows)), seed=seed, closed=False)
     mine, judging = set(held), tuple(rows[i] for i in held)
     # Whoever judged the same two answers told the judge what the learner is told.
-    seen = {(r.prompt, frozenset((r.chosen, r.rejected))) for r in judging}
+    seen = {(r.prompt, r.history, frozenset((r.chosen, r.rejected))) for r in judging}
     rest = (r for i, r in enumerate(rows) if i not in mine)
-    return tuple(r for r in rest if (r.prompt, frozenset((r.chosen, r.rejected))) not in seen), judging
+    return tuple(r for r in rest if (r.prompt, r.history, frozenset((r.chosen, r.rejected))) not in seen), judging
 
 
 def digest(rows: Sequence[Judged]) -> str:
@@ -459,8 +459,8 @@ def collect(
     That order is the seed's, and it is kept with the judgement, as are System, time and seed. Prompts that this
     annotator judged in the file before are not asked again. Returns counts: judged, skipped, same, before.
     """
-    kept = read(out) if out.exists() else []
-    before = {(r.values.get("prompt"), r.values.get("annotator") or "") for r in kept}
+    kept = [(standard(r)[0], r.values.get("annotator") or "") for r in (read(out) if out.exists() else ())]
+    before = {(values.get("prompt"), values.get("history", ()), who) for values, who in kept}
     counts = Counter[str](judged=0, skipped=0, same=0, before=0)
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", encoding="utf-8") as file:
@@ -473,7 +473,7 @@ def collect(
                 continue
             chosen, rejected = shown if said == "1" else shown[::-1]
             row = {
-                "prompt": example.prompt, "chosen": chosen, "rejected": rejected, "annotator": annotator,
+                "prompt": _asked(example), "chosen": chosen, "rejected": rejected, "annotator": annotator,
                 "time": datetime.now(UTC).isoformat(timespec="seconds"), "shown_first": chosen == shown[0],
                 "system": system.fingerprint[:16], "seed": seed, "temperature": temperature,
             }  # fmt: skip
@@ -485,12 +485,12 @@ def collect(
 
 
 def _sampled(
-    system: System, examples: Sequence[Example], before: set[tuple[Any, str]], annotator: str, counts: Counter[str],
+    system: System, examples: Sequence[Example], before: set[tuple[Any, ...]], annotator: str, counts: Counter[str],
     temperature: float, seed: int,
 ) -> Iterator[tuple[Example, tuple[str, str]]]:  # fmt: skip
     """Each prompt not judged before with two different answers, in the order that the seed decides."""
     for example in examples:
-        if (example.prompt, annotator) in before:
+        if (example.prompt, example.history, annotator) in before:
             counts["before"] += 1
             continue
         prompts, _ = system.fitting([example], system.session, [system.decoding.max_tokens])
@@ -503,13 +503,21 @@ def _sampled(
         yield example, (second, first) if swap else (first, second)
 
 
+def _asked(example: Example) -> str | list[dict[str, str]]:
+    """What was asked, as a row of feedback has it: the whole conversation where there is one."""
+    if not example.history:
+        return example.prompt
+    return [{"role": role, "content": said} for role, said in (*example.history, ("user", example.prompt))]
+
+
 def ask(example: Example, shown: tuple[str, str]) -> str:
     """Ask on the terminal which of two answers is better: "1", "2", "s" or "q" (also at the end of input)."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    screen, table = Console(stderr=True), Table("1", "2", title=Text(example.prompt), show_lines=True, expand=True)
+    asked = "\n".join([*(f"{role}: {said}" for role, said in example.history), example.prompt])
+    screen, table = Console(stderr=True), Table("1", "2", title=Text(asked), show_lines=True, expand=True)
     table.add_row(*map(Text, shown))  # as text: brackets in an answer are no markup
     screen.print(table)
     while True:
@@ -523,7 +531,8 @@ def prompts_of(path: Path) -> list[Example]:
     """The prompts of a file of rows (any form that whet reads), or of plain text, one a paragraph."""
     rows = [(row, standard(row)[0]) for row in read(path)]
     texts = [(row, values, (values.get("prompt") or values.get("text") or "").strip()) for row, values in rows]
-    found = {text: Example(str(row.number), text, history=v.get("history", ())) for row, v, text in texts if text}
+    found = {(text, v.get("history", ())): Example(str(row.number), text, history=v.get("history", ()))
+             for row, v, text in texts if text}  # fmt: skip
     if not found:
         raise TaskError(f"{path.name} holds no prompts", expected="rows with a prompt", found="none")
     return list(found.values())

@@ -13,12 +13,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from whet.documents import PARTICLE, UNSPACED, Passage
+from whet.documents import PARTICLE, Passage
 from whet.embed import Embedder
 from whet.errors import ArtifactError
 from whet.extras import package
 from whet.graph import Opened, Way, read
 from whet.retrieval import Found
+from whet.splits import UNSPACED
 
 if TYPE_CHECKING:
     import numpy as np

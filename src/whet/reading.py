@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from whet.documents import HANGUL, PARTICLE, UNSPACED
+from whet.documents import HANGUL, PARTICLE
 from whet.engine import Session
 from whet.metrics import Metric, references, score_all, squad
 from whet.retrieval import Found
+from whet.splits import UNSPACED
 from whet.task import Example
 
 if TYPE_CHECKING:

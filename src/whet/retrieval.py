@@ -21,11 +21,12 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from whet.documents import HANGUL, UNSPACED, Document, Passage, passages
+from whet.documents import HANGUL, Document, Passage, passages
 from whet.embed import PACKAGE, Embedder
 from whet.errors import ArtifactError, MethodError
 from whet.extras import package
 from whet.model import aside
+from whet.splits import UNSPACED
 from whet.store import write_text
 
 if TYPE_CHECKING:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from whet import stats
 from whet.errors import MethodError
+from whet.feedback import Judged, pairs, weighted
 from whet.feedback import load as load_feedback
-from whet.feedback import pairs
 from whet.memory import Known, as_task, carried, known, remember
 from whet.methods import Method, Run, make
 from whet.methods.reward import metric_of
@@ -30,6 +30,7 @@ class Update:
 
     `paired` compares after with before on the task's held-out rows; `length` is words per answer, before and after;
     `drift` the KL divergence from before, in nats per token; None where no held-out row has an answer to take it from.
+    `dropped` are rows and judgements that leak, as (id, why); `unused` the judgements that dpo finds no pair for.
     `refused` says why it should not be used; empty: it may.
     """
 
@@ -41,6 +42,8 @@ class Update:
     unmeasured: tuple[str, ...]
     length: tuple[float, float]
     drift: float | None
+    dropped: tuple[tuple[str, str], ...]
+    unused: tuple[str, ...]
     refused: str
     notes: Mapping[str, Any]
 
@@ -51,6 +54,7 @@ class Update:
             "before": self.before.score, "after": self.after.score, **asdict(self.paired),
             "earlier": [asdict(one) for one in self.lost], "unmeasured": list(self.unmeasured),
             "length": list(self.length), "drift": self.drift, "refused": self.refused,
+            "dropped": [{"id": name, "why": why} for name, why in self.dropped], "unused": list(self.unused),
             "recipe": self.system.card["recipe"], "notes": dict(self.notes),
         }  # fmt: skip
 
@@ -70,16 +74,24 @@ def begin(system: System, task: Task, run: Run) -> System:
 def update(
     system: System, task: Task, run: Run, settings: Mapping[str, Any] | None = None, feedback: Path | None = None
 ) -> Update:
-    """Teach a System a task's train rows (by `continual`) or the judgements of a file (by `dpo`; thumbs by `kto`).
+    """Teach a System a task's train rows (by `continual`) or the judgements of a file (by `dpo`; by `kto` where most
+    are thumbs without a counterpart).
 
     Earlier tasks are kept by their `earlier:` folders, or by the rows that the System carries. After feedback, the
     task itself is one that must not lose, and answers must not grow or drift much. Raises MethodError or TaskError for
     what cannot be learnt or measured.
     """
+    settings = dict(settings or {})
     if feedback is not None:
-        task = replace(task, judged=load_feedback(feedback.parent, feedback.name)[0])
+        # Before anything is set aside: an annotator who is left out is to judge nothing, either.
+        weights = vars(make("kto", {"weights": settings.pop("weights", ())}))["weights"]
+        judged = weighted(load_feedback(feedback.parent, feedback.name)[0], weights)
+        task = replace(task, judged=judged)
+        run.notes |= {"weights": list(weights)} if weights else {}
     splits, start = task.split(run.seed), begin(system, task, run)
-    method = make("continual" if feedback is None else "dpo" if pairs(splits.learnable.judged) else "kto", settings)
+    found, single = _paired(splits.learnable.judged)
+    by = "continual" if feedback is None else "dpo" if found and len(found) >= len(single) else "kto"
+    method = make(by, settings)
     rows = splits.confirm or splits.select
     metric = metric_of(task, start, run)
     if not rows:
@@ -110,9 +122,19 @@ def update(
     paired = stats.compare(cards[0].outcomes, cards[1].outcomes, metric, run.seed)
     return Update(
         replace(after, card=card), cards[0], cards[1], paired, lost, tuple(one.name for one in tasks if not one.held),
-        (length[0], length[1]), moved, "; ".join(filter(None, why)),
+        (length[0], length[1]), moved, splits.dropped, tuple(r.id for r in single if by == "dpo"),
+        "; ".join(filter(None, why)),
         {k: v for k, v in run.notes.items() if k != "curves"},
     )  # fmt: skip
+
+
+def _paired(rows: Sequence[Judged]) -> tuple[tuple[Judged, ...], tuple[Judged, ...]]:
+    """The pairs that judgements make, and the judgements that go into none."""
+    found = pairs(rows)
+    asked = {(r.prompt, r.history, side) for r in found for side in (r.chosen, r.rejected)}
+    return found, tuple(
+        r for r in rows if None in (r.chosen, r.rejected) and (r.prompt, r.history, r.chosen or r.rejected) not in asked
+    )
 
 
 def _drift(before: System, after: System, splits: Splits, run: Run) -> float | None:

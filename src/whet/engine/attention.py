@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -188,7 +189,7 @@ def _by_group(x: Tensor, block: _Block) -> Tensor:
 def _blocks(q: Tensor, k: Tensor, causal: bool) -> Iterator[_Block]:
     """Cut into blocks whose weights stay in a processor's cache; causal queries leave out the keys behind them."""
     length, heads, on_cpu = q.shape[2], q.shape[1], q.device.type == "cpu"
-    step = min(length, BLOCK_QUERIES if on_cpu else length)
+    step = min(length, BLOCK_QUERIES if on_cpu else max(1, DEVICE_CELLS // (heads * k.shape[2])))
     rows = max(1, (BLOCK_CELLS if on_cpu else DEVICE_CELLS) // (heads * step * k.shape[2]))
     for row in range(0, q.shape[0], rows):
         for first in range(0, length, step):
@@ -365,7 +366,7 @@ def tree_attention(
     for trunk, here in whet_plan.keep_trunks:
         # Copies: a slice would hold on to the keys of the whole batch.
         whet_plan.kept.setdefault(trunk, {})[layer] = (key[:, :, here].clone(), value[:, :, here].clone())
-    if whet_plan.keep_all is not None:
+    if whet_plan.keep_all is not None and attention_mask is None:  # a family with masks of its own is not shared
         whet_plan.keep_all[layer] = (key, value)
     return out.transpose(1, 2).contiguous(), None
 
@@ -454,6 +455,28 @@ def packed(forest: Forest, batch: Batch, device: torch.device) -> tuple[Tensor, 
     return torch.tensor([tokens], device=device), torch.tensor([positions], device=device)
 
 
+_arrive: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
+
+
+def _plans_arrive(model: torch.nn.Module) -> bool:
+    """Whether every layer gives its attention the plan, and no mask of its own: else rows would read one another.
+
+    Seen once per module, in a pass over one token.
+    """
+    whole: Any = getattr(model, "get_base_model", lambda: model)()
+    if whole not in _arrive:
+        before, ids = whole.config._attn_implementation, torch.zeros(1, 1, dtype=torch.long, device=whole.device)
+        seen = Plan((Bucket(ids, None, None, 0),), (), keep_all={})
+        whole.set_attn_implementation(NAME)
+        try:
+            with torch.no_grad():
+                whole(input_ids=ids, position_ids=ids, use_cache=False, whet_plan=seen)
+        finally:
+            whole.set_attn_implementation(before)
+        _arrive[whole] = len(seen.keep_all or ()) == whole.config.get_text_config().num_hidden_layers
+    return _arrive[whole]
+
+
 def window(model: torch.nn.Module) -> int | None:
     """How long rows may be for tree attention: None without bound, 0 where the model's attention cannot be shared."""
     config = cast(Any, model).config.get_text_config()
@@ -465,6 +488,8 @@ def window(model: torch.nn.Module) -> int | None:
         return 0
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not kinds <= {"full_attention", "sliding_attention"}:
+        return 0
+    if not _plans_arrive(model):
         return 0
     sliding = getattr(config, "sliding_window", None)
     used = "sliding_attention" in kinds or (

@@ -23,9 +23,11 @@ Step = Callable[[Tensor, Tensor, attention.Decode], Tensor]  # (ids [n], positio
 
 
 def step_of(module: Any) -> Step | None:
-    """The step of a module; None for a family that is built otherwise."""
+    """The step of a module; None where its family is built otherwise or its layers gather shards before they run."""
     core = getattr(getattr(module, "get_base_model", lambda: module)(), "model", None)
     if module.config.model_type not in FAMILIES or not isinstance(getattr(core, "layers", None), nn.ModuleList):
+        return None
+    if any(hasattr(weight, "device_mesh") for weight in module.parameters()):
         return None
     return partial(_step, core, [_parts(layer) for layer in cast(Any, core).layers], module.get_output_embeddings())
 

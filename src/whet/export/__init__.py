@@ -106,8 +106,11 @@ def left_out(system: System, target: str, bound: bool = False) -> tuple[Left, ..
     return tuple(left)
 
 
-def request(system: System, bias: dict[str, float]) -> dict[str, Any]:
-    """What to send to a server that speaks OpenAI's HTTP API, `{question}` in the last message replaced."""
+def request(system: System, bias: dict[str, float], thinks: bool = False) -> dict[str, Any]:
+    """What to send to a server that speaks OpenAI's HTTP API, `{question}` in the last message replaced.
+
+    Of a model that `thinks` aloud unless it is told not to, the server is told.
+    """
     decoding = system.decoding
     demos = [(q, decoding.said(a)) for q, a in system.demonstrations.pool]
     chat = messages(system.instruction, demos, SLOT, frame=system.frame)
@@ -115,6 +118,7 @@ def request(system: System, bias: dict[str, float]) -> dict[str, Any]:
         "messages": [{"role": role, "content": content} for role, content in chat],
         "max_tokens": 1 if bias else decoding.max_tokens, "temperature": decoding.temperature,
         **({"stop": list(decoding.stop)} if decoding.stop else {}), **({"logit_bias": bias} if bias else {}),
+        **({"chat_template_kwargs": {"enable_thinking": False}} if thinks else {}),
     }  # fmt: skip
 
 
@@ -207,7 +211,8 @@ def _write(system: System, target: str, kind: str, work: Path) -> tuple[tuple[Le
             left += (("template", "Ollama's templates cannot say what the model's does; where Ollama does not know "
                       "it either, prompts go in bare"),)  # fmt: skip
     else:
-        body = json.dumps(request(asked, bias), indent=1, ensure_ascii=False)
+        thinks = "enable_thinking" in (tokenizer.chat_template or "")
+        body = json.dumps(request(asked, bias, thinks), indent=1, ensure_ascii=False)
         (work / REQUEST).write_text(body + "\n", encoding="utf-8")
     (work / "README.md").write_text(_readme(asked, target, context, left), encoding="utf-8")
     return left, tokenizer, packed.rounded

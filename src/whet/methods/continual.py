@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from whet.engine.prefix import Row
     from whet.engine.torch import TorchSession
     from whet.memory import Known
+    from whet.suspects import Suspect
     from whet.train.lesson import Lesson
 
 STRATEGIES = ("replay", "sequential", "ewc", "orthogonal", "merge")
@@ -82,13 +83,18 @@ class Continual(FineTune):
         if self.strategy == "merge":
             taught = self._merge(system, data, run, tasks, name)
         else:
-            adapter = Adapter(self.adapter, self.rank, 2 * self.rank)
-            taught = teach(system, run, name, adapter, lambda live: self._protected(system, data, run, live, tasks))
+            adapter = Adapter(self.adapter, self.rank, 2 * self.rank, bits=self.bits)
+            finished = (run.store.artifact(name) / "done.json").exists()
+            wrong = self.suspects(system, data, run) if self.clean and not finished else ()
+            taught = teach(
+                system, run, name, adapter, lambda live: self._protected(system, data, run, live, tasks, wrong)
+            )
         return replace(taught, decoding=replace(system.decoding, prior=(), normalise="sum"))
 
     def _protected(
-        self, system: System, data: Learnable, run: Run, live: TorchSession, tasks: Sequence[Known]
-    ) -> Lesson:
+        self, system: System, data: Learnable, run: Run, live: TorchSession, tasks: Sequence[Known],
+        wrong: Sequence[Suspect] = (),
+    ) -> Lesson:  # fmt: skip
         """The lesson of plain fine-tuning, with what protects the earlier tasks."""
         from whet.train import protect
         from whet.train.lesson import mean_loss
@@ -100,7 +106,7 @@ class Continual(FineTune):
         if self.strategy == "replay":
             plain = replace(self, batch=max(1, round((1 - self.share) * self.batch)))
             run = replace(run, trained_tokens=round((1 - self.share) * allowed) if allowed is not None else None)
-        lesson = plain._lesson(system, data, run, live)
+        lesson = plain._lesson(system, data, run, live, wrong)
         strength = self.strength or STRENGTH.get(self.strategy, 0.0)
         if self.strategy == "orthogonal":
             penalty = protect.orthogonal(live.module, system.model.transforms, strength)
@@ -152,6 +158,7 @@ class Continual(FineTune):
         """Train from the base, without what was learnt since; then merge both, by the weights that do best on both."""
         import torch
 
+        from whet.compress.folder import plain
         from whet.engine.torch import TorchSession
         from whet.train.adapters import Adapter
         from whet.train.lesson import keep, kept, mean_loss, render_rows
@@ -159,7 +166,13 @@ class Continual(FineTune):
 
         whole = tuple(t for t in system.model.standing if t.kind == "model")  # a smaller model is what there is
         origin = replace(system, model=replace(system.model, transforms=whole))
-        tuned = FineTune(**{f.name: getattr(self, f.name) for f in fields(FineTune)}).apply(origin, data, run)
+        first = run.session(origin.model)
+        if isinstance(first, TorchSession) and not plain(first.module):
+            raise MethodError(
+                "merging averages whole weights, which other layers share here or which are packed",
+                expected="a model before quantize or share", found=system.model.base, do="set strategy=replay",
+            )  # fmt: skip
+        tuned = self.alone.apply(origin, data, run)
         if not (run.store.artifact(name) / "done.json").exists():
             sessions = [run.session(one.model) for one in (origin, system, tuned)]
             base, *others = [dict(s.module.named_parameters()) for s in sessions if isinstance(s, TorchSession)]

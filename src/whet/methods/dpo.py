@@ -99,7 +99,7 @@ class Preference(ABC):
         policy, examples = Policy(live, system), [r.example for r in rows]
         sides = cut(examples, min(MOST_CHECKED, round(CHECKED * len(rows))), seed=run.seed, closed=False)
         fit, checks = ([rows[i] for i in side] for side in sides)
-        learnt, held = (self.facts(r, render_pairs(system, r, live), policy) if r else [] for r in (fit, checks))
+        (learnt, shorter), (held, _) = (self._rendered(system, r, policy) for r in (fit, checks))
         wanted = self.epochs * len(learnt)
         if run.trained_tokens is not None:
             wanted = min(wanted, run.trained_tokens / tokens_per_row(learnt, self.batch, run.seed))
@@ -113,8 +113,14 @@ class Preference(ABC):
         return Lesson(
             self.source(learnt, policy, run), self.loss(),
             Settings(Schedule(self.learning_rate, count), validations=validations(count)),
-            (lambda: mean_of(live, held, self.loss())) if held else None, {"judgements": len(learnt)}, after,
+            (lambda: mean_of(live, held, self.loss())) if held else None,
+            {"judgements": len(learnt), "shortened": shorter}, after,
         )  # fmt: skip
+
+    def _rendered(self, system: System, rows: Sequence[Judged], policy: Policy) -> tuple[list[Row], int]:
+        """Judgements as rows with their facts, and how many of them were shortened."""
+        made, shorter = render_pairs(system, rows, policy.live) if rows else ([], 0)
+        return self.facts(rows, made, policy) if rows else [], shorter
 
 
 def held_out(rows: Sequence[Row], judged: Sequence[Judged], policy: Policy) -> dict[str, Any]:

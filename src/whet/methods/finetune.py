@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from whet.engine import Spent
@@ -88,6 +88,11 @@ class FineTune:
         taught = teach(system, run, name, adapter, lambda live: self._lesson(system, data, run, live, wrong))
         return replace(taught, decoding=replace(system.decoding, prior=(), normalise="sum"))
 
+    @property
+    def alone(self) -> FineTune:
+        """Fine-tuning with these settings, without what a kin of it does beside."""
+        return FineTune(**{f.name: getattr(self, f.name) for f in fields(FineTune)})
+
     def suspects(self, system: System, data: Learnable, run: Run) -> tuple[Suspect, ...]:
         """Rows whose label is probably wrong, by the model itself, trained on the other half of the rows."""
         from whet import suspects
@@ -101,7 +106,7 @@ class FineTune:
             """Log-probabilities of the labels of `held`, by the model trained on `fit`."""
             most = None if run.trained_tokens is None else run.trained_tokens // 4
             within = replace(run, trained_tokens=most, spent=Spent(), notes={}, previous=None)
-            method = replace(self, clean=False, epochs=min(self.epochs, CROSS_EPOCHS))
+            method = replace(self.alone, clean=False, epochs=min(self.epochs, CROSS_EPOCHS))
             taught = method.apply(system, replace(data, train=tuple(fit)), within)
             scores, _ = taught.label_scores(held, run.session(taught.model), run.progress("looking for suspects"))
             run.sessions.pop(taught.model)
@@ -126,10 +131,13 @@ class FineTune:
         data = replace(data, train=tuple(usable))
         if not usable:
             raise MethodError("nothing to train on", expected="train rows with completions or text", found="none")
-        some, _ = render_rows(system, random.Random(run.seed).sample(usable, min(SAMPLED, len(usable))), live)
+        sampled = random.Random(run.seed).sample(usable, min(SAMPLED, len(usable)))
+        some, _ = render_rows(system, sampled, live)
+        each = len(some) / len(sampled)  # a long text is several rows
         # How much is wanted at full fidelity decides everything but the number of steps, so that it can be continued.
-        wanted, batch = affordable(some, self.epochs * len(usable), self.batch, run.trained_tokens, run.seed)
-        fit, held = data.validation(seed=run.seed, most=max(24, min(128, round(CHECKED * wanted))))
+        wanted, batch = affordable(some, self.epochs * each * len(usable), self.batch, run.trained_tokens, run.seed)
+        most = max(24, min(128, round(CHECKED * wanted)))
+        fit, held = data.validation(seed=run.seed, most=max(1, round(most / each)))
         rows, cut = render_rows(system, fit, live, (self.absent, run.seed))
         checks, _ = render_rows(system, held, live)
         count = max(1, round(run.fidelity * min(wanted, self.epochs * len(rows)) / batch))

@@ -53,14 +53,15 @@ class KTO(Preference):
         """The rows of each step, with the step's KL estimate under the module as it then is."""
         from whet.engine.prefix import Row
         from whet.train.batches import steps
+        from whet.train.lesson import within
 
         # Half the rows away the prompt is another one; where it is not, the next that is.
-        far, count = len(rows) // 2, len(rows)
-        others = [
-            Row(a.prompt, next((b for k in range(count) if (b := rows[(i + far + k) % count]).prompt != a.prompt),
-                               rows[(i + far) % count]).continuations)
-            for i, a in enumerate(rows)
-        ]  # fmt: skip
+        far, count, context = len(rows) // 2, len(rows), policy.live.context
+        others = []
+        for i, a in enumerate(rows):
+            other = next((b for k in range(count) if (b := rows[(i + far + k) % count]).prompt != a.prompt),
+                         rows[(i + far) % count])  # fmt: skip
+            others.append(Row(a.prompt, (within(other.continuations[0], context - len(a.prompt)),)))
         plain = steps(list(zip(rows, others, policy.logprobs(others), strict=True)), self.batch, run.seed)
 
         def step(number: int) -> list[Row]:

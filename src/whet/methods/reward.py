@@ -33,13 +33,17 @@ def feedback_of(data: Learnable, weights: Sequence[str] = ()) -> tuple[Judged, .
     return found
 
 
-def render_pairs(system: System, rows: Sequence[Judged], session: TorchSession, *, head: bool = False) -> list[Row]:
+def render_pairs(
+    system: System, rows: Sequence[Judged], session: TorchSession, *, head: bool = False
+) -> tuple[list[Row], int]:
     """Rows whose continuations are (chosen, rejected), end of turn included, behind prompts as the System renders them.
 
-    With `head`, as a reward model reads them. What does not fit the context window is shortened in the prompt.
+    With `head`, as a reward model reads them. Returns the rows and how many had to be shortened to fit the context
+    window; answers leave the prompt half of it.
     """
     from whet.engine.prefix import Row
     from whet.train.head import for_head
+    from whet.train.lesson import within
 
     def encode(text: str | None) -> tuple[int, ...]:
         if head:
@@ -47,8 +51,12 @@ def render_pairs(system: System, rows: Sequence[Judged], session: TorchSession, 
         return session.encode_answer(system.decoding.said(text or ""), end=True)
 
     sides = [tuple(encode(t) for t in (r.chosen, r.rejected) if t is not None) for r in rows]
-    prompts, _ = system.fitting([r.example for r in rows], session, [max(map(len, s)) for s in sides], blind=True)
-    return [Row(p, s) for p, s in zip(session.encode(prompts), sides, strict=True)]
+    room = [min(max(map(len, s)), session.context // 2) for s in sides]
+    prompts, shorter = system.fitting([r.example for r in rows], session, room, blind=True)
+    last = 2 if head else 0  # what the head stands on
+    made = [Row(p, tuple(within(a, session.context - len(p), last) for a in s))
+            for p, s in zip(session.encode(prompts), sides, strict=True)]  # fmt: skip
+    return made, sum(c or row.continuations != s for c, row, s in zip(shorter, made, sides, strict=True))
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,7 @@ class RewardModel:
         from whet.train.head import score_rows
 
         rows = [Judged(e.id, e.prompt, answer, history=e.history) for e, answer in asked]
-        found = score_rows(self.session, render_pairs(self.system, rows, self.session, head=True))
+        found = score_rows(self.session, render_pairs(self.system, rows, self.session, head=True)[0])
         return [values[0] for values in found]
 
 
@@ -112,11 +120,12 @@ def _lesson(rows: Sequence[Judged], system: System, run: Run, settings: Reward, 
     from whet.train.lesson import Lesson
     from whet.train.loop import Schedule, Settings
 
-    made = [replace(row, facts=((r.weight,),) * 2)
-            for row, r in zip(render_pairs(system, rows, live, head=True), rows, strict=True)]  # fmt: skip
+    rendered, shorter = render_pairs(system, rows, live, head=True)
+    made = [replace(row, facts=((r.weight,),) * 2) for row, r in zip(rendered, rows, strict=True)]
     count = max(1, round(run.fidelity * settings.epochs * len(made) / settings.batch))
     return Lesson(steps(made, settings.batch, run.seed), losses.Reward(),
-                  Settings(Schedule(settings.learning_rate, count)), notes={"pairs": len(made)})  # fmt: skip
+                  Settings(Schedule(settings.learning_rate, count)),
+                  notes={"pairs": len(made), "shortened": shorter})  # fmt: skip
 
 
 def judged_by(splits: Splits, base: System, run: Run, settings: Reward | None = None) -> Versus:

@@ -43,19 +43,25 @@ def race(
 
     Successive halving (Jamieson & Talwalkar 2016) on the loss over the validation that each training cuts from train.
     A rung goes on from the arm's last one before its decay, so that nothing is trained twice. `run.trained_tokens`
-    bounds one whole training. An arm whose loss explodes is dropped; MethodError where all do.
+    bounds one whole training. An arm whose loss explodes is dropped, in the last rung for the next best one;
+    MethodError where all do.
     """
     if len(arms) > 1:
         _comparable(arms[0])
-    going: list[tuple[Method, str | None]] = [(arm, None) for arm in arms]
+    going: list[tuple[float, Method, str | None]] = [(math.inf, arm, None) for arm in arms]
+    begun: set[str] = set()
     ended: list[Arm] = []
     made: dict[Method, System] = {}
     for fidelity in RUNGS if len(arms) > 1 else RUNGS[-1:]:
         scored: list[tuple[float, Method, str]] = []
-        for method, previous in going:
+        for before, method, previous in going:
+            if scored and fidelity == RUNGS[-1]:
+                ended.append(Arm(method, RUNGS[-2], before, f"behind {_name(scored[0][1], arms)}"))
+                continue
             try:
                 made[method], loss, artifact = _trained(method, fidelity, previous, system, data, run)
                 scored.append((loss, method, artifact))
+                begun.add(artifact)
             except MethodError as error:
                 ended.append(Arm(method, fidelity, math.inf, str(error)))
             if say and scored and scored[-1][1] is method:
@@ -63,10 +69,12 @@ def race(
         if not scored:
             raise MethodError("every setting failed", expected="one whose loss falls", found=ended[-1].why)
         scored.sort(key=lambda item: item[0])
-        keep = 1 if fidelity >= RUNGS[-2] else max(1, math.ceil(len(scored) / 2))
+        # Those of the rung before the last stand by, should the training of the best one fail.
+        keep = len(scored) if fidelity >= RUNGS[-2] else max(1, math.ceil(len(scored) / 2))
         for loss, method, _ in scored[keep:]:
             ended.append(Arm(method, fidelity, loss, f"behind {_name(scored[0][1], arms)}"))
-        going = [(method, artifact) for _, method, artifact in scored[:keep]]
+        going = [*scored[:keep]]
+    _forget(begun, run)
     loss, winner, _ = scored[0]
     order = sorted(ended, key=lambda arm: (-arm.fidelity, arm.loss))
     return made[winner], [Arm(winner, 1.0, loss), *order]
@@ -84,6 +92,7 @@ def sample(
     optuna = package("optuna", "tune")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     made: list[tuple[Arm, System | None]] = []
+    begun: set[str] = set()
 
     def trained(trial: Any) -> float:
         arm, previous, loss = method if trial.number == 0 else _drawn(method, trial), None, math.inf
@@ -93,6 +102,7 @@ def sample(
             except MethodError as error:
                 made.append((Arm(arm, fidelity, math.inf, str(error)), None))
                 raise optuna.TrialPruned from error
+            begun.add(previous)
             trial.report(loss, round(100 * fidelity))
             if fidelity < 1 and trial.should_prune():
                 made.append((Arm(arm, fidelity, loss, "behind the median"), None))
@@ -105,6 +115,7 @@ def sample(
     pruner = optuna.pruners.MedianPruner(n_startup_trials=2)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=run.seed), pruner=pruner)
     study.optimize(trained, n_trials=trials)
+    _forget(begun, run)
     made.sort(key=lambda item: (-item[0].fidelity, item[0].loss))
     best = made[0][1]
     if best is None:
@@ -144,6 +155,13 @@ def _trained(
     # Without rows to validate on, a training can be run and not compared.
     losses = [value for _, value in part.notes["curves"]["validation"][1:]]
     return made, min(losses, default=math.inf), part.notes["artifact"]
+
+
+def _forget(artifacts: set[str], run: Run) -> None:
+    """Delete what trainings kept so that a later rung could go on from them."""
+    for name in artifacts:
+        for file in (run.home / "checkpoints").glob(f"{name}.stable*"):
+            file.unlink(missing_ok=True)
 
 
 def _name(method: Method, arms: Sequence[Method]) -> str:

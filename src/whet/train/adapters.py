@@ -91,7 +91,14 @@ def adapted(module: Any, adapter: Adapter, seed: int) -> Iterator[Any]:
         )  # fmt: skip
     training = module.training
     with headed(module, seed) if adapter.head else nullcontext(), frozen(module, adapter.bits):
-        tuned = add_lora(module, adapter, seed)
+        try:
+            tuned = add_lora(module, adapter, seed)
+        except ValueError as error:  # of a kind of weights that this kind of adapter does not go with
+            _unload(module)
+            raise MethodError(
+                f"{adapter.kind} does not go with this model", expected="another adapter", found=str(error),
+                do="set adapter=lora",
+            ) from error  # fmt: skip
         if adapter.head:
             module.get_output_embeddings().requires_grad_(True)  # peft has frozen all but the adapter
         try:
@@ -101,6 +108,15 @@ def adapted(module: Any, adapter: Adapter, seed: int) -> Iterator[Any]:
             tuned.unload().train(training)
             for leftover in {"peft_config", "_hf_peft_config_loaded"} & set(vars(module)):
                 delattr(module, leftover)
+
+
+def _unload(module: Any) -> None:
+    """Take off what peft has put on before it gave up."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, BaseTunerLayer) and ".base_layer" not in name:
+            module.set_submodule(name, layer.get_base_layer())
 
 
 def merged(tuned: Any, adapter: Adapter) -> Any:

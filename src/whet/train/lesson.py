@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from whet.engine import Spent
-from whet.engine.prefix import Row
+from whet.engine.prefix import Row, Tokens
 from whet.engine.torch import TorchSession, give_back_memory
 from whet.errors import MethodError
 from whet.methods import Run
@@ -72,6 +72,15 @@ def teach(
             lesson = prepare(live)
             peak = matmul_peak(tuned.dtype, tuned.device)
             beats: list[Beat] = []
+            alone = whole or (adapter.kind == "full" and system.model.whole is not None)
+            tokenizer = session.tokenizer if alone else None
+
+            def rescue() -> Path:
+                best = checkpoint.with_name(f"{name}.best")
+                if crew.first:
+                    keep(tuned, adapter, best, {}, tokenizer)
+                crew.wait()
+                return best / "weights"
 
             def beat(at: Beat) -> None:
                 beats.append(at)
@@ -82,6 +91,7 @@ def teach(
                 curves = train(
                     tuned, lesson.source, lesson.loss, replace(lesson.settings, peak=peak), validate=lesson.validate,
                     beat=beat, keep=checkpoint, since=before, team=crew, continued=run.fidelity < 1,
+                    rescue=rescue if run.fidelity == 1 else None,
                 )  # fmt: skip
             notes = {
                 **lesson.notes,
@@ -91,16 +101,19 @@ def teach(
             }
             spent = Spent(training_seconds=curves.seconds, trained_tokens=curves.tokens) + live.spent
             if crew.first:
-                alone = whole or (adapter.kind == "full" and system.model.whole is not None)
-                keep(tuned, adapter, made, {"notes": notes, "spent": asdict(spent)},
-                     session.tokenizer if alone else None)  # fmt: skip
-                for file in (checkpoint, *checkpoint.parent.glob(f"{name}.[0-9]*")):
-                    file.unlink(missing_ok=True)
+                keep(tuned, adapter, made, {"notes": notes, "spent": asdict(spent)}, tokenizer)
+                _forget(checkpoint)
             crew.wait()
         if crew.sharded:  # its layers still gather shards before they run
             run.sessions.pop(system.model)
         give_back_memory()
     return kept(system, run, name)
+
+
+def _forget(checkpoint: Path) -> None:
+    """Delete a checkpoint, and each process's shards of it."""
+    for file in (checkpoint, *checkpoint.parent.glob(f"{checkpoint.name}.[0-9]*")):
+        file.unlink(missing_ok=True)
 
 
 def kept(system: System, run: Run, name: str) -> System:
@@ -176,7 +189,7 @@ def render_rows(
 
     `raft`, as (absent, seed), says how the passages of a System with documents are arranged for learning
     (`reading.taught`); without, they are as found. Plain text becomes rows of its own, in windows. Returns the rows
-    and how many prompts had to be shortened to fit the context window.
+    and how many had to be shortened to fit the context window; an answer leaves the prompt half of it.
     """
     usable = [e for e in examples if e.completion and e.text is None]
     said = system.decoding.said
@@ -185,13 +198,20 @@ def render_rows(
     found = system.found([e.prompt for e in usable])
     if raft and any(s.kind == "documents" for s in system.sources):
         found = taught(system, usable, found, *raft)
-    prompts, cut = system.fitting(usable, session, [len(a) for a in answers], blind=True, found=found)
+    room = [min(len(a), session.context // 2) for a in answers]
+    prompts, shorter = system.fitting(usable, session, room, blind=True, found=found)
     encoded = session.encode(prompts)
-    rows = [Row(p, (a,)) for p, a in zip(encoded, answers, strict=True)]
+    rows = [Row(p, (within(a, session.context - len(p)),)) for p, a in zip(encoded, answers, strict=True)]
+    cut = sum(s or r.continuations != (a,) for s, r, a in zip(shorter, rows, answers, strict=True))
     texts = [session.encode_answer(e.text, end=False, raw=True) for e in examples if e.text]
     [start] = session.encode([""]) if texts else [()]
     rows += [piece for text in texts if text for piece in session.windows(start, text, TEXT_TOKENS)]
-    return rows, sum(cut)
+    return rows, cut
+
+
+def within(answer: Tokens, room: int, last: int = 0) -> Tokens:
+    """An answer in at most `room` tokens: its first ones, and its `last` ones where they must stand at the end."""
+    return answer if len(answer) <= room else (*answer[: room - last], *answer[len(answer) - last :])
 
 
 def mean_loss(live: TorchSession, rows: Sequence[Row]) -> float:

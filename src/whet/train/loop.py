@@ -58,7 +58,7 @@ class Settings:
     `recompute` keeps one activation per layer and computes the rest again (gradient checkpointing, Chen et al. 2016).
     `peak` is the machine's matmul peak in operations per second, to tell what share of it is reached; 0: unknown.
     `penalty` is a scalar of the weights, minimised together with the loss; once per step, and not told as part of it.
-    It reads whole weights, so that it goes with DDP, not with FSDP.
+    It reads whole weights, so that it goes with DDP; with FSDP it raises MethodError.
     """
 
     schedule: Schedule
@@ -157,16 +157,19 @@ def train(
     since: Path | None = None,
     team: Alone | None = None,
     continued: bool = False,
+    rescue: Callable[[], Path] | None = None,
 ) -> Curves:
     """Train a module's trainable weights in place; the weights of the best validation are kept.
 
     `source(n)` gives the rows of step n. `keep` is where checkpoints go: a training that was killed goes on from
     there and ends with the same weights. Where it is to be `continued`, a second file, with `.stable` behind its name,
     holds the state before the decay; `since` is such a file of a shorter training, from which this one goes on.
-    Raises MethodError when the loss is not finite or explodes (the module then holds the best validated weights), or
-    when memory does not suffice.
+    Raises MethodError when the loss is not finite or explodes (the module then holds the best validated weights;
+    `rescue` writes them where they are better than the first and says where), or when memory does not suffice.
     """
     team = team or Alone()
+    if settings.penalty and team.sharded:
+        raise MethodError("a penalty reads whole weights", expected="DDP", found="FSDP", do="leave out --use_fsdp")
     per_token, wrapped = operations(module), team.wrap(module)
     stable = keep and keep.with_name(f"{keep.name}.stable")
     if team.sharded:  # every process keeps its own shards
@@ -183,7 +186,7 @@ def train(
         best = _resume(begin, state, masters, optimizer, continuing=begin is since)
     if validate and not state.checks:
         state.checks.append((0, validate()))
-    saved, interval, before, begun = time.monotonic(), KEEP_EVERY, state.seconds, time.monotonic()
+    kept_at, interval, before, begun = time.monotonic(), KEEP_EVERY, state.seconds, time.monotonic()
     while state.step < schedule.steps and not _tired(state, settings):
         if stable and continued and state.step == schedule.decays and writes:
             _keep(stable, state, masters, optimizer, best)
@@ -193,8 +196,11 @@ def train(
         state.step += 1
         if not math.isfinite(value) or _explodes(state.train, value):
             masters.restore(best)
-            raise _diverged(state.step, value, schedule.learning_rate)
+            team.whole(module)
+            saved = rescue() if rescue and state.best_at else None
+            raise _diverged(state.step, value, schedule.learning_rate, saved)
         masters.take_gradients()
+        team.exchange(masters.copies)
         torch.nn.utils.clip_grad_norm_(masters.copies, settings.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -210,10 +216,10 @@ def train(
             state.checks.append((state.tokens, validate()))
             if state.checks[-1][1] <= min(c for _, c in state.checks):
                 best, state.best_at = masters.snapshot(), len(state.checks) - 1
-        if keep and writes and time.monotonic() - saved > interval:
+        if keep and writes and time.monotonic() - kept_at > interval:
             at = time.monotonic()
             _keep(keep, state, masters, optimizer, best)
-            saved, interval = time.monotonic(), max(KEEP_EVERY, (time.monotonic() - at) / WRITING_SHARE)
+            kept_at, interval = time.monotonic(), max(KEEP_EVERY, (time.monotonic() - at) / WRITING_SHARE)
     if validate:
         masters.restore(best)
     team.whole(module)
@@ -233,13 +239,13 @@ def _explodes(curve: Sequence[tuple[int, float]], value: float) -> bool:
     return min(value, curve[-1][1], curve[-2][1]) > most
 
 
-def _diverged(step: int, value: float, learning_rate: float) -> MethodError:
-    finite = math.isfinite(value)
+def _diverged(step: int, value: float, learning_rate: float, saved: Path | None) -> MethodError:
+    finite, kept = math.isfinite(value), f"; the best weights so far are in {saved}" if saved else ""
     return MethodError(
         f"the loss {'explodes' if finite else 'is not finite'} at step {step}",
         expected="a loss that falls" if finite else "a finite loss",
         found=f"{value:.4g}",
-        do=f"set learning_rate={learning_rate / 4:.2g}",
+        do=f"set learning_rate={learning_rate / 4:.2g}{kept}",
     )
 
 
@@ -263,22 +269,32 @@ def _out_of_memory(error: BaseException) -> bool:
 def _fitting_step(
     module: Any, wrapped: Any, rows: Sequence[Row], loss: Loss, state: _State, settings: Settings, team: Alone
 ) -> tuple[float, int]:
-    """One step; where memory does not suffice it is run again in smaller packs, which changes nothing else."""
+    """One step of the whole team: its mean loss and the tokens computed.
+
+    Where memory does not suffice in any process, all run the step again in smaller packs, which changes nothing else.
+    """
     while True:
+        short: BaseException | None = None
         try:
-            return _step(module, wrapped, rows, loss, state.pack_tokens, settings.recompute, team, settings.penalty)
+            value, used = _step(
+                module, wrapped, rows, loss, state.pack_tokens, settings.recompute, team, settings.penalty
+            )
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
-            state.pack_tokens //= 2
-            if state.pack_tokens < LEAST_TOKENS:
-                longest = max(len(r.prompt) + sum(map(len, r.continuations)) for r in rows)
-                raise MethodError(
-                    "too little memory to train", expected=f"room for one row of {longest} tokens",
-                    found=f"none, even in packs of {2 * state.pack_tokens}",
-                    do="shorten the rows or set recompute=true",
-                ) from error  # fmt: skip
-            module.zero_grad(set_to_none=True)
+            short = error
+            value, used = 0.0, 0
+        # Shards wait for one another within a pass: there a process that fails ends the training.
+        if not (short is not None if team.sharded else team.most(short is not None)):
+            return team.sum(value), round(team.sum(used))
+        state.pack_tokens //= 2
+        if state.pack_tokens < LEAST_TOKENS or team.sharded:
+            longest = max(len(r.prompt) + sum(map(len, r.continuations)) for r in rows)
+            raise MethodError(
+                "too little memory to train", expected=f"room for one row of {longest} tokens",
+                found=f"none in packs of {2 * state.pack_tokens}", do="shorten the rows or set recompute=true",
+            ) from short  # fmt: skip
+        module.zero_grad(set_to_none=True)
 
 
 def _step(
@@ -291,26 +307,26 @@ def _step(
     team: Alone | None = None,
     penalty: Callable[[], Tensor] | None = None,
 ) -> tuple[float, int]:
-    """Forward and backward over one step's rows; returns the mean loss and the tokens computed, of the whole team."""
+    """Forward and backward over one step's rows: this process's part of the mean loss, and the tokens it computed."""
     team = team or Alone()
     mine = team.share(rows)
     shared = attention.shares(module, max(len(r.prompt) + max(map(len, r.continuations)) for r in rows))
-    # A process without rows makes its passes, too: the others wait for it when gradients are exchanged.
-    some = mine or rows[:1]
-    made = packs(some, module.dtype, module.device, most) if shared else padded(some, module.device)
+    # Shards wait for one another in every pass: a process without rows makes as many as the others.
+    some = mine or (rows[:1] if team.sharded else [])
+    made = packs(some, module.dtype, module.device, most) if shared and some else padded(some, module.device)
     count, own = loss.count(rows), len(made) if mine else 0
-    total, tokens, passes = 0.0, 0, team.most(len(made))
+    total, tokens, passes = 0.0, 0, team.most(len(made)) if team.sharded else own
     with using_tree(module, train=True, shared=shared), _recomputing(module, recompute):
         for n in range(passes):
             pack, real = (made[n], 1.0) if n < own else (made[0], 0.0)
-            with team.accumulating(wrapped, last=n == passes - 1):
-                part = loss(_logits(wrapped, pack), pack) * real / count
-                whole = part * team.size  # gradients are averaged over the team
-                # In the same pass as the last exchange of gradients, and the same in every process.
-                (whole + penalty() if penalty and n == passes - 1 else whole).backward()
+            team.accumulating(wrapped, last=n == passes - 1)
+            part = loss(_logits(wrapped, pack), pack) * real / count
+            (part * team.size).backward()  # gradients are averaged over the team
             total += float(part.detach())
             tokens += pack.tokens if real else 0
-    return team.sum(total), round(team.sum(tokens))
+        if penalty:  # the same in every process
+            penalty().backward()
+    return total, tokens
 
 
 def _logits(module: Any, pack: Pack) -> Tensor:
@@ -354,8 +370,13 @@ def _keep(
     file.parent.mkdir(parents=True, exist_ok=True)
     work = file.with_name(f".{file.name}-{os.getpid()}")
     try:
-        # Contiguous copies: safetensors refuses tensors that share memory.
-        whole = {k: _local(t.detach()).clone().contiguous() for k, t in tensors.items()}
+        whole: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for name, tensor in tensors.items():
+            here = _local(tensor.detach()).cpu().contiguous()
+            place = here.untyped_storage().data_ptr()
+            whole[name] = here.clone() if place in seen else here  # safetensors refuses tensors that share memory
+            seen.add(place)
         save_file(whole, work, {"state": json.dumps(body)})
         os.replace(work, file)
     finally:

@@ -13,10 +13,12 @@ from torch import Tensor
 from whet.engine import Sampling, Spent, attention
 from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession, using_tree
+from whet.errors import MethodError
 from whet.task import Example
 from whet.train.batches import PACK_TOKENS, Pack, packs, padded
 from whet.train.loop import _logits
 from whet.train.losses import Loss
+from whet.train.team import team
 
 if TYPE_CHECKING:
     from whet.system import System
@@ -43,9 +45,15 @@ def mean_of(session: TorchSession, rows: Sequence[Row], loss: Loss) -> float:
 
 
 class Policy:
-    """Made before the first step, when a fresh adapter changes nothing: its weights then are the reference."""
+    """Made before the first step, when a fresh adapter changes nothing: its weights then are the reference.
+
+    Raises MethodError where processes are to hold shards: the reference is put in the place of whole weights.
+    """
 
     def __init__(self, live: TorchSession, system: System) -> None:
+        if team().sharded:
+            raise MethodError("learning from judgements and rewards needs whole weights", expected="DDP", found="FSDP",
+                              do="leave out --use_fsdp")  # fmt: skip
         self.live, self.system = live, system
         self.trained = [p for p in live.module.parameters() if p.requires_grad]
         self.start = [p.detach().clone() for p in self.trained]

@@ -56,8 +56,14 @@ def fisher(module: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
     """Diagonal of the empirical Fisher information of the adapted layers' weights, [out, in] each, in fp32.
 
     The mean over rows of the squared gradient of a row's log-likelihood (Kirkpatrick et al. 2017). The gradient of the
-    weights, which are frozen, is put together from what goes into a layer and the gradient of what comes out.
+    weights, which are frozen, is put together from what goes into a layer and the gradient of what comes out. Raises
+    MethodError for weights that no layer of their own multiplies, as those of fused experts.
     """
+    from peft.tuners.lora.layer import ParamWrapper
+
+    if fused := [name for name, layer, *_ in lora_layers(module) if isinstance(layer, ParamWrapper)]:
+        raise MethodError("ewc weighs linear layers", expected="no fused experts", found=fused[0],
+                          do="set strategy=replay")  # fmt: skip
     found = {name: torch.zeros(b.shape[0], a.shape[1], device=a.device) for name, _, a, b, _ in lora_layers(module)}
 
     def watch(name: str, _: Any, given: tuple[Tensor, ...], out: Tensor) -> None:
@@ -68,12 +74,12 @@ def fisher(module: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
 
         out.register_hook(square)
 
-    loss = NextToken()
+    loss, longest = NextToken(), max(len(row.prompt) + max(map(len, row.continuations)) for row in rows)
+    shared = attention.shares(module, longest)
     with ExitStack() as stack:
         for name, layer, *_ in lora_layers(module):
             stack.callback(layer.register_forward_hook(partial(watch, name)).remove)
         for row in rows:
-            shared = attention.shares(module, len(row.prompt) + max(map(len, row.continuations)))
             # A row is one pass: its gradient is to be squared as a whole.
             [pack] = packs([row], module.dtype, module.device) if shared else padded([row], module.device)
             with using_tree(module, train=True, shared=shared):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from whet.engine.prefix import Row
@@ -40,9 +39,11 @@ class Alone:
     def wait(self) -> None:
         """Until all processes are here."""
 
-    def accumulating(self, wrapped: Any, last: bool) -> AbstractContextManager[Any]:
-        """What a pass runs in: gradients are exchanged in the last one only."""
-        return nullcontext()
+    def exchange(self, weights: Sequence[Any]) -> None:
+        """Give every process the mean of all processes' gradients."""
+
+    def accumulating(self, wrapped: Any, last: bool) -> None:
+        """Before each pass: shards exchange their gradients in the last one only."""
 
 
 class Team(Alone):
@@ -59,7 +60,7 @@ class Team(Alone):
 
     def wrap(self, module: Any) -> Any:
         if not self.sharded:
-            return self.accelerator.prepare(module)
+            return module
         # torch's own FSDP 2 by decoder layer: accelerate's is for accelerators only.
         from torch.distributed.fsdp import fully_shard
 
@@ -99,12 +100,19 @@ class Team(Alone):
         mine = torch.tensor([float(value)], dtype=torch.float64, device=self.accelerator.device)
         return [float(v) for v in self.accelerator.gather(mine)]
 
-    def accumulating(self, wrapped: Any, last: bool) -> AbstractContextManager[Any]:
+    def exchange(self, weights: Sequence[Any]) -> None:
+        import torch
+
+        if self.sharded:  # in its last backward pass
+            return
+        # Behind the passes, not within them: a process that runs out of memory in one leaves no other waiting.
+        for weight in weights:
+            own = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            weight.grad = self.accelerator.reduce(own, reduction="mean")
+
+    def accumulating(self, wrapped: Any, last: bool) -> None:
         if self.sharded:
             wrapped.set_requires_gradient_sync(last)
-            return nullcontext()
-        kept: AbstractContextManager[Any] = nullcontext() if last else self.accelerator.no_sync(wrapped)
-        return kept
 
 
 def _gpu() -> bool:
