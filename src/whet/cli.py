@@ -411,7 +411,7 @@ def update(
         if made.dropped:
             print(f"dropped  {len(made.dropped)} rows that leak; the first, {made.dropped[0][0]}, {made.dropped[0][1]}")
         if made.unused:
-            print(f"unused   {len(made.unused)} judgements without a counterpart; with method=kto they count")
+            print(f"unused   {len(made.unused)} judgements without a counterpart; to learn from them: whet apply kto")
         print(f"drift {made.drift:.3f} nats a token" if made.drift is not None else "drift not measured: no answers")
     if made.refused:
         raise MethodError(f"refused: {made.refused}", do="set strategy or share, or limits.forgetting in task.yaml")
