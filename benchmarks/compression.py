@@ -10,17 +10,22 @@ peers      the same System as a GGUF that llama.cpp has quantized to Q8_0, Q4_0 
            (needs the extra llamacpp).
 teach      context distillation: the teacher is the base with 16 demonstrations, calibrated; the student has none.
            Scores, and latency with cold caches.
-students   half the layers: pruned, and shared; healed by distillation and by fine-tuning with the same tokens.
-composed   vocabulary trimmed, layers shared or dropped, healed, 4 bits.
+students   at most 62 % of the parameters: layers dropped (fewer of them where the vocabulary is trimmed), or shared;
+           healed by distillation and by fine-tuning, with the same tokens and learning rate.
+composed   vocabulary trimmed, layers dropped, healed, 4 bits.
+
+Students and composed are also taught by the prompts, without their answers, of `--unlabelled` more train rows: what no
+fine-tuning can use.
 
     .venv/bin/python benchmarks/compression.py [--parts quantize,teach,students,composed] [--rows 1500] [--test 500]
-        [--task sst2,banking77,e2e_nlg]
+        [--task sst2,banking77,e2e_nlg] [--unlabelled 0]
 """
 
 from __future__ import annotations
 
 import ctypes
 import itertools
+import json
 import random
 import statistics
 import tempfile
@@ -36,8 +41,8 @@ KINDS = (
     "quantize", "quantize(activations=False)", "quantize(bits=4,rounding=nearest)", "quantize(bits=4,rounding=hqq)",
     "quantize(bits=4)", "quantize(bits=4,embedding=4)",
 )  # fmt: skip
-SHAPES = ("prune(layers=15)", "share(groups=15,rank=16)")
-COMPOSED = "prune(layers=20,vocabulary=true)+distill+quantize(bits=4)"
+SHAPES = ("prune(layers=22,spare=500)", "prune(layers=15)")
+RATE = 1e-4  # of students' trainings: 3e-4 undoes what is left of a model that lost a quarter of its layers
 WORDS = ("the", "story", "of", "people", "in", "a", "city", "was", "not", "bad", "at", "all", "and", "funny")
 NEW, LONG = 64, 500  # tokens decoded, words read
 
@@ -53,6 +58,13 @@ class Bench(common.Bench):
         self.tuned = make("finetune", {"epochs": options.epochs}).apply(self.base, self.data, self.run)
         print(f"\n## {name}: tuned on {len(self.data.train)} rows in {time.perf_counter() - begun:.0f} s (0: kept)\n")
         self.card = self.tested(self.tuned)
+        kept = {e.prompt for e in self.data.train}
+        more = [e.prompt for e in self.task.split(options.seed).learnable.train if e.prompt not in kept]
+        prompts = home / f"{name}-prompts.jsonl"
+        prompts.parent.mkdir(parents=True, exist_ok=True)
+        prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in more[: options.unlabelled]))
+        file = f",unlabelled={prompts}" if options.unlabelled and more else ""
+        self.heal = f"distill(adapter=full,learning_rate={RATE}{file})"
 
     def made(self, recipe: str, start: Any, tokens: int | None = None) -> tuple[Any, dict[str, Any], float]:
         """What a recipe makes of a System, its notes, and the seconds that took."""
@@ -163,7 +175,7 @@ def teach(bench: Bench) -> dict[str, Any]:
 
 
 def students(bench: Bench) -> dict[str, Any]:
-    """Half the layers, healed by distillation and, with the same tokens, by fine-tuning."""
+    """Small students, healed by distillation and, with the same tokens, by fine-tuning."""
     from whet import stats
     from whet.scorecard import size_bytes
 
@@ -171,8 +183,8 @@ def students(bench: Bench) -> dict[str, Any]:
     whole = 2 * sum(p.numel() for p in bench.run.session(bench.tuned.model).module.parameters())
     for shape in bench.options.shapes:
         cut, _, _ = bench.made(shape, bench.tuned)
-        healed, _, seconds = bench.made(f"{shape}+distill", bench.tuned, most)
-        plain, _, _ = bench.made(f"{shape}+finetune(adapter=full,learning_rate=3e-4)", bench.tuned, most)
+        healed, _, seconds = bench.made(f"{shape}+{bench.heal}", bench.tuned, most)
+        plain, _, _ = bench.made(f"{shape}+finetune(adapter=full,learning_rate={RATE})", bench.tuned, most)
         cards = [bench.tested(s) for s in (cut, healed, plain)]
         size = size_bytes(healed) / whole
         share = cards[1].score / bench.card.score
@@ -191,11 +203,12 @@ def composed(bench: Bench) -> dict[str, Any]:
     """Everything at once."""
     from whet.scorecard import size_bytes
 
-    system, _, seconds = bench.made(bench.options.composed, bench.tuned, bench.options.tokens)
+    recipe = f"{bench.options.shapes[0]}+{bench.heal}+quantize(bits=4,embedding=4)"
+    system, _, seconds = bench.made(recipe, bench.tuned, bench.options.tokens)
     card, size = bench.tested(system), size_bytes(system)
     whole = 2 * sum(p.numel() for p in bench.run.session(bench.tuned.model).module.parameters())
     lost, bound = bench.lost(card)
-    print(f"\n### composed: {bench.options.composed}: {size / 1e6:.1f} MB, {100 * size / whole:.1f} % of the bytes "
+    print(f"\n### composed: {recipe}: {size / 1e6:.1f} MB, {100 * size / whole:.1f} % of the bytes "
           f"(asked: at most 18), {100 * card.score:.1f}, points lost {lost} (bound {bound}; asked: 3), "
           f"{seconds:.0f} s")  # fmt: skip
     return {"bytes": size / whole, "score": card.score, "lost": lost}
@@ -256,8 +269,8 @@ def main() -> None:
     options.add_argument("--tokens", type=int, default=None, help="bound of the tokens that healing may train on")
     options.add_argument("--kinds", nargs="*", default=KINDS, help="quantizations")
     options.add_argument("--student", default="distill", help="how the student of `teach` is made")
-    options.add_argument("--shapes", nargs="*", default=SHAPES, help="students")
-    options.add_argument("--composed", default=COMPOSED)
+    options.add_argument("--shapes", nargs="*", default=SHAPES, help="students; of the first, `composed` is made")
+    options.add_argument("--unlabelled", type=int, default=2500, help="prompts of further train rows")
     options.add_argument("--repeats", type=int, default=5, help="of each timing")
     options.add_argument("--home", type=Path, default=None, help="keep what is trained here")
     options.add_argument("--seed", type=int, default=0)
