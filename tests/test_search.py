@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from whet import embed, improve
+from whet import documents, embed, improve
 from whet.engine import Spent
 from whet.errors import MethodError, StoreError, TaskError, WhetError
 from whet.progress import Silent
@@ -254,7 +254,7 @@ def test_documents_that_cannot_be_had_leave_the_other_arms(tmp_path: Path) -> No
 
 @pytest.mark.embedder
 @pytest.mark.skipif(not embed.available(), reason="the embedding model is not installed")
-def test_sources_that_change_unseen_are_read_again(tmp_path: Path) -> None:
+def test_sources_that_change_unseen_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fill(shelf: str) -> None:
         with sqlite3.connect(folder / "s.db") as base:
             base.execute("drop table if exists things")
@@ -262,7 +262,8 @@ def test_sources_that_change_unseen_are_read_again(tmp_path: Path) -> None:
             base.executemany("insert into things values (?, ?)", [(str(n), f"Item {n} {shelf}.") for n in range(30)])
 
     folder = write_task(tmp_path / "toy", documents="sqlite:///s.db SELECT id, text FROM things")
-    seen = []
+    seen, asked = [], []
+    monkeypatch.setattr("whet.documents._query", lambda *a, once=documents._query: asked.append(a) or once(*a))
     for shelf in ("old", "new"):
         fill(shelf)
         made = improve(folder, model="fake:keyword", budget="2m", out=tmp_path / shelf, home=tmp_path / "home",
@@ -271,6 +272,7 @@ def test_sources_that_change_unseen_are_read_again(tmp_path: Path) -> None:
         seen.append(rag["status"])
     corpora = {p.parent.name for p in (tmp_path / "home" / "artifacts").glob("*/current")}
     assert seen == ["done", "done"] and len(corpora) == 2
+    assert len(asked) == 2  # once a run, however many look into it
 
 
 def test_the_base_is_measured_however_late_it_is(task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

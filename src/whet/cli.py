@@ -554,7 +554,7 @@ def documents(
 
 @main.command(epilog=example(
     "whet feedback runs/replies/system prompts.txt",
-    "whet feedback runs/replies/system TASK/test.jsonl --annotator ann --out TASK/feedback.jsonl",
+    "whet feedback runs/replies/system TASK/train.jsonl --annotator ann --out TASK/feedback.jsonl",
 ))  # fmt: skip
 @click.argument("system", type=click.Path())
 @click.argument("prompts", type=click.Path(path_type=Path))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
 from whet.engine import Session, Spent, open_session
 from whet.errors import MethodError, nearest
@@ -14,6 +14,9 @@ from whet.model import ModelRef
 from whet.store import Store
 from whet.system import System
 from whet.task import Learnable
+
+if TYPE_CHECKING:
+    from whet.documents import Document
 
 GROUP = "whet.methods"
 Need = Literal[
@@ -41,6 +44,7 @@ class Run:
     spent: Spent = field(default_factory=Spent)
     notes: dict[str, Any] = field(default_factory=dict)
     sessions: dict[ModelRef, Session] = field(default_factory=dict)
+    corpora: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     @property
     def home(self) -> Path:
@@ -52,6 +56,21 @@ class Run:
         if ref not in self.sessions:
             self.sessions[ref] = open_session(ref, self.home)
         return self.sessions[ref]
+
+    def documents(self, data: Learnable) -> tuple[list[Document], tuple[str, ...]]:
+        """The task's documents, and notes on what was left out; read once, so that all see the same pages and rows.
+
+        Raises MethodError where the task has none, and what `documents.load` raises.
+        """
+        from whet.documents import load
+
+        if data.documents is None:
+            raise MethodError("rag needs documents", expected="documents in task.yaml", found="none")
+        key = (data.documents, data.folder, data.trusted)
+        if key not in self.corpora:
+            self.corpora[key] = load(data.documents, data.folder, data.trusted)
+        found: tuple[list[Document], tuple[str, ...]] = self.corpora[key]
+        return found
 
     def tidy(self) -> None:
         """Give memory that is no longer used back to the system, where models run in this process."""

@@ -50,12 +50,9 @@ class Rag:
         from whet import documents
         from whet.databases import opened
         from whet.embed import Embedder
-        from whet.errors import MethodError
         from whet.retrieval import Source, build, identity
 
-        if data.documents is None:
-            raise MethodError("rag needs documents", expected="documents in task.yaml", found="none")
-        texts, notes = documents.load(data.documents, data.folder, data.trusted)
+        texts, notes = run.documents(data)
         pieces = [p for text in texts for p in documents.passages(text, self.chunk)]
         name = identity(pieces)
         if run.tell is not None:

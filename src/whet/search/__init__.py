@@ -491,13 +491,11 @@ def _run_baselines(job: _Job, handed: Scorecard | None) -> list[dict[str, Any]]:
 
 def _texts(job: _Job) -> dict[str, str] | None:
     """The task's documents, for baselines; None where there are none, or where they cannot be read."""
-    from whet import documents
-
     data = job.splits.learnable
     if data.documents is None:
         return None
     try:
-        return {d.id: d.text for d in documents.load(data.documents, data.folder, data.trusted)[0]}
+        return {d.id: d.text for d in job.run.documents(data)[0]}
     except WhetError as error:
         job.notes.append(f"no baseline by BM25: {error}")
         return None
