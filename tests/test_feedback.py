@@ -476,6 +476,7 @@ def test_judgements_are_kept_one_by_one(system: System, tmp_path: Path) -> None:
     repeat: list[tuple[str, str]] = []
     collect(system, asked[:4], tmp_path / "b.jsonl", lambda _, shown: repeat.append(shown) or "s")
     assert repeat == once  # answers and order are the seed's
+    assert not (tmp_path / "b.jsonl").exists()  # without a judgement there is no file
     loaded, _ = feedback.load(file.parent, file.name)
     assert [j.chosen for j in loaded] == [r["chosen"] for r in rows]
 

@@ -459,28 +459,28 @@ def collect(
     That order is the seed's, and it is kept with the judgement, as are System, time and seed. Prompts that this
     annotator judged in the file before are not asked again. Returns counts: judged, skipped, same, before.
     """
-    kept = [(standard(r)[0], r.values.get("annotator") or "") for r in (read(out) if out.exists() else ())]
+    kept = [(standard(r)[0], r.values.get("annotator") or "") for r in (read(out) if out.exists() and out.stat().st_size else ())]
     before = {(values.get("prompt"), values.get("history", ()), who) for values, who in kept}
     counts = Counter[str](judged=0, skipped=0, same=0, before=0)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a", encoding="utf-8") as file:
-        for example, shown in _sampled(system, examples, before, annotator, counts, temperature, seed):
-            said = ask(example, shown)
-            if said == "q":
-                break
-            if said not in ("1", "2"):
-                counts["skipped"] += 1
-                continue
-            chosen, rejected = shown if said == "1" else shown[::-1]
-            row = {
-                "prompt": _asked(example), "chosen": chosen, "rejected": rejected, "annotator": annotator,
-                "time": datetime.now(UTC).isoformat(timespec="seconds"), "shown_first": chosen == shown[0],
-                "system": system.fingerprint[:16], "seed": seed, "temperature": temperature,
-            }  # fmt: skip
+    for example, shown in _sampled(system, examples, before, annotator, counts, temperature, seed):
+        said = ask(example, shown)
+        if said == "q":
+            break
+        if said not in ("1", "2"):
+            counts["skipped"] += 1
+            continue
+        chosen, rejected = shown if said == "1" else shown[::-1]
+        row = {
+            "prompt": _asked(example), "chosen": chosen, "rejected": rejected, "annotator": annotator,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"), "shown_first": chosen == shown[0],
+            "system": system.fingerprint[:16], "seed": seed, "temperature": temperature,
+        }  # fmt: skip
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a", encoding="utf-8") as file:  # only now: an empty file is no feedback
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
-            counts["judged"] += 1
+        counts["judged"] += 1
     return dict(counts)
 
 
