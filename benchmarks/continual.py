@@ -48,6 +48,7 @@ class Setting:
     rows: int
     test: int
     keep: int
+    share: float
     tuning: dict[str, Any]
 
 
@@ -115,8 +116,10 @@ def stream(tasks: Sequence[Any], strategy: str, setting: Setting) -> Ended:
     for n, task in enumerate(tasks):
         start = replace(asked(system, task, run), card={"memory": system.card.get("memory", [])})
         data = learnable(task)
-        # Half of a step's rows are earlier ones where they are replayed: the others take as many steps of new rows.
-        tuning = setting.tuning if strategy == "replay" or not n else {**setting.tuning, "batch": 16}
+        # All take 16 new rows a step; those that replay take earlier ones beside.
+        own = strategy == "replay"
+        more = {"share": setting.share, "batch": round(16 / (1 - setting.share))} if own else {"batch": 16}
+        tuning = {**setting.tuning, **more} if n else setting.tuning
         method = Continual(strategy=strategy, **tuning) if n else FineTune(**tuning)
         taught = method.apply(start, data, run)
         memory = remember(taught, data, known(start, data, run.session(start.model)), keep=setting.keep, seed=run.seed)
@@ -286,6 +289,7 @@ def arguments() -> Any:
     options.add_argument("--length", type=int, default=5, help="tasks of each order, from its beginning")
     options.add_argument("--strategies", default=",".join(STRATEGIES))
     options.add_argument("--keep", type=int, default=256, help="rows of each earlier task that a System carries")
+    options.add_argument("--share", type=float, default=0.5, help="of a step's rows that are replayed ones")
     options.add_argument("--epochs", type=float, default=2.0)
     options.add_argument("--rank", type=int, default=16)
     options.add_argument("--learning-rate", type=float, default=1e-3)
@@ -313,7 +317,7 @@ def main() -> None:
     ref = resolve(options.model)
     base = System(ref, decoding=Decoding(normalise="sum"), home=run.home)
     tuning = {"epochs": options.epochs, "rank": options.rank, "learning_rate": options.learning_rate}
-    setting = Setting(run, base, options.rows, options.test, options.keep, tuning)
+    setting = Setting(run, base, options.rows, options.test, options.keep, options.share, tuning)
     where = common.machine(run.session(ref).protocol["dtype"])
     print(common.machine_line(where))
     print(f"{options.rows} rows a task, {options.test} to test, {options.keep} kept; {tuning}")
