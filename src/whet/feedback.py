@@ -459,7 +459,8 @@ def collect(
     That order is the seed's, and it is kept with the judgement, as are System, time and seed. Prompts that this
     annotator judged in the file before are not asked again. Returns counts: judged, skipped, same, before.
     """
-    kept = [(standard(r)[0], r.values.get("annotator") or "") for r in (read(out) if out.exists() and out.stat().st_size else ())]
+    judged = read(out) if out.exists() and out.stat().st_size else ()
+    kept = [(standard(r)[0], r.values.get("annotator") or "") for r in judged]
     before = {(values.get("prompt"), values.get("history", ()), who) for values, who in kept}
     counts = Counter[str](judged=0, skipped=0, same=0, before=0)
     for example, shown in _sampled(system, examples, before, annotator, counts, temperature, seed):
