@@ -289,7 +289,7 @@ def arguments() -> Any:
     options.add_argument("--length", type=int, default=5, help="tasks of each order, from its beginning")
     options.add_argument("--strategies", default=",".join(STRATEGIES))
     options.add_argument("--keep", type=int, default=256, help="rows of each earlier task that a System carries")
-    options.add_argument("--share", type=float, default=0.5, help="of a step's rows that are replayed ones")
+    options.add_argument("--share", type=float, default=0.25, help="of a step's rows that are replayed ones")
     options.add_argument("--epochs", type=float, default=2.0)
     options.add_argument("--rank", type=int, default=16)
     options.add_argument("--learning-rate", type=float, default=1e-3)

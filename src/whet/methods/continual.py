@@ -45,7 +45,7 @@ class Continual(FineTune):
     needs: ClassVar[tuple[Need, ...]] = ("rows", "weights", "earlier")
 
     strategy: str = "replay"
-    share: float = 0.5
+    share: float = 0.25
     strength: float = 0.0
     merging: str = "linear"
 
@@ -62,7 +62,7 @@ class Continual(FineTune):
 
     def space(self) -> Mapping[str, Sequence[Any]]:
         """The settings worth trying."""
-        return {"strategy": ("replay", "ewc", "orthogonal", "merge"), "share": (0.25, 0.5),
+        return {"strategy": ("replay", "ewc", "orthogonal", "merge"), "share": (0.125, 0.25, 0.5),
                 "learning_rate": (3e-4, 1e-3)}  # fmt: skip
 
     def apply(self, system: System, data: Learnable, run: Run) -> System:

@@ -42,7 +42,6 @@ ENCODER_SPEED = 2.5  # MiniLM has a tenth of the weights, all of them trained, i
 LEAST_TOKENS = 6_000  # a fine-tuning on fewer tokens (some eight steps of short rows) is not worth starting
 VALIDATED = 0.15  # of a fine-tuning's time, about, goes to its validations
 CALIBRATED_ROWS = 128
-REPLAYED = 0.25  # of each step are rows of earlier tasks, where there are some
 MOST_HELD = 200  # rows of an earlier task that forgetting is measured on
 ANSWER_TOKENS = (16, 256)  # bounds of how long a generated answer may be
 INDEXED = 0.1  # of the budget: what indexing takes beyond it is told
@@ -297,7 +296,7 @@ def _training(job: _Job) -> Recipe | None:
         return None
     reading = [recipe(("rag", {"k": 1}), "finetune")] if not job.task.closed else []
     reading += [recipe(("knowledge", {"k": 1}), "finetune")] if embed.available() else []
-    wanted = [recipe(("continual", {"share": REPLAYED})), *reading, recipe("finetune")]
+    wanted = [recipe("continual"), *reading, recipe("finetune")]
     if job.wish.methods and job.splits.learnable.judged:  # asked for alone, preferences are learnt without a start
         wanted += [recipe(name) for name in ("dpo", "kto", "rl") if name in job.wish.methods]
     for one in wanted:  # the first that has what it needs
