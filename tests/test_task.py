@@ -142,6 +142,12 @@ def test_retrieval_and_pairs_need_no_completion(tmp_path):
     assert (first.completion, first.rejected) == ("good", "bad") and (second.completion, second.rejected) == ("", None)
 
 
+def test_labels_that_no_answer_tells_apart_are_refused(tmp_path):
+    rows = [{"prompt": "a", "completion": "Polish"}]
+    with pytest.raises(TaskError, match="differ by case or signs alone.*Polish.*polish"):
+        load(folder(tmp_path, "metric: accuracy\nlabels: [Polish, polish, other]", "alike", test=rows))
+
+
 def test_perplexity_of_nothing_is_refused(tmp_path):
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "only a prompt"}]
     loaded = load(folder(tmp_path, "metric: perplexity", "learnt", train=rows, test=rows[:1]))

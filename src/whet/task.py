@@ -356,6 +356,8 @@ def _name(header: Mapping[str, Any], folder: Path) -> str:
 
 
 def _labels(value: object) -> tuple[str, ...]:
+    from whet.metrics import plain
+
     if value is None:
         return ()
     if not isinstance(value, list):
@@ -366,9 +368,11 @@ def _labels(value: object) -> tuple[str, ...]:
             raise TaskError("task.yaml: a label is empty", expected="text", do="quote it if it is the word null")
         if count > 1:
             raise TaskError("task.yaml: a label stands twice", expected="labels that differ", found=short(label))
-    for alike in (group for group in _alike(labels) if len(group) > 1):
-        raise TaskError("task.yaml: two labels differ by case or signs alone, and answers are read without them",
-                        expected="labels that differ in words", found=short(alike))  # fmt: skip
+    alike: dict[str, str] = {}
+    for label in labels:
+        if (other := alike.setdefault(plain(label), label)) != label:
+            raise TaskError("task.yaml: two labels differ by case or signs alone, and answers are read without them",
+                            expected="labels that differ in words", found=short([other, label]))  # fmt: skip
     if len(labels) < 2:
         raise TaskError(
             "task.yaml: too few labels",
@@ -377,16 +381,6 @@ def _labels(value: object) -> tuple[str, ...]:
             do="leave labels out for free text",
         )
     return tuple(labels)
-
-
-def _alike(labels: Sequence[str]) -> list[list[str]]:
-    """Labels in groups that answers are not told apart by."""
-    from whet.metrics import plain
-
-    groups: dict[str, list[str]] = {}
-    for label in labels:
-        groups.setdefault(plain(label), []).append(label)
-    return list(groups.values())
 
 
 _BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
