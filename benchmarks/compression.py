@@ -10,9 +10,9 @@ peers      the same System as a GGUF that llama.cpp has quantized to Q8_0, Q4_0 
            (needs the extra llamacpp).
 teach      context distillation: the teacher is the base with 16 demonstrations, calibrated; the student has none.
            Scores, and latency with cold caches.
-students   at most 62 % of the parameters: layers dropped (fewer of them where the vocabulary is trimmed), or shared;
-           healed by distillation and by fine-tuning, with the same tokens and learning rate.
-composed   vocabulary trimmed, layers dropped, healed, 4 bits.
+students   at most 62 % of the parameters: MLPs narrowed or layers dropped, and the vocabulary trimmed; healed by
+           distillation and by fine-tuning, with the same tokens, each at the better of `--rates` by 300 select rows.
+composed   the first of these students, distilled, in 4 bits.
 
 Students and composed are also taught by the prompts, without their answers, of `--unlabelled` more train rows: what no
 fine-tuning can use.
@@ -41,8 +41,9 @@ KINDS = (
     "quantize", "quantize(activations=False)", "quantize(bits=4,rounding=nearest)", "quantize(bits=4,rounding=hqq)",
     "quantize(bits=4)", "quantize(bits=4,embedding=4)",
 )  # fmt: skip
-SHAPES = ("prune(layers=22,spare=500)", "prune(layers=15)")
-RATE = 1e-4  # of students' trainings: 3e-4 undoes what is left of a model that lost a quarter of its layers
+SHAPES = ("prune(width=0.5,spare=500)", "prune(layers=22,spare=500)")
+RATES = (3e-5, 1e-4)  # of students' trainings: 3e-4 undoes what is left of a model that lost a quarter of its layers
+CHOSEN_ON = 300  # select rows by which the rate is chosen
 WORDS = ("the", "story", "of", "people", "in", "a", "city", "was", "not", "bad", "at", "all", "and", "funny")
 NEW, LONG = 64, 500  # tokens decoded, words read
 
@@ -64,7 +65,8 @@ class Bench(common.Bench):
         prompts.parent.mkdir(parents=True, exist_ok=True)
         prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in more[: options.unlabelled]))
         file = f",unlabelled={prompts}" if options.unlabelled and more else ""
-        self.heal = f"distill(adapter=full,learning_rate={RATE}{file})"
+        self.heal = {rate: f"distill(adapter=full,learning_rate={rate}{file})" for rate in options.rates}
+        self.tune = {rate: f"finetune(adapter=full,learning_rate={rate})" for rate in options.rates}
 
     def made(self, recipe: str, start: Any, tokens: int | None = None) -> tuple[Any, dict[str, Any], float]:
         """What a recipe makes of a System, its notes, and the seconds that took."""
@@ -74,6 +76,19 @@ class Bench(common.Bench):
         begun = time.perf_counter()
         system = parse(recipe).run(start, self.data, run)
         return system, run.notes, time.perf_counter() - begun
+
+    def healed(self, shape: str, ways: dict[float, str]) -> tuple[float, Any, float]:
+        """The better student of a shape by select rows: its learning rate, System, and the seconds of its making."""
+        from whet.scorecard import evaluate
+
+        rows, found = self.task.split(self.options.seed).select[:CHOSEN_ON], []
+        for rate, way in ways.items():
+            system, _, seconds = self.made(f"{shape}+{way}", self.tuned, self.options.tokens)
+            session = self.run.session(system.model)
+            score = evaluate(system, rows, self.metric, session=session, store=self.run.store).score
+            print(f"{shape}+{way.partition('(')[0]} at {rate:g}: {100 * score:.1f} on {len(rows)} select rows")
+            found.append((score, rate, system, seconds))
+        return max(found, key=lambda f: f[0])[1:]
 
     def lost(self, card: Any, than: Any = None) -> tuple[str, str]:
         """The observed loss in points with its interval, and the one-sided bound."""
@@ -183,8 +198,8 @@ def students(bench: Bench) -> dict[str, Any]:
     whole = 2 * sum(p.numel() for p in bench.run.session(bench.tuned.model).module.parameters())
     for shape in bench.options.shapes:
         cut, _, _ = bench.made(shape, bench.tuned)
-        healed, _, seconds = bench.made(f"{shape}+{bench.heal}", bench.tuned, most)
-        plain, _, _ = bench.made(f"{shape}+finetune(adapter=full,learning_rate={RATE})", bench.tuned, most)
+        _, healed, seconds = bench.healed(shape, bench.heal)
+        _, plain, _ = bench.healed(shape, bench.tune)
         cards = [bench.tested(s) for s in (cut, healed, plain)]
         size = size_bytes(healed) / whole
         share = cards[1].score / bench.card.score
@@ -203,7 +218,8 @@ def composed(bench: Bench) -> dict[str, Any]:
     """Everything at once."""
     from whet.scorecard import size_bytes
 
-    recipe = f"{bench.options.shapes[0]}+{bench.heal}+quantize(bits=4,embedding=4)"
+    shape = bench.options.shapes[0]
+    recipe = f"{shape}+{bench.heal[bench.healed(shape, bench.heal)[0]]}+quantize(bits=4,embedding=4)"
     system, _, seconds = bench.made(recipe, bench.tuned, bench.options.tokens)
     card, size = bench.tested(system), size_bytes(system)
     whole = 2 * sum(p.numel() for p in bench.run.session(bench.tuned.model).module.parameters())
@@ -270,6 +286,7 @@ def main() -> None:
     options.add_argument("--kinds", nargs="*", default=KINDS, help="quantizations")
     options.add_argument("--student", default="distill", help="how the student of `teach` is made")
     options.add_argument("--shapes", nargs="*", default=SHAPES, help="students; of the first, `composed` is made")
+    options.add_argument("--rates", nargs="*", type=float, default=RATES, help="learning rates of students' trainings")
     options.add_argument("--unlabelled", type=int, default=2500, help="prompts of further train rows")
     options.add_argument("--repeats", type=int, default=5, help="of each timing")
     options.add_argument("--home", type=Path, default=None, help="keep what is trained here")

@@ -268,27 +268,63 @@ def test_neurons_that_add_nothing_go(family: str) -> None:
     assert module.config.to_dict() == before and torch.equal(logits(module), whole)
 
 
-def test_a_neuron_counts_as_much_as_it_adds() -> None:
-    module = deep(count=1)
-    mlp = module.model.layers[0].mlp
-    rows = [Row((n, 7), ((30 + n, 40, 41),)) for n in range(1, 5)]  # nothing in common, so that all is computed
-    seen: list[torch.Tensor] = []
-    hook = mlp.down_proj.register_forward_pre_hook(lambda m, a: seen.append(a[0][0]))
-    for row in rows:
-        logits(module, torch.tensor([[*row.prompt, *row.continuations[0][:-1]]]))
-    hook.remove()
-    active = torch.cat(seen)
-    # What one neuron adds to the output is an outer product, whose norm is the product of the norms.
-    added = torch.stack([(active[:, [j]] @ mlp.down_proj.weight[:, [j]].T).norm() for j in range(64)])
-    kept = sorted(added.topk(32).indices.tolist())
+def test_neurons_that_stay_make_good_for_those_that_go() -> None:
+    # Each neuron stands twice: half of them can go, if the others' weights become the sums.
+    module = deep(count=2)
+    for layer in layers(module):
+        for name in ("gate_proj", "up_proj"):
+            weight = getattr(layer.mlp, name).weight
+            weight[32:] = weight[:32]
+    rows = [Row((n, 7), (tuple(range(30 + n, 60 + n)),)) for n in range(1, 9)]
+    whole = logits(module)
+    plain = twin(module)
+    for layer in layers(plain):
+        layer.mlp.down_proj.weight = torch.nn.Parameter(layer.mlp.down_proj.weight.clone())
+        layer.mlp.down_proj.weight.data[:, 32:] = 0
     made = width.narrow(session(module), rows, 0.5)
-    assert torch.equal(made.model.layers[0].mlp.up_proj.weight, mlp.up_proj.weight[kept])
-    assert torch.equal(made.model.layers[0].mlp.down_proj.weight, mlp.down_proj.weight[:, kept])
+    off = (logits(made) - whole).norm() / (logits(plain) - whole).norm()
+    assert off < 0.1 and torch.equal(logits(module), whole)
 
 
-def test_wide_models_keep_multiples_of_64() -> None:
-    made = width.narrow(session(deep(count=1, intermediate_size=1024)), LOOK.rows, 0.7)
-    assert made.config.intermediate_size == 704  # 716.8
+def test_survivors_are_the_best_and_refitted() -> None:
+    torch.manual_seed(0)
+    inputs, weight = torch.randn(200, 12) @ torch.randn(12, 12), torch.randn(5, 12)
+    second = inputs.T @ inputs
+    damped = second.double() + 0.01 * second.diagonal().diag()
+
+    def refitted(kept: list[int]) -> tuple[torch.Tensor, float]:
+        """The best weights for inputs that are kept, and what they cost."""
+        full = torch.zeros(5, 12, dtype=torch.double)
+        full[:, kept] = torch.linalg.solve(damped[kept][:, kept], damped[kept] @ weight.double().T).T
+        off = full - weight
+        return full[:, kept], float((off @ damped * off).sum())
+
+    kept, found = width.survivors(weight, second, 11)
+    each = [[i for i in range(12) if i != gone] for gone in range(12)]
+    assert kept.tolist() == min(each, key=lambda some: refitted(some)[1])
+    for many in (11, 6, 1):
+        kept, found = width.survivors(weight, second, many)
+        assert len(kept) == many and torch.allclose(found, refitted(kept.tolist())[0], atol=1e-8)
+    kept, found = width.survivors(weight, torch.zeros(12, 12), 6)  # rows that never reach the layer
+    assert len(kept) == 6 and torch.allclose(found, weight[:, kept].double())
+
+
+def test_of_two_that_stand_in_for_each_other_one_stays() -> None:
+    torch.manual_seed(0)
+    half = torch.randn(400, 32)
+    inputs, weight = torch.cat([half, half], 1) + 0.01 * torch.randn(400, 64), torch.randn(5, 64)
+    inputs[:20, 7] = 1000.0  # and one that is loud does not drown them
+    kept, found = width.survivors(weight, inputs.T @ inputs, 33)
+    whole = inputs.double() @ weight.double().T
+    off = inputs[:, kept].double() @ found.T - whole
+    assert off[20:].norm() < 0.1 * whole[20:].norm()
+    assert {int(i) % 32 for i in kept} == set(range(32))
+
+
+@pytest.mark.parametrize(("whole", "share", "kept"), [(1024, 0.7, 704), (512, 0.6, 320), (110, 0.99, 110), (7, 0.5, 7)])
+def test_widths_suit_groups_of_quantized_weights(whole: int, share: float, kept: int) -> None:
+    made = width.narrow(session(deep(count=1, intermediate_size=whole)), LOOK.rows, share)
+    assert made.config.intermediate_size == kept
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_oss"])

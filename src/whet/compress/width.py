@@ -1,20 +1,23 @@
-"""Cutting the width of gated MLPs: the neurons that add least go."""
+"""Cutting the width of gated MLPs: the neurons that add least go, and the others make good for them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
-from whet.compress.calibration import norms
+from whet.compress.moments import Moments, walk
+from whet.compress.rounding import DAMP
 from whet.compress.structure import family, layers, twin
 from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession
 from whet.errors import MethodError
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
-STEP, SMALL = 64, 8  # widths are multiples of 64, as groups of quantized weights are; below 1024 of 8
+STEPS = ((1024, 64), (128, 32), (0, 8))  # models of such a width keep a multiple, as groups of quantized weights are
+AT_ONCE = 16  # neurons that go, or a 64th of them, before the cost of all others is looked at anew
 
 
 def gated(module: Any) -> list[nn.Module]:
@@ -32,34 +35,81 @@ def gated(module: Any) -> list[nn.Module]:
     return [m for m in found if m is not None]
 
 
-def narrow(session: TorchSession, rows: Sequence[Row], share: float) -> Any:
+def narrow(
+    session: TorchSession, rows: Sequence[Row], share: float, progress: Callable[[int, int], None] | None = None
+) -> Any:
     """The session's module with about this share of the neurons of each MLP: a new one over new tensors.
 
-    A neuron counts as much as what it adds to the layer's output over the rows: the norm of its activations times
-    that of its column of down_proj (structured, as in Muralidharan et al. 2024, by the product of Sun et al. 2023).
+    Layer by layer, each on what the narrowed ones before it make of the rows: the neurons go without which the layer's
+    output changes least, and those that stay make good for them (structured optimal brain surgeon, Kurtic et al. 2023).
     """
     module = twin(session.module)
     mlps, config = gated(module), module.config.get_text_config()
-    step = STEP if config.intermediate_size >= 1024 else SMALL
-    width = max(step, round(share * config.intermediate_size / step) * step)
-    active = norms(session, rows, [m.get_submodule("down_proj") for m in gated(session.module)])
-    for mlp, norm in zip(mlps, active, strict=True):
+    whole = config.intermediate_size
+    step = next(step for least, step in STEPS if whole >= least)
+    width = min(whole, max(step, round(share * whole / step) * step))
+
+    def visit(index: int, layer: nn.Module, moments: dict[str, Moments]) -> None:
+        mlp = mlps[index]
         gate, up, down = (mlp.get_submodule(n) for n in NAMES)
-        worth = norm * down.weight.float().norm(dim=0)  # type: ignore[operator]
-        kept = worth.topk(width).indices.sort().values
-        for layer, dim in ((gate, 0), (up, 0), (down, 1)):
-            _select(layer, kept, dim)
+        name = next(n for n, m in layer.named_modules() if m is down)
+        before = cast(Tensor, down.weight)
+        kept, weight = survivors(before.detach(), moments[name].second, width)
+        for one in (gate, up):
+            _select(one, kept)
+        down.weight = nn.Parameter(weight.to(before), requires_grad=False)
+        down.in_features = width
         if hasattr(mlp, "intermediate_size"):
             mlp.intermediate_size = width
+
+    walk(TorchSession(module, session.tokenizer), rows, visit, progress)
     config.intermediate_size = width
     return module
 
 
-def _select(layer: Any, kept: Tensor, dim: int) -> None:
-    """Keep these outputs (dim 0) or inputs (dim 1) of a linear layer."""
-    layer.weight = nn.Parameter(layer.weight.detach().index_select(dim, kept), requires_grad=False)
-    if dim == 0 and layer.bias is not None:
+def survivors(weight: Tensor, second: Tensor, many: int) -> tuple[Tensor, Tensor]:
+    """The `many` inputs of a linear layer that are kept, in order, and their weights [out, many] in fp64.
+
+    `second` are the inputs' products [in, in], summed over tokens. Those go first that cost the output least if the
+    others make good for them: the square of a column's norm by its place in the inverse's diagonal (Hassibi & Stork
+    1993, for columns). Each input is damped by its own size, so that a few loud ones do not drown the others.
+    """
+    second = second.to(weight.device, torch.float64)
+    size = second.diagonal().sqrt()
+    size = size.clamp_min(1e-6 * float(size.max()) or 1.0)
+    second = second / torch.outer(size, size)
+    second.diagonal().add_(DAMP)
+    inverse, weight = torch.cholesky_inverse(torch.linalg.cholesky(second)), weight.double() * size
+    alive = torch.ones(len(size), dtype=torch.bool, device=weight.device)
+    while (spare := int(alive.sum()) - many) > 0:
+        gone = _cheapest(weight, inverse, alive, min(spare, max(AT_ONCE, len(size) // 64)))
+        solved = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
+        weight = weight.addmm(weight[:, gone], solved, alpha=-1)
+        inverse.addmm_(inverse[:, gone], solved, alpha=-1)
+        alive[gone] = False
+    kept = alive.nonzero().flatten()
+    return kept, weight[:, kept] / size[kept]
+
+
+def _cheapest(weight: Tensor, inverse: Tensor, alive: Tensor, many: int) -> Tensor:
+    """The next inputs to go: one after the other among those that now cost least, as each makes others dearer."""
+    cost = (weight.square().sum(0) / inverse.diagonal()).masked_fill(~alive, torch.inf)
+    near = cost.topk(min(4 * many, int(alive.sum())), largest=False).indices
+    some, block = weight[:, near], inverse[near][:, near]
+    left, gone = torch.zeros(len(near), dtype=some.dtype, device=some.device), list[int]()
+    for _ in range(many):
+        gone.append(n := int((some.square().sum(0) / block.diagonal() + left).argmin()))
+        left[n] = torch.inf
+        step = block[n] / block[n, n]
+        some, block = some - torch.outer(some[:, n], step), block - torch.outer(block[:, n], step)
+        block[n, n] = 1.0
+    return near[gone]
+
+
+def _select(layer: Any, kept: Tensor) -> None:
+    """Keep these outputs of a linear layer."""
+    kept = kept.to(layer.weight.device)
+    layer.weight = nn.Parameter(layer.weight.detach()[kept], requires_grad=False)
+    if layer.bias is not None:
         layer.bias = nn.Parameter(layer.bias.detach()[kept], requires_grad=False)
-    layer.out_features, layer.in_features = layer.weight.shape
-
-
+    layer.out_features = len(kept)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     Pair = tuple[Example, Row]
 
 CLEARS = ("none", "demonstrations", "context", "prompt")
-RATES = {"lora": 1e-3, "full": 1e-4}
+RATES = {"lora": 1e-3, "full": 5e-5}
 GOLD = 0.5  # of what is learnt where a model was made smaller and a row has a completion (Hinton et al. 2015 mix both)
 FEW = 16  # choices up to which all are learnt from
 LIKELIEST, LEAST_CHANCE = 8, 0.01  # of more, so many of the likeliest, and none that is less likely than this
@@ -61,7 +61,7 @@ class Distill:
     without (context distillation, Snell et al. 2022). `unlabelled`: a file of prompts beside the train rows. What the
     student loses, `clear` says: none, demonstrations, context (passages, too) or prompt (instruction and frame, too);
     by default context where the models are the same, else none. `adapter`: lora or full; by default full where the
-    model was made smaller, and lora over packed weights. `learning_rate` 0: 1e-3 for lora, 1e-4 for full. `temperature`
+    model was made smaller, and lora over packed weights. `learning_rate` 0: 1e-3 for lora, 5e-5 for full. `temperature`
     softens the teacher. `hidden` weighs how far the states behind the student's layers lie from the teacher's, at every
     token, where the teacher is the model before it was made smaller and all weights are trained (Jiao et al. 2020,
     TinyBERT). `gold` is how much a row's own completion counts beside the teacher: mixed into the choices of a closed
@@ -104,7 +104,7 @@ class Distill:
     def space(self) -> Mapping[str, Sequence[Any]]:
         """The settings worth trying."""
         # Without a kind the model decides; rates that are all right for either.
-        rates = {"full": (3e-5, 3e-4), "lora": (3e-4, 2e-3)}.get(self.adapter, (1e-4, 6e-4))
+        rates = {"full": (2e-5, 1e-4), "lora": (3e-4, 2e-3)}.get(self.adapter, (1e-4, 6e-4))
         return {"learning_rate": rates, "temperature": (1.0, 2.0), "epochs": (1.0, 3.0, 6.0)}
 
     def apply(self, system: System, data: Learnable, run: Run) -> System:

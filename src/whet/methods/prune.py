@@ -11,6 +11,7 @@ from whet.system import System
 from whet.task import Learnable
 
 BY = ("loss", "influence")
+NARROW_BY = 256  # train rows by which neurons are chosen
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Prune:
         """(module, tokenizer, notes)."""
         from whet.compress import depth, vocabulary, width
         from whet.compress.calibration import calibration, opened
+        from whet.compress.moments import rows_of
         from whet.compress.structure import counted, layers, size
         from whet.engine.torch import TorchSession
 
@@ -82,7 +84,9 @@ class Prune:
             module, gone = depth.drop(session, look, many, self.by, run.progress("dropping layers"))
             notes["dropped"] = [asdict(d) for d in gone]
         if self.width < 1:
-            module = width.narrow(TorchSession(module, tokenizer), look.rows, self.width)
+            seen = rows_of(system, data.train, session, NARROW_BY, run.seed)
+            told = run.progress("narrowing layers")
+            module = width.narrow(TorchSession(module, tokenizer), seen, self.width, told)
             notes["width"] = module.config.get_text_config().intermediate_size
         if self.vocabulary:
             shown = vocabulary.texts(system, data, session, said)

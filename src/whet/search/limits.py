@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from whet.scorecard import Scorecard, measure
+from whet.engine import Spent
+from whet.errors import WhetError
+from whet.methods import Method
+from whet.scorecard import Scorecard, measure, size_bytes
 from whet.search.recipe import Recipe, parse
 from whet.system import System
 from whet.task import Limits
@@ -20,10 +23,16 @@ SMALLER = (  # what is tried, the least loss first
     "quantize",
     "quantize(bits=4)",
     "prune(vocabulary=true)+quantize(bits=4)",
-    "prune(layers=0.75,vocabulary=true)+distill+quantize(bits=4)",
-    "prune(layers=0.5,vocabulary=true)+distill+quantize(bits=4)",
+    "prune(width=0.6)+distill+quantize(bits=4)",
+    "prune(width=0.4)+distill+quantize(bits=4)",
+    "prune(layers=0.75)+distill+quantize(bits=4)",  # where there is no rule for the width
+    "prune(layers=0.5,width=0.5)+distill+quantize(bits=4)",
     "share+distill+quantize(bits=4)",
 )
+
+
+PACKED = "quantize(bits=4)"  # of the sizes it leaves, those of others are told before they are taught
+CONTEXT = ("distill", "distill+quantize")  # first, where much is read or written before each answer
 
 
 def limited(limits: Limits) -> bool:
@@ -49,9 +58,20 @@ def _excess(limits: Limits, card: Scorecard) -> float:
     return max((have / most for have, most in pairs if have is not None and most), default=0.0)
 
 
+def _steps(limits: Limits, system: System) -> tuple[str, ...]:
+    """What is tried. Answers that take long for what stands around them are first taught to do without it."""
+    if limits.latency is None:
+        return SMALLER
+    slow = system.demonstrations.pool or system.sources or system.decoding.after or system.decoding.votes > 1
+    return (*CONTEXT, *SMALLER) if slow else SMALLER
+
+
 def smaller(recipe: Recipe, step: Recipe) -> Recipe:
-    """A recipe with the methods that make it smaller behind those that train, and calibration last."""
-    last = tuple(m for m in recipe.methods if m.name == "calibrate")
+    """A recipe with the methods that make it smaller behind those that train, and calibration last: but a student
+    that loses its context learns from a teacher that is calibrated.
+    """
+    first = step.methods[0].name == "distill"
+    last = () if first else tuple(m for m in recipe.methods if m.name == "calibrate")
     return Recipe((*(m for m in recipe.methods if m not in last), *step.methods, *last))
 
 
@@ -77,15 +97,22 @@ def within(job: _Job, finalist: Trial | None) -> Trial | None:
     origin = next((b for b in job.bases if b.model.content == start.system.model.content), job.bases[0])
     # The bound of a training is part of what it is known by: with another one it would be trained anew.
     tokens = start.notes.get("allowed") or int(max(0.0, race.left) * job.rates.train)
-    for text in SMALLER:
+    steps, packed, whole_size = _steps(limits, start.system), 1.0, used.size_bytes
+    for text in steps:
         whole = parse(text).methods
         wished = tuple(m for m in whole if not job.wish.methods or m.name in job.wish.methods)
         if wished[:1] != whole[:1]:
             continue
         opened = set(job.run.sessions)
+        if text != steps[-1] and (size := _expected(job, start, wished, packed)) > (limits.size or size):
+            why = f"it would take about {size / 1e6:.1f} MB, {(limits.size or 0) / 1e6:.1f} allowed"
+            job.skipped.append({"method": smaller(start.recipe, Recipe(wished)).name, "why": why})
+            continue
         trial = race.enter(smaller(start.recipe, Recipe(wished)), origin, tokens=tokens, label=start.label)
         if trial.card is not None:
             used = _measured(job, trial.system, trial.card)
+            if text == PACKED and used.size_bytes and whole_size:
+                packed = used.size_bytes / whole_size
             over, excess = beyond(limits, used), _excess(limits, used)
             if not over or excess < least:  # else it is not handed over, whatever it forgets
                 trial = _keeping(job, trial)
@@ -103,6 +130,18 @@ def within(job: _Job, finalist: Trial | None) -> Trial | None:
     job.notes.append(f"nothing that was tried keeps within the limits; the nearest is handed over: {nearest.name} "
                      f"({nearest.why})")  # fmt: skip
     return nearest if nearest is not race.base else finalist
+
+
+def _expected(job: _Job, start: Trial, wished: tuple[Method, ...], packed: float) -> float:
+    """Bytes that a student will take, about: those of its untaught model times what packing leaves; else 0."""
+    cut = tuple(m for m in wished if m.name in ("prune", "share"))
+    if job.task.limits.size is None or len(cut) == len(wished) or not any(m.name == "distill" for m in wished):
+        return 0.0
+    try:  # the cut is kept, so that the arm finds it done
+        made = Recipe(cut).run(start.system, job.race.data, replace(job.run, spent=Spent(), notes={}))
+    except WhetError:
+        return 0.0  # the arm says why
+    return (size_bytes(made) or 0) * (packed if any(m.name == "quantize" for m in wished) else 1.0)
 
 
 def _too_much(job: _Job, trial: Trial | None) -> bool:
@@ -127,8 +166,6 @@ def _better(job: _Job, small: Trial, finalist: Trial | None) -> Trial:
 
 def _measured(job: _Job, system: System, card: Scorecard) -> Scorecard:
     """The card with what the limits are about; a process of its own is started only where they ask for one."""
-    from whet.scorecard import size_bytes
-
     limits = job.task.limits
     job.watch.arm("measuring against the limits", job.race.left)
     if limits.memory is None and limits.latency is None:

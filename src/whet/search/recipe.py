@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from whet.errors import MethodError
 from whet.methods import Method, Run, lacking, make
 from whet.system import System
-from whet.task import Learnable
+from whet.task import Learnable, contents
 
 # What a part written by one method is called when another says that it invalidates it.
 PART_OF = {"calibrate": "calibration", "distill": "healing", "quantize": "packing"}
@@ -36,13 +37,22 @@ class Recipe:
         """The recipe as plain data: each method's name and all its settings."""
         return [{"method": m.name, **asdict(m)} for m in self.methods]  # type: ignore[call-overload]
 
+    @property
+    def files(self) -> dict[str, str]:
+        """What stands in the files and Systems that settings name, by its hash: with others it is another recipe."""
+        said = {v for m in self.methods for v in asdict(m).values() if v and isinstance(v, str)}  # type: ignore[call-overload]
+        named = sorted(v for v in said if Path(v).is_file() or (Path(v) / "system.json").is_file())
+        return {v: contents(Path(v)) for v in named}
+
     def check(self) -> None:
         """Raise MethodError where the order makes no sense: a method twice, or one that undoes an earlier one."""
         for i, method in enumerate(self.methods):
-            for earlier in self.methods[:i]:
+            for n, earlier in enumerate(self.methods[:i]):
                 if earlier.name == method.name:
                     raise MethodError(f"{method.name} stands twice in {self.name}", do="name it once")
-                if PART_OF.get(earlier.name) in method.invalidates:
+                # What a teacher's calibration did, its student has learnt.
+                learnt = earlier.name == "calibrate" and any(m.name == "distill" for m in self.methods[n:i])
+                if PART_OF.get(earlier.name) in method.invalidates and not learnt:
                     raise MethodError(
                         f"{method.name} undoes {earlier.name} in {self.name}",
                         expected=f"{earlier.name} after {method.name}", found="the reverse", do="swap them",
