@@ -16,6 +16,7 @@ from transformers import (
     GptOssConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -76,7 +77,13 @@ def _config(family: str, context: int) -> Any:
     if family == "gpt2":
         return GPT2Config(
             vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=context, initializer_range=0.25,
-            bos_token_id=0, eos_token_id=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            bos_token_id=0, eos_token_id=2,
+        )  # fmt: skip
+    if family == "opt":
+        return OPTConfig(
+            vocab_size=300, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=context, bos_token_id=0, eos_token_id=2, pad_token_id=0,
+            init_std=0.25,
         )  # fmt: skip
     if family == "gemma":
         return GemmaConfig(**common, head_dim=16)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from models import SHARED, make_model, make_tokenizer, save_model
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, Llama4TextConfig, MambaConfig, MixtralConfig
 
 from whet import model as models
 from whet.engine import prefix
@@ -37,6 +37,7 @@ from whet.train.fit import twice_the_data, verdict
 from whet.train.lesson import mean_loss, render_rows
 from whet.train.loop import Curves, Masters, Schedule, Settings, _step, operations, train
 from whet.train.losses import NextToken
+from whet.train.peak import training_rate
 from whet.train.protect import fisher
 from whet.train.team import Alone
 from whet.train.trackers import trackers
@@ -91,18 +92,20 @@ def test_next_token_is_cross_entropy() -> None:
     assert NextToken().count(ROWS) == 3 + 2 + 2 + 4 + 2 + 1
 
 
-@pytest.mark.parametrize("family", [*SHARED, "gemma2", "mistral"])
+@pytest.mark.parametrize("family", [*SHARED, "opt", "gemma2", "mistral"])
 def test_a_step_has_transformers_loss_and_gradients(family: str) -> None:
     model = make_model(family)
     wanted = plain_loss(model, ROWS)
     wanted.backward()
     theirs = gradients(model)
     model.zero_grad()
-    value, tokens = step(model, ROWS)
+    chances = {n: m.p for n, m in model.named_modules() if isinstance(m, torch.nn.Dropout)}
+    value, tokens = step(model, ROWS)  # also of families that drop a tenth by default
     assert value == pytest.approx(float(wanted.detach()), abs=1e-4)
     equal(gradients(model), theirs)
-    shared = family in SHARED
-    apart = sum(p.tokens for p in padded(ROWS, torch.device("cpu")))
+    assert {n: m.p for n, m in model.named_modules() if isinstance(m, torch.nn.Dropout)} == chances
+    shared = family in (*SHARED, "opt")
+    apart = sum(p.tokens for p in padded(ROWS, torch.device("cpu"), batches.PACK_TOKENS))
     assert tokens == (prefix.arrange(ROWS).unique_tokens if shared else apart)
     assert not model.training
 
@@ -139,9 +142,21 @@ def test_packs_cover_each_target_once(most: int, targets: int, monkeypatch: pyte
     assert found == wanted
 
 
-@pytest.mark.parametrize("most", [1, 40])
-def test_cutting_a_step_into_passes_changes_nothing(most: int) -> None:
-    model = make_model("llama")
+def test_padded_passes_hold_rows_of_like_length() -> None:
+    rows = [Row(HEAD[:n], ((5,),)) for n in (20, 19, 20, 3, 18)]
+    shapes = [tuple(p.ids.shape) for p in padded(rows, torch.device("cpu"), 64)]
+    assert shapes == [(1, 3), (3, 20), (1, 20)]  # not padded to sixfold, and at most 64 tokens
+    assert [tuple(p.ids.shape) for p in padded(rows, torch.device("cpu"))] == [(1, 3), (1, 18), (1, 19)] + [(1, 20)] * 2
+    [pack] = padded(ROWS[:4:3], torch.device("cpu"), 1024)
+    assert pack.owners.tolist() == [1, 1, 0]  # a row's continuations stay together
+    many = padded([Row((1,), ((2,) * 400,))] * 4, torch.device("cpu"), 8192)
+    assert [len(p.targets) for p in many] == [800, 800]  # the vocabulary at each place is what fills memory
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("most", [1, 40, 80])
+def test_cutting_a_step_into_passes_changes_nothing(family: str, most: int) -> None:
+    model = make_model(family)
     whole, _ = step(model, ROWS)
     wanted = gradients(model)
     model.zero_grad()
@@ -190,7 +205,7 @@ def lora(family: str, seed: int = 0, kind: str = "lora") -> Any:
         for name, value in tuned.named_parameters():
             if "lora_B" in name:
                 value.normal_(0, 0.1)
-    return tuned
+    return tuned.eval()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])  # without bias, with bias, with transposed weights
@@ -239,6 +254,42 @@ def test_quick_products_in_bf16_differ_from_peft_by_rounding_only() -> None:
     for name, gradient in gradients(tuned).items():
         apart = (gradient.float() - wanted[name].float()).norm() / wanted[name].float().norm()
         assert apart < 0.1, name
+
+
+def test_layers_that_add_in_place_take_the_adapted_product() -> None:
+    x, w, a, b = torch.ones(2, 3, 4), torch.ones(5, 4), torch.ones(2, 4), torch.ones(5, 2, requires_grad=True)
+    out = _AdaptedLinear.apply(x, w, None, a, b, 1.0)
+    out.add_(1.0)
+    out.sum().backward()
+    assert b.grad is not None and torch.equal(b.grad, torch.full((5, 2), 24.0))
+
+
+LEAST: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "pad_token_id": 0}
+HEADS: dict[str, Any] = {**LEAST, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "without"),
+    [
+        (MambaConfig(**LEAST, state_size=8), "backbone.layers.0.mixer.out_proj"),
+        (Llama4TextConfig(**HEADS, num_local_experts=2, intermediate_size_mlp=64, head_dim=8, moe_layers=[0]),
+         "model.layers.0.feed_forward.router"),
+    ],
+)  # fmt: skip
+def test_layers_that_no_lora_suits_are_left_out(config: Any, without: str, tmp_path: Path) -> None:
+    module = AutoModelForCausalLM.from_config(config, dtype=torch.float32).requires_grad_(False)
+    with adapted(module, Adapter(rank=4), 0) as tuned:
+        left = tuned.get_base_model().get_submodule(without)
+        assert isinstance(left, torch.nn.Linear) and not hasattr(left, "lora_A")
+        value, _ = step(tuned, ROWS)
+        assert math.isfinite(value) and gradients(tuned)
+
+
+def test_a_training_rate_that_cannot_be_measured_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = TorchSession(make_model("llama").requires_grad_(False), make_tokenizer())
+    assert training_rate(session, 1) > 0
+    monkeypatch.setattr(loop, "_step", lambda *_: (_ for _ in ()).throw(AttributeError("no such cache")))
+    assert training_rate(session, 1) == 0.0
 
 
 def test_an_adapter_that_cannot_stand_leaves_nothing_behind() -> None:
@@ -332,6 +383,10 @@ def test_schedule_closed_form() -> None:
     assert Schedule(2e-3, 100).at(50) == 2e-3
     assert [Schedule(1.0, 1).at(n) for n in (0, 1)] == [1.0, 0.0]
     assert [Schedule(1.0, 8, warmup=4, decay=0.5).at(n) for n in (0, 1, 4, 7)] == [0.5, 1.0, 1.0, 0.25]
+    # What is the beginning of a longer one warms up as that does, also where both are short.
+    short, long = Schedule(1.0, 9, whole=60), Schedule(1.0, 60)
+    assert [short.at(n) for n in range(6)] == [long.at(n) for n in range(6)] == [n / 8 for n in range(1, 7)]
+    assert Schedule(1.0, 4, whole=24).at(0) == Schedule(1.0, 24).at(0) == 1 / 6
     # It can be continued: a longer run differs only once the shorter one decays.
     longer = Schedule(1.0, 200, warmup=5)
     assert [longer.at(n) for n in range(71)] == pytest.approx(rates[:71])
@@ -447,6 +502,24 @@ def test_a_loss_that_is_not_finite(bad: float, dtype: torch.dtype) -> None:
     assert same(model.parameters(), good[-1])
 
 
+def test_without_validation_the_last_weights_that_gave_a_loss_are_kept() -> None:
+    model, seen, rescued = make_model("llama"), [], []
+
+    class Breaking(NextToken):
+        def __call__(self, logits: torch.Tensor, pack: Pack) -> torch.Tensor:
+            seen.append([p.detach().clone() for p in model.parameters()])
+            return super().__call__(logits, pack) * (math.nan if len(seen) == 6 else 1.0)
+
+    def rescue() -> Path:
+        rescued.append([p.detach().clone() for p in model.parameters()])
+        return Path("here")
+
+    settings = Settings(Schedule(4e-3, 10), validations=5)
+    with pytest.raises(MethodError, match="not finite at step 6.*so far are in here"):
+        train(model, steps(learnable(0), 6, 0), Breaking(), settings, rescue=rescue)
+    assert same(model.parameters(), seen[3]) and same(rescued[0], seen[3])  # those of the fourth step, a fifth ago
+
+
 def test_gradients_are_clipped() -> None:
     model = make_model("llama")
     before = [p.detach().clone() for p in model.parameters()]
@@ -530,6 +603,19 @@ def test_short_memory_only_makes_packs_smaller(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(loop, "packs", lambda *_: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(MethodError, match="too little memory to train"):
         fit(0, validate=False)
+
+
+def test_what_does_not_fit_is_named() -> None:
+    class Short(NextToken):
+        def __call__(self, logits: torch.Tensor, pack: Pack) -> torch.Tensor:
+            sizes.append(pack.tokens)
+            raise torch.OutOfMemoryError("out of memory")
+
+    sizes: list[int] = []
+    rows = [Row(HEAD[:17], ((1, 2),) * 8)] * 2
+    with pytest.raises(MethodError, match="one row's pass of 144 tokens"):
+        train(make_model("gemma2"), lambda _: rows, Short(), Settings(Schedule(1e-3, 1)))
+    assert sizes == [288, 288, 144, 144, 144]  # packs of 1024, 512, 256, 128 and 64
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -738,6 +824,7 @@ def test_finetune(system: System, data: Learnable, home: Path) -> None:
     assert models.check_transform(transform) == transform.folder
     config = json.loads((transform.folder / "adapter_config.json").read_text())
     assert (config["r"], config["base_model_name_or_path"]) == (4, None)
+    assert config["target_modules"] == sorted(config["target_modules"])  # the same in every process
     # What it cost and how it went is told.
     assert run.spent.trained_tokens > 0
     assert run.spent.training_seconds > 0
@@ -745,6 +832,18 @@ def test_finetune(system: System, data: Learnable, home: Path) -> None:
     assert run.notes["rows"] == len(data.validation(seed=3, most=128)[0]) == 36
     curve = [loss for _, loss in run.notes["curves"]["train"]]
     assert curve[-1] < 0.6 * curve[0]
+
+
+def test_a_short_training_warms_up_as_the_whole_would(
+    system: System, data: Learnable, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Schedule] = []
+    monkeypatch.setattr("whet.train.lesson.train", lambda *a, **k: (seen.append(a[3].schedule), train(*a, **k))[1])
+    for fidelity in (0.4, 1.0):
+        METHOD.apply(system, data, Run(Store(home), fidelity=fidelity))
+    short, whole = seen
+    assert (short.steps, whole.steps) == (4, 9)
+    assert short.at(0) == whole.at(0) == 0.5 * METHOD.learning_rate
 
 
 def test_finetune_trains_nothing_twice(system: System, data: Learnable, home: Path, monkeypatch: Any) -> None:

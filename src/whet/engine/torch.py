@@ -409,17 +409,44 @@ def give_back_memory() -> None:
 
 @contextmanager
 def using_tree(module: Any, *, train: bool = False, shared: bool = True) -> Iterator[None]:
-    """Run a module with tree attention (its own unless `shared`); implementation and mode are restored afterwards."""
+    """Run a module with tree attention (its own unless `shared`); implementation and mode are restored afterwards.
+
+    To `train` means gradients and what goes with them, not chance: nothing is dropped.
+    """
     before, training = module.config._attn_implementation, module.training
     try:
         if shared:
             module.set_attn_implementation(attention.NAME)
         module.train(train)
-        yield
+        with _steady(module) if train else contextlib.nullcontext():
+            yield
     finally:
         if shared:
             module.set_attn_implementation(before)
         module.train(training)
+
+
+@contextmanager
+def _steady(module: Any) -> Iterator[None]:
+    """Within it, dropout and jitter are off, also those that layers read off an attribute or their config."""
+    layers = list(module.modules())
+    own = [m for m in layers if not type(m).__module__.startswith("torch.nn")]  # torch's have no chance but Dropout
+    configs = {id(c): c for m in own if (c := vars(m).get("config")) is not None}.values()
+    parts = [*own, *configs, *(m for m in layers if isinstance(m, torch.nn.Dropout))]
+    chances = [
+        (vars(part), name, value)
+        for part in parts
+        for name, value in vars(part).items()
+        if type(value) is float and value
+        and ("drop" in name or "jitter" in name or (name == "p" and isinstance(part, torch.nn.Dropout)))
+    ]  # fmt: skip
+    try:
+        for held, name, _ in chances:
+            held[name] = 0.0
+        yield
+    finally:
+        for held, name, value in chances:
+            held[name] = value
 
 
 def _logits(

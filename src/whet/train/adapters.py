@@ -23,7 +23,7 @@ KINDS = ("lora", "rslora", "dora", "full")
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is trained: LoRA on every linear layer but the output, one of its kin, or all weights.
+    """What is trained: LoRA on every linear layer that it suits but the output, one of its kin, or all weights.
 
     lora: Hu et al. 2021. rslora: the same scaled by alpha/√rank (Kalajdzievski 2023). dora: magnitude and direction
     apart (Liu et al. 2024). full: every weight. `head`: a reward model, whose output is one trained number per place.
@@ -53,7 +53,7 @@ def add_lora(module: Any, adapter: Adapter, seed: int) -> Any:
 
     config = LoraConfig(
         r=adapter.rank, lora_alpha=adapter.alpha, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0,
-        use_dora=adapter.kind == "dora", use_rslora=adapter.kind == "rslora",
+        use_dora=adapter.kind == "dora", use_rslora=adapter.kind == "rslora", exclude_modules=_unsuited(module) or None,
     )  # fmt: skip
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
@@ -68,6 +68,15 @@ def add_lora(module: Any, adapter: Adapter, seed: int) -> Any:
             return tuned
     finally:
         torch.random.set_rng_state(state)
+
+
+def _unsuited(module: Any) -> list[str]:
+    """Linear layers that no LoRA can stand on: routers that give more than a product, and the outputs of state-space
+    mixers (Gu & Dao 2023), whose kernels read the weight itself.
+    """
+    named = dict(module.named_modules())
+    routers = [n for n, m in named.items() if isinstance(m, torch.nn.Linear) and "Router" in type(m).__name__]
+    return routers + [f"{n}.out_proj" for n, m in named.items() if hasattr(m, "D") and hasattr(m, "out_proj")]
 
 
 @contextmanager
@@ -97,7 +106,7 @@ def adapted(module: Any, adapter: Adapter, seed: int) -> Iterator[Any]:
             _unload(module)
             raise MethodError(
                 f"{adapter.kind} does not go with this model", expected="another adapter", found=str(error),
-                do="set adapter=lora",
+                do=f"set adapter={'full' if adapter.kind == 'lora' else 'lora'}",
             ) from error  # fmt: skip
         if adapter.head:
             module.get_output_embeddings().requires_grad_(True)  # peft has frozen all but the adapter
@@ -171,8 +180,9 @@ class _AdaptedLinear(torch.autograd.Function):
         narrow = (inputs @ a.T) * scale
         ctx.save_for_backward(x, weight, a, b, narrow)
         ctx.scale = scale
-        out = torch.nn.functional.linear(inputs, weight, bias).addmm_(narrow, b.T)
-        return out.view(*x.shape[:-1], -1)
+        out = torch.nn.functional.linear(x, weight, bias)  # itself, not a view of it: some layers add to it in place
+        out.view(-1, out.shape[-1]).addmm_(narrow, b.T)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ PACK_TOKENS = 1024  # packed tokens per backward pass: activations take 1.7 MB a
 PACK_TARGETS = 1024  # tokens with logits per backward pass: the vocabulary is what fills memory
 LEAST_STEPS = 64  # where a budget allows fewer steps of the rows wanted, a step takes fewer rows
 LEAST_BATCH = 8
+PADDING = 0.125  # of the tokens of a padded pass may be padding, at most: beyond, two passes are quicker than one
 WORTH = 0.125  # of the tokens that read a shared beginning it must save: measured, the merging costs about as much
 
 
@@ -27,8 +28,9 @@ WORTH = 0.125  # of the tokens that read a shared beginning it must save: measur
 class Pack:
     """One forward pass: ids and positions [B, T], the places whose logits are needed, and what follows them.
 
-    With a plan, B is 1 and the rows are packed; without, a row's continuations stand padded beneath each other, for
-    models whose attention cannot be shared. A sequence is one continuation of one row; those of a row stand together.
+    With a plan, B is 1 and the rows are packed; without, continuations stand padded beneath each other, each behind its
+    prompt, for models whose attention cannot be shared. A sequence is one continuation of one row; those of a row stand
+    together.
     """
 
     ids: Tensor
@@ -67,19 +69,51 @@ def packs(rows: Sequence[Row], dtype: torch.dtype, device: torch.device, most: i
     return made
 
 
-def padded(rows: Sequence[Row], device: torch.device) -> list[Pack]:
-    """One pass per row, nothing shared: padding stands behind what a causal model reads, so that it needs no mask."""
-    made = []
-    for n, row in enumerate(rows):
-        first, most = len(row.prompt) - 1, max(map(len, row.continuations))
-        whole = [(*row.prompt, *c[:-1], *[0] * (most - len(c))) for c in row.continuations]
-        ids = torch.tensor(whole, device=device)
-        places = torch.arange(first, ids.shape[1], device=device)
-        pick = [b * most + i for b, c in enumerate(row.continuations) for i in range(len(c))]
-        positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
-        made.append(Pack(ids, positions, None, places, torch.tensor(pick, device=device), *_wanted(rows, [n], device),
-                         ids.numel()))  # fmt: skip
-    return made
+def shares(module: Any, rows: Sequence[Row]) -> bool:
+    """Whether a module's attention can share the beginnings of such rows."""
+    return attention.shares(module, max(len(r.prompt) + max(map(len, r.continuations)) for r in rows))
+
+
+def row_tokens(row: Row, shared: bool) -> int:
+    """Tokens of the smallest pass that a row fits into: its prompt is computed once, or once per continuation."""
+    if shared:
+        return len(row.prompt) + sum(map(len, row.continuations))
+    return len(row.continuations) * _width(row)
+
+
+def _width(row: Row) -> int:
+    return len(row.prompt) + max(map(len, row.continuations)) - 1
+
+
+def padded(rows: Sequence[Row], device: torch.device, most: int = 1) -> list[Pack]:
+    """Passes of rows of like length, of at most `most` tokens unless one row has more; nothing is shared.
+
+    By default each row is a pass of its own. Padding stands behind what a causal model reads, so that it needs no mask.
+    """
+    made: list[Pack] = []
+    batch: list[int] = []
+    real = 0
+    for n in sorted(range(len(rows)), key=lambda n: (_width(rows[n]), len(rows[n].prompt))):
+        count, width = sum(len(rows[i].continuations) for i in (*batch, n)), _width(rows[n])
+        places = width + 1 - min(len(rows[i].prompt) for i in (*batch, n))
+        tokens, real = count * width, real + row_tokens(rows[n], shared=False)
+        if batch and (tokens > most or count * places > PACK_TARGETS or tokens - real > PADDING * tokens):
+            made.append(_padded(rows, batch, device))
+            batch, real = [], row_tokens(rows[n], shared=False)
+        batch.append(n)
+    return [*made, _padded(rows, batch, device)] if batch else made
+
+
+def _padded(rows: Sequence[Row], some: Sequence[int], device: torch.device) -> Pack:
+    """One pass over the chosen rows, the longest last."""
+    width, first = _width(rows[some[-1]]), min(len(rows[n].prompt) for n in some) - 1
+    sequences = [(rows[n].prompt, c) for n in some for c in rows[n].continuations]
+    ids = torch.tensor([(*p, *c[:-1], *[0] * (width + 1 - len(p) - len(c))) for p, c in sequences], device=device)
+    pick = [b * (width - first) + len(p) - 1 - first + i for b, (p, c) in enumerate(sequences) for i in range(len(c))]
+    return Pack(
+        ids, torch.arange(width, device=device).expand_as(ids), None, torch.arange(first, width, device=device),
+        torch.tensor(pick, device=device), *_wanted(rows, some, device), ids.numel(),
+    )  # fmt: skip
 
 
 def _wanted(rows: Sequence[Row], some: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -70,7 +70,8 @@ def teach(
         with adapted(session.module, adapter, run.seed + NEXT * len(system.model.transforms)) as tuned:
             live = TorchSession(tuned, session.tokenizer)
             lesson = prepare(live)
-            peak = matmul_peak(tuned.dtype, tuned.device)
+            schedule = replace(lesson.settings.schedule, whole=round(lesson.settings.schedule.steps / run.fidelity))
+            settings = replace(lesson.settings, schedule=schedule, peak=matmul_peak(tuned.dtype, tuned.device))
             beats: list[Beat] = []
             alone = whole or (adapter.kind == "full" and system.model.whole is not None)
             tokenizer = session.tokenizer if alone else None
@@ -89,9 +90,8 @@ def teach(
             with trackers(run.report_to, run.home / "logs" / name) as track, _paying(run, live, beats):
                 told = _told(run, track)
                 curves = train(
-                    tuned, lesson.source, lesson.loss, replace(lesson.settings, peak=peak), validate=lesson.validate,
-                    beat=beat, keep=checkpoint, since=before, team=crew, continued=run.fidelity < 1,
-                    rescue=rescue if run.fidelity == 1 else None,
+                    tuned, lesson.source, lesson.loss, settings, validate=lesson.validate, beat=beat, keep=checkpoint,
+                    since=before, team=crew, continued=run.fidelity < 1, rescue=rescue if run.fidelity == 1 else None,
                 )  # fmt: skip
             notes = {
                 **lesson.notes,
@@ -174,6 +174,8 @@ def keep(tuned: Any, adapter: Adapter, made: Path, body: dict[str, Any], tokeniz
             settings = json.loads(config.read_text(encoding="utf-8"))
             # A path of this machine is no part of an adapter's identity; the System names the base by content.
             settings["base_model_name_or_path"] = None
+            for name in ("target_modules", "exclude_modules"):  # sets, in another order in each process
+                settings[name] = settings[name] and sorted(settings[name])
             config.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             if adapter.head:
                 save_head(tuned, folder)
@@ -195,7 +197,7 @@ def render_rows(
     said = system.decoding.said
     answers = [session.encode_answer(e.completion if e.choices else said(e.completion), end=True) for e in usable]
     # Demonstrations may come from the same rows: whoever sees its own answer only learns to copy.
-    found = system.found([e.prompt for e in usable])
+    found = system.found([e.query for e in usable])
     if raft and any(s.kind == "documents" for s in system.sources):
         found = taught(system, usable, found, *raft)
     room = [min(len(a), session.context // 2) for a in answers]

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whet.engine import attention
 from whet.engine.prefix import Row
 from whet.engine.torch import using_tree
 from whet.errors import MethodError
-from whet.train.batches import PACK_TOKENS, Pack, packs, padded
+from whet.train.batches import PACK_TOKENS, Pack, packs, padded, row_tokens, shares
 from whet.train.losses import Loss
 from whet.train.team import Alone
 
@@ -38,6 +37,7 @@ class Schedule:
     steps: int
     warmup: int = 8  # steps, so that a longer schedule begins like a shorter one
     decay: float = 0.3
+    whole: int = 0  # steps of the training that this is the beginning of, whose warm-up it has; 0: of this one
 
     @property
     def decays(self) -> int:
@@ -46,7 +46,7 @@ class Schedule:
 
     def at(self, step: int) -> float:
         """Learning rate of a step (from 0)."""
-        rise = max(1, min(self.warmup, self.steps // 4))
+        rise = max(1, min(self.warmup, (self.whole or self.steps) // 4))
         share = min(1.0, (step + 1) / rise, (self.steps - step) / (self.steps - self.decays))
         return self.learning_rate * max(0.0, share)
 
@@ -140,6 +140,7 @@ class _State:
     tokens: int = 0
     seconds: float = 0.0
     best_at: int = 0
+    kept: int = 0  # the step that the best weights are of
     train: list[tuple[int, float]] = field(default_factory=list)
     checks: list[tuple[int, float]] = field(default_factory=list)
     pack_tokens: int = PACK_TOKENS  # not kept: how much fits depends on the machine
@@ -164,8 +165,9 @@ def train(
     `source(n)` gives the rows of step n. `keep` is where checkpoints go: a training that was killed goes on from
     there and ends with the same weights. Where it is to be `continued`, a second file, with `.stable` behind its name,
     holds the state before the decay; `since` is such a file of a shorter training, from which this one goes on.
-    Raises MethodError when the loss is not finite or explodes (the module then holds the best validated weights;
-    `rescue` writes them where they are better than the first and says where), or when memory does not suffice.
+    Raises MethodError when the loss is not finite or explodes (the module then holds the best validated weights, or,
+    without validation, the last of those that are kept as often as one would validate; `rescue` writes them where they
+    are not the first and says where), or when memory does not suffice.
     """
     team = team or Alone()
     if settings.penalty and team.sharded:
@@ -197,8 +199,10 @@ def train(
         if not math.isfinite(value) or _explodes(state.train, value):
             masters.restore(best)
             team.whole(module)
-            saved = rescue() if rescue and state.best_at else None
+            saved = rescue() if rescue and state.kept else None
             raise _diverged(state.step, value, schedule.learning_rate, saved)
+        if not validate and state.step in due:  # weights that have just given a loss that is one
+            best, state.kept = masters.snapshot(), state.step
         masters.take_gradients()
         team.exchange(masters.copies)
         torch.nn.utils.clip_grad_norm_(masters.copies, settings.clip)
@@ -215,7 +219,7 @@ def train(
         if validate and state.step in due:
             state.checks.append((state.tokens, validate()))
             if state.checks[-1][1] <= min(c for _, c in state.checks):
-                best, state.best_at = masters.snapshot(), len(state.checks) - 1
+                best, state.best_at, state.kept = masters.snapshot(), len(state.checks) - 1, state.step
         if keep and writes and time.monotonic() - kept_at > interval:
             at = time.monotonic()
             _keep(keep, state, masters, optimizer, best)
@@ -289,10 +293,11 @@ def _fitting_step(
             return team.sum(value), round(team.sum(used))
         state.pack_tokens //= 2
         if state.pack_tokens < LEAST_TOKENS or team.sharded:
-            longest = max(len(r.prompt) + sum(map(len, r.continuations)) for r in rows)
+            largest = max(row_tokens(row, shares(module, rows)) for row in rows)
             raise MethodError(
-                "too little memory to train", expected=f"room for one row of {longest} tokens",
-                found=f"none in packs of {2 * state.pack_tokens}", do="shorten the rows or set recompute=true",
+                "too little memory to train", expected=f"room for one row's pass of {largest} tokens",
+                found=f"none in packs of {2 * state.pack_tokens}",
+                do="shorten the rows, lower the number of answers to each or set recompute=true",
             ) from short  # fmt: skip
         module.zero_grad(set_to_none=True)
 
@@ -310,10 +315,10 @@ def _step(
     """Forward and backward over one step's rows: this process's part of the mean loss, and the tokens it computed."""
     team = team or Alone()
     mine = team.share(rows)
-    shared = attention.shares(module, max(len(r.prompt) + max(map(len, r.continuations)) for r in rows))
+    shared = shares(module, rows)
     # Shards wait for one another in every pass: a process without rows makes as many as the others.
     some = mine or (rows[:1] if team.sharded else [])
-    made = packs(some, module.dtype, module.device, most) if shared and some else padded(some, module.device)
+    made = packs(some, module.dtype, module.device, most) if shared and some else padded(some, module.device, most)
     count, own = loss.count(rows), len(made) if mine else 0
     total, tokens, passes = 0.0, 0, team.most(len(made)) if team.sharded else own
     with using_tree(module, train=True, shared=shared), _recomputing(module, recompute):
@@ -421,6 +426,6 @@ def _resume(
                                        for n in names if n not in ("best", "weight")}  # fmt: skip
     masters.give_weights()
     if continuing:
-        state.checks, state.best_at = [], 0
+        state.checks, state.best_at, state.kept = [], 0, 0
         return masters.snapshot()
     return [_like(p, tensors[f"best.{i}"]) for i, p in enumerate(masters.live)]

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from whet.engine import Sampling, Spent, attention
+from whet.engine import Sampling, Spent
 from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession, using_tree
 from whet.errors import MethodError
 from whet.task import Example
-from whet.train.batches import PACK_TOKENS, Pack, packs, padded
+from whet.train.batches import PACK_TOKENS, Pack, packs, padded, shares
 from whet.train.loop import _logits
 from whet.train.losses import Loss
 from whet.train.team import team
@@ -25,14 +25,18 @@ if TYPE_CHECKING:
 
 
 def passes(
-    session: TorchSession, rows: Sequence[Row], most: int = PACK_TOKENS
+    session: TorchSession, rows: Sequence[Row], most: int | None = None
 ) -> Iterator[tuple[Tensor, Pack]]:
-    """Logits [P, vocabulary] of rows' targets, without gradients, in packs of about `most` tokens."""
+    """Logits [P, vocabulary] of rows' targets, without gradients, in packs of about `most` tokens.
+
+    Without `most`, rows of a model whose attention cannot be shared run one by one, so that nothing is padded.
+    """
     if not rows:
         return
     module = session.module
-    shared = attention.shares(module, max(len(r.prompt) + max(map(len, r.continuations)) for r in rows))
-    for pack in packs(rows, module.dtype, module.device, most) if shared else padded(rows, module.device):
+    shared = shares(module, rows)
+    size = most or (PACK_TOKENS if shared else 1)
+    for pack in packs(rows, module.dtype, module.device, size) if shared else padded(rows, module.device, size):
         with using_tree(module, shared=shared), torch.inference_mode():
             logits = _logits(module, pack)
         session.spent += Spent(prefilled_tokens=pack.tokens)
@@ -41,7 +45,7 @@ def passes(
 
 def mean_of(session: TorchSession, rows: Sequence[Row], loss: Loss) -> float:
     """What a loss says of rows, without gradients: for validation."""
-    return sum(float(loss(logits, pack)) for logits, pack in passes(session, rows)) / loss.count(rows)
+    return sum(float(loss(logits, pack)) for logits, pack in passes(session, rows, PACK_TOKENS)) / loss.count(rows)
 
 
 class Policy:
