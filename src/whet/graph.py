@@ -123,8 +123,8 @@ def identity(graph: Graph, *more: Any) -> str:
     return hashlib.sha256(body.encode() + graph.edges.tobytes()).hexdigest()
 
 
-def build(graph: Graph, folder: Path, embedder: Embedder, hops: int = 1, learnt: Mapping[str, float] | None = None
-          ) -> None:  # fmt: skip
+def build(graph: Graph, folder: Path, embedder: Embedder, hops: int = 1, learnt: Mapping[str, float] | None = None,
+          answered: Sequence[int] = ()) -> None:  # fmt: skip
     """Write a graph into a new folder, aside and then renamed: also its names by meaning, and what was learnt."""
     import numpy as np
 
@@ -137,20 +137,24 @@ def build(graph: Graph, folder: Path, embedder: Embedder, hops: int = 1, learnt:
         texts = [": ".join([graph.nodes[n][0], *([graph.described[n]] if n in graph.described else [])]) for n in order]
         np.save(work / "names.npy", embedder(texts), allow_pickle=False)
         body = {"relations": graph.relations, "inverses": [*graph.inverses.items()], "order": order,
-                "hops": hops, "learnt": dict(learnt or {})}  # fmt: skip
+                "hops": hops, "learnt": dict(learnt or {}), "answered": answered}  # fmt: skip
         body["content"] = identity(graph, order, hops, body["learnt"])
         (work / "graph.json").write_text(json.dumps(body, ensure_ascii=False), encoding="utf-8")
 
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """A graph as `build` wrote it, with the vectors of the names in `order` and the learnt weights."""
+    """A graph as `build` wrote it, with the vectors of the names in `order` and the learnt weights.
+
+    `answered` says of how many train rows it leads to the answers, and how many were tried; empty without any.
+    """
 
     graph: Graph
     order: Sequence[int]
     vectors: np.ndarray[Any, Any]
     hops: int
     learnt: Mapping[str, float]
+    answered: Sequence[int] = ()
 
 
 def read(folder: Path) -> Opened:
@@ -166,7 +170,7 @@ def read(folder: Path) -> Opened:
         content = identity(graph, body["order"], body["hops"], body["learnt"])
         if content != body["content"] or len(vectors) != len(body["order"]):
             raise ValueError("files that were changed")
-        return Opened(graph, body["order"], vectors, body["hops"], body["learnt"])
+        return Opened(graph, body["order"], vectors, body["hops"], body["learnt"], body.get("answered", ()))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ArtifactError(f"the graph in {folder} cannot be read", expected=f"what whet wrote with {PACKAGE}",
                             found=str(error)[:120], do="build it again with `whet apply knowledge`"

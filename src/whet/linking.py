@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Ways = dict[Way, tuple[int, ...]]  # and where each leads
+Span = tuple[int, int]  # of words in a question
 WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")  # a character where words have no spaces between them
 WITH_PARTICLE = re.compile(f"(.+){PARTICLE}")
 # Words that name no relation; everything else in a question may.
@@ -34,6 +35,7 @@ STOP = frozenset(WORD.findall("what is the of s who name did do does a an in whi
 MOST_WORDS = 20  # of a name that is looked for in a question
 MENTIONS, HOMONYMS = 3, 5  # of a question; nodes of one name
 FUZZY, MEANT = 90.0, 3  # least partial ratio of a misspelt name; names taken by meaning
+ALIKE, LETTERS = 65.0, 4  # least ratio of a word to one of such a name; of a word that is misspelt beside whole names
 MOST_CACHED = 50_000  # vectors of words and ways that are kept between questions
 FRONTIER, BEAM = 20, 200  # nodes that a step goes on from; ways that the next step is tried on
 SHOWN, CHAINED = 5, 3  # ends of a way that are told; nodes on the way
@@ -83,21 +85,28 @@ class Linker:
                     self.names.setdefault(name, []).append(node)
         self.vectors: dict[str, np.ndarray[Any, Any]] = {}
         self.steps = lru_cache(10_000)(self.graph.steps)
+        self.mentions = lru_cache(10_000)(self._mentions)
+        self.alike = lru_cache(10_000)(self._alike)
+        self.called = lru_cache(100_000)(self._called)
 
     # --- entities -------------------------------------------------------------------------------------------------
 
-    def mentions(self, question: str) -> list[Mention]:
-        """What a question mentions: whole names, the longest first; else misspelt ones."""
-        said, found, at = words(question), [], 0
+    def _mentions(self, question: str) -> tuple[Mention, ...]:
+        """What a question mentions: whole names and, where a word is strange, misspelt ones, the longest first."""
+        said, at = words(question), 0
+        whole: list[tuple[Span, Mention]] = []
         while at < len(said):
             for size in range(min(MOST_WORDS, len(said) - at), 0, -1):
                 if nodes := self._named(said[at : at + size]):
-                    found.append((size, self._mention(nodes, 1.0, said, at, at + size)))
+                    whole.append(((at, at + size), self._mention(nodes, 1.0, said, at, at + size)))
                     at += size - 1
                     break
             at += 1
-        longest = [m for _, m in sorted(found, key=lambda f: -f[0])][:MENTIONS]
-        return longest or self._misspelt(said)
+        near = self._misspelt(said, [one for one, _ in whole])
+        if whole:
+            near += [(one, m) for one, m in whole if not any(_within(one, other) for other, _ in near)]
+            near.sort(key=lambda f: (f[0][0] - f[0][1], -f[1].sure))
+        return tuple(m for _, m in near[:MENTIONS])
 
     def _named(self, said: Sequence[str]) -> list[int]:
         """The nodes that words name, the last one with or without a Korean particle."""
@@ -105,17 +114,50 @@ class Linker:
         found = self.names.get(" ".join(said)) or (bare and self.names.get(" ".join([*said[:-1], bare[1]])))
         return found or []
 
-    def _misspelt(self, said: list[str]) -> list[Mention]:
+    def _misspelt(self, said: list[str], whole: Sequence[Span] = ()) -> list[tuple[Span, Mention]]:
+        """The names most like a part of what is said, and where.
+
+        Beside whole names only those that hold a word of no name, are like whole words, and cut no other name.
+        """
+        strange = [n for n, word in enumerate(said)
+                   if len(word) >= LETTERS and word.isalpha() and word not in self.holding and word not in STOP
+                   and not any(_within((n, n + 1), one) for one in whole)]  # fmt: skip
+        tried = [said[n] for n in strange] if whole else [word for word in said if word not in STOP]
+        if not tried:
+            return []
         fuzzy, text = package("rapidfuzz", "knowledge"), " ".join(said)
-        names = [name for name in self.names if 5 <= len(name) <= len(text)]
-        score = fuzzy.fuzz.partial_ratio
+        names = {name for word in tried for name in self.alike(word) if 5 <= len(name) <= len(text)}
+        score, exact = fuzzy.fuzz.partial_ratio, fuzzy.fuzz.ratio
         found = fuzzy.process.extract(text, names, scorer=score, score_cutoff=FUZZY, limit=None)
-        made = []
-        for name, ratio, _ in sorted(found, key=lambda f: (-f[1], -len(f[0]), f[0]))[:MENTIONS]:
-            at = fuzzy.fuzz.partial_ratio_alignment(name, text)
-            first, last = text[: at.dest_start].count(" "), text[: at.dest_end].rstrip().count(" ") + 1
-            made.append(self._mention(self.names[name], 0.009 * ratio, said, first, last))
+        made: list[tuple[Span, Mention]] = []
+        for name, ratio, _ in sorted(found, key=lambda f: (-f[1], -len(f[0]), f[0])):
+            sizes = {min(max(1, name.count(" ") + more), len(said)) for more in (0, 1, 2)}
+            spans = [(n, n + size) for size in sizes for n in range(len(said) - size + 1)]
+            likeness, (first, last) = max((exact(name, " ".join(said[a:b])), (a, b)) for a, b in spans)
+            kept = all(b <= first or last <= a or _within((a, b), (first, last)) for a, b in whole)
+            if whole and not (kept and likeness >= FUZZY and any(first <= n < last for n in strange)):
+                continue
+            made.append(((first, last), self._mention(self.names[name], 0.009 * ratio, said, first, last)))
+            if len(made) == MENTIONS:
+                break
         return made
+
+    @cached_property
+    def holding(self) -> dict[str, list[str]]:
+        """The names that each word stands in."""
+        made: dict[str, list[str]] = {}
+        for name in self.names:
+            for word in set(name.split()) - STOP:
+                made.setdefault(word, []).append(name)
+        return made
+
+    def _alike(self, word: str) -> list[str]:
+        """The names that a word stands in, or where there is none, those of words like it."""
+        if word in self.holding:
+            return self.holding[word]
+        fuzzy = package("rapidfuzz", "knowledge")
+        like = fuzzy.process.extract(word, self.holding.keys(), scorer=fuzzy.fuzz.ratio, score_cutoff=ALIKE, limit=None)
+        return [name for one, *_ in like for name in self.holding[one]]
 
     def _mention(self, nodes: Sequence[int], sure: float, said: list[str], first: int, last: int) -> Mention:
         order = [*said[last:], *reversed(said[:first])]
@@ -201,14 +243,17 @@ class Linker:
 
     # --- learning -------------------------------------------------------------------------------------------------
 
-    def learn(self, rows: Sequence[tuple[str, tuple[str, ...]]], hops: int, seed: int) -> dict[str, float]:
+    def learn(self, rows: Sequence[tuple[str, tuple[str, ...]]], hops: int, seed: int
+              ) -> tuple[dict[str, float], tuple[int, int]]:  # fmt: skip
         """Weights of words and relations by an averaged perceptron over ways (Collins 2002), from answered questions.
 
-        A way counts as right where it leads to exactly the accepted answers; which of them is meant is latent.
+        A way counts as right where it leads to the accepted answers; which of them is meant is latent. Also returns of
+        how many rows one does, and how many were tried.
         """
         draw = random.Random(seed)
-        lessons = []
-        for mention, ways, right in self.answered(draw.sample(list(rows), min(len(rows), MOST_LEARNT)), hops):
+        lessons, answered, tried = [], 0, min(len(rows), MOST_LEARNT)
+        for mention, ways, right in self.answered(draw.sample(list(rows), tried), hops):
+            answered += 1
             if len(right) < len(ways):
                 base = {way: self.score(mention, way) for way in ways}
                 near = sorted(base, key=lambda way: (way not in right, -base[way], way))[: len(right) + RIVALS]
@@ -228,18 +273,27 @@ class Linker:
                         for one in parts[way]:
                             weights[one] = weights.get(one, 0.0) + sign
                             drift[one] = drift.get(one, 0.0) + sign * seen
-        return {one: round(w - drift[one] / seen, 6) for one, w in sorted(weights.items())}
+        return {one: round(w - drift[one] / seen, 6) for one, w in sorted(weights.items())}, (answered, tried)
 
     def answered(self, rows: Sequence[tuple[str, tuple[str, ...]]], hops: int
                  ) -> Iterator[tuple[Mention, Ways, set[Way]]]:  # fmt: skip
-        """The longest name of each question, the ways from it, and those that lead to the answers, where there are."""
+        """The longest name of each question, the ways from it, and those that lead to the answers, where there are.
+
+        All that such a way leads to is accepted by one of its names, and it leads to all answers that the graph names.
+        """
         for part in _parts([(found[0], answers) for said, answers in rows if (found := self.mentions(said))]):
             walked = self._ways([(m, m.nodes[0]) for m, _ in part], hops)
             for (mention, answers), ways in zip(part, walked, strict=True):
                 wanted = {" ".join(words(a)) for a in answers}
-                ends = {way: {" ".join(words(self.graph.nodes[n][0])) for n in there} for way, there in ways.items()}
-                if right := {way for way, there in ends.items() if there == wanted}:
+                known = wanted & self.names.keys()
+                ends = {way: [self.called(n) for n in there] for way, there in ways.items()}
+                if right := {way for way, there in ends.items()
+                             if all(wanted & names for names in there) and known <= set().union(*there)}:  # fmt: skip
                     yield mention, ways, right
+
+    def _called(self, node: int) -> frozenset[str]:
+        """The names of a node as they are compared."""
+        return frozenset(" ".join(words(name)) for name in self.graph.nodes[node])
 
     def needed(self, rows: Sequence[tuple[str, tuple[str, ...]]], most: int) -> int:
         """The hops that most answered questions need, the shortest ways taken; 0 where none is answered."""
@@ -267,6 +321,10 @@ class Linker:
             after = {n: ends for n in here[:CHAINED] if (ends := self.steps(n).get(step))}
             yield from ((n, (step,), ends) for n, ends in after.items())
             here = [*dict.fromkeys(end for ends in after.values() for end in ends)]
+
+
+def _within(one: Span, other: Span) -> bool:
+    return other[0] <= one[0] and one[1] <= other[1]
 
 
 def _parts(items: Sequence[T]) -> Iterator[Sequence[T]]:

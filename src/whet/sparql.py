@@ -9,12 +9,14 @@ import re
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from whet.errors import TaskError
 from whet.extras import package, public
 from whet.triples import Triple, term_triples
 
+Row = tuple[Any, Any, Any]  # RDF terms
 ALL = "SELECT ?s ?p ?o WHERE { ?s ?p ?o } ORDER BY ?s ?p ?o"
 PAGE, MOST_ROWS = 10_000, 100_000
 SECONDS, CONNECT = 30.0, 10.0  # that a page may take
@@ -46,24 +48,40 @@ def snapshot(source: str, trusted: bool, home: Path, notes: list[str]) -> list[T
     made = [tuple(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
     day = time.strftime("%Y-%m-%d %H:%M", time.gmtime(file.stat().st_mtime))
     cut = f"; only the first {MOST_ROWS} rows" if len(made) >= MOST_ROWS else ""
+    if len(made) > PAGE and not _ends(query, r"(?:order\s+by|limit\s+\d+)"):
+        cut += "; in no fixed order, so rows may be missing: end the query with ORDER BY ?s ?p ?o"
     notes.append(f"{url}: a snapshot of {len(made)} triples of {day} UTC{cut}")
     return [(s, p, o) for s, p, o in made]
 
 
 def _pages(url: str, query: str) -> list[Triple]:
-    """All pages of a query's answer, at most MOST_ROWS rows; one with a LIMIT of its own is asked once."""
-    made: list[Triple] = []
-    once = re.search(r"\blimit\s+\d+", query, re.IGNORECASE) is not None
-    for at in range(0, MOST_ROWS, PAGE):
-        rows, some = _rows(url, query if once else f"{query}\nLIMIT {PAGE} OFFSET {at}")
-        made += some
-        if once or rows < PAGE:
+    """All pages of a query's answer, at most MOST_ROWS rows; one with a LIMIT of its own is asked once.
+
+    A server may give fewer rows than it is asked for, so that only an empty page is the end, or one that begins as the
+    last did. What is short of a page is asked for up to its end, since some sort no more rows than those of a page.
+    """
+    rdf = package("pyoxigraph", "knowledge")
+    rows: list[Row] = []
+    page: list[Row] = []
+    once = _ends(query, r"limit\s+\d+")
+    while len(rows) < MOST_ROWS:
+        some = f"{query}\nLIMIT {PAGE - len(rows) % PAGE} OFFSET {len(rows)}"
+        last, page = page, _rows(url, query if once else some)
+        if not page or page[:1] == last[:1]:
             break
-    return made[:MOST_ROWS]
+        rows += page
+        if once:
+            break
+    return [triple for row in rows[:MOST_ROWS] for triple in term_triples(rdf, *row)]
 
 
-def _rows(url: str, query: str) -> tuple[int, list[Triple]]:
-    """One page: how many rows it has, and their triples."""
+def _ends(query: str, clause: str) -> bool:
+    """Whether a query has a clause behind its pattern; those of queries within it say nothing of its rows."""
+    return re.search(rf"\b{clause}\b", query.rpartition("}")[2], re.IGNORECASE) is not None
+
+
+def _rows(url: str, query: str) -> list[Row]:
+    """One page."""
     import httpx
 
     rdf = package("pyoxigraph", "knowledge")
@@ -80,8 +98,8 @@ def _rows(url: str, query: str) -> tuple[int, list[Triple]]:
                     raise httpx.DecodingError(f"more than {MOST_BYTES >> 20} MiB")
         if answer.status_code != 200:  # a redirect, too: it could lead to a private address
             raise httpx.DecodingError(f"status {answer.status_code}")
-        rows = list(rdf.parse_query_results(bytes(body), format=rdf.QueryResultsFormat.JSON))
-        return len(rows), [t for row in rows for t in term_triples(rdf, row["s"], row["p"], row["o"])]
+        rows = rdf.parse_query_results(bytes(body), format=rdf.QueryResultsFormat.JSON)
+        return [(row["s"], row["p"], row["o"]) for row in rows]
     except httpx.TimeoutException as error:
         raise TaskError(f"{url} does not answer", expected=f"a page within {SECONDS:g} s", found="none",
                         do="select less (sparql:URL QUERY), or load a dump") from error  # fmt: skip

@@ -39,6 +39,10 @@ MOST_HELD = 100  # facts that are told through one blank node
 LOCAL = re.compile(r"[^/#]*[/#]?$")
 HUMPS = re.compile(r"(?<=[a-z])(?=[A-Z])")
 TIME = re.compile(r"(-?\d{4,}(?:-\d\d){0,2})(?:T00:00:00(?:\.0+)?)?(?:Z|[+-]\d\d:\d\d)?")
+DATES = ("date", "datetime", "datetimestamp", "gyear", "gyearmonth")
+NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+# Wikidata's triples name a relation P31 by wdt:P31, p:P31 and others; labelled is the entity wd:P31.
+PROPERTY = re.compile(r"/prop/(?:[\w-]+/)*(?=P\d+>$)")
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ class Facts:
         number, unit, _ = one.partition("  <")
         if unit and one[:1] != "<":  # a quantity of Wikidata's
             return (f"{number} {self.named(one[len(number) + 2 :])[0]}",)
-        return self.names.get(one) or (_local(one) if one[:1] == "<" else _spoken(one)[1],)
+        own = self.names.get(one) or self.names.get(PROPERTY.sub("/entity/", one))
+        return own or (_local(one) if one[:1] == "<" else _spoken(one)[1],)
 
 
 def text(value: str, language: str = "") -> str:
@@ -244,9 +249,9 @@ def term_triples(rdf: Any, s: Any, p: Any, o: Any) -> Iterator[Triple]:
 def literal(value: str, datatype: str, language: str = "") -> str:
     """A literal as people write it: a day without its midnight, a number with the unit that its type names."""
     value = " ".join(value.split())
-    if found := TIME.fullmatch(value):
+    if _local(datatype, humps=False).lower() in DATES and (found := TIME.fullmatch(value)):
         return found[1]
-    if datatype and "XMLSchema" not in datatype and re.fullmatch(r"[-+]?[\d.]+(?:[eE][-+]?\d+)?", value):
+    if datatype and "XMLSchema" not in datatype and NUMBER.fullmatch(value):
         return f"{float(value):.15g} {_local(datatype)}"
     return text(value, language)
 

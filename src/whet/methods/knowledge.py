@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from whet.errors import MethodError
-from whet.graph import Graph, Way, asked, build, identity, read
+from whet.graph import VERBS, Graph, Way, asked, build, identity, read
 from whet.methods import Need, Run
 from whet.prompt import escape, specials_of
 from whet.system import System
@@ -21,11 +21,13 @@ FRAMES = ("{}?", "Tell me {}.", "Please name {}.", "I would like to know {}.", "
           "Say {} and nothing else.", "Give me {}.", "Question: {}?", "Could you say {}?", "Complete: {} is",
           "Answer in a word or two: {}?", "Somebody asks for {}.", "Remind me of {}.", "I forgot {}.",
           "What do the records give for {}?")  # fmt: skip
+DIRECT = ("{}?", "Question: {}?", "Answer in a word or two: {}?")  # whose phrase is the question itself
 HELD = 4  # of these are never trained on, so that unseen phrasings can be measured
 FEW, MOST_ANSWERS = 3, 20  # subjects that share an object, where a question is asked backwards; answers of a fact
 MOST_FACTS = 20_000
 REPLAYED = 0.25  # of each step's rows are what the model said before
 HOPS, MOST_HOPS = 2, 3  # where train does not tell, and at most
+LEARNER = 2  # counts the ways in which a graph learnt to read questions: none is taken for another on disk
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Knowledge:
         from whet.linking import GraphSource, Linker, opened
 
         rows = [(e.prompt, e.answers or (e.completion,)) for e in data.train if e.completion and not e.choices]
-        name = identity(graph, rows, self.hops, run.seed)
+        name = identity(graph, rows, self.hops, run.seed, LEARNER)
         folder, plain = run.store.artifact(name), run.store.artifact(identity(graph))
         if not (folder / "graph.json").exists():
             if run.tell is not None:
@@ -107,11 +109,13 @@ class Knowledge:
                 build(graph, plain, embedder)
             linker = Linker(read(plain), embedder)
             hops = self.hops or linker.needed(rows, MOST_HOPS) or HOPS
-            build(graph, folder, embedder, hops, linker.learn(rows, hops, run.seed))
-        hops = opened(folder, run.home).opened.hops
+            build(graph, folder, embedder, hops, *linker.learn(rows, hops, run.seed))
+        made = opened(folder, run.home).opened
         others = tuple(s for s in system.sources if not isinstance(s, GraphSource))
-        run.notes.update(hops=hops)
-        source = GraphSource(name, self.k, hops, folder)
+        run.notes.update(hops=made.hops)
+        if rows:
+            run.notes["train"] = "{} of {} rows are answered by the graph".format(*made.answered)
+        source = GraphSource(name, self.k, made.hops, folder)
         return replace(system, sources=(*others, source), decoding=replace(system.decoding, prior=()))
 
     def _taught(self, graph: Graph, system: System, data: Learnable, run: Run) -> System:
@@ -161,8 +165,15 @@ def frames(seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def put(frame: str, phrase: str) -> str:
-    """A phrase in a frame: "the colour of X" is asked "What is the colour of X?"."""
-    text = frame.format(f"what is {phrase}" if frame == "{}?" and phrase.startswith("the ") else phrase)
+    """A phrase in a frame: "the colour of X" is asked "What is the colour of X?", by a verb "X is made by what?"."""
+    if frame == "{}?" and phrase.startswith("the "):
+        phrase = f"what is {phrase}"
+    elif frame in DIRECT and phrase.startswith("what "):
+        if phrase.endswith(" means"):
+            phrase = f"what does {phrase[5:-6]} mean"
+        elif phrase.split()[-1] in VERBS:  # what the verb leads to stands in its place
+            phrase = f"{phrase[5:]} what"
+    text = frame.format(phrase)
     return text[0].upper() + text[1:]
 
 
