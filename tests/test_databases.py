@@ -90,9 +90,23 @@ def test_a_crash_leaves_nothing_twice(url: str, data: Learnable, home: Path, mon
             store()
     assert len(store().find(["descale the kettle"], home)[0]) == 3
     longer = Document("kettle", "kettle", "\n".join(f"# {n}\nStep {n}." for n in range(3)), "new")
-    store().change(home, [longer])
-    found = store().find(["descale\0 the kettle"], home)[0]
+    old = store()
+    old.change(home, [longer])
+    found = old.find(["descale\0 the kettle"], home)[0]
     assert sorted(f.passage.text for f in found if f.passage.document == "kettle") == ["Step 0.", "Step 1.", "Step 2."]
+
+
+def test_a_new_system_answers_from_its_own_documents(url: str, data: Learnable, home: Path) -> None:
+    def store() -> Any:
+        return Rag(k=1, store=url).apply(System(resolve("fake:hash"), home=home), data, Run(Store(home))).sources[0]
+
+    first = store()
+    first.change(home, [Document("kettle", "kettle", "Descale the kettle daily.", "new")], ["lamp"])
+    second, third = store(), store()
+    assert second.made == third.made != first.made and second.fingerprint == first.fingerprint
+    said = [s.find(["descale the kettle"], home)[0][0].passage.text for s in (first, second)]
+    assert said == ["Descale the kettle daily.", TEXTS["kettle"]]
+    assert set(second.corpus(home).ids()) == set(TEXTS) and set(first.corpus(home).ids()) == {"kettle", "returns"}
 
 
 def test_a_lost_connection_is_made_anew(url: str, data: Learnable, home: Path) -> None:

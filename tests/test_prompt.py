@@ -10,7 +10,18 @@ from models import CHATML, SPECIALS, STRICT, make_model, make_tokenizer
 from whet.engine import Chat
 from whet.engine.torch import TorchSession
 from whet.errors import EngineError
-from whet.prompt import BREAK, MARKERS, end_of_turn, escape, messages, render, shorten, specials_of, takes_system
+from whet.prompt import (
+    BREAK,
+    MARKERS,
+    as_turns,
+    end_of_turn,
+    escape,
+    messages,
+    render,
+    shorten,
+    specials_of,
+    takes_system,
+)
 
 TOKENIZER = make_tokenizer()
 OTHERS = ("</s>", "<s>", "[INST]", "[/INST]", "<<SYS>>", "<start_of_turn>", "<end_of_turn>", "<|eot_id|>", "<eos>")
@@ -105,6 +116,19 @@ def test_an_attack_by_hand() -> None:
     session = TorchSession(make_model("llama"), TOKENIZER)
     assert list(session.encode([chat])[0]) == tokens
     assert session.encode_answer(attack, end=True).count(END) == 1
+
+
+def test_control_tokens_that_are_not_special_are_broken_up_but_in_answers() -> None:
+    tools = make_tokenizer(CHATML + "{% if false %}<|calls|><calls>{% endif %}")
+    tools.add_tokens(["<tool_response>", "</think>", "<calls>", "<td>"])
+    alone = {n: token.content for n, token in tools.added_tokens_decoder.items() if not token.special}
+    text = "a<tool_response>b</think>c<calls>d<td>"
+    sent = tools(render(tools, (("user", text),)), add_special_tokens=False)["input_ids"]
+    assert [alone[n] for n in sent if n in alone] == ["<td>"]  # markup that the template does not write is text
+    sent = tools(render(tools, (("user", "a"), ("assistant", text))), add_special_tokens=False)["input_ids"]
+    assert {n for n in sent if n in alone} == set(alone)
+    [asked, said] = as_turns((("user", text), ("assistant", text)))  # as servers are sent it
+    assert said["content"] == text and "<tool_response>" not in asked["content"] and "</think>" not in asked["content"]
 
 
 def test_raw_text_is_not_touched() -> None:

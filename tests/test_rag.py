@@ -282,6 +282,12 @@ def test_what_is_asked_is_found_and_kept(data: Learnable, home: Path, tmp_path: 
         assert other.found(["descale the kettle"])[0][0].passage.title == "kettle"
         assert other.fingerprint != made.fingerprint
     assert Rag(k=1, threshold=0.9).apply(base, data, run).found(["the moon"]) == [[]]
+    few = Rag(k=3, tokens=45).apply(base, data, run)
+    assert few.found(asked) == [f[:2] for f in Rag(k=3).apply(base, data, run).found(asked)]
+    least = replace(few, sources=(replace(few.sources[0], tokens=5),))
+    assert [len(f) for f in (*least.found(asked), *few.found(asked, 3))] == [1, 1, 1, 3, 3, 3]
+    assert few.fingerprint != Rag(k=3).apply(base, data, run).fingerprint
+    assert "tokens" not in made.sources[0].settings  # Systems of before it keep their fingerprints
     folder = made.save(tmp_path / "system")
     again = system.load(folder, home)
     assert again.fingerprint == made.fingerprint and again.found(asked) == made.found(asked)
@@ -353,7 +359,7 @@ def test_words_without_spaces_are_found(home: Path) -> None:
 
 
 def test_settings_are_checked() -> None:
-    for bad in ({"k": 0}, {"chunk": 5}, {"mix": "x"}, {"threshold": 1.0}):
+    for bad in ({"k": 0}, {"chunk": 5}, {"mix": "x"}, {"threshold": 1.0}, {"tokens": -1}):
         with pytest.raises(ValueError):
             Rag(**bad)
     with pytest.raises(MethodError, match="rag needs documents"):
@@ -539,7 +545,9 @@ def test_what_holds_an_answer() -> None:
     assert not reading.says("sixty weeks", "six") and reading.says("It's SIX, now", "six")
     assert reading.says("서울은 수도이다", "서울") and not reading.says("서울대학교는 크다", "서울")
     assert reading.says("1894년에 열렸다", "1894") and reading.says("北京是首都", "北京")
-    assert not reading.says("cats", "cat")
+    assert not reading.says("cats", "cat") and not reading.says("cats", "")
+    for text, part in (("5.2 litres", "5"), ("version 2.10", "10"), ("at -5", "5"), ("no 1/2", "2"), ("2010-12", "12")):
+        assert not reading.says(text, part) and reading.says(f"{text}, or {part}.", part)
     assert reading.cited("six weeks!", [kettle, lamp]) == (kettle, lamp) and reading.cited("ten", [kettle]) == ()
 
 
@@ -571,7 +579,7 @@ def test_reading_is_measured_apart(data: Learnable, home: Path) -> None:
 
         def _generate(self, examples: Any, session: Any, progress: Any, found: Any, blind: bool) -> Any:
             return [Answer("six weeks" if "six weeks" in f[0].passage.text else "thirty days" if "thirty days" in
-                           f[0].passage.text else "unknown") for f in found]  # fmt: skip
+                           f[0].passage.text else "unknown", passages=tuple(f)) for f in found]  # fmt: skip
 
     reader = Reader(**{f.name: getattr(made, f.name) for f in fields(made)})
     got = reading.measure(reader, rows, metrics.get("exact_match"), open_session(made.model, home))

@@ -7,6 +7,7 @@ import json
 import math
 import random
 import shutil
+import tracemalloc
 from collections import Counter
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from models import save_model
 
 from whet import model as models
 from whet import system as systems
+from whet.documents import Passage
 from whet.engine import Sampling, Session
 from whet.engine.fake import FakeSession
 from whet.engine.replies import UNANSWERED
@@ -32,6 +34,7 @@ from whet.methods.finetune import FineTune
 from whet.metrics import get
 from whet.model import ModelRef, Transform
 from whet.prompt import messages
+from whet.retrieval import Found
 from whet.scorecard import evaluate
 from whet.store import Store
 from whet.system import Decoding, Demonstrations, System
@@ -392,6 +395,24 @@ def test_equally_near_ones_keep_the_order_of_the_pool() -> None:
     assert demos.choose(["q"], stub) == [(("b", "2"), ("a", "1"))]  # type: ignore[arg-type]
 
 
+def test_the_nearest_of_many_are_those_of_a_full_sort() -> None:
+    draw = np.random.default_rng(0)
+    vectors = {f"q{n}": (float(x), float(y)) for n, (x, y) in enumerate(draw.integers(-3, 4, (300, 2)) + 0.5)}
+    pool, stub = tuple((q, q) for q in [*list(vectors)[:200], "q3", "q3"]), Stub(vectors)
+    near = stub(list(vectors)) @ stub([q for q, _ in pool]).T
+    for blind in (False, True):
+        order = [[i for i in row if not blind or pool[i][0] != f"q{n}"]
+                 for n, row in enumerate(np.argsort(-near, axis=1, kind="stable"))]  # fmt: skip
+        wanted = [tuple(pool[i] for i in reversed(row[:5])) for row in order]
+        found = Demonstrations(pool, 5, "nearest").choose(list(vectors), stub, blind=blind)  # type: ignore[arg-type]
+        assert found == wanted
+    pool, asked = tuple((f"q{n % 300}", str(n)) for n in range(5000)), [f"q{n % 300}" for n in range(1000)]
+    tracemalloc.start()
+    Demonstrations(pool, 5, "nearest").choose(asked, stub, blind=True)  # type: ignore[arg-type]
+    assert tracemalloc.get_traced_memory()[1] < 8e6  # all similarities at once would be 20 MB, their order 40 more
+    tracemalloc.stop()
+
+
 def test_fixed_demonstrations() -> None:
     demos = Demonstrations((EAST, NORTH), 0, "fixed")
     assert demos.choose(["east", "x"], None) == [(EAST, NORTH)] * 2
@@ -556,6 +577,19 @@ def chat(system: System, question: str) -> Any:
     return messages(system.instruction, (), question)
 
 
+def test_what_was_said_before_is_looked_up_too(monkeypatch: pytest.MonkeyPatch, tiny: System) -> None:
+    seen: list[str] = []
+
+    def found(_: System, questions: list[str], k: int | None = None) -> list[list[Any]]:
+        seen.extend(questions)
+        return [[] for _ in questions]
+
+    monkeypatch.setattr(System, "found", found)
+    turns = (("user", "hello"), ("assistant", "yes?"), ("user", "my kettle leaks"), ("assistant", "sorry"))
+    tiny.prompts([Example("1", "how long is its warranty?", history=turns), Example("2", "and a lamp?")])
+    assert seen == ["how long is its warranty?\nmy kettle leaks", "and a lamp?"]
+
+
 @pytest.mark.parametrize("normalise", ["mean", "sum"])
 def test_answers_of_a_closed_set(tiny: System, session: Session, normalise: str) -> None:
     system = replace(tiny, decoding=replace(tiny.decoding, normalise=normalise))
@@ -640,6 +674,30 @@ def test_prompts_that_do_not_fit_are_shortened_and_counted(tiny: System, session
         scores, who = system.label_scores([Example("1", long), Example("2", "short")], session)
         assert who == [True, False]
         assert scores == [pytest.approx(cut.scores, abs=1e-4), pytest.approx(short.scores, abs=1e-4)]
+
+
+def test_passages_that_do_not_fit_are_not_shown_from_the_last_on(tiny: System, session: Session) -> None:
+    def told(*lengths: int) -> list[Found]:
+        return [Found(Passage(f"d{n}", "", f"{n} " + "the movie was great " * size, "", 0), 1.0)
+                for n, size in enumerate(lengths)]  # fmt: skip
+
+    fits, many, long = told(3), told(*[25] * 6), told(200, 3)
+    for decoding in (Decoding(LABELS, True), Decoding(max_tokens=20)):
+        system = replace(tiny, decoding=decoding)
+        answers = system.answers(["short"] * 3, session, found=[fits, many, long])
+        assert [a.truncated for a in answers] == [False, True, True]
+        shown = answers[1].passages
+        assert answers[0].passages == tuple(fits) and 1 < len(shown) < 6 and shown == tuple(many[: len(shown)])
+        assert answers[2].passages == ()  # the best one is shown in part: it does not count
+    row, room = Example("1", "short"), [20]
+    [prompt], _ = tiny.fitting([row], session, room, found=[many])
+    assert [prompt] == tiny.prompts([row], found=[shown]) and " … " not in prompt[-1][1]
+    [prompt], _ = tiny.fitting([row], session, room, found=[long])
+    assert " … " in prompt[-1][1] and session.count([prompt])[0] + 20 <= session.context
+    # Short facts stay beside long demonstrations: those are cut.
+    shown = replace(tiny, demonstrations=Demonstrations((("the movie was great " * 90, "positive"),)))
+    [answer] = shown.answers(["short"], session, found=[told(1, 1)])
+    assert answer.truncated and len(answer.passages) == 2
 
 
 def test_the_whole_as_a_user_would(tmp_path: Path, home: Path, fp32: None) -> None:

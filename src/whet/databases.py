@@ -96,6 +96,19 @@ def opened(url: str, made: str, home: Path) -> Database:
     return kinds[parts.scheme](url, f"whet_{made[:16]}", Embedder(home))
 
 
+def filled(url: str, version: str, pieces: Sequence[Passage], home: Path) -> str:
+    """What the corpus of these passages is opened by; it is filled where there is none.
+
+    One that was changed since keeps its name, for Systems look into it; the passages go into one beside it.
+    """
+    made = version
+    while (base := opened(url, made, home)).version not in ("", version):
+        made = hashlib.sha256(made.encode()).hexdigest()
+    if not base.version:
+        base.build(pieces, version)
+    return made
+
+
 class Postgres(Database):
     """PostgreSQL: pgvector's HNSW for meaning, its own full-text ranking (English) for words."""
 

@@ -158,6 +158,32 @@ def _both(answer: str, reference: str) -> tuple[str, str]:
     return squad(answer, articles=ARTICLES.issuperset(wanted.split())), wanted
 
 
+def stands(text: str, wanted: str, particles: re.Pattern[str] | None = None) -> bool:
+    """Whether a text holds words or numbers whole, both after `squad`; nothing stands only in nothing.
+
+    In scripts without spaces any place will do. Behind a Korean word anything may follow, or what `particles` matches.
+    """
+    if not wanted:
+        return not text
+    first, last = _script(wanted[0]), _script(wanted[-1])
+    for found in re.finditer(f"(?={re.escape(wanted)})", text):
+        begin, end = found.start(), found.start() + len(wanted)
+        whole = last != "spaced" or _script(text[end : end + 1]) != last
+        if last == "hangul" and particles:
+            whole = particles.match(text, end) is not None
+        if whole and not (first and begin and _script(text[begin - 1]) == first):
+            return True
+    return False
+
+
+def _script(sign: str) -> str:
+    """How words of a character's script stand: "spaced" (digits, too), "hangul", or "" where one may end anywhere."""
+    if _HANGUL.match(sign):
+        return "hangul"
+    inside = sign.isalnum() or (bool(sign) and (sign in "-./" or unicodedata.category(sign)[0] == "M"))
+    return "spaced" if inside and not _UNSPACED.match(sign) else ""
+
+
 # -- built-in metrics --------------------------------------------------------------------------------------------
 
 
@@ -258,26 +284,7 @@ class Contains(Mean):
 
     def score(self, answer: str, example: Example) -> float:
         """1 if any accepted answer is contained, else 0."""
-        return float(any(self._inside(*_both(answer, r)) for r in references(example)))
-
-    @staticmethod
-    def _inside(text: str, wanted: str) -> bool:
-        if not wanted:
-            return not text
-        first, last = _script(wanted[0]), _script(wanted[-1])
-        for found in re.finditer(f"(?={re.escape(wanted)})", text):
-            before, after = text[: found.start()][-1:], text[found.start() + len(wanted) :][:1]
-            if not (first and _script(before) == first) and not (last == "spaced" and _script(after) == last):
-                return True
-        return False
-
-
-def _script(sign: str) -> str:
-    """How words of a character's script stand: "spaced" (digits, too), "hangul", or "" where one may end anywhere."""
-    if _HANGUL.match(sign):
-        return "hangul"
-    inside = sign.isalnum() or (bool(sign) and (sign in "-./" or unicodedata.category(sign)[0] == "M"))
-    return "spaced" if inside and not _UNSPACED.match(sign) else ""
+        return float(any(stands(*_both(answer, r)) for r in references(example)))
 
 
 class _Words:

@@ -22,6 +22,9 @@ MARKERS = re.compile(
     r"(?=<\|[^<>|\s]{1,40}\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|<(?:bos|eos|pad|unk)>"
     r"|<｜[^<>｜\s]{1,40}｜>)."
 )
+# Control tokens to models that think or call tools: what such a model is asked may not hold them, what it said may.
+ASIDES = tuple(f"<{end}{name}>" for name in ("think", "tool_call", "tool_response", "tools") for end in ("", "/"))
+MARKUP = re.compile(r"<\S+>|\[\S+\]")
 SLOT = "{question}"  # where the question stands in a frame
 BREAK = "\u200b"  # a zero-width space: invisible to people, and no marker's spelling
 
@@ -34,6 +37,12 @@ def escape(text: str, tokens: Iterable[str] = ()) -> str:
             # Where a token can overlap with itself, replacing it whole would leave every second one.
             text = re.sub(f"{re.escape(token[0])}(?={re.escape(token[1:])})", token[0] + BREAK, text)
     return text
+
+
+def as_turns(chat: Chat, specials: Sequence[str] = (), asides: Sequence[str] = ASIDES) -> list[dict[str, str]]:
+    """A chat as templates and servers take it, `specials` broken up everywhere and `asides` outside of answers."""
+    return [{"role": role, "content": escape(text, specials if role == "assistant" else (*specials, *asides))}
+            for role, text in chat]  # fmt: skip
 
 
 def messages(
@@ -156,11 +165,10 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, system: bool =
     if isinstance(prompt, str):
         return prompt
     chat = prompt if system else _fold_system(prompt)
-    specials = specials_of(tokenizer)
-    turns = [{"role": role, "content": escape(content, specials)} for role, content in chat]
+    made = as_turns(chat, specials_of(tokenizer), asides_of(tokenizer))
     try:
         return str(tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            made, tokenize=False, add_generation_prompt=True, enable_thinking=False
         ))  # fmt: skip
     except TemplateError as error:
         raise EngineError(
@@ -186,6 +194,13 @@ def specials_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     added: dict[int, Any] = tokenizer.added_tokens_decoder
     spelt = {token.content for token in added.values() if token.special}
     return tuple(sorted(spelt | set(tokenizer.all_special_tokens)))
+
+
+def asides_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """`ASIDES`, and added tokens that are markup to the template; added tokens of HTML, as Gemma has, are text."""
+    template, added = str(tokenizer.chat_template), tokenizer.added_tokens_decoder.values()
+    found = {t.content for t in added if not t.special and MARKUP.fullmatch(t.content) and t.content in template}
+    return tuple(sorted(found.union(ASIDES)))
 
 
 def shorten(chat: Chat, excess: int, count: Callable[[Chat], int]) -> Chat:

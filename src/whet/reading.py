@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from whet.documents import HANGUL, PARTICLE
+from whet.documents import PARTICLE
 from whet.engine import Session
-from whet.metrics import Metric, references, score_all, squad
+from whet.metrics import Metric, references, score_all, squad, stands
 from whet.retrieval import Found
 from whet.splits import UNSPACED
 from whet.task import Example
@@ -19,21 +19,17 @@ if TYPE_CHECKING:
     from whet.system import System
 
 DEEP = 50  # passages of a question among which the one that holds the answer is looked for
+PARTICLES = re.compile(f"{PARTICLE}?(?![^\\W{UNSPACED}])")  # what may stand behind a Korean word
 DECLINES = re.compile(r"|unknown|no answer|not (?:known|answerable|stated|given)|unanswerable|i (?:do not|dont) know")
 
 
 def says(text: str, answer: str) -> bool:
-    """Whether a text holds an answer word for word, whatever the case, articles and punctuation.
+    """Whether a text holds an answer word for word, numbers whole, whatever the case, articles and punctuation.
 
     A Korean word may have a particle; words of scripts without spaces begin and end anywhere.
     """
     wanted = squad(answer)
-    if not wanted:
-        return False
-    begin = "" if re.match(f"[{UNSPACED}]", wanted) else f"(?<![^\\W{UNSPACED}])"
-    korean, free = re.search(f"[{HANGUL}]$", wanted), re.search(f"[{UNSPACED}]$", wanted)
-    end = "" if free else f"{PARTICLE}?(?![^\\W{UNSPACED}])" if korean else f"(?![^\\W{UNSPACED}{HANGUL}])"
-    return re.search(begin + re.escape(wanted) + end, squad(text)) is not None
+    return bool(wanted) and stands(squad(text), wanted, PARTICLES)
 
 
 def holding(found: Sequence[Found], example: Example) -> list[Found]:
@@ -64,10 +60,10 @@ def taught(
 ) -> list[list[Found]]:
     """What training rows are shown (RAFT, Zhang et al. 2024): the passage that holds the answer, among distractors.
 
-    Where retrieval missed it, it takes the last one's place; from a share `absent` of the rows it is taken out, and
-    the next best stands there. Rows whose answer no passage holds keep what was found.
+    Where retrieval missed it, it stands in front and the last one goes; from a share `absent` of the rows it is taken
+    out, and the next best stands there. Rows whose answer no passage holds keep what was found.
     """
-    deep = system.found([e.prompt for e in examples], DEEP)
+    deep = system.found([e.query for e in examples], DEEP)
     made = []
     for example, here, more in zip(examples, shown, deep, strict=True):
         right = holding(more, example)
@@ -76,7 +72,7 @@ def taught(
             kept = [f for f in here if f not in right]
             made.append([*kept, *wrong[: len(here) - len(kept)]])
         elif right and here and not any(f in right for f in here):
-            made.append([*here[:-1], right[0]])
+            made.append([right[0], *here[:-1]])  # of what a short window does not hold, the last goes first
         else:
             made.append(list(here))
     return made
@@ -103,11 +99,11 @@ class Reading:
 
 def measure(system: System, examples: Sequence[Example], metric: Metric, session: Session) -> Reading:
     """Read the same questions with the passages found, with the right one alone, and with wrong ones only."""
-    shown = system.found([e.prompt for e in examples])
-    deep = system.found([e.prompt for e in examples], DEEP)
+    given = system.answers(examples, session)
+    answers, shown = [a.text for a in given], [a.passages for a in given]
+    deep = system.found([e.query for e in examples], DEEP)
     right = [holding(more, e) for e, more in zip(examples, deep, strict=True)]
     hit = [any(f in good for f in here) for here, good in zip(shown, right, strict=True)]
-    answers = [a.text for a in system.answers(examples, session, found=shown)]
 
     def score(some: Sequence[Example], texts: Sequence[str]) -> float | None:
         return 100 * metric.aggregate(score_all(metric, texts, some)) if some else None

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from whet.documents import HANGUL, Document, Passage, passages
+from whet.documents import HANGUL, PIECE, Document, Passage, passages
 from whet.embed import PACKAGE, Embedder
 from whet.errors import ArtifactError, MethodError
 from whet.extras import package
@@ -385,6 +386,12 @@ def reranked(question: str, found: Sequence[Found], reranker: str) -> list[Found
     return [f for _, _, f in sorted((-float(s), n, f) for (n, f), s in zip(enumerate(found), scores, strict=True))]
 
 
+def within(found: Sequence[Found], tokens: int) -> list[Found]:
+    """The first passages that hold about `tokens` tokens at most together; one, where that is longer by itself."""
+    sizes = accumulate(len(PIECE.findall(shown(f.passage))) for f in found)
+    return [f for n, (f, size) in enumerate(zip(found, sizes, strict=True)) if size <= tokens or not n]
+
+
 # --- as part of a System ----------------------------------------------------------------------------------------------
 
 
@@ -392,10 +399,10 @@ def reranked(question: str, found: Sequence[Found], reranker: str) -> list[Found
 class Source:
     """Documents that a question is looked up in when it is asked: how they are read, and where their corpus lies.
 
-    `k` passages at most, those below `threshold` of cosine similarity left out; `chunk` is the words of a passage.
-    `store` is the URL of the database that holds the corpus; empty: it is `folder`. The identity is of the settings
-    alone, so that documents can change beneath a System; `made` names the generation that it was made with, `version`
-    the one that answers now.
+    `k` passages at most, those below `threshold` of cosine similarity left out, and of `tokens` together, if not 0, by
+    an estimate; the best stays, however long. `chunk` is the words of a passage. `store` is the URL of the database
+    that holds the corpus; empty: it is `folder`. The identity is of the settings alone, so that documents can change
+    beneath a System; `made` names the generation that it was made with, `version` the one that answers now.
     """
 
     kind: ClassVar[str] = "documents"
@@ -407,6 +414,7 @@ class Source:
     chunk: int = 200
     reranker: str = ""
     store: str = ""
+    tokens: int = 0
     made: str = field(default="", compare=False)
     folder: Path | None = field(default=None, compare=False)
 
@@ -414,7 +422,9 @@ class Source:
     def settings(self) -> dict[str, Any]:
         """What makes the source what it is, as plain data."""
         names = ("k", "mix", "threshold", "chunk", "reranker", "store", "made")
-        return {"kind": self.kind, **{name: getattr(self, name) for name in names}}
+        # What came later is left out at its default, so that older Systems keep their names.
+        later = {"tokens": self.tokens} if self.tokens else {}
+        return {"kind": self.kind, **{name: getattr(self, name) for name in names}, **later}
 
     @property
     def fingerprint(self) -> str:
@@ -445,7 +455,8 @@ class Source:
     def find(self, questions: Sequence[str], home: Path, k: int | None = None) -> list[list[Found]]:
         """The passages that each question is shown, best first; ArtifactError where the index is not at hand."""
         found = self.corpus(home).search(questions, k or self.k, self.mix, self.reranker)
-        return [[f for f in some if f.similarity >= self.threshold or not self.threshold] for some in found]
+        near = [[f for f in some if f.similarity >= self.threshold or not self.threshold] for some in found]
+        return [within(some, self.tokens) for some in near] if self.tokens and k is None else near
 
     def rank(self, questions: Sequence[str], home: Path, most: int) -> list[list[str]]:
         """The ids of the best documents for each question, best first."""

@@ -19,8 +19,8 @@ from whet.engine.replies import UNANSWERED
 from whet.errors import ArtifactError
 from whet.metrics import plain
 from whet.model import ModelRef, Transform, hash_files, local_folder, resolve
-from whet.prompt import SLOT, messages, shorten, to_text
-from whet.retrieval import Found
+from whet.prompt import SLOT, beside, framed, messages, shorten, to_text
+from whet.retrieval import BATCH, Found
 from whet.sources import Source, revive_source
 from whet.task import Example
 
@@ -50,15 +50,15 @@ class Demonstrations:
         hidden = list(questions) if blind else [None] * len(questions)
         if self.selection == "fixed" or not self.pool or embedder is None:
             return [tuple(pair for pair in self.pool if pair[0] != own) for own in hidden]
-        import numpy as np
-
-        pool = embedder([q for q, _ in self.pool])
-        near = embedder(list(questions)) @ pool.T
-        order = np.argsort(-near, axis=1, kind="stable")
-        if not blind:
-            order = order[:, : self.k]
-        shown = [[self.pool[i] for i in row if self.pool[i][0] != own] for row, own in zip(order, hidden, strict=True)]
-        return [tuple(reversed(row[: self.k])) for row in shown]
+        pool, asked = embedder([q for q, _ in self.pool]), embedder(list(questions))
+        copies, made = Counter(q for q, _ in self.pool), list[tuple[Pair, ...]]()
+        for at in range(0, len(asked), BATCH):
+            for near, own in zip(asked[at : at + BATCH] @ pool.T, hidden[at : at + BATCH], strict=True):
+                # Its own copies are as many more to look at.
+                best = _greatest_of(near, self.k + (copies[own] if own is not None else 0))
+                shown = [self.pool[i] for i in best if self.pool[i][0] != own]
+                made.append(tuple(reversed(shown[: self.k])))
+        return made
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,22 @@ class Decoding:
 class Answer:
     """One answer; `scores` are the (calibrated) scores of the closed set, `truncated` says the prompt was shortened.
 
-    `passages` are those it was shown; which of them it stands in, `reading.cited` says.
+    `passages` are those it was shown whole; which of them it stands in, `reading.cited` says.
     """
 
     text: str
     scores: tuple[float, ...] = ()
     truncated: bool = False
     passages: tuple[Found, ...] = ()
+
+
+def _greatest_of(values: Any, count: int) -> Any:
+    """The places of the `count` greatest values, the greatest first; equal ones in order."""
+    import numpy as np
+
+    least = np.partition(values, -count)[-count] if count < len(values) else -np.inf
+    some = np.flatnonzero(values >= least)
+    return some[np.argsort(-values[some], kind="stable")][:count]
 
 
 def _pairs(found: Sequence[Found]) -> tuple[Pair, ...]:
@@ -208,7 +217,7 @@ class System:
         template.
         """
         shown = self.demonstrations.choose([e.prompt for e in examples], self.embedder, blind=blind)
-        read = self.found([e.prompt for e in examples]) if found is None else found
+        read = self.found([e.query for e in examples]) if found is None else found
         said, told = self.decoding.said, dict[str, tuple[Pair, ...]]()
         if brief := [s for s in self.sources if s.brief]:
             asked = sorted({q for demos in shown for q, _ in demos})
@@ -233,22 +242,44 @@ class System:
         """The ids of the documents found for each example, best first, one a line; empty without a source."""
         if not self.sources:
             return [""] * len(examples)
-        return ["\n".join(ids) for ids in self.sources[0].rank([e.prompt for e in examples], self.home, most)]
+        return ["\n".join(ids) for ids in self.sources[0].rank([e.query for e in examples], self.home, most)]
 
     def fitting(
         self, examples: Sequence[Example], session: Session, room: Sequence[int], *, blind: bool = False,
         found: Shown | None = None,
     ) -> tuple[list[Prompt], list[bool]]:  # fmt: skip
         """Prompts that leave `room` tokens of the context window each, and which of them had to be shortened."""
-        prompts = self.prompts(examples, blind=blind, found=found)
-        cut = [False] * len(prompts)
-        for n, size in enumerate(session.count(prompts)):
-            excess = size + room[n] - session.context
-            prompt = prompts[n]
-            if excess > 0 and not isinstance(prompt, str):
-                prompts[n] = shorten(prompt, excess, lambda chat: session.count([chat])[0])
-                cut[n] = True
+        prompts, _, cut = self._fitted(examples, session, room, blind, found)
         return prompts, cut
+
+    def _fitted(
+        self, examples: Sequence[Example], session: Session, room: Sequence[int], blind: bool, found: Shown | None
+    ) -> tuple[list[Prompt], list[tuple[Found, ...]], list[bool]]:
+        """What `fitting` gives, and between the two the passages that stand whole in each prompt.
+
+        Where the window is too short and the question's turn the longest, its last passages go first; only then texts
+        are cut, the best passage's, too.
+        """
+        read = self.found([e.query for e in examples]) if found is None else found
+        prompts = self.prompts(examples, blind=blind, found=read)
+        kept, cut = [tuple(some) for some in read], [False] * len(prompts)
+
+        def count(chat: Prompt) -> int:
+            return session.count([chat])[0]
+
+        for n, size in enumerate(session.count(prompts)):
+            chat, most = prompts[n], session.context - room[n]
+            if size <= most or isinstance(chat, str):
+                continue
+            longest = max((len(text) for role, text in chat[:-1] if role != "system"), default=0)
+            while size > most and len(kept[n]) > 1 and len(chat[-1][1]) > longest:
+                kept[n] = kept[n][:-1]
+                chat = (*chat[:-1], ("user", beside(_pairs(kept[n]), framed(self.frame, examples[n].prompt))))
+                size = count(chat)
+            prompts[n] = chat = shorten(chat, size - most, count)
+            kept[n] = tuple(f for f in kept[n] if f.passage.text in chat[-1][1])
+            cut[n] = True
+        return prompts, kept, cut
 
     def answer(self, prompt: str | Example | Sequence[str | Example], session: Session | None = None) -> Any:
         """Answer one prompt (its text is returned) or several (a list of texts)."""
@@ -266,7 +297,7 @@ class System:
         """
         examples = [Example(str(n), p) if isinstance(p, str) else p for n, p in enumerate(prompts)]
         session = session or self.session
-        found = self.found([e.prompt for e in examples]) if found is None else found
+        found = self.found([e.query for e in examples]) if found is None else found
         # Each row is answered in its own way, so that none is answered otherwise beside others than alone.
         kinds = [self._kind(e) for e in examples]
         made: dict[int, Answer] = {}
@@ -276,7 +307,7 @@ class System:
             told = _later(progress, len(made), len(examples)) if progress else None
             made |= zip(mine, answer([examples[n] for n in mine], session, told, [found[n] for n in mine], blind),
                         strict=True)  # fmt: skip
-        return [replace(made[n], passages=tuple(f)) if f else made[n] for n, f in enumerate(found)]
+        return [made[n] for n in range(len(examples))]
 
     def _kind(self, example: Example) -> str:
         """How a row is answered: out of its own choices, out of the labels, or freely."""
@@ -288,31 +319,31 @@ class System:
         self, examples: Sequence[Example], session: Session, progress: Progress | None = None, *, blind: bool = False
     ) -> tuple[list[tuple[float, ...]], list[bool]]:
         """Uncalibrated scores of each example's closed set (its own choices or the labels), and who was shortened."""
-        sets, prompts, cut = self._closed(examples, session, blind=blind)
+        sets, prompts, _, cut = self._closed(examples, session, blind=blind)
         whole = self.decoding.normalise == "sum"
         scored = session.score(prompts, sets, end=whole, progress=progress)
         return [tuple(s.logprob if whole else s.mean for s in row) for row in scored], cut
 
     def _closed(
         self, examples: Sequence[Example], session: Session, found: Shown | None = None, blind: bool = False
-    ) -> tuple[list[tuple[str, ...]], list[Prompt], list[bool]]:
-        """Each example's closed set as it is said, its prompt with room for the longest, and who was shortened."""
+    ) -> tuple[list[tuple[str, ...]], list[Prompt], list[tuple[Found, ...]], list[bool]]:
+        """Each example's closed set as it is said, and what `_fitted` gives with room for the longest of it."""
         sets = [e.choices or self.decoding.spoken for e in examples]
         # A label is at most as many tokens as its bytes; one more ends the turn.
         room = [max(len(c.encode()) for c in choices) + 2 for choices in sets]
-        prompts, cut = self.fitting(examples, session, room, blind=blind, found=found)
-        return sets, prompts, cut
+        return sets, *self._fitted(examples, session, room, blind, found)
 
     def _choose(
         self, examples: Sequence[Example], session: Session, progress: Progress | None, found: Shown, blind: bool
     ) -> list[Answer]:
-        sets, prompts, cut = self._closed(examples, session, found, blind)
+        sets, prompts, kept, cut = self._closed(examples, session, found, blind)
         # A row's own choices have no prior: calibration is of the task's labels.
         offsets = self.decoding.prior if not any(e.choices for e in examples) else ()
         named = [e.choices or self.decoding.labels for e in examples]
         whole = self.decoding.normalise == "sum"
         rows = session.choose(prompts, sets, whole=whole, offsets=offsets, progress=progress)
-        return [_greatest(c, row, short) for c, row, short in zip(named, rows, cut, strict=True)]
+        return [replace(_greatest(c, row, short), passages=shown)
+                for c, row, short, shown in zip(named, rows, cut, kept, strict=True)]  # fmt: skip
 
     def decide(self, scores: Sequence[float], truncated: bool = False) -> Answer:
         """The answer that uncalibrated scores of the labels lead to."""
@@ -324,10 +355,11 @@ class System:
         self, examples: Sequence[Example], session: Session, progress: Progress | None, found: Shown, blind: bool
     ) -> list[Answer]:
         decoding = self.decoding
-        prompts, cut = self.fitting(examples, session, [decoding.max_tokens] * len(examples), blind=blind, found=found)
+        prompts, kept, cut = self._fitted(examples, session, [decoding.max_tokens] * len(examples), blind, found)
         sampling = Sampling(decoding.max_tokens, decoding.temperature, n=decoding.votes, stop=decoding.stop)
         made = session.generate(prompts, sampling, progress)
-        return [Answer(_voted([decoding.read(g.text) for g in one]), (), s) for one, s in zip(made, cut, strict=True)]
+        return [Answer(_voted([decoding.read(g.text) for g in one]), (), short, shown)
+                for one, short, shown in zip(made, cut, kept, strict=True)]  # fmt: skip
 
     @property
     def prompt_text(self) -> str:

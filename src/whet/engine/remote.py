@@ -40,7 +40,7 @@ from whet.engine.replies import (
 )
 from whet.errors import EngineError, ModelError, RemoteError
 from whet.model import ModelRef
-from whet.prompt import escape
+from whet.prompt import as_turns
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -361,8 +361,7 @@ class RemoteSession(ByScores):
         if isinstance(prompt, str):
             path, payload = "/completions", {"model": self.name, "prompt": prompt, **settings}
         else:
-            turns = [{"role": role, "content": escape(content)} for role, content in prompt]
-            path, payload = "/chat/completions", {"model": self.name, "messages": turns, **settings}
+            path, payload = "/chat/completions", {"model": self.name, "messages": as_turns(prompt), **settings}
         while True:
             sent = {k: v for k, v in payload.items() if k not in self._dropped}
             if "max_tokens" in self._dropped:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 SELECTIONS = ("random", "nearest", "fixed", "diverse", "coverage", "bootstrapped")
 ORDERS = ("mixed", "grouped", "raced")
-ASKED, RIGHT = 128, 0.5  # train rows that the model answers to bootstrap; the score from which its answer is kept
+# Train rows that the model answers to bootstrap; the score, as a share of the best, from which its answer is kept.
+ASKED, RIGHT = 128, 0.5
 RACED_ORDERS, RACED_ROWS = 6, 64
 MOST_COMPARED = 1000  # rows among which diverse ones are looked for
 MEASURED = 64  # prompts that say whether the context window holds the demonstrations
@@ -142,15 +143,17 @@ class FewShot:
         from whet.metrics import score_all
         from whet.variants import Contest
 
-        asked = balanced(usable, ASKED, run.seed) if data.labels else list(usable[:ASKED])
+        seed, most = f"{run.seed}/{self.draw}", min(ASKED, len(usable))
+        asked = balanced(usable, most, seed) if data.labels else random.Random(seed).sample(list(usable), most)
         closed = start.decoding.closed
         # A leaning towards one label would keep rows of that label alone.
         contest = Contest.of(data, asked, run.session(start.model), calibrated=bool(data.labels))
         raw = replace(start, decoding=replace(start.decoding, after=""))
         said = [o.answer for o in contest.outcomes(raw, range(len(asked)))]
         found = score_all(contest.metric, said if closed else [start.decoding.read(s) for s in said], asked)
+        best = max(1.0, *(o.score for o in found))  # a task's own metric may count up to a hundred
         kept = [e if closed else replace(e, completion=s)
-                for e, s, o in zip(asked, said, found, strict=True) if o.score >= RIGHT]  # fmt: skip
+                for e, s, o in zip(asked, said, found, strict=True) if o.score >= RIGHT * best]  # fmt: skip
         run.notes["bootstrapped"] = f"{len(kept)} of {len(asked)} answered right"
         if not kept:
             raise MethodError("nothing to show: the model answers no train row right", expected="some right answers",
@@ -177,8 +180,8 @@ class FewShot:
             missing = [i for i in self.ids if i not in by_id]
             if missing:
                 raise MethodError("no such demonstrations", expected="ids of train rows", found=", ".join(missing[:5]))
-            return [(by_id[i].prompt, by_id[i].completion) for i in self.ids]
-        if self.selection in ("diverse", "coverage"):
+            chosen = [by_id[i] for i in self.ids]
+        elif self.selection in ("diverse", "coverage"):
             from whet.embed import Embedder
 
             some = random.Random(seed).sample(list(usable), min(MOST_COMPARED, len(usable)))

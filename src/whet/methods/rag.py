@@ -17,7 +17,8 @@ class Rag:
     """The k best passages by BM25 and sentence embeddings, merged into one ranking, in front of each question.
 
     `chunk` is the words of a passage at most. `mix`: both (their scaled scores), ranks (their reciprocal ranks), words
-    (BM25) or meaning (embeddings). Passages whose cosine similarity lies below `threshold` are left out. `reranker`
+    (BM25) or meaning (embeddings). Passages whose cosine similarity lies below `threshold` are left out, and the last
+    of those that hold more than about `tokens` tokens together (0: as many as the context window holds). `reranker`
     names a cross-encoder (a folder or Hub id) that reads the best twenty again. `store` puts the passages into a
     database (postgresql://… or qdrant://…). Defaults: three passages, what a small model can still read.
     """
@@ -34,21 +35,22 @@ class Rag:
     threshold: float = 0.0
     reranker: str = ""
     store: str = ""
+    tokens: int = 0
 
     def __post_init__(self) -> None:
-        if self.k < 1 or not 20 <= self.chunk <= 1000 or not 0 <= self.threshold < 1:
-            raise ValueError("k is at least 1, chunk 20 to 1000 words, threshold from 0 to below 1")
+        if self.k < 1 or not 20 <= self.chunk <= 1000 or not 0 <= self.threshold < 1 or self.tokens < 0:
+            raise ValueError("k is at least 1, chunk 20 to 1000 words, threshold from 0 to below 1, tokens at least 0")
         if self.mix not in MIXES:
             raise ValueError(f"mix is {self.mix!r}; one of {', '.join(MIXES)}")
 
     def space(self) -> Mapping[str, Sequence[Any]]:
         """The settings worth trying."""
-        return {"k": (1, 3, 5), "mix": MIXES, "threshold": (0.0, 0.3)}
+        return {"k": (1, 3, 5), "mix": MIXES, "threshold": (0.0, 0.3), "tokens": (0, 500)}
 
     def apply(self, system: System, data: Learnable, run: Run) -> System:
         """The System with the task's documents as its source; an index that was built before is found again."""
         from whet import documents
-        from whet.databases import opened
+        from whet.databases import filled
         from whet.embed import Embedder
         from whet.retrieval import Source, build, identity
 
@@ -60,9 +62,9 @@ class Rag:
         folder = None if self.store else run.store.artifact(name)
         if folder is not None and not (folder / "current").exists():
             build(pieces, folder, Embedder(run.home))
-        if self.store and (base := opened(self.store, name, run.home)).version == "":
-            base.build(pieces, name)
+        place = filled(self.store, name, pieces, run.home) if self.store else name
         run.notes.update(documents=len(texts), passages=len(pieces), left_out=list(notes))
-        source = Source(self.k, self.mix, self.threshold, self.chunk, self.reranker, self.store, name, folder)
+        source = Source(self.k, self.mix, self.threshold, self.chunk, self.reranker, self.store, self.tokens, place,
+                        folder)  # fmt: skip
         others = tuple(s for s in system.sources if s.kind != source.kind)
         return replace(system, sources=(*others, source), decoding=replace(system.decoding, prior=()))
