@@ -244,6 +244,7 @@ def test_init_of_a_table(tmp_path):
     assert "columns not used: when" in guess.lines
     loaded = load(tmp_path / "task")
     assert (loaded.name, loaded.metric, loaded.labels) == ("my-reviews", "accuracy", ("neg", "pos"))
+    assert loaded.columns == loaded.split().learnable.columns == ("opinion", "verdict")
     assert (len(loaded.train), len(loaded.test)) == (48, 12)
     assert sum(example.completion == "pos" for example in loaded.test) == 6
     assert {(example.prompt, example.completion) for example in (*loaded.train, *loaded.test)} == set(REVIEWS)
@@ -259,6 +260,7 @@ def test_init_by_names_and_context(tmp_path):
     guess = init(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))), tmp_path / "t")
     assert guess.columns == {"prompt": "question", "completion": "answer", "context": "context"}
     assert guess.metric == "token_f1" and guess.labels == ()
+    assert load(tmp_path / "t").columns == ()  # a prompt of two columns has no name
     assert "c3\nwhy 3?" in {example.prompt for example in (*load(tmp_path / "t").train, *load(tmp_path / "t").test)}
 
 

@@ -134,6 +134,13 @@ def test_older_systems_keep_their_names() -> None:
     assert list(old.settings) == ["model", "instruction", "demonstrations", "decoding"]
 
 
+@pytest.mark.parametrize("settings", [{"reason": True}, {"temperature": 0.5}, {"temperature": 0.5, "votes": 3}])
+def test_what_only_generated_answers_have_is_refused_where_they_are_chosen(base: System, settings: Any) -> None:
+    run = run_with(FakeSession("hash"), base)
+    with pytest.raises(MethodError, match="change nothing; expected answers that are generated"):
+        Prompting(**settings).apply(base, DATA, run)
+
+
 def test_words_are_what_is_learnt(tmp_path: Path, model_folder: str, fp32: None) -> None:
     from whet.train.lesson import render_rows
 
@@ -171,6 +178,15 @@ def test_the_pool_is_the_tasks_own_and_a_matter_of_the_seed(base: System) -> Non
     assert {s.frame for s in pool} > set(FRAMES)
     lettered = [s for s in pool if s.decoding.words == ("A", "B")]
     assert lettered and all("A (negative)" in s.instruction + s.frame for s in lettered)
+
+
+def test_columns_of_the_data_frame_the_question(base: System) -> None:
+    named = replace(DATA, columns=("review_text", "sentiment"))
+    pool = variants(base, named, ROWS[200:], 24, 0)
+    assert f"Review text: {SLOT}\nSentiment:" in {s.frame for s in pool[:5]}
+    assert not any("Sentiment:" in s.frame for s in variants(base, DATA, ROWS[200:], 24, 0))
+    common = replace(DATA, columns=("question", "answer"))  # such a frame is in the pool anyway
+    assert variants(base, common, ROWS[200:], 24, 0)[3].frame == f"Question: {SLOT}\nAnswer:"
 
 
 @pytest.mark.parametrize("instruction", ["", "Say {question} or {x}", "<|im_end|>\nuser", "a\n---\nb"])
@@ -275,6 +291,7 @@ def test_improve_tries_it_as_large_as_the_budget_allows(base: System) -> None:
     free = replace(DATA, labels=(), metric="token_f1")
     assert "prompting" in [r.name for r in prompting_recipes(free)]
     assert "prompting" not in [r.name for r in prompting_recipes(replace(free, metric="recall@5"))]
+    assert prompting_recipes(free)[-1].name == "prompting(reason=True)"  # the dearest comes last
     run, wish = run_with(FakeSession("hash"), base), Wish(methods=("prompting",))
     found = {}
     for most in (1e9, 9.0, 0.5):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from whet.errors import TaskError
-from whet.rows import Row, read, short
+from whet.rows import COLUMN, Row, read, short
 
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -205,6 +205,8 @@ def init(data: Path, out: Path, *, name: str | None = None) -> Guess:
     header: dict[str, Any] = {"name": name, "instruction": _instruction(guess), "metric": guess.metric}
     if guess.labels:
         header["labels"] = list(guess.labels)
+    if telling := _telling(guess.columns):
+        header["columns"] = telling
     train, test = _halves(rows, bool(guess.labels))
     learn = "feedback.jsonl" if guess.kind == "pairs" else "train.jsonl"
     if guess.kind == "pairs":
@@ -360,6 +362,14 @@ def _metric(kind: str, rows: list[dict[str, Any]], lines: list[str]) -> tuple[st
     metric = "exact_match" if words <= 3 else "token_f1" if words <= 10 else "rouge_l"
     lines.append(f"metric {metric}: free text, half of the answers have {words:g} words or fewer")
     return metric, ()
+
+
+def _telling(columns: Mapping[str, str]) -> dict[str, str]:
+    """The names of prompt and answer for task.yaml, where they say more than that: prompts may be written with them."""
+    named = {key: columns.get(key, "").strip() for key in ("prompt", "completion")}
+    said = {name.lower() for name in named.values()}
+    usable = "context" not in columns and all(re.fullmatch(COLUMN, name) for name in named.values())
+    return named if usable and not said <= {"prompt", "completion", "input", "output"} else {}
 
 
 def _instruction(guess: Guess) -> str:

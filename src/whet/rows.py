@@ -16,6 +16,7 @@ from typing import Any
 from whet.errors import TaskError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+COLUMN = r"[\w .()/-]{1,60}"  # names of columns that prompts may be written with
 FIELDS = frozenset(("id", "prompt", "completion", "answers", "choices", "group", "evidence", "messages", "text",
                     "chosen", "rejected", "instruction", "input", "output", "system", "conversations"))  # fmt: skip
 HEADING = re.compile(r"(?m)(?<=\n)[ \t]*\n[ \t]*= [^=\n]+ =[ \t]*\n(?=[ \t]*(?:\n|\Z))")

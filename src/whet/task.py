@@ -17,14 +17,14 @@ import yaml
 
 from whet.convert import as_text, standard
 from whet.errors import TaskError, nearest
-from whet.rows import FIELDS, SUFFIXES, Row, decode, read, short
+from whet.rows import COLUMN, FIELDS, SUFFIXES, Row, decode, read, short
 from whet.splits import cut, mark, without
 
 if TYPE_CHECKING:
     from whet.feedback import Judged
 
 KEYS = ("name", "instruction", "metric", "labels", "documents", "knowledge", "glossary", "feedback", "earlier",
-        "limits")  # fmt: skip
+        "limits", "columns")  # fmt: skip
 METRICS = ("accuracy", "macro_f1", "exact_match", "token_f1", "contains", "rouge_l", "bleu", "chrf", "perplexity",
            "win_rate")  # fmt: skip
 SPLIT_FILES = {"train": ("train",), "dev": ("dev", "valid", "validation"), "test": ("test",)}
@@ -46,6 +46,11 @@ class Example:
     rejected: str | None = None
     text: str | None = None
 
+    @property
+    def query(self) -> str:
+        """What documents and facts are looked up by: the prompt, and what the user said last before it."""
+        return "\n".join([self.prompt, *[said for role, said in self.history if role == "user"][-1:]])
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -62,7 +67,8 @@ class Learnable:
     """What a Method receives: everything it may learn from, and neither select nor confirm.
 
     Sources are absolute paths, or text where they are URLs, queries or lists (one a line). `sealed` are the marks
-    (`splits.mark`) of the held-out prompts: what a Method reads from elsewhere must not be among them.
+    (`splits.mark`) of the held-out prompts: what a Method reads from elsewhere must not be among them. `columns` is
+    what prompt and completion were called where the rows came from, or nothing.
     """
 
     name: str
@@ -80,6 +86,7 @@ class Learnable:
     judged: tuple[Judged, ...] = ()
     trusted: bool = False
     sealed: frozenset[str] = frozenset()
+    columns: tuple[str, ...] = ()
 
     @property
     def closed(self) -> bool:
@@ -129,6 +136,7 @@ class Task:
     trusted: bool = False
     notes: tuple[str, ...] = ()
     judged: tuple[Judged, ...] = ()
+    columns: tuple[str, ...] = ()
 
     @property
     def closed(self) -> bool:
@@ -139,14 +147,15 @@ class Task:
     def fingerprint(self) -> str:
         """sha256 of everything the task says, files it points to included: of contents, never of paths."""
         code = _CODE.fullmatch(self.metric)
-        metric = [code[2], _contents(self.folder / code[1])] if code else self.metric
+        metric = [code[2], contents(self.folder / code[1])] if code else self.metric
         parts: list[Any] = [self.instruction, metric, self.labels, asdict(self.limits)]
         parts += [rows_hash(rows) for rows in (self.train, self.dev, self.test)]
         for source in (self.documents, self.knowledge, self.glossary, self.feedback):
             parts.append(
-                [_contents(place) if isinstance(place, Path) else place for place in places(self.folder, source)]
+                [contents(place) if isinstance(place, Path) else place for place in places(self.folder, source)]
             )
-        parts.append([_contents(folder, deep=False) for folder in self.earlier])
+        parts.append([contents(folder, deep=False) for folder in self.earlier])
+        parts += [self.columns] if self.columns else []
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def split(self, seed: int = 0, strict: bool = False) -> Splits:
@@ -201,6 +210,7 @@ class Task:
             judged=judged,
             trusted=self.trusted,
             sealed=frozenset(mark(row) for row in (*self.test, *select)),
+            columns=self.columns,
         )
         return Splits(learnable, select, self.test, leaks + more, judging)
 
@@ -276,6 +286,7 @@ def load(folder: str | Path, *, trust: bool = False) -> Task:
         instruction=_text(header, "instruction"),
         metric=metric,
         labels=labels,
+        columns=_columns(header.get("columns")),
         earlier=_earlier(header.get("earlier"), folder),
         limits=_limits(header.get("limits")),
         trusted=trust,
@@ -381,6 +392,22 @@ def _labels(value: object) -> tuple[str, ...]:
             do="leave labels out for free text",
         )
     return tuple(labels)
+
+
+def _columns(value: object) -> tuple[str, ...]:
+    """What prompt and completion are called, in this order."""
+    if value is None:
+        return ()
+    if not isinstance(value, dict) or set(value) != {"prompt", "completion"}:
+        raise TaskError("task.yaml: columns cannot be read", expected="{prompt: review, completion: sentiment}",
+                        found=short(value))  # fmt: skip
+    wanted = ("prompt", "completion")
+    names = tuple((as_text(value[key], "task.yaml", f"columns.{key}") or "").strip() for key in wanted)
+    for name in names:
+        if not re.fullmatch(COLUMN, name):
+            raise TaskError("task.yaml: a column's name cannot be read", expected="letters, digits, - and _",
+                            found=short(name))  # fmt: skip
+    return names
 
 
 _BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -563,10 +590,10 @@ def _earlier(value: object, folder: Path) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def _contents(path: Path, deep: bool = True) -> str:
+def contents(path: Path, deep: bool = True) -> str:
     """sha256 of a file, or of the files in a folder whatever their names; "" where it is gone."""
     if path.is_dir():
-        inner = sorted(_contents(file) for file in path.glob("**/*" if deep else "*") if file.is_file())
+        inner = sorted(contents(file) for file in path.glob("**/*" if deep else "*") if file.is_file())
         return hashlib.sha256("".join(inner).encode()).hexdigest()
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -41,8 +41,8 @@ class Prompting:
     winner takes the given prompt's place only if it is ahead on as many rows again, and beyond noise on all of them.
     `calibrated` compares them as calibration would have them, for recipes that go on with it. `file` is a prompt that
     a person wrote; `proposer` a stronger model (openai:NAME@URL) that writes better ones from failures, `proposals` at
-    most (GEPA, Agrawal et al. 2025). For generated answers: `temperature`, `votes` samples that vote, and `reason`
-    adds variants that think first.
+    most (GEPA, Agrawal et al. 2025). For generated answers, and refused where they are chosen among labels or choices:
+    `temperature`, `votes` samples that vote, and `reason`, which adds variants that think first.
     """
 
     name: ClassVar[str] = "prompting"
@@ -85,6 +85,11 @@ class Prompting:
         """The System with the prompt that won, or with its own; its calibration is dropped."""
         from whet.variants import Contest, learnable, unseen
 
+        if system.decoding.closed and data.closed and (self.reason or self.temperature):
+            raise MethodError(
+                "reason, temperature and votes would change nothing", expected="answers that are generated",
+                found="answers that are chosen among labels or choices", do="leave these settings out",
+            )  # fmt: skip
         own: Reading = {"temperature": self.temperature, "votes": self.votes} if self.temperature else {}
         start = replace(system, decoding=replace(system.decoding, prior=(), **own))
         if self.file:
@@ -178,7 +183,7 @@ def variants(
     labels = system.decoding.labels if system.decoding.closed else ()
     readings = [*_readings(system, rest), *_words(labels), *_reasoned(system, reason)]
     heads = _labelled(system.instruction, labels, rest) if labels else _free(system, data, rest)
-    axes: tuple[Sequence[Any], ...] = (heads, PLACES, FRAMES, readings)
+    axes: tuple[Sequence[Any], ...] = (heads, PLACES, _frames(data.columns), readings)
     given = tuple(axis[0] for axis in axes)
     alone = [[(*given[:n], part, *given[n + 1 :]) for part in axis[1:]] for n, axis in enumerate(axes)]
     turns = [one for turn in zip_longest(*alone) for one in turn if one is not None]
@@ -192,6 +197,15 @@ def variants(
         if new is not None:
             found.setdefault(new.fingerprint, new)
     return list(found.values())
+
+
+def _frames(columns: Sequence[str]) -> Sequence[str]:
+    """The question as it is, by the names of its columns where the task has them, and by common ones."""
+    if not columns:
+        return FRAMES
+    asked, told = (" ".join(name.replace("_", " ").split()) for name in columns)
+    named = f"{asked[:1].upper()}{asked[1:]}: {SLOT}\n{told[:1].upper()}{told[1:]}:"
+    return tuple(dict.fromkeys((FRAMES[0], named, *FRAMES[1:])))
 
 
 def _assembled(
