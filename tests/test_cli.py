@@ -80,6 +80,8 @@ def test_apply_writes_a_system_that_answers(
         (["apply", "fewshot", "TASK", "--system", "fake:hash", "--set", "kk=3", "--out", "o"], "did you mean 'k'"),
         (["apply", "fewshot", "TASK", "--system", "fake:hash", "--set", "k", "--out", "o"], "key=value"),
         (["apply", "finetune", "TASK", "--system", "fake:hash", "--out", "o"], "weights"),
+        (["apply", "finetune", "TASK", "--system", "fake:hash", "--budget", "1m", "--out", "o"], "weights"),
+        (["apply", "fewshot", "TASK", "--system", "fake:hash", "--budget", "1m", "--out", "o"], "leave --budget out"),
         (["evaluate", "TASK", "TASK"], "no System"),
         (["evaluate", "fake:hash", "TASK", "--split", "nosuch"], "no split"),
         (["evaluate", "fake:hash", "TASK", "--split", "dev"], "is empty"),

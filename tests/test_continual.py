@@ -17,7 +17,7 @@ from whet.cli import main
 from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession
 from whet.errors import ArtifactError, MethodError, TaskError
-from whet.feedback import Judged
+from whet.feedback import Judged, paired
 from whet.memory import Known, as_task, carried, for_task, known, made_up, remember
 from whet.methods import Run
 from whet.methods.continual import Continual
@@ -40,7 +40,7 @@ from whet.train.loop import _step
 from whet.train.losses import NextToken
 from whet.train.protect import elastic, fisher, lora_layers, merged, mixed, orthogonal
 from whet.train.team import Alone
-from whet.update import _paired, update
+from whet.update import update
 
 HEAD = tuple(range(10, 45))
 ROWS = [Row(HEAD + (5, 6), ((7, 8, 9),)), Row(HEAD + (5, 7), ((7, 4),)), Row((3, 4), ((1, 6),))]
@@ -400,6 +400,16 @@ def test_other_strategies_teach_repeatably(taught: Any, tmp_path: Path, settings
     assert teach(taught, spent, **short).fingerprint == second.fingerprint  # finished before: not repeated
 
 
+@pytest.mark.parametrize("rows", [2, 8])
+def test_facts_of_one_group_are_merged(taught: Any, run: Run, rows: int) -> None:
+    _, system, (_, second) = taught
+    data = second.split().learnable
+    data = replace(data, train=tuple(replace(e, group="one fact") for e in data.train[:rows]))
+    start = as_task(system, second, run.session(system.model))
+    Continual(**{**SETTINGS, "strategy": "merge", "epochs": 1.0}).apply(start, data, run)
+    assert run.notes["merged"]["loss"] > 0 and run.notes["rows"] == rows - (rows == 8)  # one of eight is held out
+
+
 def test_suspects_and_bits_count_under_every_strategy(taught: Any, tmp_path: Path, monkeypatch: Any) -> None:
     pytest.importorskip("bitsandbytes")
     bits, first = list[int](), taught[2][1].split().learnable.train[0]
@@ -522,7 +532,7 @@ def test_update_without_kept_rows_makes_some_up(taught: Any, whet: Any, tmp_path
 def test_judgements_that_go_into_no_pair_are_told() -> None:
     sides = [Judged("1", "p", "good", "bad"), Judged("2", "q", "good"), Judged("3", "q", None, "bad"),
              Judged("4", "r", "good")]  # fmt: skip
-    found, single = _paired(sides)
+    found, single = paired(sides)
     assert [r.id for r in found] == ["1", "2>3"] and [r.id for r in single] == ["4"]
 
 

@@ -20,7 +20,7 @@ from whet.methods import Method, Run
 from whet.methods.dpo import DPO
 from whet.methods.kto import KTO
 from whet.methods.reward import Reward, fit, judged_by, render_pairs
-from whet.methods.rl import RL, ByMetric, advantages
+from whet.methods.rl import RL, ByMetric, advantages, spread
 from whet.metrics import Outcome
 from whet.model import resolve
 from whet.search import tune
@@ -401,6 +401,12 @@ def test_advantages_by_hand() -> None:
     assert advantages([1, 1], "grpo") == [0, 0] and advantages([3, 3, 3], "rloo") == [0, 0, 0]
 
 
+def test_the_spread_of_rewards_is_that_among_samples_of_one_prompt() -> None:
+    assert spread([[0, 1, 0, 1]]) == pytest.approx(math.sqrt(1 / 3))
+    assert spread([[far, far + 1, far, far + 1] for far in (0, 10, 20)]) == pytest.approx(math.sqrt(1 / 3))
+    assert spread([[5, 5], [0, 2]]) == pytest.approx(1)
+
+
 def few(folder: Path) -> Learnable:
     """Train rows and a metric of the task's own: the share of the answer's characters that are vowels."""
     (folder / "own.py").write_text(
@@ -437,6 +443,21 @@ def test_reinforcement_from_a_reward_model(system: System, home: Path) -> None:
     RL(epochs=0.4, batch=4, samples=3, rank=2).apply(system, learnable(), done)
     assert done.notes["rewarded_by"].startswith("reward model") and done.notes["prompts"] == 24
     assert done.notes["reward"]["pairs"] < 24
+
+
+def test_a_budget_bounds_the_judge_and_what_is_sampled(system: System, home: Path, tmp_path: Path) -> None:
+    free, bound, judged = (run(home / "judge", trained_tokens=most) for most in (None, 900, 4000))
+    for one in (free, bound):
+        Reward(batch=2, epochs=2, rank=2).apply(system, learnable(), one)
+    assert bound.spent.trained_tokens <= 1000 < free.spent.trained_tokens
+    RL(epochs=9, batch=2, samples=2, rank=2).apply(system, learnable(), judged)  # the judge has half, at most
+    assert judged.spent.trained_tokens <= 4000
+    steps = []
+    for most in (None, 10000):  # trained tokens alone would pay for all steps; what is written counts, and thrice
+        one = run(home / "rl", trained_tokens=most)
+        RL(epochs=15, batch=5, samples=4, rank=2).apply(system, few(tmp_path), one)
+        steps.append(one.notes["steps"])
+    assert steps[0] == 30 and 1 < steps[1] < 15
 
 
 def test_a_probe_stops_what_cannot_work(system: System, home: Path, tmp_path: Path) -> None:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from whet import suspects
-from whet.task import Example
+from whet.methods import Run
+from whet.methods.finetune import FineTune
+from whet.model import resolve
+from whet.search import tune
+from whet.store import Store
+from whet.system import System
+from whet.task import Example, Learnable
 
 TOPICS = {
     "sport": ["match", "goal", "coach", "league", "referee", "stadium", "striker", "season"],
@@ -90,3 +97,35 @@ def test_a_judge_sees_only_the_other_half() -> None:
     found = suspects.find(noisy, embed, 0, judge, order)
     assert len(seen) == 2 and all(not fit & held for fit, held in seen) and seen[0][1] | seen[1][1] == set(truth)
     assert {s.id for s in found} == wrong and all(s.rather == truth[s.id] for s in found)
+
+
+def test_rare_labels_are_left_alone_and_the_others_judged() -> None:
+    noisy, wrong = flipped(rows(400), 0.2)
+    rare = Example("rare", "a word of its own", "law")
+    for parts, more in ((2, [rare]), (5, [replace(rare, id=f"rare{n}") for n in range(4)])):
+        assert suspects.examined([*noisy, *more], parts) == noisy
+    assert suspects.find([*noisy, rare], embed) == suspects.find(noisy, embed) != ()
+    assert suspects.examined(noisy[:49]) == [] and len(suspects.examined(noisy[:50])) == 50
+    seen: list[str] = []
+
+    def judge(fit: Any, held: Any) -> Any:
+        seen.extend(e.id for e in (*fit, *held))
+        return [[0.0] * 4 for _ in held]
+
+    suspects.find([*noisy, rare], embed, 0, judge, [*TOPICS, "law"])
+    assert "rare" not in seen and len(set(seen)) == 400
+
+
+def test_trainings_that_are_raced_leave_out_the_same_rows(
+    model_folder: str, tmp_path: Path, fp32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[int] = []
+    found = (suspects.Suspect("3", "sport", "travel", 0.9),)
+    monkeypatch.setattr(suspects, "find", lambda rows, *_: searched.append(len(rows)) or found)
+    data = Learnable("topics", "Name it.", "accuracy", tuple(TOPICS), (*rows(60), Example("rare", "rare", "law")))
+    run = Run(Store(tmp_path))
+    method = FineTune(clean=True, rank=2, batch=8, epochs=1.0)
+    system = System(resolve(model_folder), "Name it.", home=run.home)
+    _, ended = tune.race(tune.candidates(method), system, data, run)
+    assert len({arm.fidelity for arm in ended}) > 1 and searched == [61]
+    assert run.notes["suspects"] == [vars(found[0])] and run.notes["unexamined"] == 1

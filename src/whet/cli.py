@@ -314,6 +314,7 @@ def apply(
         raise click.UsageError("--trials needs --budget, which says how long they may take")
     from dataclasses import asdict
 
+    from whet.errors import MethodError
     from whet.methods import Run, make
     from whet.progress import readable
     from whet.search import tune
@@ -324,6 +325,9 @@ def apply(
 
     settings = _settings((*pairs, *more))
     made = make(method, settings)
+    if budget is not None and "learning_rate" not in made.space():
+        raise MethodError(f"{method} does not train", expected="a method with a learning rate, such as finetune",
+                          found="--budget", do="leave --budget out")  # fmt: skip
     loaded = load(task, trust=trust)
     watch = _watch(as_json)
     try:
@@ -331,17 +335,17 @@ def apply(
         run = Run(Store(), seed, tell=watch.tell, report_to=report_to)
         start = _system(system, loaded, trust)
         session, data = run.session(start.model), loaded.split(seed).learnable
-        if budget is None:
-            new = Recipe((made,)).run(start, data, run)
-        else:
-            raced = "learning_rate" in made.space() and "learning_rate" not in settings
-            arms = tune.candidates(made) if raced else [made]
+        arms = tune.candidates(made) if budget is not None and "learning_rate" not in settings else [made]
+        if budget is not None:
             cost = max(1.0, tune.TRIAL_COST * trials) if trials else tune.COST if len(arms) > 1 else 1.0
             run.trained_tokens = int(seconds(budget) / cost * measure(start, session, run.store).train)
-            if trials:
-                new, ended = tune.sample(made, trials, start, data, run, watch.say)
-            else:
-                new, ended = tune.race(arms, start, data, run, watch.say)
+        if trials:
+            new, ended = tune.sample(made, trials, start, data, run, watch.say)
+        elif len(arms) > 1:
+            new, ended = tune.race(arms, start, data, run, watch.say)
+        else:
+            new, ended = Recipe((made,)).run(start, data, run), []
+        if ended:
             run.notes["raced"] = tune.named(ended)
         new.save(out)
     finally:
@@ -475,7 +479,7 @@ def export(
     """
     from whet import export as exporting
     from whet.model import resolve
-    from whet.progress import figure
+    from whet.progress import apart, figure
     from whet.store import home_folder
     from whet.system import System, load
     from whet.task import load as load_task
@@ -500,12 +504,14 @@ def export(
         if found.note:
             print(f"         {found.note}")
         if scores := found.scores:
+            between = apart(scores.difference, scores.low, scores.high, scores.system, scores.exported)
             print(f"{scores.metric}: {figure(scores.system)} as it is, {figure(scores.exported)} exported, "
-                  f"{100 * scores.difference:+.1f} points [{100 * scores.low:+.1f}, {100 * scores.high:+.1f}] on "
-                  f"{scores.n} rows" + (f"; {figure(scores.generated)} where it writes the label"
+                  f"{between} on {scores.n} rows" + (f"; {figure(scores.generated)} where it writes the label"
                                         if scores.generated is not None else ""))  # fmt: skip
             if not scores.kept:
                 print("DIFFERS  the export scores less than the System: what is left out counts here")
+        else:
+            print(f"scores   not compared: {found.unscored}")
     else:
         print("check    none was made")
     for what, why in done.left_out:

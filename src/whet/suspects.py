@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 # (rows to learn from, rows to judge) -> scores of the labels [rows to judge, labels], as log-probabilities
 Judge = Callable[[Sequence["Example"], Sequence["Example"]], Sequence[Sequence[float]]]
-FOLDS = 5
+HALVES, FOLDS = 2, 5  # parts of the rows, by turns judged by what was trained on the others: with a judge, and without
 LEAST_ROWS = 50
 SURE = 0.85  # how likely a label must be wrong for its row to be named
 CONFIDENT = 0.1  # share of rows, those the classifier is surest about, that tell how much noise there is
@@ -34,15 +35,15 @@ class Suspect:
 def find(
     rows: Sequence[Example], embed: Embed, seed: int = 0, judge: Judge | None = None, order_of: Sequence[str] = ()
 ) -> tuple[Suspect, ...]:
-    """Rows of a closed set whose label is probably wrong, the surest first; none where there are too few rows.
+    """Rows of a closed set whose label is probably wrong, the surest first, among those `examined`.
 
-    Each row is judged by `judge`, trained on one half of the rows, which gives scores of the labels, in the order of
+    Each is judged by `judge`, trained on one half of the rows, which gives scores of the labels, in the order of
     `order_of`, for the other; without it by logistic regressions on embeddings and on words that have not seen the row.
     """
-    labels = sorted({r.completion for r in rows})
-    counts = {label: sum(r.completion == label for r in rows) for label in labels}
-    if len(rows) < LEAST_ROWS or len(labels) < 2 or min(counts.values()) < FOLDS:
+    rows = examined(rows, HALVES if judge else FOLDS)
+    if not rows:
         return ()
+    labels = sorted({r.completion for r in rows})
     given = np.array([labels.index(r.completion) for r in rows])
     if judge is None:
         chances = _unseen(rows, given, embed, seed)
@@ -54,6 +55,16 @@ def find(
     return tuple(Suspect(rows[i].id, labels[given[i]], labels[rather[i]], round(float(wrong[i]), 3)) for i in named)
 
 
+def examined(rows: Sequence[Example], parts: int = HALVES) -> list[Example]:
+    """Rows whose label is there for each of so many parts: others are neither judged nor learnt from.
+
+    None where they are too few, or all of one label.
+    """
+    counts = Counter(r.completion for r in rows)
+    found = [r for r in rows if counts[r.completion] >= parts]
+    return found if len(found) >= LEAST_ROWS and len({r.completion for r in found}) > 1 else []
+
+
 def _halves(
     rows: Sequence[Example], given: NDArray[Any], judge: Judge, columns: Sequence[int], seed: int
 ) -> NDArray[np.float64]:
@@ -62,7 +73,7 @@ def _halves(
     from sklearn.model_selection import StratifiedKFold
 
     made = np.empty((len(rows), len(columns)))
-    for fit, held in StratifiedKFold(2, shuffle=True, random_state=seed).split(given, given):
+    for fit, held in StratifiedKFold(HALVES, shuffle=True, random_state=seed).split(given, given):
         made[held] = np.array(judge([rows[i] for i in fit], [rows[i] for i in held]))[:, columns]
     return np.asarray(softmax(made, axis=1), dtype=np.float64)
 

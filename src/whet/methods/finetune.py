@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -94,30 +95,43 @@ class FineTune:
         return FineTune(**{f.name: getattr(self, f.name) for f in fields(FineTune)})
 
     def suspects(self, system: System, data: Learnable, run: Run) -> tuple[Suspect, ...]:
-        """Rows whose label is probably wrong, by the model itself, trained on the other half of the rows."""
+        """Rows whose label is probably wrong, by the model itself, trained on the other half of the rows.
+
+        Trained by the defaults at full length, whatever the settings: trainings that are compared, or that go on from
+        one another, leave out the same rows. The same search again finds them in the store.
+        """
         from whet import suspects
         from whet.embed import Embedder
+        from whet.model import aside
+        from whet.task import rows_hash
+        from whet.train.lesson import key
 
         if not data.labels:
             raise MethodError("clean needs a closed set", expected="labels in task.yaml", found="none")
-        rows, _ = _each_once([e for e in data.train if e.completion and e.text is None])
+        rows = _labelled(_each_once(data.train)[0])
+        method = FineTune(epochs=CROSS_EPOCHS, recompute=self.recompute, absent=self.absent, bits=self.bits)
+        most = None if run.trained_tokens is None else run.trained_tokens // 4
 
         def judge(fit: Sequence[Example], held: Sequence[Example]) -> list[tuple[float, ...]]:
             """Log-probabilities of the labels of `held`, by the model trained on `fit`."""
-            most = None if run.trained_tokens is None else run.trained_tokens // 4
-            within = replace(run, trained_tokens=most, spent=Spent(), notes={}, previous=None)
-            method = replace(self.alone, clean=False, epochs=min(self.epochs, CROSS_EPOCHS))
+            within = replace(run, trained_tokens=most, fidelity=1.0, spent=Spent(), notes={}, previous=None)
             taught = method.apply(system, replace(data, train=tuple(fit)), within)
             scores, _ = taught.label_scores(held, run.session(taught.model), run.progress("looking for suspects"))
             run.sessions.pop(taught.model)
             run.spent += within.spent
             return scores
 
-        return suspects.find(rows, Embedder(run.home), run.seed, judge, data.labels)
+        made = run.store.artifact(key("suspects", asdict(method), system.state, rows_hash(rows), run.seed, most))
+        if not made.exists():
+            found = suspects.find(rows, Embedder(run.home), run.seed, judge, data.labels)
+            with aside(made) as work:
+                (work / "suspects.json").write_text(json.dumps([asdict(s) for s in found]), encoding="utf-8")
+        return tuple(suspects.Suspect(**s) for s in json.loads((made / "suspects.json").read_text(encoding="utf-8")))
 
     def _lesson(
         self, system: System, data: Learnable, run: Run, live: TorchSession, wrong: Sequence[Suspect] = ()
     ) -> Lesson:
+        from whet.suspects import examined
         from whet.train.batches import affordable, steps
         from whet.train.fit import twice_the_data, verdict
         from whet.train.lesson import Lesson, mean_loss, render_rows
@@ -125,9 +139,12 @@ class FineTune:
         from whet.train.losses import NextToken
 
         usable, repeated = _each_once([e for e in data.train if e.completion or e.text])
+        found: dict[str, Any] = {"duplicates": repeated}
+        if self.clean:
+            left = len(usable) - len(examined(_labelled(usable)))
+            found |= {"suspects": [asdict(s) for s in wrong], "unexamined": left}
         named = {s.id for s in wrong}
         usable = [e for e in usable if e.id not in named]
-        found = {"duplicates": repeated, **({"suspects": [asdict(s) for s in wrong]} if self.clean else {})}
         data = replace(data, train=tuple(usable))
         if not usable:
             raise MethodError("nothing to train on", expected="train rows with completions or text", found="none")
@@ -136,7 +153,9 @@ class FineTune:
         each = len(some) / len(sampled)  # a long text is several rows
         # How much is wanted at full fidelity decides everything but the number of steps, so that it can be continued.
         wanted, batch = affordable(some, self.epochs * each * len(usable), self.batch, run.trained_tokens, run.seed)
-        most = max(24, min(128, round(CHECKED * wanted)))
+        # What the defaults would want decides what is held out, so that all settings are compared on the same rows.
+        usual, _ = affordable(some, FineTune.epochs * each * len(usable), FineTune.batch, run.trained_tokens, run.seed)
+        most = max(24, min(128, round(CHECKED * usual)))
         fit, held = data.validation(seed=run.seed, most=max(1, round(most / each)))
         rows, cut = render_rows(system, fit, live, (self.absent, run.seed))
         checks, _ = render_rows(system, held, live)
@@ -163,6 +182,11 @@ def _each_once(rows: Sequence[Example]) -> tuple[list[Example], int]:
     """Rows without their repetitions, and how many those were."""
     usable = list({(e.prompt, e.completion, e.text, e.history): e for e in rows}.values())
     return usable, len(rows) - len(usable)
+
+
+def _labelled(rows: Sequence[Example]) -> list[Example]:
+    """Rows with an answer that is no plain text."""
+    return [e for e in rows if e.completion and e.text is None]
 
 
 def _lengths(rows: Sequence[Row]) -> dict[str, int]:

@@ -36,7 +36,8 @@ class Quantize:
     kernels (dynamic, by token), and outliers are moved into the weights where that helps (SmoothQuant). 4 bits: a step
     for every `group` columns (0: the first of 32, 64, 128 that divides the width), and a `zero` if wanted, by
     `rounding`: nearest, hqq (Badri & Shaji 2023) or gptq (Frantar et al. 2022, on `rows` train rows). `embedding` bits,
-    0: 8. Where the task's `limits.size` allows, the layers whose outputs suffer most are kept in 8 bits.
+    0: 8. Where the task's `limits.size` allows, layers whose outputs suffer most for their bytes are kept in 8 bits,
+    those that read the same input together.
     """
 
     name: ClassVar[str] = "quantize"
@@ -104,7 +105,8 @@ class Quantize:
         from whet.compress.moments import rows_of, walk
         from whet.compress.structure import size
 
-        was = size(session.module)["bytes"]
+        was, most, promoted = size(session.module)["bytes"], data.limits.size, 0
+        spare, whole = most is not None and self.bits == 4, replace(self, bits=8, activations=False)
         rows = rows_of(system, data.train, session, self.rows, run.seed)
         uses = work.uses()
 
@@ -120,12 +122,13 @@ class Quantize:
                 if not uses[id(linear.weight)]:  # a tied weight is rounded once all its inputs are known
                     second = sum((m.second for m in list(seen.values())[1:]), next(iter(seen.values())).second)
                     del work.seen[id(linear.weight)]  # a layer's moments are larger than its weights
-                    work.pack(linear, self._packed(linear.weight.data.cpu(), second), second, self.bits)
+                    weight = linear.weight.data.cpu()
+                    work.pack(linear, self._packed(weight, second), second, self.bits,
+                              whole._packed(weight, second) if spare else None)  # fmt: skip
 
         walk(session, rows, visit, run.progress("quantizing"))
         work.embedding(self, self.embedding or 8)
-        most, promoted = data.limits.size, 0
-        if most is not None and self.bits == 4:
+        if most is not None and spare:
             if not self.embedding and size(session.module)["bytes"] > most:
                 work.embedding(self, 4)
             promoted = work.promote(session.module, most)
@@ -167,7 +170,7 @@ class _Work:
     scaled: list[tuple[Any, Tensor]] = field(default_factory=list)  # (parameter, its values)
     seen: dict[int, dict[int, Moments]] = field(default_factory=dict)  # weight → its inputs, each once
     report: dict[int, dict[str, Any]] = field(default_factory=dict)  # weight → what became of it
-    weights: dict[int, Tensor] = field(default_factory=dict)
+    wide: dict[int, tuple[Pack, float]] = field(default_factory=dict)  # weight → it in 8 bits, its error
     packed: dict[int, list[Any]] = field(default_factory=dict)  # weight → the layers over its pack
     smoothed: int = 0
 
@@ -191,18 +194,20 @@ class _Work:
         self.before.append((parent, leaf, getattr(parent, leaf)))
         setattr(parent, leaf, layer)
 
-    def pack(self, linear: Any, pack: Pack, second: Tensor, bits: int) -> None:
-        """Every layer over this weight becomes one over the pack."""
+    def pack(self, linear: Any, pack: Pack, second: Tensor, bits: int, wide: Pack | None = None) -> None:
+        """Every layer over this weight becomes one over the pack; `wide` is what may be put in its place later on."""
         from whet.compress.packed import PackedLinear
         from whet.compress.rounding import output_error
 
         weight = linear.weight
         # `_parameters`, not `weight`: packed layers would be unpacked to answer.
         places = [n for n, m in self.module.named_modules() if m._parameters.get("weight") is weight]
-        error = output_error(weight.data.cpu(), pack, second)
+        plain = weight.data.cpu()
+        self.report[id(weight)] = {"layer": places[0], "bits": bits, "error": output_error(plain, pack, second)}
+        self.packed[id(weight)] = []
+        if wide is not None:
+            self.wide[id(weight)] = wide, output_error(plain, wide, second)
         pack.to(weight.device)
-        self.report[id(weight)] = {"layer": places[0], "bits": bits, "error": error}
-        self.weights[id(weight)], self.packed[id(weight)] = weight.data, []
         for name in places:
             one = self.module.get_submodule(name)
             self.put(name, PackedLinear(pack, (one.in_features, one.out_features), one.bias))
@@ -288,21 +293,36 @@ class _Work:
         return layer
 
     def promote(self, module: Any, most: int) -> int:
-        """Keep in 8 bits the layers whose error weighs most for their bytes, as far as `most` bytes allow."""
-        from whet.compress.rounding import pack8
+        """Keep in 8 bits the layers whose error that lowers most for their bytes, as far as `most` bytes allow.
+
+        Siblings go together: parted, they are no longer multiplied at once, here and in vLLM.
+        """
+        from whet.compress.packed import SIBLINGS
         from whet.compress.structure import size
+
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for key, entry in self.report.items():
+            owner, _, leaf = entry["layer"].rpartition(".")
+            groups.setdefault((owner, *next((s for s in SIBLINGS if leaf in s), (leaf,))), []).append(key)
+
+        def cost(keys: list[int]) -> int:
+            return sum(self.wide[k][0].values.numel() // 2 for k in keys)
+
+        def gain(keys: list[int]) -> float:
+            return sum(float(self.report[k]["error"]) - self.wide[k][1] for k in keys) / cost(keys)
 
         names = sum(1 for _ in module.state_dict())
         room, count = most - size(module)["bytes"] - HEADER * names, 0
-        for key, entry in sorted(self.report.items(), key=lambda r: -r[1]["error"]):
-            more = self.weights[key].numel() // 2
-            if more <= room:
-                pack = pack8(self.weights[key].cpu(), False)
-                pack.to(self.weights[key].device)
+        for keys in sorted(groups.values(), key=gain, reverse=True):
+            if cost(keys) > room:
+                continue
+            for key in keys:
+                pack, error = self.wide[key]
+                pack.to(self.packed[key][0].pack.values.device)
                 for layer in self.packed[key]:
                     layer.pack = pack
-                entry["bits"] = 8
-                room, count = room - more, count + 1
+                self.report[key] |= {"bits": 8, "error": error}
+            room, count = room - cost(keys), count + len(keys)
         return count
 
 

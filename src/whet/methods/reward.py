@@ -106,7 +106,7 @@ def fit(rows: Sequence[Judged], system: System, run: Run, settings: Reward) -> R
         raise MethodError("a reward model learns from pairs", expected="chosen and rejected answers to one prompt",
                           found=f"{len(rows)} single judgements", do="use kto, which needs none")  # fmt: skip
     plain = System(ModelRef(system.model.base, system.model.content), system.instruction, home=system.home)
-    name = key("reward", asdict(settings), plain.fingerprint, digest(found), run.seed, run.fidelity)
+    name = key("reward", asdict(settings), plain.fingerprint, digest(found), run.seed, run.fidelity, run.trained_tokens)
     adapter = Adapter("lora", settings.rank, 2 * settings.rank, head=True)
     own = replace(run, previous=None)  # what an earlier rung kept is of the policy, not of its judge
     made = teach(plain, own, name, adapter, lambda live: _lesson(found, plain, own, settings, live))
@@ -116,13 +116,16 @@ def fit(rows: Sequence[Judged], system: System, run: Run, settings: Reward) -> R
 
 def _lesson(rows: Sequence[Judged], system: System, run: Run, settings: Reward, live: TorchSession) -> Lesson:
     from whet.train import losses
-    from whet.train.batches import steps
+    from whet.train.batches import steps, tokens_per_row
     from whet.train.lesson import Lesson
     from whet.train.loop import Schedule, Settings
 
     rendered, shorter = render_pairs(system, rows, live, head=True)
     made = [replace(row, facts=((r.weight,),) * 2) for row, r in zip(rendered, rows, strict=True)]
-    count = max(1, round(run.fidelity * settings.epochs * len(made) / settings.batch))
+    wanted = settings.epochs * len(made)
+    if run.trained_tokens is not None:
+        wanted = min(wanted, run.trained_tokens / tokens_per_row(made, settings.batch, run.seed))
+    count = max(1, round(run.fidelity * wanted / settings.batch))
     return Lesson(steps(made, settings.batch, run.seed), losses.Reward(),
                   Settings(Schedule(settings.learning_rate, count)),
                   notes={"pairs": len(made), "shortened": shorter})  # fmt: skip
