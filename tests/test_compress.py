@@ -10,8 +10,10 @@ import torch
 from models import SHARED, make_model, make_tokenizer
 
 from whet.compress import folder as folders
-from whet.compress.layers import Relaxed
+from whet.compress.layers import Codebook, Relaxed
 from whet.errors import ModelError
+from whet.model import ModelRef, Transform, hash_files, load
+from whet.probe import peak_memory
 
 IDS = torch.tensor([[5, 9, 40, 7, 120, 33]])
 
@@ -46,6 +48,29 @@ def test_ties_and_terms_of_rank_two_are_kept_once(tmp_path: Path) -> None:
     layer = again.get_submodule(name)
     assert isinstance(layer, Relaxed) and layer.base.weight is again.model.layers[0].mlp.up_proj.weight
     assert torch.equal(logits(module), logits(again))
+
+
+def test_what_is_shared_stays_one_on_another_device(tmp_path: Path) -> None:
+    module = make_model("llama", dtype=torch.bfloat16)
+    first, second = (layer.mlp for layer in module.model.layers)
+    codes, book = torch.randint(0, 4, (64, 16), dtype=torch.uint8), torch.nn.Parameter(torch.randn(64, 4))
+    first.up_proj, second.up_proj = Codebook(codes, book, None, 32), Codebook(codes, book, None, 32)
+    folders.save(module, make_tokenizer(), tmp_path / "m")
+    made = Transform("model", hash_files([*(tmp_path / "m").iterdir()]), tmp_path / "m")
+    again, _ = load(ModelRef("x", "x").add(made), tmp_path, device="meta")
+    first, second = (layer.mlp.up_proj for layer in again.model.layers)
+    assert first.codes.is_meta and first.codes is second.codes  # parameters are kept one by torch itself
+
+
+def test_memory_on_a_gpu_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = peak_memory()
+    assert 10e6 < host < 1e12
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 10**13)
+    assert peak_memory() < 1e12  # none is in use
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert peak_memory() == 10**13
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 1)
+    assert peak_memory() >= host
 
 
 def test_folder_that_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -414,6 +414,10 @@ def test_odd_models_are_refused(tmp_path: Path) -> None:
     module.config.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
     with pytest.raises(ModelError, match="positions"):
         write_gguf(module, make_tokenizer(), tmp_path / "m.gguf", "f32", [2], "m")
+    module = make_model("qwen3")
+    module.config.attention_bias = True
+    with pytest.raises(ModelError, match="no qwen3 with biases"):
+        write_gguf(module, make_tokenizer(), tmp_path / "m.gguf", "f32", [2], "m")
     from transformers import LlamaConfig, LlamaForCausalLM
 
     narrow = LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=48, intermediate_size=64, num_hidden_layers=1,
@@ -437,6 +441,37 @@ def test_llama_cpp_answers_token_by_token(family: str, tmp_path: Path, cpp: None
     # It keeps keys and values in 16 bits: where two tokens are as likely, the other one may come first.
     assert (made.check.prompts, made.check.encoded) == (50, 50) and made.check.same >= 47
     assert made.check.agreement > 0.99 and made.check.gap < 0.01
+
+
+@pytest.mark.parametrize("family", ["smollm3", "gemma3_text"])
+def test_layers_of_two_kinds_go_where_llama_cpp_has_them(family: str, tmp_path: Path, fp32: None) -> None:
+    from transformers import AutoConfig
+
+    more = {"query_pre_attn_scalar": 8, "sliding_window": 12} if family == "gemma3_text" else {}
+    config = AutoConfig.for_model(
+        family, vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=7, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=512, bos_token_id=0, eos_token_id=2, pad_token_id=0,
+        initializer_range=0.25, **more,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    make_tokenizer().save_pretrained(tmp_path / "m")
+    one = System(models.resolve(str(tmp_path / "m")), "Say which.", decoding=Decoding(max_tokens=12), home=tmp_path)
+    module, tokenizer = models.load(one.model, one.home)
+    odd = {
+        "smollm3": [("no_rope_layers", [1, 1, 0, 1, 1, 1, 1], r"expected every 4th, found \[3\]")],
+        "gemma3_text": [("layer_types", ["full_attention"] * 7, "expected every 6th"),
+                        ("query_pre_attn_scalar", 4, "scale 4")],
+    }  # fmt: skip
+    for key, value, says in odd[family]:
+        kept = getattr(module.config, key)
+        setattr(module.config, key, value)
+        with pytest.raises(ModelError, match=says):
+            write_gguf(module, tokenizer, tmp_path / "m.gguf", "f32", [2], "m")
+        setattr(module.config, key, kept)
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    found = export(one, "gguf", tmp_path / "out", kind="f32").check
+    assert found and found.encoded == found.prompts and found.agreement > 0.97 and found.gap < 0.05
 
 
 @pytest.mark.parametrize("name", [*CUTS, "pieces"])
@@ -658,6 +693,24 @@ def test_scores_show_what_is_lost(tmp_path: Path) -> None:
     assert written["check"]["scores"]["n"] == 40 and written["prior"] == [-50.0, 50.0]
 
 
+def test_likelihoods_are_compared_and_what_is_not_is_named(tmp_path: Path, fp32: None) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "task.yaml").write_text("name: texts\nmetric: perplexity\n")
+    for name, begins in (("train", "the"), ("test", "was it")):
+        rows = [{"id": f"{name}{n}", "text": f"{begins} {n} " + TEXT * (1 + 9 * n)} for n in range(3)]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = export(system(tmp_path), "hf", tmp_path / "out", kind="f32", task=load(folder)).check
+    assert found and found.prompts == 50 and not found.unscored  # rows of text hold no prompts: built-in ones are asked
+    scores = found.scores
+    assert scores and (scores.metric, scores.n, scores.generated) == ("perplexity", 3, None)
+    assert scores.system == pytest.approx(scores.exported) and scores.kept and 10 < scores.system < 1e6
+    few = load(write_task(tmp_path / "toy", train=20, test=3, metric="win_rate", labels=None))
+    found = export(system(tmp_path), "hf", tmp_path / "out", kind="f32", task=few).check
+    assert found and found.prompts == 50 and found.scores is None and "judge" in found.unscored
+    assert "recall@5" in checks.unscored(replace(few, metric="recall@5"))
+
+
 # --- where it goes ---------------------------------------------------------------------------------------------------
 
 
@@ -706,6 +759,8 @@ def test_command(
     assert {"choice", "safety"} == {one["what"] for one in body["left_out"]}
     code, out, _ = whet(capsys, "export", "s", "--to", "hf", "--out", "there", "--no-check")
     assert code == 0 and "none was made" in out and "left out choice:" in out
+    code, out, _ = whet(capsys, "export", "s", "--to", "hf")
+    assert code == 0 and "scores   not compared: no task was named (--task)\n" in out
     assert (tmp_path / "there" / REQUEST).exists()
 
 

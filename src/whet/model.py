@@ -307,11 +307,12 @@ def load(
     model.requires_grad_(False)
     for transform in ref.standing:
         model = _apply(model, transform)
-    model = model.to(device).eval()
-    if ref.whole is not None:
-        from whet.compress.packed import assemble
+    if ref.whole is None:
+        return model.to(device).eval(), tokenizer
+    from whet.compress.packed import assemble
 
-        assemble(model)
+    model = compressed.moved(model, device).eval()
+    assemble(model)
     return model, tokenizer
 
 

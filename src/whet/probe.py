@@ -53,6 +53,13 @@ def main() -> None:
 
 
 def peak_memory() -> int:
+    """Peak bytes of this process: resident ones, or those held on its GPU, whichever are more."""
+    torch = sys.modules.get("torch")  # loaded where there is a model in this process
+    held = int(torch.cuda.max_memory_reserved()) if torch and torch.cuda.is_initialized() else 0
+    return max(held, _resident())
+
+
+def _resident() -> int:
     """Peak resident bytes of this process."""
     with contextlib.suppress(OSError, StopIteration):
         # getrusage counts the pages that were shared with the parent before exec, which may be many times as many.

@@ -133,6 +133,18 @@ def _fill(
         into[leaf] = made[source]
 
 
+def moved(module: Any, device: str) -> Any:
+    """The module on a device; buffers that several places share stay one there, which `nn.Module.to` alone parts."""
+    made: dict[int, Tensor] = {}
+    for one in module.modules():
+        for leaf, buffer in one._buffers.items():
+            if buffer is not None:
+                if id(buffer) not in made:
+                    made[id(buffer)] = buffer.to(device)
+                one._buffers[leaf] = made[id(buffer)]
+    return module.to(device)
+
+
 def settle(system: System, run: Run, module: Any, tokenizer: Any, key: str, notes: dict[str, Any]) -> System:
     """The System with `module` as its whole model, written once under `key`; what came before no longer counts."""
     made = run.store.artifact(key)

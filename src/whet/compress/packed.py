@@ -136,7 +136,10 @@ class Int8(Pack):
         values, step = rounded(x)
         if self.ready is not None:
             return _int8_product(values, self.ready, self.scale, x.dtype).mul_(step)
-        return ((values.float() @ self.values.float().T) * step * self.scale).to(x.dtype)
+        # Whole numbers up to 127 are exact in bf16, too; in fp16 their sums would be out of range.
+        wide = x.dtype if x.dtype == torch.bfloat16 else torch.float32
+        made = linear(values.to(wide), self.values.to(wide))
+        return (made.float() * step * self.scale).to(x.dtype)
 
 
 class Int4(Pack):

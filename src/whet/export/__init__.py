@@ -224,8 +224,8 @@ def export(
 ) -> Exported:  # fmt: skip
     """Write a System for another engine, aside and then renamed; an older export in its place is replaced.
 
-    `kind` is the type of the weights (GGUF: also q8_0 and q4_0). The check asks 50 prompts (the task's, where one is
-    given, which is scored, too). Raises ArtifactError where the export does not answer like the System, unless its
+    `kind` is the type of the weights (GGUF: also q8_0 and q4_0). The check asks 50 prompts (the task's first, where one
+    is given, which is scored, too). Raises ArtifactError where the export does not answer like the System, unless its
     type rounds more than bf16 does; MethodError or ModelError where the System has no weights or is of a kind that the
     format does not know.
     """
@@ -271,7 +271,7 @@ def _check(
     from whet.scorecard import rows_of
 
     rows = rows_of(task, "test" if task.test else "select") if task else ()
-    examples = [e for e in rows if e.text is None][: checks.PROMPTS] or list(checks.NEUTRAL)
+    examples = [*(e for e in rows if e.text is None), *checks.NEUTRAL][: checks.PROMPTS]
     asked = askable(system, bool(biases(system, tokenizer, target)))
     with tempfile.TemporaryDirectory() as home:
         told = checks.told(asked, examples, rounded)
@@ -287,7 +287,8 @@ def _check(
                       f"({found.by})",
                 do="--no-check writes it all the same",
             )  # fmt: skip
-        if task and task.metric not in ("win_rate", "perplexity") and "@" not in task.metric:
+        found = replace(found, unscored=checks.unscored(task))
+        if task and not found.unscored:
             metric = get(task.metric, task.folder, task.trusted)
             made = checks.score(system, asked, task.name, rows, metric, other, _progress(watch, "scoring"))
             found = replace(found, scores=made)

@@ -21,11 +21,12 @@ from whet.engine.torch import TorchSession
 from whet.errors import WhetError
 from whet.metrics import Metric
 from whet.system import System
-from whet.task import Example
+from whet.task import Example, Task
 
 PROMPTS = 50
 LENGTH = 32  # tokens of each answer that are compared
 ROWS = 200  # of a task, to score both on
+TEXT = 512  # tokens at most of a text whose likelihood is compared
 ENOUGH = 0.95  # share of its tokens that an export must have in common; bf16 arithmetic alone costs 3 %, mistakes most
 CONTEXT = 4096  # tokens at most of a prompt that is compared
 _FORMS = ("What is {}?", "Write one sentence about {}.", "Name three facts about {}.\nNumber them.",
@@ -75,6 +76,7 @@ class Check:
     gap: float
     note: str = ""
     scores: Scores | None = None
+    unscored: str = ""  # why there are none
 
     @property
     def good(self) -> bool:
@@ -180,16 +182,35 @@ def score(
     progress: Progress | None = None,
 ) -> Scores:  # fmt: skip
     """What the `whole` System scores on rows, and what the export does, asked as it can be (`asked`)."""
-    rows = rows[:ROWS]
+    rows, likely = rows[:ROWS], metric.name == "perplexity"
+    if likely:
+        rows = [_cut(e, other.session) for e in rows]
     cards = [scorecard.evaluate(one, rows, metric, session=by, progress=progress)
              for one, by in ((whole, whole.session), (asked, other.session))]  # fmt: skip
     paired = stats.compare(cards[0].outcomes, cards[1].outcomes, metric)
     generated = None
-    if asked.decoding.closed:
+    if asked.decoding.closed and not likely:
         free = replace(asked, decoding=replace(asked.decoding, closed=False, temperature=0.0))
         generated = scorecard.evaluate(free, rows, metric, session=other.session, progress=progress).score
     return Scores(name, metric.name, len(rows), cards[0].score, cards[1].score, paired.difference, paired.low,
                   paired.high, generated)  # fmt: skip
+
+
+def unscored(task: Task | None) -> str:
+    """Why a check cannot score the System and its export on a task; empty where it can."""
+    if task is None:
+        return "no task was named (--task)"
+    if task.metric == "win_rate":
+        return "win_rate is told by a judge, who is not asked here"
+    return f"{task.metric} is of documents found: an export looks none up" if "@" in task.metric else ""
+
+
+def _cut(example: Example, session: Session) -> Example:
+    """A row with no more text than any engine takes in at once."""
+    most, text = min(TEXT, session.context // 2), example.completion if example.text is None else example.text
+    while (size := session.count([text])[0]) > most:
+        text = text[: len(text) * most // size]
+    return replace(example, completion=text) if example.text is None else replace(example, text=text)
 
 
 def record(check: Check) -> dict[str, Any]:

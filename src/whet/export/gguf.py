@@ -27,14 +27,18 @@ class Family:
     permuted: bool = False  # rows of queries and keys: pairs of rotated values lie side by side
     norm: float = 0.0  # added to the weights of norms
     act: str = "silu"
+    biased: bool = False  # attention and MLP may have biases
+    every: int = 0  # which layers are other than the rest: without positions (SmolLM3) or without a window (Gemma 3)
 
 
 FAMILIES = {
-    "llama": Family("llama", permuted=True),
+    "llama": Family("llama", permuted=True, biased=True),
     "mistral": Family("llama", permuted=True),
     "qwen2": Family("qwen2"),
     "qwen3": Family("qwen3"),
+    "smollm3": Family("smollm3", permuted=True, every=4),
     "gemma": Family("gemma", norm=1.0, act="gelu_pytorch_tanh"),
+    "gemma3_text": Family("gemma3", norm=1.0, act="gelu_pytorch_tanh", every=6),
 }
 
 # How text is cut into words before merging: steps of the tokenizer, whether whole words of the vocabulary are taken
@@ -170,8 +174,12 @@ def _scores(
 def _shape(writer: Any, config: Any, family: Family) -> tuple[Left, ...]:
     """Write what the model is like: sizes, heads, norms and positions. Raises ModelError for what is not known."""
     act = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = dict(getattr(config, "rope_parameters", None) or {})
+    rope, near = rope.get("full_attention", rope), rope.get("sliding_attention")
     kind = rope.get("rope_type", "default")
+    if not family.biased and (getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)):
+        raise _refuse(f"llama.cpp knows no {family.name} with biases", "attention_bias and mlp_bias false", "true")
     if act != family.act:
         raise _refuse("llama.cpp computes this family with another activation", family.act, str(act))
     if kind not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -179,10 +187,20 @@ def _shape(writer: Any, config: Any, family: Family) -> tuple[Left, ...]:
     context, left = int(config.max_position_embeddings), tuple[Left, ...]()
     window = getattr(config, "sliding_window", None)
     layers = getattr(config, "layer_types", None) or (["sliding_attention"] if window else [])
-    if window and "sliding_attention" in layers and window < context:
+    if family.every:
+        odd = [t == "full_attention" for t in layers] if near else [not r for r in config.no_rope_layers]
+        if odd != [(n + 1) % family.every == 0 for n in range(len(odd))]:
+            raise _refuse("llama.cpp computes other layers of this family otherwise", f"every {family.every}th",
+                          str([n + 1 for n, one in enumerate(odd) if one])[:120])  # fmt: skip
+    if near:
+        scale, caps = config.query_pre_attn_scalar, (config.attn_logit_softcapping, config.final_logit_softcapping)
+        if (near.get("rope_type"), near.get("rope_theta"), scale, *caps) != ("default", 10_000.0, size, None, None):
+            raise _refuse("llama.cpp has other attention for this family", f"windows of base 10000, scale {size}",
+                          f"{near}, scale {scale}, caps {caps}"[:120])  # fmt: skip
+        writer.add_sliding_window(int(config.sliding_window))
+    elif window and "sliding_attention" in layers and window < context:
         context = int(window)
         left = (("sliding window", f"llama.cpp runs this family without: prompts of at most {window} tokens"),)
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_context_length(context)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
