@@ -10,20 +10,30 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from whet import documents, embed, improve
 from whet.engine import Spent
 from whet.errors import MethodError, StoreError, TaskError, WhetError
+from whet.feedback import Judged
+from whet.methods import Run, make
+from whet.methods.finetune import FineTune
+from whet.metrics import get
+from whet.model import resolve
 from whet.progress import Silent
+from whet.search import Wish, training
 from whet.search.budget import Rates, seconds
 from whet.search.recipe import Recipe, parse, recipe
 from whet.splits import shared_order
-from whet.system import load
-from whet.task import Example
+from whet.store import Store
+from whet.system import Decoding, System, load
+from whet.task import Example, Learnable
 
 WORDS = {"good": ["fine", "great", "lovely", "bright"], "bad": ["awful", "poor", "dull", "grim"]}
 THINGS = ["film", "book", "play", "song", "meal", "hotel", "train", "game", "car", "house"]
@@ -144,7 +154,8 @@ def test_a_recipe_by_name_and_a_choice_of_methods(task: Path, tmp_path: Path) ->
     assert {t["name"] for t in by_recipe.result["trials"]} == {"base", "fewshot(k=4)+calibrate"}
     by_method = improve(task, model="fake:keyword", budget="2m", methods=["calibrate"], out=tmp_path / "b",
                         home=tmp_path / "h")  # fmt: skip
-    assert {t["name"] for t in by_method.result["trials"]} == {"base", "calibrate"}
+    tried = {t["name"] for t in by_method.result["trials"]}
+    assert tried == {"base", "calibrate", "calibrate(kind=contextual)", "calibrate(kind=domain)"}
 
 
 def test_nothing_that_helps_hands_over_the_base(tmp_path: Path) -> None:
@@ -391,6 +402,57 @@ def test_silence_is_silent(capfd: pytest.CaptureFixture[str], task: Path, tmp_pa
     assert capfd.readouterr() == ("", "")
 
 
+def asked(folder: str, data: Learnable, *methods: str, trials: Sequence[Any] = ()) -> Any:
+    """A job of a local model, as far as the choice of trainings looks at it."""
+    base = System(resolve(folder), "say", decoding=Decoding(data.labels, bool(data.labels)))
+    merits = {id(t): n for n, t in enumerate(trials)}
+    return SimpleNamespace(bases=[base], splits=SimpleNamespace(learnable=data), wish=Wish(methods=methods),
+                           metric=get(data.metric), task=SimpleNamespace(labels=data.labels, closed=data.closed),
+                           race=SimpleNamespace(trials=list(trials), select=[0] * 4, merit=lambda t: merits[id(t)]),
+                           )  # fmt: skip
+
+
+def test_judgements_and_rewards_go_on_from_a_training(model_folder: str) -> None:
+    rows = tuple(Example(str(n), f"p{n}", "a b") for n in range(20))
+    data = Learnable("t", "say", "token_f1", train=rows, feedback="f.jsonl")
+    pair = (Judged("1", "p", "good", "bad"),)
+    thumbs = tuple(Judged(f"t{n}", f"q{n}", "fine", None) for n in range(5))
+    tuned = recipe("finetune")
+    assert training.behind(asked(model_folder, data), tuned) == ["rl"]  # a metric is a reward, too
+    assert training.behind(asked(model_folder, replace(data, judged=pair)), tuned) == ["dpo", "rl"]
+    assert training.behind(asked(model_folder, replace(data, judged=pair + thumbs)), tuned) == ["kto", "rl"]
+    assert training.behind(asked(model_folder, replace(data, judged=pair), "finetune", "dpo"), tuned) == ["dpo"]
+    assert training.behind(asked(model_folder, replace(data, judged=pair)), recipe("dpo")) == []
+    assert training.behind(asked(model_folder, replace(data, metric="perplexity")), tuned) == []
+
+
+def test_trainings_read_what_the_best_arm_reads_and_vary(model_folder: str) -> None:
+    rows = tuple(Example(str(n), f"p{n}", ("x", "y")[n % 2]) for n in range(20))
+    data = Learnable("t", "say", "accuracy", ("x", "y"), rows)
+
+    def trial(name: str) -> Any:
+        return SimpleNamespace(recipe=parse(name) if name else Recipe(), card=True, examples=4)
+
+    tuned = recipe("finetune")
+    for best, found in (("rag(k=1)+calibrate", "rag(k=1)+finetune"), ("fewshot", "finetune"), ("", "finetune")):
+        job = asked(model_folder, data, trials=[trial(""), trial("calibrate"), trial(best)])
+        assert training._sourced(job, tuned).name == found
+    named = [r.name for r in training._others(asked(model_folder, data), parse("rag(k=1)+finetune"))]
+    assert named[0] == "finetune" and "rag(k=1)+finetune(learning_rate=0.0003)" in named
+    assert any("adapter=dora" in n for n in named) and any("adapter=full" in n for n in named)
+    assert training._others(asked(model_folder, data), recipe("dpo")) == []
+
+
+def test_another_file_is_another_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "P.txt"
+    file.write_text("Say it.\n---\n{question}\n")
+    one = parse(f"prompting(file={file})")
+    before = one.files
+    file.write_text("Judge it.\n---\n{question}\n")
+    assert list(before) == [str(file)] and before != one.files
+    assert parse("finetune(adapter=full)").files == {}
+
+
 def test_training_takes_part_and_is_paid_for_once(task: Path, tmp_path: Path, model_folder: str) -> None:
     settings = {"model": model_folder, "budget": "2m", "methods": ["finetune", "calibrate"], "home": tmp_path / "h"}
     made = improve(task, out=tmp_path / "o", **settings)  # type: ignore[arg-type]
@@ -402,3 +464,25 @@ def test_training_takes_part_and_is_paid_for_once(task: Path, tmp_path: Path, mo
     assert made.result["spent"]["trained_tokens"] == total
     again = improve(task, out=tmp_path / "again", **settings)  # type: ignore[arg-type]
     assert timeless(again.result["trials"]) == timeless(made.result["trials"])
+
+
+@pytest.mark.parametrize("most", [None, 20000])
+def test_settings_are_compared_on_the_same_rows(
+    most: int | None, tmp_path: Path, model_folder: str, fp32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[tuple[Example, ...]] = []
+    own = Learnable.validation
+    monkeypatch.setattr(Learnable, "validation", lambda *a, **k: held.append((found := own(*a, **k))[1]) or found)
+    rows = tuple(Example(str(i), f"film {i * 7919} was {i % 2}", ["no", "yes"][i % 2]) for i in range(600))
+    data = Learnable("toy", "Good?", "accuracy", ("no", "yes"), rows)
+    run = Run(Store(tmp_path), fidelity=0.01, trained_tokens=most)
+    system = System(resolve(model_folder), "Good?", home=run.home)
+    for epochs, batch in ((1.0, 8), (3.0, 32)):
+        FineTune(rank=2, epochs=epochs, batch=batch).apply(system, data, run)
+    assert held[0] == held[1] and len(held[0]) >= 24
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto", "continual"])
+def test_what_a_validation_loss_cannot_compare_is_not_drawn(name: str) -> None:
+    space = make(name).space()
+    assert "learning_rate" in space and not {"beta", "strategy"} & set(space)

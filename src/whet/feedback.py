@@ -292,6 +292,15 @@ class Agreement:
     judge: str
 
 
+def paired(rows: Sequence[Judged]) -> tuple[tuple[Judged, ...], tuple[Judged, ...]]:
+    """The pairs that judgements make, and the judgements that go into none."""
+    found = pairs(rows)
+    asked = {(r.prompt, r.history, side) for r in found for side in (r.chosen, r.rejected)}
+    return found, tuple(
+        r for r in rows if None in (r.chosen, r.rejected) and (r.prompt, r.history, r.chosen or r.rejected) not in asked
+    )
+
+
 def agreement(judge: Judge, rows: Sequence[Judged], seed: int = 0) -> Agreement:
     """Accuracy and calibration of a judge on pairs that it did not learn from. Raises MethodError without pairs."""
     found = pairs(rows)
@@ -537,3 +546,11 @@ def prompts_of(path: Path) -> list[Example]:
     if not found:
         raise TaskError(f"{path.name} holds no prompts", expected="rows with a prompt", found="none")
     return list(found.values())
+
+
+def preference(
+    system: System, rows: Sequence[Example], session: Session, seed: int = 0
+) -> tuple[float, float, float] | None:
+    """How often a System prefers the chosen side, with the 95 % interval; None where no row is a pair."""
+    sides = prefers(system, rows, session)
+    return _mean(sides, [e.group for e in rows if e.rejected is not None], seed) if sides else None

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from whet import stats
 from whet.errors import MethodError
-from whet.feedback import Judged, pairs, weighted
 from whet.feedback import load as load_feedback
+from whet.feedback import paired, weighted
 from whet.memory import Known, as_task, carried, known, remember
 from whet.methods import Method, Run, make
 from whet.methods.reward import metric_of
@@ -89,7 +89,7 @@ def update(
         task = replace(task, judged=judged)
         run.notes |= {"weights": list(weights)} if weights else {}
     splits, start = task.split(run.seed), begin(system, task, run)
-    found, single = _paired(splits.learnable.judged)
+    found, single = paired(splits.learnable.judged)
     by = "continual" if feedback is None else "dpo" if found and len(found) >= len(single) else "kto"
     method = make(by, settings)
     rows = splits.confirm or splits.select
@@ -119,22 +119,13 @@ def update(
         why.append(f"answers drifted by {moved:.2f} nats a token; {DRIFTED:g} allowed")
     memory = remember(after, splits.learnable, tasks, splits.select or rows, seed=run.seed)
     card = _card(system, method, task, cards[1], memory)
-    paired = stats.compare(cards[0].outcomes, cards[1].outcomes, metric, run.seed)
+    compared = stats.compare(cards[0].outcomes, cards[1].outcomes, metric, run.seed)
     return Update(
-        replace(after, card=card), cards[0], cards[1], paired, lost, tuple(one.name for one in tasks if not one.held),
+        replace(after, card=card), cards[0], cards[1], compared, lost, tuple(one.name for one in tasks if not one.held),
         (length[0], length[1]), moved, splits.dropped, tuple(r.id for r in single if by == "dpo"),
         "; ".join(filter(None, why)),
         {k: v for k, v in run.notes.items() if k != "curves"},
     )  # fmt: skip
-
-
-def _paired(rows: Sequence[Judged]) -> tuple[tuple[Judged, ...], tuple[Judged, ...]]:
-    """The pairs that judgements make, and the judgements that go into none."""
-    found = pairs(rows)
-    asked = {(r.prompt, r.history, side) for r in found for side in (r.chosen, r.rejected)}
-    return found, tuple(
-        r for r in rows if None in (r.chosen, r.rejected) and (r.prompt, r.history, r.chosen or r.rejected) not in asked
-    )
 
 
 def _drift(before: System, after: System, splits: Splits, run: Run) -> float | None:

@@ -15,16 +15,16 @@ from whet import task as tasks
 from whet.encoder import Encoder
 from whet.engine import Session, Spent
 from whet.errors import TaskError, WhetError
-from whet.feedback import pairs, thumbs
+from whet.feedback import Versus, controlled, preference
 from whet.memory import Known, known
-from whet.methods import Run, make, names, table
+from whet.methods import Run, names, table
 from whet.methods.reward import metric_of
 from whet.metrics import Metric, Outcome, get, score_all
 from whet.model import DEFAULT, ModelRef, loaded_before, resolve
 from whet.progress import Silent, Watch, clock
 from whet.retention import forgetting, refused
-from whet.scorecard import Scorecard, evaluate, measure, reads_scores, versions
-from whet.search import limits
+from whet.scorecard import Scorecard, evaluate, measure, versions
+from whet.search import limits, training
 from whet.search import out as output
 from whet.search.arms import cheap_arms, left_out
 from whet.search.budget import Rates, estimate, seconds
@@ -39,9 +39,6 @@ from whet.task import Example, Learnable, Splits, Task
 FIXED = 30.0  # seconds for loading, baselines and measuring latency, which no token count tells
 ENCODED = 0.04  # of the budget may go to fine-tuning an encoder, as a baseline
 ENCODER_SPEED = 2.5  # MiniLM has a tenth of the weights, all of them trained, in small padded batches: LOG.md
-LEAST_TOKENS = 6_000  # a fine-tuning on fewer tokens (some eight steps of short rows) is not worth starting
-VALIDATED = 0.15  # of a fine-tuning's time, about, goes to its validations
-CALIBRATED_ROWS = 128
 MOST_HELD = 200  # rows of an earlier task that forgetting is measured on
 ANSWER_TOKENS = (16, 256)  # bounds of how long a generated answer may be
 INDEXED = 0.1  # of the budget: what indexing takes beyond it is told
@@ -147,15 +144,14 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
     unknown = [m for m in wish.methods if m not in names()]
     if unknown:
         recipe(unknown[0])  # raises, with the nearest name
-    if wish.recipe:
-        parse(wish.recipe)
+    files = parse(wish.recipe).files if wish.recipe else {}
     splits = task.split(wish.seed, wish.strict)
     metric = get(task.metric, task.folder, task.trusted)
     if not task.test and not splits.select:
         raise TaskError("nothing to measure on", expected="test.jsonl, dev.jsonl or 10 train rows", found="none")
     refs = [resolve(name) for name in wish.models]
     asked = [task.fingerprint, [r.content for r in refs], wish.seed, wish.budget, wish.methods, wish.recipe]
-    key = hashlib.sha256(json.dumps([*asked, wish.strict, __version__]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([*asked, wish.strict, __version__, *files.values()]).encode()).hexdigest()
     output.claim(folder, key, task.name)
     run = Run(store, wish.seed)
     watch.say(f"whet improve {task.name}: {len(splits.learnable.train)} train, {len(splits.select)} select, "
@@ -218,8 +214,8 @@ def _race(job: _Job) -> None:
     several = len(job.bases) > 1
     labels = [f" [{b.model.base}]" if several else "" for b in job.bases]
     each = job.rates.price(estimate(job.bases[0], race.select, session, metric=job.metric.name))
-    tuned = _training(job)
-    if tuned is not None and race.select and (race.seconds - 2 * each) * job.rates.train < LEAST_TOKENS:
+    tuned = training.first(job)
+    if tuned is not None and race.select and (race.seconds - 2 * each) * job.rates.train < training.LEAST_TOKENS:
         why = f"scoring takes {clock(2 * each)} of the search's {clock(race.seconds)}: too little is left to train in"
         job.skipped.append({"method": tuned.name, "why": why})
         tuned = None
@@ -265,9 +261,9 @@ def _race(job: _Job) -> None:
     if job.wish.recipe:
         chosen = parse(job.wish.recipe)
         if not any(t.recipe == chosen for t in race.trials):
-            _train(job, chosen, job.bases[0], each)
+            training.enter(job, chosen, job.bases[0], each)
     elif tuned is not None:
-        _train_and_combine(job, tuned, each)
+        training.race(job, tuned, each)
 
 
 def _untried(job: _Job) -> Recipe | None:
@@ -284,90 +280,10 @@ def _unused(job: _Job, used: Sequence[Recipe]) -> list[dict[str, str]]:
     data = job.splits.learnable
     tried = {m.name for r in used for m in r.methods} | {d["method"] for d in job.skipped}
     if any("weights" in m.needs for r in used for m in r.methods):
-        tried |= {"dpo", "kto", "calibrate"}  # behind a training
+        tried |= {"calibrate", *training.behind(job, None)}
     tried |= {name for name in names() if limits.limited(data.limits) and table()[name].family == "compression"}
     missed = [n for n in job.wish.methods if n not in tried and not any(d.startswith(f"{n}(") for d in tried)]
     return [{"method": n, "why": f'no recipe of its own is raced here: name one, like --recipe "{n}"'} for n in missed]
-
-
-def _training(job: _Job) -> Recipe | None:
-    """The recipe that trains, where training was asked for and can be had."""
-    if job.wish.recipe or "@" in job.metric.name:  # rankings ask no model
-        return None
-    reading = [recipe(("rag", {"k": 1}), "finetune")] if not job.task.closed else []
-    reading += [recipe(("knowledge", {"k": 1}), "finetune")] if embed.available() else []
-    wanted = [recipe("continual"), *reading, recipe("finetune")]
-    if job.wish.methods and job.splits.learnable.judged:  # asked for alone, preferences are learnt without a start
-        wanted += [recipe(name) for name in ("dpo", "kto", "rl") if name in job.wish.methods]
-    for one in wanted:  # the first that has what it needs
-        asked = not job.wish.methods or all(m.name in job.wish.methods for m in one.methods)
-        if asked and not one.lacks(job.bases[0], job.splits.learnable):
-            return one
-    return None
-
-
-def _train_and_combine(job: _Job, tuned: Recipe, each: float) -> None:
-    """Fine-tune the best model with what the budget allows; calibrate it; another training where money is left."""
-    race = job.race
-    start = _best_model(job)
-    judged = _preferring(job, tuned)
-    first = _train(job, tuned, start, each, 0.5 if judged else 1.0)
-    if first is not None and first.status == "failed" and len(tuned.methods) > 1:  # what it reads cannot be had
-        return _train_and_combine(job, Recipe(tuned.methods[-1:]), each)
-    if first is None or first.card is None:
-        return
-    more = [judged] if judged else []
-    more += [Recipe((*tuned.methods, make("calibrate")))] if _calibrates(job) else []
-    for one in more:  # with the same bound, which is part of what a training is known by
-        race.enter(one, start, tokens=first.notes["allowed"]).notes["allowed"] = first.notes["allowed"]
-    if first.cost < 0.8 * race.left and tuned.methods[-1].family in ("fine-tuning", "continual learning"):
-        # Trained to read passages: is it the passages? Else: is it the learning rate?
-        slower = replace(tuned.methods[-1], learning_rate=3e-4)  # type: ignore[type-var]
-        _train(job, Recipe((slower,) if len(tuned.methods) == 1 else tuned.methods[-1:]), start, each)
-
-
-def _preferring(job: _Job, tuned: Recipe) -> Recipe | None:
-    """The recipe that goes on from a training with what people prefer, where the task has judgements."""
-    if tuned.families & {"human feedback"}:
-        return None
-    for name in ("dpo", "kto"):
-        one = Recipe((*tuned.methods, make(name)))
-        asked = not job.wish.methods or name in job.wish.methods
-        enough = pairs(job.splits.learnable.judged) if name == "dpo" else thumbs(job.splits.learnable.judged)
-        if asked and enough and not one.lacks(job.bases[0], job.splits.learnable):
-            return one
-    return None
-
-
-def _calibrates(job: _Job) -> bool:
-    """Whether what is trained is to be calibrated, too."""
-    return bool(job.task.labels) and (not job.wish.methods or "calibrate" in job.wish.methods)
-
-
-def _train(job: _Job, wanted: Recipe, start: System, each: float, share: float = 1.0) -> Trial | None:
-    """Run a recipe that trains, with a share of the tokens that are left once scoring what comes of it is set aside."""
-    race = job.race
-    row = each / max(1, len(race.select))
-    # Scoring on select, and calibrating afterwards; calibrated answers are read off the same scores where all are had.
-    again = 0.0 if reads_scores(start, race.select, job.run.session(start.model)) else each
-    after = each + (again + CALIBRATED_ROWS * row if _calibrates(job) else 0.0)
-    allowed = int(share * (race.left - after) * (1 - VALIDATED) * job.rates.train)
-    trains = any("weights" in m.needs for m in wanted.methods)
-    if trains and allowed < LEAST_TOKENS:
-        why = f"only {clock(race.left)} of the budget would be left for it"
-        job.skipped.append({"method": wanted.name, "why": why})
-        return None
-    trial = race.enter(wanted, start, tokens=allowed if trains else None)
-    trial.notes["allowed"] = allowed
-    return trial
-
-
-def _best_model(job: _Job) -> System:
-    """The base whose cheap arms did best; the only one where one model was named."""
-    scored = [t for t in job.race.trials if t.card]
-    best = max(scored, key=job.race.merit, default=None)
-    models = {b.model: b for b in job.bases}
-    return models.get(best.system.model, job.bases[0]) if best else job.bases[0]
 
 
 def _finalist(job: _Job) -> Trial | None:
@@ -428,6 +344,8 @@ def _confirm(job: _Job, finalist: Trial | None) -> tuple[dict[str, Any] | None, 
             store=job.store, progress=lambda done, of: job.watch.tell("scoring on sealed data", done, of),
         )  # fmt: skip
     body = _confirmed(job, cards, single)
+    if isinstance(job.metric, Versus) and finalist:
+        body["feedback"] = _preferred(job, cards["chosen"], finalist.system, job.metric.judge.name)
     return body, cards, sum((c.spent for c in cards.values()), Spent())
 
 
@@ -453,6 +371,18 @@ def _confirmed(job: _Job, cards: dict[str, Scorecard], single: Trial | None) -> 
             "p_value": tests[1].p_value, "p_adjusted": adjusted[1],
         }  # fmt: skip
     return body
+
+
+def _preferred(job: _Job, card: Scorecard, system: System, judge: str) -> dict[str, Any]:
+    """What stands beside a win rate: that at equal length, and how often the System prefers the chosen side of pairs.
+
+    Each figure has its 95 % interval; None where no sealed row is a pair.
+    """
+    even = controlled(card.outcomes, job.wish.seed)
+    job.notes.append("win rate at equal length {:.1f} % [{:.1f}, {:.1f}]; a judge may like long answers for their "
+                     "length".format(*(100 * one for one in even)))  # fmt: skip
+    chosen = preference(system, job.splits.confirm, job.run.session(system.model), job.wish.seed)
+    return {"controlled": even, "prefers": chosen, "judge": judge}
 
 
 def _run_baselines(job: _Job, handed: Scorecard | None) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from whet import embed
 from whet.errors import StoreError, WhetError
 from whet.methods import Run, lacking, table
-from whet.methods.prompting import Prompting
+from whet.methods.prompting import REASON_TOKENS, Prompting
 from whet.progress import clock
 from whet.scorecard import reads_scores, uncalibrated
 from whet.search.budget import Rates, estimate
@@ -22,6 +22,7 @@ from whet.task import Example, Learnable
 if TYPE_CHECKING:
     from whet.search import Wish
 
+THOUGHT = ("exact_match", "token_f1", "contains")  # metrics of short answers, which reasons may lead to
 Arm = tuple[Recipe, System, str, float]  # recipe, the base it starts from, its model's label, cost in seconds
 
 
@@ -43,9 +44,11 @@ def prompting_recipes(data: Learnable) -> list[Recipe]:
             recipe("prompting"),
             recipe(("prompting", {"calibrated": True}), "calibrate"),
             *(recipe(("fewshot", {"k": k, "draw": draw}), "calibrate") for draw in (1, 2)),
+            *(recipe(("calibrate", {"kind": kind})) for kind in ("contextual", "domain")),
         ]
         if nearest:
             found.append(recipe(("fewshot", {"k": 8, "selection": "nearest"})))
+            found.append(recipe(("fewshot", {"k": k, "selection": "diverse"}), "calibrate"))
         return found + facts + ([recipe(read), recipe(read, "calibrate")] if reading else [])
     found = [*facts, recipe(("fewshot", {"k": 4}))]
     if data.metric not in ("perplexity", "win_rate"):
@@ -54,6 +57,9 @@ def prompting_recipes(data: Learnable) -> list[Recipe]:
         found.append(recipe(("fewshot", {"k": 4, "selection": "nearest"})))
     if reading:
         found += [recipe(read), recipe("rag"), recipe(read, ("fewshot", {"k": 4}))]
+        found += [recipe(read, one)] if facts and data.knowledge is not None else []
+    if data.metric in THOUGHT:
+        found.append(recipe(("prompting", {"reason": True})))  # last: reasons take many tokens
     return found
 
 
@@ -126,6 +132,9 @@ def _cost(
     for method in one.methods:
         if set(method.writes) <= {"demonstrations", "sources"} and not getattr(method, "prompts", 0):
             system = method.apply(system, data, run)
+    if any(isinstance(m, Prompting) and m.reason for m in one.methods):  # as many tokens as reasons may take
+        most = system.decoding.max_tokens + REASON_TOKENS
+        system = replace(system, decoding=replace(system.decoding, max_tokens=most))
     session = run.session(base.model)
     whole = rates.price(estimate(system, select, session, metric=data.metric))
     prompts = sum(getattr(method, "prompts", 0) for method in one.methods)

@@ -109,7 +109,7 @@ class Race:
     ) -> Trial:  # fmt: skip
         """Run a recipe (or take its finished trial from the store) and score it on the first `examples` of select."""
         rows = self.select[:examples] if examples else self.select
-        key = json.dumps([recipe.record, start.fingerprint, rung, len(rows), tokens], sort_keys=True)
+        key = json.dumps([recipe.record, recipe.files, start.fingerprint, rung, len(rows), tokens], sort_keys=True)
         self.watch.arm(f"{recipe.name}{label}", self.left)
         kept = None if self.live else self.store.trial(self.key, key)
         if time.monotonic() > self.deadline and kept is None and recipe.methods:  # the base is always measured
@@ -235,7 +235,7 @@ class Race:
 
 def _made(recipe: Recipe, start: System, tokens: int | None) -> str:
     """Under which the System that a recipe made is remembered within a race."""
-    return json.dumps([recipe.record, start.fingerprint, tokens], sort_keys=True)
+    return json.dumps([recipe.record, recipe.files, start.fingerprint, tokens], sort_keys=True)
 
 
 def _folders(system: System) -> dict[str, str]:

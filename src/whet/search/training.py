@@ -1,0 +1,142 @@
+"""The part of the race that trains: the first training, what goes on from it, and others while money is left."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from whet import embed
+from whet.feedback import paired
+from whet.methods import make
+from whet.progress import clock
+from whet.scorecard import reads_scores
+from whet.search.recipe import Recipe, recipe
+from whet.system import System
+
+if TYPE_CHECKING:
+    from whet.search import _Job
+    from whet.search.race import Trial
+
+LEAST_TOKENS = 6_000  # a fine-tuning on fewer tokens (some eight steps of short rows) is not worth starting
+VALIDATED = 0.15  # of a fine-tuning's time, about, goes to its validations
+CALIBRATED_ROWS = 128
+OTHERS: tuple[dict[str, Any], ...] = (  # settings of further trainings, while the budget lasts
+    {"learning_rate": 3e-4}, {"adapter": "dora"}, {"adapter": "full", "learning_rate": 1e-4}, {"rank": 64},
+)  # fmt: skip
+SAMPLED = 4.0  # trainings that reinforcement's sampling takes, about; if it was asked for by name, one will do
+
+
+def first(job: _Job) -> Recipe | None:
+    """The recipe that trains, where training was asked for and can be had."""
+    if job.wish.recipe or "@" in job.metric.name:  # rankings ask no model
+        return None
+    reading = [recipe(("rag", {"k": 1}), "finetune")] if not job.task.closed else []
+    reading += [recipe(("knowledge", {"k": 1}), "finetune")] if embed.available() else []
+    wanted = [recipe("continual"), *reading, recipe("finetune")]
+    if job.wish.methods and job.splits.learnable.judged:  # asked for alone, preferences are learnt without a start
+        wanted += [recipe(name) for name in ("dpo", "kto", "rl") if name in job.wish.methods]
+    return next((one for one in wanted if _wished(job, one)), None)  # the first that has what it needs
+
+
+def _wished(job: _Job, one: Recipe) -> bool:
+    """Whether a recipe's methods were asked for, and have what they need."""
+    asked = not job.wish.methods or all(m.name in job.wish.methods for m in one.methods)
+    return asked and not one.lacks(job.bases[0], job.splits.learnable)
+
+
+def race(job: _Job, tuned: Recipe, each: float) -> None:
+    """Train the best model with what the budget allows, go on from there, and train otherwise while money is left.
+
+    `each` are the seconds that scoring all of select takes.
+    """
+    start, tuned = _best_model(job), _sourced(job, tuned)
+    judged = [m for m in behind(job, tuned) if m != "rl"]
+    one = enter(job, tuned, start, each, 0.5 if judged else 1.0)
+    if one is not None and one.status == "failed" and len(tuned.methods) > 1:  # what it reads cannot be had
+        tuned = Recipe(tuned.methods[-1:])
+        one = enter(job, tuned, start, each, 0.5 if judged else 1.0)
+    if one is None or one.card is None:
+        return
+    more = [Recipe((*tuned.methods, make(name))) for name in judged]
+    more += [Recipe((*tuned.methods, make("calibrate")))] if _calibrates(job) else []
+    for other in more:  # with the same bound, which is part of what a training is known by
+        job.race.enter(other, start, tokens=one.notes["allowed"]).notes["allowed"] = one.notes["allowed"]
+    for other in _others(job, tuned):
+        if one.cost < 0.8 * job.race.left:
+            enter(job, other, start, each)
+    if "rl" in behind(job, tuned):
+        other = Recipe((*tuned.methods, make("rl")))
+        if (1.0 if job.wish.methods else SAMPLED) * one.cost < job.race.left:
+            job.race.enter(other, start, tokens=one.notes["allowed"]).notes["allowed"] = one.notes["allowed"]
+        else:
+            job.skipped.append({"method": other.name, "why": f"{clock(max(0.0, job.race.left))} is left, and sampling "
+                                f"takes some {SAMPLED:g} times the training's {clock(one.cost)}"})  # fmt: skip
+
+
+def _sourced(job: _Job, tuned: Recipe) -> Recipe:
+    """The training on what the best arm showed, where that reads documents or facts and the training does not yet."""
+    whole = [t for t in job.race.trials if t.card and t.examples == len(job.race.select)]
+    best = max(whole, key=job.race.merit, default=None)
+    shown = tuple(m for m in best.recipe.methods if set(m.writes) <= {"sources"}) if best else ()
+    if not shown or len(tuned.methods) > 1 or tuned.families & {"human feedback"}:
+        return tuned
+    return Recipe((*shown, *tuned.methods))
+
+
+def _others(job: _Job, tuned: Recipe) -> list[Recipe]:
+    """Further trainings, the most telling first: without what the first one reads, facts themselves, other settings."""
+    last = tuned.methods[-1]
+    if last.family not in ("fine-tuning", "continual learning"):
+        return []
+    alone = [Recipe((last,))] if len(tuned.methods) > 1 else []
+    taught = recipe(("knowledge", {"mode": "train"}))
+    taught_too = [taught] if embed.available() and _wished(job, taught) else []
+    settings = [Recipe((*tuned.methods[:-1], replace(last, **changed))) for changed in OTHERS]  # type: ignore[type-var]
+    return [*alone, *taught_too, *settings]
+
+
+def behind(job: _Job, tuned: Recipe | None) -> list[str]:
+    """The methods that go on from a training with what people prefer, or with a reward, where the task has any.
+
+    Thumbs are learnt from as such where they outnumber the pairs that judgements make.
+    """
+    data = job.splits.learnable
+    if tuned is not None and tuned.families & {"human feedback"}:
+        return []
+    found, single = paired(data.judged)
+    names = ["dpo" if found and len(found) >= len(single) else "kto"] if data.judged else []
+    if data.judged or job.metric.name not in ("perplexity", "win_rate"):
+        names.append("rl")
+    names = [n for n in names if not job.wish.methods or n in job.wish.methods]
+    return [n for n in names if not recipe(n).lacks(job.bases[0], data)]
+
+
+def _calibrates(job: _Job) -> bool:
+    """Whether what is trained is to be calibrated, too."""
+    return bool(job.task.labels) and (not job.wish.methods or "calibrate" in job.wish.methods)
+
+
+def enter(job: _Job, wanted: Recipe, start: System, each: float, share: float = 1.0) -> Trial | None:
+    """Run a recipe that trains, with a share of the tokens that are left once scoring what comes of it is set aside."""
+    race = job.race
+    row = each / max(1, len(race.select))
+    # Scoring on select, and calibrating afterwards; calibrated answers are read off the same scores where all are had.
+    again = 0.0 if reads_scores(start, race.select, job.run.session(start.model)) else each
+    after = each + (again + CALIBRATED_ROWS * row if _calibrates(job) else 0.0)
+    allowed = int(share * (race.left - after) * (1 - VALIDATED) * job.rates.train)
+    trains = any("weights" in m.needs for m in wanted.methods) or wanted == recipe(("knowledge", {"mode": "train"}))
+    if trains and allowed < LEAST_TOKENS:
+        why = f"only {clock(race.left)} of the budget would be left for it"
+        job.skipped.append({"method": wanted.name, "why": why})
+        return None
+    trial = race.enter(wanted, start, tokens=allowed if trains else None)
+    trial.notes["allowed"] = allowed
+    return trial
+
+
+def _best_model(job: _Job) -> System:
+    """The base whose cheap arms did best; the only one where one model was named."""
+    scored = [t for t in job.race.trials if t.card]
+    best = max(scored, key=job.race.merit, default=None)
+    models = {b.model: b for b in job.bases}
+    return models.get(best.system.model, job.bases[0]) if best else job.bases[0]
