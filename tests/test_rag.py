@@ -564,6 +564,10 @@ def test_training_rows_are_shown_the_passage_and_distractors(data: Learnable, ho
     shown = made.found([e.prompt for e in rows])
     without = [here[0].passage.document != "kettle" for here in reading.taught(made, rows, shown, 0.3, 0)]
     assert 30 < sum(without) < 90 and all(len(here) == 1 for here in shown)
+    closed = replace(made, decoding=replace(made.decoding, labels=("light", "kettle"), closed=True))
+    label = replace(missed, completion="kettle", evidence=())  # the word of a label makes no passage the right one
+    shown = made.found([label.query])
+    assert reading.taught(closed, [label], shown, 0.99, 0) == shown
 
 
 @needs_embedder

@@ -61,11 +61,15 @@ def taught(
     """What training rows are shown (RAFT, Zhang et al. 2024): the passage that holds the answer, among distractors.
 
     Where retrieval missed it, it stands in front and the last one goes; from a share `absent` of the rows it is taken
-    out, and the next best stands there. Rows whose answer no passage holds keep what was found.
+    out, and the next best stands there. Rows whose answer no passage holds keep what was found; so do those of a closed
+    set that name no evidence, as a label's word says nothing about a passage.
     """
     deep = system.found([e.query for e in examples], DEEP)
     made = []
     for example, here, more in zip(examples, shown, deep, strict=True):
+        if system.decoding.closed and not example.evidence:
+            made.append(list(here))
+            continue
         right = holding(more, example)
         if random.Random(f"{seed}/{example.id}").random() < absent:
             wrong = [f for f in more if f not in right and f not in here]
