@@ -11,7 +11,7 @@ from whet.system import System
 from whet.task import Learnable
 
 BY = ("loss", "influence")
-NARROW_BY = 256  # train rows by which neurons are chosen
+NARROW_BY, NARROW_TOKENS = 1024, 32_768  # train rows and their tokens, at most, by which neurons are chosen
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Prune:
         from whet.compress.calibration import calibration, opened
         from whet.compress.moments import rows_of
         from whet.compress.structure import counted, layers, size
+        from whet.engine.prefix import arrange
         from whet.engine.torch import TorchSession
 
         session = opened(system, run, self.name)
@@ -85,6 +86,8 @@ class Prune:
             notes["dropped"] = [asdict(d) for d in gone]
         if self.width < 1:
             seen = rows_of(system, data.train, session, NARROW_BY, run.seed)
+            while len(seen) > 1 and arrange(seen).unique_tokens > NARROW_TOKENS:
+                seen = seen[: len(seen) // 2]
             told = run.progress("narrowing layers")
             module = width.narrow(TorchSession(module, tokenizer), seen, self.width, told)
             notes["width"] = module.config.get_text_config().intermediate_size
