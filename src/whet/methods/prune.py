@@ -57,7 +57,8 @@ class Prune:
         from whet.train.lesson import key
 
         said = vocabulary.said(system, data, run.seed) if self.vocabulary else []
-        name = key("prune", asdict(self), system.state, rows_hash(data.train), said, run.seed)
+        how = [NARROW_BY, NARROW_TOKENS] if self.width < 1 else []  # neurons were chosen otherwise before
+        name = key("prune", asdict(self), system.state, rows_hash(data.train), said, run.seed, *how)
         if finished(run, name):
             made = settled(system, run, name)
         else:
