@@ -107,8 +107,17 @@ def words(seed: int, count: int) -> str:
     return " ".join(draw.choice(WORDS) for _ in range(count))
 
 
+def endless(session: Any) -> Any:
+    """A session whose answers go on to the last token asked for: a tuned model ends its own after a word or two."""
+    if hasattr(session, "stop_ids"):
+        session.stop_ids = frozenset()
+    else:
+        session._ends = lambda token: False  # llama.cpp's
+    return session
+
+
 def decode(session: Any, seed: int) -> float:
-    """Seconds per token of decoding at batch 1, the prompt apart."""
+    """Seconds per token of decoding at batch 1, the prompt apart; of an endless session."""
     from whet.engine import Sampling
 
     first, second = ((("user", words(n, 20)),) for n in (seed, -seed - 1))  # two, as some engines remember one
@@ -116,7 +125,9 @@ def decode(session: Any, seed: int) -> float:
     session.generate([first], Sampling(1))
     read = time.perf_counter()
     made = session.generate([second], Sampling(NEW))[0][0].tokens
-    return ((time.perf_counter() - read) - (read - begun)) / max(1, made - 1)
+    if made != NEW:
+        raise SystemExit(f"decoding ended after {made} of {NEW} tokens: its speed cannot be told")
+    return ((time.perf_counter() - read) - (read - begun)) / (made - 1)
 
 
 def prefill(session: Any, seed: int) -> float:
@@ -132,7 +143,7 @@ def speeds(bench: Bench, systems: dict[str, Any], repeats: int) -> dict[str, tup
     """(decoded, read) tokens a second of each System; the contestants take turns."""
     from whet.engine import open_session
 
-    sessions = {name: open_session(s.model, bench.run.home) for name, s in systems.items()}
+    sessions = {name: endless(open_session(s.model, bench.run.home)) for name, s in systems.items()}
     found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in sessions}
     for session in sessions.values():  # the first of each warms up
         decode(session, 0), prefill(session, 0)
@@ -262,6 +273,7 @@ def peers(bench: Bench) -> dict[str, Any]:
                 raise SystemExit(f"llama.cpp could not quantize to {kind}")
         session = LlamaSession(file, tokenizer, threads=torch.get_num_threads())
         card = evaluate(bench.tuned, bench.test, bench.metric, session=session)
+        endless(session)
         fast = [(1 / decode(session, n), 1 / prefill(session, n)) for n in range(bench.options.repeats + 1)][1:]
         new = [statistics.median(each) for each in zip(*fast, strict=True)]
         lost, bound = bench.lost(card)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,21 +30,28 @@ OUTSIDE = 0.1  # of a decoder's weights may be other than those of linear layers
 
 @dataclass
 class Moments:
-    """Inputs of one layer: the sum of their products [in, in], the greatest of each column [in], and some of them."""
+    """Inputs of one layer: the sum of their products [in, in], the greatest of each column [in], and some of them.
+
+    `drift` [in, in]: how far inputs were off what they would be if no layer had been changed, times the inputs, summed.
+    """
 
     second: Tensor
     most: Tensor
     some: Tensor
+    drift: Tensor | None = None
 
     @classmethod
     def of(cls, size: int) -> Moments:
         """Of no inputs yet."""
         return cls(torch.zeros(size, size), torch.zeros(size), torch.zeros(0, size))
 
-    def add(self, x: Tensor) -> None:
-        """Count inputs [.., in] in."""
+    def add(self, x: Tensor, unchanged: Tensor | None = None) -> None:
+        """Count inputs [.., in] in; `unchanged`: what they would be if no layer had been changed."""
         x = x.flatten(0, -2).float().cpu()
         self.second.addmm_(x.T, x)
+        if unchanged is not None:
+            self.drift = torch.zeros_like(self.second) if self.drift is None else self.drift
+            self.drift.addmm_((unchanged.flatten(0, -2).float().cpu() - x).T, x)
         self.most = torch.maximum(self.most, x.abs().amax(0))
         self.some = torch.cat([self.some, x[: SAMPLE - len(self.some)]])
 
@@ -81,13 +89,56 @@ class _CaughtError(Exception):
     """What the layers are called with is at hand; the rest need not run."""
 
 
+Visit = Callable[[int, nn.Module, dict[str, Moments]], None]
+
+
 def walk(
-    session: TorchSession, rows: Sequence[Row], visit: Callable[[int, nn.Module, dict[str, Moments]], None],
-    progress: Callable[[int, int], None] | None,
+    session: TorchSession, rows: Sequence[Row], visit: Visit, progress: Callable[[int, int], None] | None
 ) -> None:  # fmt: skip
     """Run rows through the layers one at a time; `visit(index, layer, moments by name)` may change what it is given.
 
     A layer is run again after its visit, so that the next one sees what the changed layer makes.
+    """
+    with _running(session, rows) as (layers, states, given):
+        for index, layer in enumerate(layers):
+            with _watched(layer) as moments:
+                _through(layer, states, given(index))
+            visit(index, layer, moments)
+            states = _through(layer, states, given(index))
+            if progress:
+                progress(index + 1, len(layers))
+
+
+def follow(
+    session: TorchSession, rows: Sequence[Row], visit: Visit, progress: Callable[[int, int], None] | None
+) -> None:  # fmt: skip
+    """Like `walk`, but what reads the same input is visited together, in the order of the computation.
+
+    So each part of a layer sees what the changed parts before it make; and its moments tell the drift, how far that is
+    off what the unchanged model, which runs beside, gives to it.
+    """
+    with _running(session, rows) as (layers, states, given):
+        unchanged = list(states)
+        for index, layer in enumerate(layers):
+            told, before = given(index), copy.deepcopy(layer)
+            for names in _parts(layer, states[0], told[0]):
+                moments: Moments | None = None
+                for state, first, one in zip(states, unchanged, told, strict=True):
+                    x = _input(layer, names[0], state, one)
+                    moments = moments or Moments.of(x.shape[-1])
+                    moments.add(x, _input(before, names[0], first, one))
+                if moments:
+                    visit(index, layer, dict.fromkeys(names, moments))
+            states, unchanged = _through(layer, states, told), _through(before, unchanged, told)
+            if progress:
+                progress(index + 1, len(layers))
+
+
+@contextmanager
+def _running(
+    session: TorchSession, rows: Sequence[Row]
+) -> Iterator[tuple[nn.ModuleList, list[Tensor], Callable[[int], list[Given]]]]:
+    """The layers, the states that go into the first of them, pass by pass, and what each layer is called with beside.
     """
     module, layers = session.module, linear_layers(session.module)
     kinds = getattr(module.config.get_text_config(), "layer_types", None) or [""] * len(layers)
@@ -95,17 +146,40 @@ def walk(
     made = packs(rows, module.dtype, module.device) if _shared(session, rows) else padded(rows, module.device)
     with using_tree(module, shared=made[0].plan is not None), torch.no_grad():
         caught = [_caught(module, {n: layers[n] for n in set(first)}, pack) for pack in made]
-        states = [state for state, _ in caught]
-        for index, layer in enumerate(layers):
-            given = [of[first[index]] for _, of in caught]
-            with _watched(layer) as moments:
-                for state, (args, known) in zip(states, given, strict=True):
-                    layer(state, *args, **known)
-            visit(index, layer, moments)
-            states = [_first(layer(state, *args, **known))
-                      for state, (args, known) in zip(states, given, strict=True)]  # fmt: skip
-            if progress:
-                progress(index + 1, len(layers))
+        yield layers, [state for state, _ in caught], lambda index: [of[first[index]] for _, of in caught]
+
+
+def _through(layer: nn.Module, states: Sequence[Tensor], given: Sequence[Given]) -> list[Tensor]:
+    """What a layer makes of states."""
+    return [_first(layer(state, *args, **known)) for state, (args, known) in zip(states, given, strict=True)]
+
+
+def _parts(layer: nn.Module, state: Tensor, given: Given) -> list[tuple[str, ...]]:
+    """The names of a layer's linear layers, those that read the same input together, in the order of their use."""
+    with _watched(layer) as moments:
+        layer(state, *given[0], **given[1])
+    found: dict[int, list[str]] = {}
+    for name, one in moments.items():
+        found.setdefault(id(one), []).append(name)
+    return [tuple(names) for names in found.values()]
+
+
+def _input(layer: nn.Module, name: str, state: Tensor, given: Given) -> Tensor:
+    """What one linear layer of a decoder layer is given; what comes behind it is not computed."""
+    found: list[Tensor] = []
+
+    def catch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.append(args[0])
+        raise _CaughtError
+
+    handle = layer.get_submodule(name).register_forward_pre_hook(catch)
+    try:
+        layer(state, *given[0], **given[1])
+    except _CaughtError:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
 
 
 def _shared(session: TorchSession, rows: Sequence[Row]) -> bool:

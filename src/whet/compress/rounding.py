@@ -8,6 +8,7 @@ from torch import Tensor
 from whet.compress.packed import Int4, Int8, Pack, bytes_of
 
 HOW = ("nearest", "hqq", "gptq")
+PROPAGATED = 0.5  # of the drift of what goes in is made good for: all of it is learnt by heart (Arai & Ichikawa 2025)
 DAMP = 0.01  # of the mean of the Hessian's diagonal is added to it (Frantar et al. 2022)
 COLUMNS = 128  # of which GPTQ corrects the rest at once
 NARROWED = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # shares of a step that are tried
@@ -137,6 +138,18 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, middle: Tensor, low: in
             errors[:, n] = error
         weight[:, last:] -= errors @ upper[first:last, last:]
     return values[:, torch.argsort(order)]
+
+
+def compensated(weight: Tensor, second: Tensor, drift: Tensor) -> Tensor:
+    """Weights [out, in] that give, on inputs off by `drift`, more of what these weights gave before.
+
+    Quantization error propagation (QEP, Arai & Ichikawa 2025): `second` [in, in] are the products of the inputs as they
+    are, `drift` [in, in] those of how far they are off with them.
+    """
+    damped = second.double()
+    damped = damped + (DAMP * damped.diagonal().mean()).clamp_min(1e-12) * torch.eye(len(damped), dtype=torch.double)
+    solved = torch.cholesky_solve((weight.double() @ drift.double()).T, torch.linalg.cholesky(damped)).T
+    return weight.float() + PROPAGATED * solved.float()
 
 
 def output_error(weight: Tensor, pack: Pack, hessian: Tensor) -> float:

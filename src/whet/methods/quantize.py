@@ -35,9 +35,10 @@ class Quantize:
     8 bits: one step a row; with `activations`, what is multiplied is rounded, too, so that long prompts run on integer
     kernels (dynamic, by token), and outliers are moved into the weights where that helps (SmoothQuant). 4 bits: a step
     for every `group` columns (0: the first of 32, 64, 128 that divides the width), and a `zero` if wanted, by
-    `rounding`: nearest, hqq (Badri & Shaji 2023) or gptq (Frantar et al. 2022, on `rows` train rows). `embedding` bits,
-    0: 8. Where the task's `limits.size` allows, layers whose outputs suffer most for their bytes are kept in 8 bits,
-    those that read the same input together.
+    `rounding`: nearest, hqq (Badri & Shaji 2023) or gptq (Frantar et al. 2022, on `rows` train rows; each layer makes
+    good for half of what those before it got wrong: QEP, Arai & Ichikawa 2025). `embedding` bits, 0: 8. Where the
+    task's `limits.size` allows, layers whose outputs suffer most for their bytes are kept in 8 bits, those that read
+    the same input together.
     """
 
     name: ClassVar[str] = "quantize"
@@ -102,13 +103,47 @@ class Quantize:
             return settle(system, run, session.module, session.tokenizer, name, {"quantized": notes})
 
     def _pack(self, system: System, data: Learnable, run: Run, session: Any, work: _Work) -> dict[str, Any]:
-        from whet.compress.moments import rows_of, walk
+        from whet.compress.moments import rows_of
         from whet.compress.structure import size
 
-        was, most, promoted = size(session.module)["bytes"], data.limits.size, 0
-        spare, whole = most is not None and self.bits == 4, replace(self, bits=8, activations=False)
+        was, most = size(session.module)["bytes"], data.limits.size
         rows = rows_of(system, data.train, session, self.rows, run.seed)
-        uses = work.uses()
+        wide, embedding = frozenset[int](), self.embedding or 8
+        if most is not None and self.bits == 4:
+            wide, embedding = self._spared(session, rows, most, run)
+        self._round(session, rows, work, wide, run.progress("quantizing"))
+        work.embedding(self, embedding)
+        now = size(session.module)["bytes"]
+        notes: dict[str, Any] = {"bytes": now, "was": was, "rows": len(rows), "smoothed": work.smoothed,
+                 "layers": sorted(work.report.values(), key=lambda r: -r["error"])}  # fmt: skip
+        if most is not None:
+            notes |= {"limit": most, "kept_in_8": len(wide), "met": now <= most}
+        return notes
+
+    def _spared(self, session: Any, rows: Any, most: int, run: Run) -> tuple[frozenset[int], int]:
+        """The weights (ids) that stay in 8 bits within `most` bytes, and the bits of the embedding.
+
+        Told by a round to the nearest, before the real one: later layers make good for what earlier ones got wrong.
+        """
+        from whet.compress.structure import size
+
+        quick, bits = replace(self, rounding="nearest"), self.embedding or 8
+        with _swapping(session.module) as work:
+            quick._round(session, rows, work, None, run.progress("finding the layers that suffer most"))
+            work.embedding(quick, bits)
+            if not self.embedding and size(session.module)["bytes"] > most:
+                bits = 4
+                work.embedding(quick, bits)
+            return work.spared(session.module, most), bits
+
+    def _round(
+        self, session: Any, rows: Any, work: _Work, wide: frozenset[int] | None, progress: Any
+    ) -> None:
+        """Every linear layer packed, those over weights `wide` in 8 bits; None: what 8 bits would leave is noted."""
+        from whet.compress.moments import follow, walk
+        from whet.compress.rounding import compensated
+
+        uses, whole = work.uses(), replace(self, bits=8, activations=False)
 
         def visit(index: int, layer: nn.Module, moments: dict[str, Moments]) -> None:
             if self.bits == 8 and self.activations and session.module.config.model_type in PLAIN_NORM:
@@ -119,25 +154,23 @@ class Quantize:
                 seen = work.seen.setdefault(id(linear.weight), {})
                 seen[id(one)] = one
                 uses[id(linear.weight)] -= 1
-                if not uses[id(linear.weight)]:  # a tied weight is rounded once all its inputs are known
-                    second = sum((m.second for m in list(seen.values())[1:]), next(iter(seen.values())).second)
-                    del work.seen[id(linear.weight)]  # a layer's moments are larger than its weights
-                    weight = linear.weight.data.cpu()
-                    work.pack(linear, self._packed(weight, second), second, self.bits,
-                              whole._packed(weight, second) if spare else None)  # fmt: skip
+                if uses[id(linear.weight)]:
+                    continue  # a tied weight is rounded once all its inputs are known
+                parts = list(seen.values())
+                del work.seen[id(linear.weight)]  # a layer's moments are larger than its weights
+                second = sum((m.second for m in parts[1:]), parts[0].second)
+                weight = linear.weight.data.cpu()
+                drifts = [m.drift for m in parts if m.drift is not None]
+                if drifts:
+                    weight = compensated(weight, second, sum(drifts[1:], drifts[0]))
+                if wide is None:
+                    work.note(linear, weight, whole._packed(weight, second), second)
+                in_eight = wide is not None and id(linear.weight) in wide
+                how = whole if in_eight else self
+                work.pack(linear, how._packed(weight, second), second, how.bits, weight)
 
-        walk(session, rows, visit, run.progress("quantizing"))
-        work.embedding(self, self.embedding or 8)
-        if most is not None and spare:
-            if not self.embedding and size(session.module)["bytes"] > most:
-                work.embedding(self, 4)
-            promoted = work.promote(session.module, most)
-        now = size(session.module)["bytes"]
-        notes: dict[str, Any] = {"bytes": now, "was": was, "rows": len(rows), "smoothed": work.smoothed,
-                 "layers": sorted(work.report.values(), key=lambda r: -r["error"])}  # fmt: skip
-        if most is not None:
-            notes |= {"limit": most, "kept_in_8": promoted, "met": now <= most}
-        return notes
+        # In 8 bits there is next to nothing to make good for, and what is smoothed lies in two parts of a layer.
+        (follow if self.bits == 4 and self.rounding == "gptq" else walk)(session, rows, visit, progress)
 
     def _packed(self, weight: Tensor, second: Tensor | None) -> Pack:
         from whet.compress.rounding import pack4, pack8
@@ -170,8 +203,7 @@ class _Work:
     scaled: list[tuple[Any, Tensor]] = field(default_factory=list)  # (parameter, its values)
     seen: dict[int, dict[int, Moments]] = field(default_factory=dict)  # weight → its inputs, each once
     report: dict[int, dict[str, Any]] = field(default_factory=dict)  # weight → what became of it
-    wide: dict[int, tuple[Pack, float]] = field(default_factory=dict)  # weight → it in 8 bits, its error
-    packed: dict[int, list[Any]] = field(default_factory=dict)  # weight → the layers over its pack
+    wide: dict[int, tuple[int, float]] = field(default_factory=dict)  # weight → bytes that 8 bits add, error they leave
     smoothed: int = 0
 
     def uses(self) -> dict[int, int]:
@@ -194,24 +226,26 @@ class _Work:
         self.before.append((parent, leaf, getattr(parent, leaf)))
         setattr(parent, leaf, layer)
 
-    def pack(self, linear: Any, pack: Pack, second: Tensor, bits: int, wide: Pack | None = None) -> None:
-        """Every layer over this weight becomes one over the pack; `wide` is what may be put in its place later on."""
+    def note(self, linear: Any, plain: Tensor, pack: Pack, second: Tensor) -> None:
+        """What a weight would cost in 8 bits, and the error that would be left."""
+        from whet.compress.rounding import output_error
+
+        self.wide[id(linear.weight)] = pack.values.numel() // 2, output_error(plain, pack, second)
+
+    def pack(self, linear: Any, pack: Pack, second: Tensor, bits: int, plain: Tensor | None = None) -> None:
+        """Every layer over this weight becomes one over the pack; its error is that against `plain`."""
         from whet.compress.packed import PackedLinear
         from whet.compress.rounding import output_error
 
         weight = linear.weight
         # `_parameters`, not `weight`: packed layers would be unpacked to answer.
         places = [n for n, m in self.module.named_modules() if m._parameters.get("weight") is weight]
-        plain = weight.data.cpu()
+        plain = weight.data.cpu() if plain is None else plain
         self.report[id(weight)] = {"layer": places[0], "bits": bits, "error": output_error(plain, pack, second)}
-        self.packed[id(weight)] = []
-        if wide is not None:
-            self.wide[id(weight)] = wide, output_error(plain, wide, second)
         pack.to(weight.device)
         for name in places:
             one = self.module.get_submodule(name)
             self.put(name, PackedLinear(pack, (one.in_features, one.out_features), one.bias))
-            self.packed[id(weight)].append(self.module.get_submodule(name))
 
     def smooth(self, layer: Any, moments: Mapping[str, Moments], uses: Mapping[int, int]) -> None:
         """Move outliers of what linear layers read into their weights, where that lowers the error."""
@@ -292,8 +326,8 @@ class _Work:
                 return stood
         return layer
 
-    def promote(self, module: Any, most: int) -> int:
-        """Keep in 8 bits the layers whose error that lowers most for their bytes, as far as `most` bytes allow.
+    def spared(self, module: Any, most: int) -> frozenset[int]:
+        """The weights whose error 8 bits lower most for their bytes, as far as `most` bytes allow.
 
         Siblings go together: parted, they are no longer multiplied at once, here and in vLLM.
         """
@@ -306,24 +340,17 @@ class _Work:
             groups.setdefault((owner, *next((s for s in SIBLINGS if leaf in s), (leaf,))), []).append(key)
 
         def cost(keys: list[int]) -> int:
-            return sum(self.wide[k][0].values.numel() // 2 for k in keys)
+            return sum(self.wide[k][0] for k in keys)
 
         def gain(keys: list[int]) -> float:
             return sum(float(self.report[k]["error"]) - self.wide[k][1] for k in keys) / cost(keys)
 
         names = sum(1 for _ in module.state_dict())
-        room, count = most - size(module)["bytes"] - HEADER * names, 0
+        room, found = most - size(module)["bytes"] - HEADER * names, list[int]()
         for keys in sorted(groups.values(), key=gain, reverse=True):
-            if cost(keys) > room:
-                continue
-            for key in keys:
-                pack, error = self.wide[key]
-                pack.to(self.packed[key][0].pack.values.device)
-                for layer in self.packed[key]:
-                    layer.pack = pack
-                self.report[key] |= {"bits": 8, "error": error}
-            room, count = room - cost(keys), count + len(keys)
-        return count
+            if cost(keys) <= room:
+                room, found = room - cost(keys), [*found, *keys]
+        return frozenset(found)
 
 
 @contextmanager
