@@ -76,12 +76,14 @@ class Quantize:
         from whet.compress.folder import compressed, finished, settle, settled
         from whet.compress.layers import Codebook
         from whet.compress.packed import GROUPS, PackedLinear
+        from whet.compress.rounding import PROPAGATED
         from whet.engine.torch import TorchSession
         from whet.task import rows_hash
         from whet.train.lesson import key
 
         system = replace(system, decoding=replace(system.decoding, prior=()))
-        name = key("quantize", asdict(self), GROUPS, system.state, rows_hash(data.train), run.seed, data.limits.size)
+        name = key("quantize", asdict(self), GROUPS, PROPAGATED, system.state, rows_hash(data.train), run.seed,
+                   data.limits.size)  # fmt: skip
         if finished(run, name):
             return settled(system, run, name)
         session = run.session(system.model)
