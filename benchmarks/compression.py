@@ -90,6 +90,20 @@ class Bench(common.Bench):
             found.append((score, rate, system, seconds))
         return max(found, key=lambda f: f[0])[1:]
 
+    def divergence(self, system: Any) -> str:
+        """Mean KL divergence in nats of what a System gives the labels from what the tuned one does, on test rows.
+
+        Accuracy sees only what crosses the border between labels; this sees how far all rows were moved.
+        """
+        import torch
+
+        if not self.tuned.decoding.labels:
+            return "-"
+        rows = self.test[:CHOSEN_ON]
+        given = [torch.tensor(s.label_scores(rows, self.run.session(s.model), None, blind=True)[0]).log_softmax(-1)
+                 for s in (self.tuned, system)]  # fmt: skip
+        return f"{float((given[0].exp() * (given[0] - given[1])).sum(-1).mean()):.4f}"
+
     def lost(self, card: Any, than: Any = None) -> tuple[str, str]:
         """The observed loss in points with its interval, and the one-sided bound."""
         from whet import stats
@@ -97,7 +111,7 @@ class Bench(common.Bench):
         old = (than or self.card).outcomes
         paired = stats.compare(old, card.outcomes, self.metric, self.options.seed)
         kept = stats.not_worse(old, card.outcomes, self.metric, 0.01, self.options.seed)
-        return (f"{-100 * paired.difference:+.1f} [{-100 * paired.high:.1f}, {-100 * paired.low:.1f}]",
+        return (f"{0.0 - 100 * paired.difference:+.1f} [{-100 * paired.high:.1f}, {-100 * paired.low:.1f}]",
                 f"{100 * kept.bound:.1f}")  # fmt: skip
 
 
@@ -172,9 +186,11 @@ def quantize(bench: Bench) -> dict[str, Any]:
         lost, bound = bench.lost(card)
         new = fast[name]
         rows.append([name, f"{size / 1e6:.1f}", f"{100 * size / whole:.1f} %", f"{100 * card.score:.1f}", lost, bound,
-                     f"{new[0]:.1f} ({new[0] / old[0]:.2f}×)", f"{new[1]:.0f} ({new[1] / old[1]:.2f}×)"])  # fmt: skip
+                     bench.divergence(system), f"{new[0]:.1f} ({new[0] / old[0]:.2f}×)",
+                     f"{new[1]:.0f} ({new[1] / old[1]:.2f}×)"])  # fmt: skip
     print(f"\n{len(bench.test)} test rows, metric {bench.metric.name}")
-    print(common.table(["", "MB", "of 16 bits", "score", "points lost", "bound", "decoded/s", "read/s"], rows))
+    head = ["", "MB", "of 16 bits", "score", "points lost", "bound", "divergence", "decoded/s", "read/s"]
+    print(common.table(head, rows))
     return {row[0]: row[1:] for row in rows}
 
 
