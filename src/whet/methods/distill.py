@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 CLEARS = ("none", "demonstrations", "context", "prompt")
 RATES = {"lora": 1e-3, "full": 5e-5}
-GOLD = 0.5  # of what is learnt where a model was made smaller and a row has a completion (Hinton et al. 2015 mix both)
+GOLD = 1.0  # of what is learnt where a model was made smaller and a row has a completion: the teacher learnt it, too
 FEW = 16  # choices up to which all are learnt from
 LIKELIEST, LEAST_CHANCE = 8, 0.01  # of more, so many of the likeliest, and none that is less likely than this
 CONFIDENT = 0.8  # how likely a teacher's choice is made to be, on average, where it was less
@@ -64,10 +64,11 @@ class Distill:
     model was made smaller, and lora over packed weights. `learning_rate` 0: 1e-3 for lora, 5e-5 for full. `temperature`
     softens the teacher. `hidden` weighs how far the states behind the student's layers lie from the teacher's, at every
     token, where the teacher is the model before it was made smaller and all weights are trained (Jiao et al. 2020,
-    TinyBERT). `gold` is how much a row's own completion counts beside the teacher: mixed into the choices of a closed
-    set, of free text the share of such rows that are learnt from it instead; below 0: a half for a closed set where the
-    model was made smaller, else nothing. `on_policy` is the share of the steps, the last ones, in which free text is
-    sampled from the student itself and judged by the teacher's distributions (GKD, Agarwal et al. 2024).
+    TinyBERT); below 0: as much as the answers, but nothing where layers were only narrowed. `gold` is how much a row's
+    own completion counts beside the teacher: mixed into the choices of a closed set, of free text the share of such
+    rows that are learnt from it instead; below 0: all for a closed set where the model was made smaller, else nothing.
+    `on_policy` is the share of the steps, the last ones, in which free text is sampled from the student itself
+    and judged by the teacher's distributions (GKD, Agarwal et al. 2024).
     """
 
     name: ClassVar[str] = "distill"
@@ -85,7 +86,7 @@ class Distill:
     epochs: float = 3.0
     batch: int = 32
     temperature: float = 1.0
-    hidden: float = 1.0
+    hidden: float = -1.0
     gold: float = -1.0
     on_policy: float = 0.25
 
@@ -96,8 +97,8 @@ class Distill:
             raise ValueError(f"adapter is {self.adapter!r}; one of {', '.join(RATES)}")
         if min(self.epochs, self.temperature) <= 0 or min(self.rank, self.batch) < 1:
             raise ValueError("epochs, temperature, rank and batch are positive")
-        if self.learning_rate < 0 or self.hidden < 0:
-            raise ValueError("learning_rate and hidden are not negative")
+        if self.learning_rate < 0:
+            raise ValueError("learning_rate is not negative")
         if not (self.gold <= 1 and 0 <= self.on_policy <= 1):
             raise ValueError("gold and on_policy are at most 1, and on_policy is not negative")
 
@@ -267,13 +268,13 @@ class Distill:
             (lambda: mean_of(live, [row for _, row in held], loss(1.0))) if held else None,
             {**notes, "rows": len(fit), "batch": batch, "hidden": bool(matched), "on_policy": max(0, count - turn)},
             lambda _: {"agreement": {"n": min(WATCHED, len(watched)), "before": first,
-                                     "after": _agreement(student, watched, live)}},
+                                     "after": _agreement(student, watched, live)}} if watched else {},
         )  # fmt: skip
 
     def _matched(
         self, loss: Loss, student: System, teacher: System, run: Run, live: TorchSession, adapter: Adapter
     ) -> Loss | None:
-        """The loss with the distance of hidden states added; None where teacher and student read other tokens, too."""
+        """The loss with the distance of hidden states added; None without, or where the two read other tokens, too."""
         from whet.engine.torch import TorchSession
         from whet.train.matching import Match, partners
         from whet.train.teacher import Teacher
@@ -282,10 +283,12 @@ class Distill:
         alike = _made_of(student, teacher) and not set(_lost(teacher, student)) - {"calibration"}
         if not (self.hidden and alike and adapter.kind == "full" and isinstance(voice, TorchSession)):
             return None
+        if self.hidden < 0 and _narrowed(live.module, voice.module):
+            return None
         pairs, known = partners(live.module, voice.module), Teacher.of(teacher, voice, live)
         if pairs is None or known is None:
             return None
-        return Match(loss, self.hidden, live, voice, pairs, known.spelling())
+        return Match(loss, self.hidden if self.hidden > 0 else 1.0, live, voice, pairs, known.spelling())
 
     def _heard(
         self, teacher: System, student: System, rows: Sequence[Example], run: Run, live: TorchSession
@@ -307,7 +310,9 @@ class Distill:
         known = [e for e in asked if (e.completion in _set(student, e) if closed else e.completion)]
         small = _made_of(student, teacher)
         gold = self.gold if self.gold >= 0 else GOLD if small and closed else 0.0
-        heard = self._ask(teacher, student, asked, closed, voice, run)
+        told = set(known) if closed and gold == 1 else set[Example]()  # what nobody needs to be asked
+        wanted = [e for e in asked if e not in told]
+        heard = self._ask(teacher, student, wanted, closed, voice, run) if wanted else {}
         for e in known:
             if not closed and draw.random() < gold:
                 heard[e] = Said(e.completion, gold=True)
@@ -429,6 +434,15 @@ def _lost(before: System, after: System) -> list[str]:
              "frame": (before.frame != SLOT, after.frame != SLOT),
              "calibration": (before.decoding.prior, after.decoding.prior)}  # fmt: skip
     return [name for name, (had, has) in parts.items() if had and not has]
+
+
+def _narrowed(student: Any, teacher: Any) -> bool:
+    """Whether a module has all of another's layers, with fewer neurons: it begins near it."""
+    from whet.compress.structure import layers
+
+    one, other = student.config.get_text_config(), teacher.config.get_text_config()
+    fewer = getattr(one, "intermediate_size", 0) < getattr(other, "intermediate_size", 0)
+    return fewer and len(layers(student)) == len(layers(teacher))
 
 
 def _made_of(student: System, teacher: System) -> bool:
