@@ -225,7 +225,7 @@ def _race(job: _Job) -> None:
     arms, too_dear = cheap_arms(job.wish, job.bases, labels, data, race.select, job.rates, job.run, most)
     # Indexes are kept: what making them takes is paid once, and not out of the budget.
     if (indexing := time.monotonic() - begun) > INDEXED * job.wish.budget:
-        job.notes.append(f"reading and indexing documents or facts took {clock(indexing)}, on top of the budget")
+        job.notes.append(f"embedding, indexing and estimating the arms took {clock(indexing)}, on top of the budget")
     job.notes += [f"left out: {one}" for one in job.run.notes.pop("left_out", ())]
     race.deadline = time.monotonic() + 3 * job.wish.budget
     if race.select:  # an arm that is dearer than the base is dearer to confirm, too
