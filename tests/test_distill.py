@@ -523,8 +523,12 @@ def test_reasons_are_left_out_or_kept(free: System, tmp_path: Path) -> None:
 def test_a_teacher_is_asked_once(system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = task(rows(32))
     distil(Distill(**QUICK), system, data, tmp_path / "a")
-    monkeypatch.setattr(System, "label_scores", lambda *a, **k: pytest.fail("asked again"))
+    plain, asked = System.label_scores, list[int]()
+    monkeypatch.setattr(System, "label_scores", lambda *a, **k: (asked.append(len(a[1])), plain(*a, **k))[1])
     distil(Distill(**{**QUICK, "learning_rate": 1e-3}), system, data, tmp_path / "a")
+    assert not asked
+    distil(Distill(**QUICK), system, data, tmp_path / "b")
+    assert asked == [32]  # elsewhere nothing is known of it
 
 
 def test_prompts_in_a_file_suffice(system: System, tmp_path: Path) -> None:

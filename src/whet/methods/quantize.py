@@ -138,9 +138,7 @@ class Quantize:
                 work.embedding(quick, bits)
             return work.spared(session.module, most), bits
 
-    def _round(
-        self, session: Any, rows: Any, work: _Work, wide: frozenset[int] | None, progress: Any
-    ) -> None:
+    def _round(self, session: Any, rows: Any, work: _Work, wide: frozenset[int] | None, progress: Any) -> None:
         """Every linear layer packed, those over weights `wide` in 8 bits; None: what 8 bits would leave is noted."""
         from whet.compress.moments import follow, walk
         from whet.compress.rounding import compensated
@@ -167,8 +165,7 @@ class Quantize:
                     weight = compensated(weight, second, sum(drifts[1:], drifts[0]))
                 if wide is None:
                     work.note(linear, weight, whole._packed(weight, second), second)
-                in_eight = wide is not None and id(linear.weight) in wide
-                how = whole if in_eight else self
+                how = whole if wide and id(linear.weight) in wide else self
                 work.pack(linear, how._packed(weight, second), second, how.bits, weight)
 
         # In 8 bits there is next to nothing to make good for, and what is smoothed lies in two parts of a layer.
