@@ -17,6 +17,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from whet import documents, embed, improve
 from whet.engine import Spent
@@ -28,7 +30,7 @@ from whet.metrics import get
 from whet.model import resolve
 from whet.progress import Silent
 from whet.search import Wish, training
-from whet.search.budget import Rates, seconds
+from whet.search.budget import Rates, affordable, seconds
 from whet.search.recipe import Recipe, parse, recipe
 from whet.splits import shared_order
 from whet.store import Store
@@ -374,6 +376,31 @@ def test_budgets_that_cannot_be_read(text: str) -> None:
 def test_work_is_priced_by_kind() -> None:
     rates = Rates(prefill=100, generate=10, train=50)
     assert rates.price(Spent(prefilled_tokens=200, generated_tokens=20, trained_tokens=100)) == 2 + 2 + 2
+
+
+@given(st.integers(0, 3000), st.floats(0, 1e5), st.floats(0.1, 1e4), st.integers(1, 300))
+def test_what_is_affordable(rows: int, cost: float, most: float, least: int) -> None:
+    count = affordable(rows, cost, most, least)
+    assert min(rows, least) <= count <= rows
+    assert count == rows if cost <= most else count <= max(least, rows * most / cost)
+
+
+def test_where_scoring_all_takes_too_long_a_balanced_sample_is_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = write_task(tmp_path / "toy", train=900, test=600)
+    made = {}
+    for name, speed in {"slow": 50.0, "fast": 1e6}.items():  # slow: all the sealed rows would take six minutes
+        monkeypatch.setattr("whet.search.measure_rates", lambda *_, at=speed: Rates(at, at, at))
+        settings = {"model": "fake:keyword", "budget": "1m", "out": tmp_path / name, "home": tmp_path / "home"}
+        made[name] = improve(task, **settings).result  # type: ignore[arg-type]
+    assert made["fast"]["confirm"]["n"] == 600
+    assert max(t["examples"] for t in made["fast"]["trials"]) == 180
+    assert not any("of the 600 sealed rows" in note for note in made["fast"]["notes"])
+    assert made["slow"]["confirm"]["n"] == 200
+    assert max(t["examples"] for t in made["slow"]["trials"]) == 100
+    said = " ".join(made["slow"]["notes"])
+    assert "confirmed on 200 of the 600 sealed rows" in said and "compared on 100 of the 180 select rows" in said
 
 
 def test_every_beginning_of_the_shared_order_is_balanced() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from whet.scorecard import Scorecard, evaluate, measure, versions
 from whet.search import limits, training
 from whet.search import out as output
 from whet.search.arms import cheap_arms, left_out
-from whet.search.budget import Rates, estimate, seconds
+from whet.search.budget import Rates, affordable, estimate, seconds
 from whet.search.budget import measure as measure_rates
 from whet.search.race import Race, Trial
 from whet.search.recipe import Recipe, parse, recipe
@@ -36,12 +37,15 @@ from whet.store import Store
 from whet.system import Decoding, System
 from whet.task import Example, Learnable, Splits, Task
 
+CONFIRMING = 2.2  # passes over the sealed rows: the base, the finalist, at times the best single-family arm
 FIXED = 30.0  # seconds for loading, baselines and measuring latency, which no token count tells
 ENCODED = 0.04  # of the budget may go to fine-tuning an encoder, as a baseline
 ENCODER_SPEED = 2.5  # MiniLM has a tenth of the weights, all of them trained, in small padded batches: LOG.md
 MOST_HELD = 200  # rows of an earlier task that forgetting is measured on
 ANSWER_TOKENS = (16, 256)  # bounds of how long a generated answer may be
 INDEXED = 0.1  # of the budget: what indexing takes beyond it is told
+LEAST_SELECTED, SELECTED = 100, 0.1  # rows of select; of the search's time, what scoring them once may take
+LEAST_CONFIRMED, CONFIRMED = 200, 1.0  # sealed rows; of the budget, what confirming may take: half of it is set aside
 
 
 @dataclass(frozen=True)
@@ -161,34 +165,70 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
         first = "" if loaded_before(ref, store.home) else " (the first time, its weights are unpacked: half a minute)"
         watch.say(f"opening {ref.base}{first}")
         bases.append(base_system(ref, task, splits.learnable, run.session(ref), store.home))
-    rates = measure_rates(bases[0], run.session(refs[0]), store)
+    rates = measure_rates(bases[0], run.session(refs[0]), store, lambda: watch.say("measuring this machine's speed"))
     judging = 0.0
     if metric.name == "win_rate":
         watch.say("training the judge of the win rate, on judgements that no method sees")
         training = replace(run, tell=watch.tell, spent=Spent(), notes={})
         metric = metric_of(task, bases[0], training)
         judging = rates.price(training.spent)
-    confirm = rates.price(estimate(bases[0], splits.confirm, run.session(refs[0]), metric=metric.name))
-    # Base and finalist, and a share of the best single-family arm; but the search always gets half.
+
+    def price(rows: Sequence[Example], asked: System = bases[0], by: str = metric.name) -> float:
+        return rates.price(estimate(asked, rows, run.session(refs[0]), metric=by))
+
     earlier = _earlier(bases[0], splits.learnable, run, refs[0])
-    again = sum(
-        rates.price(estimate(one.asked, one.held, run.session(refs[0]), metric=one.metric)) for one in earlier
-    )
-    needed = 2.2 * confirm + 2 * again + FIXED + ENCODED * wish.budget
-    reserve = min(needed, 0.5 * wish.budget)
+    beside = 2 * sum(price(one.held, one.asked, one.metric) for one in earlier)
     shrinking = min(limits.SECONDS, 0.25 * wish.budget) if limits.limited(task.limits) and not refs[0].remote else 0.0
-    select = shared_order(splits.select, task.closed, wish.seed)
-    race = Race(key, splits.learnable, select, metric, store, rates, wish.seed,
-                wish.budget - reserve - shrinking - judging, watch, run, live=_live(task))  # fmt: skip
-    job = _Job(task, wish, splits, metric, store, watch, key, folder, run, bases, rates, reserve, race, earlier,
-               shrinking=shrinking)  # fmt: skip
-    job.notes += [*task.notes]
-    if needed > reserve:
-        job.notes.append(f"confirming takes about {clock(needed)}, of which the budget holds {clock(reserve)}: "
-                         "it will take longer than the budget says")  # fmt: skip
+    parts = _apportion(splits, task.closed, wish, price, beside, shrinking + judging)
+    splits = replace(splits, confirm=parts.confirm)
+    notes = [*task.notes, *parts.notes]
     if splits.dropped:
-        job.notes.append(f"{len(splits.dropped)} rows dropped: they repeat or share a group with held-out rows")
-    return job
+        notes.append(f"{len(splits.dropped)} rows dropped: they repeat or share a group with held-out rows")
+    race = Race(key, splits.learnable, list(parts.select), metric, store, rates, wish.seed, parts.search, watch, run,
+                live=_live(task))  # fmt: skip
+    return _Job(task, wish, splits, metric, store, watch, key, folder, run, bases, rates, parts.reserve, race, earlier,
+                shrinking=shrinking, notes=notes)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What the budget goes to: the rows that are looked at, and seconds for searching and for confirming."""
+
+    select: tuple[Example, ...]
+    confirm: tuple[Example, ...]
+    search: float
+    reserve: float
+    notes: tuple[str, ...]
+
+
+def _apportion(
+    splits: Splits, closed: bool, wish: Wish, price: Callable[[Sequence[Example]], float], beside: float,
+    aside: float,
+) -> _Parts:  # fmt: skip
+    """The parts of the budget. Where scoring all rows would take most of it, a sample is scored, balanced and by seed.
+
+    `beside` are seconds that confirming earlier tasks takes, `aside` what judges and making the finalist smaller do.
+    """
+    notes = []
+    confirm, select = splits.confirm, tuple(shared_order(splits.select, closed, wish.seed))
+    whole = CONFIRMING * price(confirm)
+    sealed = affordable(len(confirm), whole, CONFIRMED * wish.budget, LEAST_CONFIRMED)
+    if sealed < len(confirm):
+        notes.append(f"confirmed on {sealed} of the {len(confirm)} sealed rows, drawn by seed: all of them would take "
+                     f"{clock(whole)}; --budget {math.ceil(whole / 60)}m takes them all")  # fmt: skip
+        confirm = tuple(shared_order(confirm, closed, wish.seed)[:sealed])
+    # Base and finalist, and a share of the best single-family arm; but the search always gets half.
+    needed = CONFIRMING * price(confirm) + beside + FIXED + ENCODED * wish.budget
+    reserve = min(needed, 0.5 * wish.budget)
+    if needed > reserve:
+        notes.append(f"confirming takes about {clock(needed)}, of which the budget holds {clock(reserve)}: "
+                     "it will take longer than the budget says")  # fmt: skip
+    search, once = wish.budget - reserve - aside, price(select)
+    compared = affordable(len(select), once, SELECTED * search, LEAST_SELECTED)
+    if compared < len(select):
+        notes.append(f"arms are compared on {compared} of the {len(select)} select rows: scoring all of them once "
+                     f"would take {clock(once)} of the search's {clock(search)}")  # fmt: skip
+    return _Parts(select[:compared], confirm, search, reserve, tuple(notes))
 
 
 def _live(task: Task) -> bool:
@@ -219,6 +259,7 @@ def _race(job: _Job) -> None:
         why = f"scoring takes {clock(2 * each)} of the search's {clock(race.seconds)}: too little is left to train in"
         job.skipped.append({"method": tuned.name, "why": why})
         tuned = None
+    job.watch.say("estimating what each arm takes")
     # Where training is possible it needs most of the budget; without it the cheap arms may have it.
     most = (0.1 if tuned else 0.5) * race.seconds
     begun = time.monotonic()

@@ -7,7 +7,7 @@ import platform
 import random
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from whet.engine import Sampling, Session, Spent
@@ -47,12 +47,17 @@ class Rates:
         )
 
 
-def measure(system: System, session: Session, store: Store) -> Rates:
-    """Rates of a model on this machine: kept ones where there are, else measured by running it for a few seconds."""
+def measure(system: System, session: Session, store: Store, say: Callable[[], None] | None = None) -> Rates:
+    """Rates of a model on this machine: kept ones where there are, else measured by running it for a few seconds.
+
+    `say` is called before anything is measured.
+    """
     machine = [platform.machine(), platform.processor(), platform.node(), *sorted(session.protocol.items())]
     key = hashlib.sha256(repr([system.model.identity, machine]).encode()).hexdigest()
     kept = store.rates(key)
     if kept is None:
+        if say:
+            say()
         # Words of no meaning: nothing is shared, nothing is remembered.
         draw = random.Random(0)
         words = [["".join(draw.choices("abcdefghij", k=5)) for _ in range(24)] for _ in range(24)]
@@ -82,6 +87,11 @@ def _trained(session: Session) -> float:
 
     assert isinstance(session, TorchSession)
     return max(1.0, training_rate(session, REPEATS))
+
+
+def affordable(rows: int, cost: float, most: float, least: int) -> int:
+    """How many of `rows`, which all cost `cost` seconds, `most` seconds pay for: `least` of them at the least."""
+    return rows if cost <= most else min(rows, max(least, int(rows * most / cost)))
 
 
 def estimate(
