@@ -423,6 +423,14 @@ def test_a_whole_model_in_four_bits_is_nearer_where_layers_make_good_for_earlier
     assert found[1] < 0.9 * found[0]
 
 
+def test_what_was_rounded_by_another_rule_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, run = system(tmp_path / "model", tmp_path / "home"), Run(Store(tmp_path / "home"))
+    method = Quantize(bits=4, group=16)
+    first, again = (method.apply(base, task(), run).fingerprint for _ in range(2))
+    monkeypatch.setattr(rounding, "PROPAGATED", 0.25)
+    assert first == again != method.apply(base, task(), run).fingerprint
+
+
 @pytest.mark.parametrize("family", ["gemma", "gemma2"])
 def test_an_embedding_that_is_scaled_is_packed(family: str, tmp_path: Path) -> None:
     module = make_model(family)
