@@ -278,6 +278,25 @@ def test_the_distance_of_hidden_states_is_that_of_transformers_own(renumbered: b
     assert grad is not None and float(grad.norm()) > 0 and teacher.model.layers[1].mlp.up_proj.weight.grad is None
 
 
+def test_what_rows_are_padded_with_counts_for_nothing() -> None:
+    tokenizer, teacher = make_tokenizer(), deep()
+    student = copy.deepcopy(depth.keep(teacher, [0, 1, 4]))
+    rows = [Row(tuple(range(5, 16)), ((9, 10),)), Row(tuple(range(20, 30)), ((9,), (11, 12, 13)))]
+    match = Match(losses.Choose(), 1.0, TorchSession(student, tokenizer), TorchSession(teacher, tokenizer), [0, 3, 4])
+
+    def distance(some: list[Row]) -> float:
+        [pack] = padded(some, torch.device("cpu"), 1000)
+        assert len(pack.ids) == sum(len(r.continuations) for r in some)
+        _logits(student, pack)
+        return float(match.distance(pack))
+
+    with torch.no_grad():
+        # One sequence at a time, as many tokens of it as are read: all but the last.
+        alone = [(len(r.prompt) + len(c) - 1, distance([Row(r.prompt, (c,))])) for r in rows for c in r.continuations]
+        together = distance(rows)
+    assert together == pytest.approx(sum(n * d for n, d in alone) / sum(n for n, _ in alone), rel=1e-4)
+
+
 def test_a_pruned_model_is_healed_by_its_teachers_states(tmp_path: Path) -> None:
     folder = tmp_path / "deep"
     deep().save_pretrained(folder)
@@ -308,16 +327,17 @@ def test_a_pruned_model_is_healed_by_its_teachers_states(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("cut", "matched"), [
-    (Prune(layers=3, vocabulary=False), True), (Prune(width=0.5, vocabulary=False), False),
+    ("prune(layers=3,vocabulary=false)", True), ("prune(width=0.5,vocabulary=false)", False),
+    ("prune(width=0.5,vocabulary=false)+share(groups=3)", True),
 ])
-def test_hidden_states_are_matched_unless_layers_were_only_narrowed(cut: Prune, matched: bool, tmp_path: Path) -> None:
+def test_hidden_states_are_matched_unless_layers_were_only_narrowed(cut: str, matched: bool, tmp_path: Path) -> None:
     folder = tmp_path / "deep"
     deep().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     plain = System(models.resolve(str(folder)), "what is the review?", decoding=Decoding(LABELS, closed=True),
                    home=tmp_path / "a")  # fmt: skip
     data = task(rows(16))
-    small = Recipe((cut,)).run(plain, data, Run(Store(tmp_path / "a")))
+    small = parse(cut).run(plain, data, Run(Store(tmp_path / "a")))
     _, run = distil(Distill(batch=8, epochs=1, learning_rate=1e-3), small, data, tmp_path / "a")
     assert run.notes["hidden"] is matched
 

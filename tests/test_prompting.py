@@ -293,10 +293,10 @@ def test_improve_tries_it_as_large_as_the_budget_allows(base: System) -> None:
     assert "prompting" not in [r.name for r in prompting_recipes(replace(free, metric="recall@5"))]
     assert prompting_recipes(free)[-1].name == "prompting(reason=True)"  # the dearest comes last
     run, wish = run_with(FakeSession("hash"), base), Wish(methods=("prompting",))
-    found = {}
+    found, rates = {}, {base.model.content: Rates(1e3, 1e3, 1e3)}
     for most in (1e9, 9.0, 0.5):
-        arms, skipped = cheap_arms(wish, [base], [""], DATA, ROWS[:100], Rates(1e3, 1e3, 1e3), run, most)
-        found[most] = [a[0].name for a in arms] or [s["why"] for s in skipped]
+        arms, skipped = cheap_arms(wish, [base], [""], DATA, ROWS[:100], rates, run, most)
+        found[most] = [a.recipe.name for a in arms] or [s["why"] for s in skipped]
     assert found[1e9] == ["prompting"] and found[9.0] == ["prompting(pool=12,examples=64)"]
     assert "would take" in found[0.5][0]
     assert run.session(base.model).spent.prefilled_tokens == 0  # the plan runs no model

@@ -1,4 +1,4 @@
-"""Pruning: layers, neurons and tokens that go, and that what is left is not changed."""
+"""Pruning: layers, neurons and tokens that go, and what becomes of the rest."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from whet.compress.folder import compressed
 from whet.compress.structure import size
 from whet.engine import Spent
 from whet.engine.fake import FakeSession
-from whet.engine.prefix import Row
+from whet.engine.prefix import Row, arrange
 from whet.engine.torch import TorchSession
 from whet.errors import MethodError
 from whet.methods import Run, make
@@ -289,6 +289,35 @@ def test_what_is_kept_in_eight_bits_lowers_the_error_most_for_its_bytes() -> Non
             "model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj"}  # fmt: skip
 
 
+def test_rows_are_drawn_from_all_kinds_and_bounded_by_their_tokens(tmp_path: Path) -> None:
+    base = system(tmp_path / "model", tmp_path / "home")
+    session = Run(Store(tmp_path / "home")).session(base.model)
+    assert isinstance(session, TorchSession)
+    with_answers = [Example(f"a{i}", f"was it bad {i}", "positive") for i in range(40)]
+    bare = [Example(f"b{i}", f"was it good {i}", "") for i in range(40)]
+    whole = calibrate.rows_of(base, [*with_answers, *bare], session, 80, 0)
+    some = calibrate.rows_of(base, [*with_answers, *bare], session, 80, 0, arrange(whole).unique_tokens // 3)
+    assert len(whole) == 80 and len(some) == 20 and some == whole[:20]
+    end = session.encode_answer("", end=True)
+    assert 0 < sum(r.continuations == (end,) for r in some) < 20
+
+
+def test_linear_layers_of_a_familys_own_kind_are_packed(tmp_path: Path) -> None:
+    class Own(torch.nn.Linear):
+        """As Falcon's: the same product, by another name."""
+
+    module = make_model("llama")
+    for layer in module.model.layers:
+        layer.mlp.up_proj.__class__ = Own
+    rows = [Row(tuple(range(5, 45)), ((7,),))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("whet.compress.moments.rows_of", lambda *_: rows)
+        with _swapping(module) as work, torch.no_grad():
+            one = System(ModelRef("x", "x"), "x")
+            Quantize()._pack(one, task(), Run(Store(tmp_path)), TorchSession(module, make_tokenizer()), work)
+            assert all(isinstance(layer.mlp.up_proj, packed.PackedLinear) for layer in module.model.layers)
+
+
 def test_tied_layers_hold_one_pack() -> None:
     module = make_model("llama")
     first, second = (layer.mlp for layer in module.model.layers)
@@ -532,10 +561,9 @@ def limited_job(
 
     base = trial("", 200)
     race = SimpleNamespace(base=base, trials=[base], seconds=0.0, left=10.0, select=[0] * 4, enter=enter, mark=mark,
-                           merit=lambda t: t.card.score)  # fmt: skip
+                           merit=lambda t: t.card.score, speed=lambda _: SimpleNamespace(train=1.0))  # fmt: skip
     job = SimpleNamespace(task=SimpleNamespace(limits=Limits(size=100)), race=race, bases=[base.system], shrinking=0.0,
-                          run=run, wish=SimpleNamespace(methods=()), notes=[], skipped=[], tight=False,
-                          rates=SimpleNamespace(train=1.0))  # fmt: skip
+                          run=run, wish=SimpleNamespace(methods=()), notes=[], skipped=[], tight=False)  # fmt: skip
     monkeypatch.setattr("whet.search.limits._measured", lambda _, __, card: card)
     monkeypatch.setattr("whet.search.limits._expected", lambda _, __, cut, ___: sizes.get(Recipe(cut).name, 0.0))
     monkeypatch.setattr("whet.search._keeping", keeping)
@@ -560,6 +588,19 @@ def test_what_is_made_smaller_keeps_the_earlier_tasks(monkeypatch: pytest.Monkey
     assert limits.within(job, None) is None and "nothing that was tried" in job.notes[0]
     assert [t.status for t in job.race.trials[1:]] == ["refused"] * len(limits.SMALLER)
     assert list(job.run.sessions) == ["base"]  # what was tried in vain holds no memory
+
+
+def test_an_arm_within_the_limits_goes_before_one_beyond_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = limited_job(monkeypatch)
+    job.wish.methods = ("fewshot",)  # nothing may be made smaller
+    job.race.base = job.race.mark(job.race.base, card=SimpleNamespace(**{**vars(job.race.base.card), "size_bytes": 50}))
+    job.race.trials += [trial("fewshot", 200, 0.9), trial("fewshot(k=8)", 50, 0.8), trial("fewshot(k=4)", 50, 0.6)]
+    found = limits.within(job, job.race.trials[1])
+    assert found is not None and found.name == "fewshot(k=8)" and not job.notes
+    job.race.trials[2:] = []
+    job.race.trials[1] = trial("fewshot", 200, 0.9)
+    assert limits.within(job, job.race.trials[1]) is None  # the base keeps within them
+    assert "the base does; the nearest was fewshot" in job.notes[0]
 
 
 def test_students_that_would_be_too_large_are_not_taught(monkeypatch: pytest.MonkeyPatch) -> None:

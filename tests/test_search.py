@@ -29,8 +29,11 @@ from whet.methods.finetune import FineTune
 from whet.metrics import get
 from whet.model import resolve
 from whet.progress import Silent
+from whet.report import verdict
 from whet.search import Wish, training
-from whet.search.budget import Rates, affordable, seconds
+from whet.search.arms import cheap_arms
+from whet.search.budget import Rates, affordable, estimate, seconds
+from whet.search.race import Race, Trial
 from whet.search.recipe import Recipe, parse, recipe
 from whet.splits import shared_order
 from whet.store import Store
@@ -150,6 +153,37 @@ def test_several_models_are_raced(task: Path, tmp_path: Path) -> None:
     assert {"base [fake:hash]", "base [fake:keyword]"} <= {t["name"] for t in made.result["trials"]}
 
 
+def test_the_order_of_models_decides_nothing(task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("whet.search.measure_rates", lambda *_: Rates(435, 60, 180))
+    made = [improve(task, model=["fake:hash", "fake:keyword"][::way], budget="3m", out=tmp_path / f"o{way}",
+                    home=tmp_path / "h") for way in (1, -1)]  # fmt: skip
+    tried = [{t["name"]: t["examples"] for t in one.result["trials"]} for one in made]
+    assert tried[0] == tried[1]
+    one, other = ({n.partition(" [")[0] for n in tried[0] if model in n} for model in ("fake:hash", "fake:keyword"))
+    assert one == other and len(one) > 3
+    assert made[0].result["chosen"]["name"] == made[1].result["chosen"]["name"]
+
+
+def test_the_model_whose_weights_are_at_hand_is_trained(
+    task: Path, tmp_path: Path, model_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("whet.search.measure_rates", lambda *_: Rates(20_000, 2_000, 5_000))
+    made = improve(task, model=["fake:keyword", model_folder], budget="1m", methods=["finetune"], out=tmp_path / "o",
+                   home=tmp_path / "h")  # fmt: skip
+    trial = next(t for t in made.result["trials"] if t["name"] == "finetune")
+    assert trial["status"] == "done" and trial["spent"]["trained_tokens"] > 0
+
+
+def test_a_model_that_is_slower_is_priced_at_its_own_rates(
+    task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speeds = {"fake:keyword": 4000.0, "fake:hash": 400.0}
+    monkeypatch.setattr("whet.search.measure_rates", lambda base, *_: Rates(*[speeds[base.model.base]] * 3))
+    made = improve(task, model=[*speeds], budget="3m", methods=["fewshot"], out=tmp_path / "o", home=tmp_path / "h")
+    costs = {t["name"]: t["cost_seconds"] for t in made.result["trials"]}
+    assert costs["base [fake:hash]"] == pytest.approx(10 * costs["base [fake:keyword]"])
+
+
 def test_a_recipe_by_name_and_a_choice_of_methods(task: Path, tmp_path: Path) -> None:
     by_recipe = improve(task, model="fake:keyword", budget="2m", recipe="fewshot(k=4)+calibrate", out=tmp_path / "a",
                         home=tmp_path / "h")  # fmt: skip
@@ -166,6 +200,35 @@ def test_nothing_that_helps_hands_over_the_base(tmp_path: Path) -> None:
                    home=tmp_path / "h")  # fmt: skip
     assert made.result["confirm"]["improved"] is False and made.result["chosen"]["recipe"] == []
     assert made.system.decoding.prior == ()
+    assert made.result["confirm"]["candidate"] is None
+    assert "No candidate beat the base model on the select split" in verdict(made.result)
+
+
+@pytest.mark.parametrize("asked, trained", [("finetune", True), ("quantize", False)])
+def test_a_recipe_that_changes_weights_is_planned_and_bounded(
+    asked: str, trained: bool, task: Path, tmp_path: Path, model_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("whet.search.measure_rates", lambda *_: Rates(5_000, 2_000, 400 if trained else 1))
+    made = improve(task, model=model_folder, budget="1m", recipe=asked, out=tmp_path / "o", home=tmp_path / "h")
+    trial = next(t for t in made.result["trials"] if t["name"] == asked)
+    assert trial["status"] == "done" and (0 < trial["spent"]["trained_tokens"] < 24_000) is trained
+    planned = next(p for p in made.result["plan"] if p["arm"] == asked)
+    assert planned["minutes"] > 0 and ("most" in planned) is trained
+    assert not any(d["method"] == asked for d in made.result["left_out"])
+
+
+def test_without_rows_to_select_by_a_training_is_bounded_or_named(
+    tmp_path: Path, model_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("whet.search.measure_rates", lambda *_: Rates(5_000, 2_000, 200))
+    folder = write_task(tmp_path / "t", train=0, test=12, labels=None, metric="token_f1")
+    rows = [{"text": f"the film {n} was great and long and told of many people in the city"} for n in range(900)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    settings = {"model": model_folder, "budget": "1m", "home": tmp_path / "h"}
+    made = improve(folder, recipe="finetune", out=tmp_path / "a", **settings)  # type: ignore[arg-type]
+    assert 0 < made.result["trials"][0]["spent"]["trained_tokens"] < 12_000
+    made = improve(folder, out=tmp_path / "b", **settings)  # type: ignore[arg-type]
+    assert any(d["method"] == "finetune" and "no rows to select by" in d["why"] for d in made.result["left_out"])
 
 
 def test_tasks_with_parts_missing(tmp_path: Path) -> None:
@@ -293,6 +356,65 @@ def test_the_base_is_measured_however_late_it_is(task: Path, tmp_path: Path, mon
     made = improve(task, model="fake:keyword", budget="2m", out=tmp_path / "out", home=tmp_path / "home")
     status = {t["name"]: t["status"] for t in made.result["trials"]}
     assert status.pop("base") == "done" and set(status.values()) == {"truncated"}
+
+
+def test_what_was_scored_before_the_clock_stopped_stands(
+    task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Race.enter
+
+    def enter(self: Race, *args: Any, **known: Any) -> Trial:
+        if known.get("rung", 0) > 0:
+            self.deadline = 0.0
+        return plain(self, *args, **known)
+
+    monkeypatch.setattr(Race, "enter", enter)
+    made = improve(write_task(tmp_path / "wide", train=900), model="fake:keyword", budget="2m", out=tmp_path / "out",
+                   home=tmp_path / "home")  # fmt: skip
+    seen = {t["name"]: t for t in made.result["trials"] if t["status"] == "truncated"}
+    assert seen and all(t["examples"] == 60 and t["select"] for t in seen.values())
+    assert made.result["chosen"]["name"] in seen and made.result["confirm"]["improved"]
+
+
+def test_no_arm_is_dropped_twice_by_the_same_rows(
+    task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered: list[tuple[str, int | None]] = []
+    plain = Race.enter
+    monkeypatch.setattr(Race, "enter", lambda self, one, *a, **k: entered.append((one.name, k.get("examples")))
+                        or plain(self, one, *a, **k))  # fmt: skip
+    folder = write_task(tmp_path / "narrow", train=450)  # 90 rows of select: half of them are fewer than LEAST
+    improve(folder, model="fake:keyword", budget="2m", out=tmp_path / "out", home=tmp_path / "home")
+    assert len(set(entered)) == len(entered) and {n for _, n in entered} == {None, 60, 90}
+
+
+def test_a_search_of_prompts_is_no_dearer_to_confirm(tmp_path: Path) -> None:
+    base = System(resolve("fake:keyword"), "Say whether it is good or bad.", decoding=Decoding(("good", "bad"), True),
+                  home=tmp_path)  # fmt: skip
+    rows = [Example(f"r{i}", f"the film {i} was great", "good") for i in range(100)]
+    data = Learnable("toy", "Say whether it is good or bad.", "accuracy", ("good", "bad"), tuple(rows))
+    run, rates = Run(Store(tmp_path)), {base.model.content: Rates(1e3, 1e3, 1e3)}
+    wish = Wish(methods=("prompting", "fewshot"))
+    arms, _ = cheap_arms(wish, [base], [""], data, rows, rates, run, 1e6)
+    plain, shown = (estimate(base, rows, run.session(base.model)).prefilled_tokens / 1e3,
+                    next(a for a in arms if a.recipe.name == "fewshot"))  # fmt: skip
+    search = next(a for a in arms if a.recipe.name == "prompting")
+    assert search.scoring == pytest.approx(plain) and search.once > 2 * plain and not search.shared
+    assert search.cost == search.once + search.scoring and shown.once == 0 and shown.scoring > plain
+
+
+def test_the_judge_of_a_win_rate_takes_a_fifth_of_the_budget_at_most(
+    tmp_path: Path, model_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("whet.search.measure_rates", lambda *_: Rates(2_000, 500, 200))
+    folder = write_task(tmp_path / "t", train=0, test=0, labels=None, metric="win_rate", feedback="feedback.jsonl")
+    pairs = [{"prompt": f"What of {n}?", "chosen": f"{n} is fine and good " * 3, "rejected": f"no {n} " * 6}
+             for n in range(120)]  # fmt: skip
+    (folder / "feedback.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
+    (folder / "test.jsonl").write_text("".join(json.dumps({"prompt": f"What of x{n}?"}) + "\n" for n in range(12)))
+    made = improve(folder, model=model_folder, budget="1m", out=tmp_path / "o", home=tmp_path / "h")
+    judge = next(p for p in made.result["plan"] if "judge" in p["arm"])
+    assert 0 < judge["minutes"] <= 0.3 and made.result["spent"]["trained_tokens"] > 0
 
 
 def test_free_text_and_own_choices(tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ class Live:
         for title, side in (("arm", "left"), ("select", "right"), ("95 %", "right"), ("n", "right"), ("cost", "right"),
                             ("", "left")):  # fmt: skip
             table.add_column(title, justify=side, no_wrap=title != "arm")  # type: ignore[arg-type]
-        ranked = sorted(self._standings, key=lambda s: (s.score is None, -s.merit))
+        ranked = sorted(self._standings, key=lambda s: (s.score is None, s.status == "dropped", -s.merit))
         for n, s in enumerate(ranked):
             between = f"{figure(s.low)} – {figure(s.high)}" if s.low is not None else ""
             style = "bold green" if n == 0 else ("dim" if s.status != "done" else "")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from whet.compress.layers import KINDS
 from whet.compress.structure import family
 from whet.compress.structure import layers as layers_of
-from whet.engine.prefix import Row
+from whet.engine.prefix import Row, arrange
 from whet.engine.torch import TorchSession, using_tree
 from whet.errors import MethodError
 from whet.train.batches import Pack, packs, padded
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from whet.task import Example
 
 SAMPLE = 256  # inputs of each layer that are kept as they are
+MOST_TOKENS = 65_536  # of the rows that are run through the layers: the states of all are held at once
 OUTSIDE = 0.1  # of a decoder's weights may be other than those of linear layers (short convolutions)
 
 
@@ -56,15 +57,25 @@ class Moments:
         self.some = torch.cat([self.some, x[: SAMPLE - len(self.some)]])
 
 
-def rows_of(system: System, examples: Sequence[Example], session: TorchSession, most: int, seed: int) -> list[Row]:
-    """Up to `most` rows as the System renders them, with their completions where they have some."""
+def rows_of(
+    system: System, examples: Sequence[Example], session: TorchSession, most: int, seed: int,
+    tokens: int | None = None,
+) -> list[Row]:  # fmt: skip
+    """Rows of up to `most` examples as the System renders them, with their completions where they have some.
+
+    Drawn by seed, and no more than `tokens` hold in all (by default MOST_TOKENS), except for a first one.
+    """
     from whet.train.lesson import render_rows
 
     some = random.Random(seed).sample(list(examples), min(most, len(examples)))
     rows, _ = render_rows(system, [e for e in some if e.completion or e.text], session)
     bare = [e for e in some if not e.completion and e.text is None]
     prompts, _ = system.fitting(bare, session, [1] * len(bare))
-    return rows + [Row(p, (session.encode_answer("", end=True),)) for p in session.encode(prompts)]
+    rows = rows + [Row(p, (session.encode_answer("", end=True),)) for p in session.encode(prompts)]
+    random.Random(seed).shuffle(rows)  # kinds of rows stand apart until here
+    while len(rows) > 1 and arrange(rows).unique_tokens > (tokens or MOST_TOKENS):
+        rows = rows[: len(rows) // 2]
+    return rows
 
 
 def linear_layers(module: Any) -> nn.ModuleList:
@@ -141,8 +152,11 @@ def _running(
     """The layers, the states that go into the first of them, pass by pass, and what each layer is called with beside.
     """
     module, layers = session.module, linear_layers(session.module)
-    kinds = getattr(module.config.get_text_config(), "layer_types", None) or [""] * len(layers)
+    config = module.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or [""] * len(layers)
     first = [kinds.index(kind) for kind in kinds]  # layers of a kind have masks and positions in common
+    if getattr(config, "hidden_size_per_layer_input", 0):  # Gemma: each is given something of its own
+        first = list(range(len(layers)))
     made = packs(rows, module.dtype, module.device) if _shared(session, rows) else padded(rows, module.device)
     with using_tree(module, shared=made[0].plan is not None), torch.no_grad():
         caught = [_caught(module, {n: layers[n] for n in set(first)}, pack) for pack in made]

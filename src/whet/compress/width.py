@@ -16,7 +16,7 @@ from whet.engine.torch import TorchSession
 from whet.errors import MethodError
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
-STEPS = ((1024, 64), (128, 32), (0, 8))  # models of such a width keep a multiple, as groups of quantized weights are
+STEPS = ((1024, 64), (128, 32), (0, 8))  # MLPs of so many neurons keep a multiple of, as groups of weights are
 AT_ONCE = 16  # neurons that go, or a 64th of them, before the cost of all others is looked at anew
 
 

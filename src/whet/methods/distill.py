@@ -124,8 +124,8 @@ class Distill:
                               do="set unlabelled=FILE")  # fmt: skip
         adapter, whole = self._adapter(system, run)
         named = {**asdict(self), "teacher": teacher.state, "unlabelled": ""}
-        name = key("distill", named, student.state, rows_hash(rows), run.seed, run.fidelity, run.trained_tokens,
-                   run.previous)  # fmt: skip
+        name = key("distill", named, RATES, GOLD, student.state, rows_hash(rows), run.seed, run.fidelity,
+                   run.trained_tokens, run.previous)  # fmt: skip
         opened = set(run.sessions)
         made = teach(
             student, run, name, adapter,
@@ -330,7 +330,8 @@ class Distill:
         pairs, short = (_choosing if closed else _saying)(student, heard, live)
         live.spent += voice.spent - before
         kind = "choices" if closed else "tokens" if guide is not None else "answers"
-        return heard, pairs, guide, {"targets": kind, "shortened": short, "unheard": len(asked) - len(heard)}
+        notes = {"targets": kind, "shortened": short, "unheard": len(asked) - len(heard)}
+        return heard, pairs, guide, notes | ({"not_asked": len(told)} if told else {})
 
     def _ask(
         self, teacher: System, student: System, rows: Sequence[Example], closed: bool, voice: Session, run: Run
@@ -437,12 +438,13 @@ def _lost(before: System, after: System) -> list[str]:
 
 
 def _narrowed(student: Any, teacher: Any) -> bool:
-    """Whether a module has all of another's layers, with fewer neurons: it begins near it."""
+    """Whether a module has all of another's layers, each for itself, with fewer neurons: it begins near it."""
     from whet.compress.structure import layers
 
     one, other = student.config.get_text_config(), teacher.config.get_text_config()
     fewer = getattr(one, "intermediate_size", 0) < getattr(other, "intermediate_size", 0)
-    return fewer and len(layers(student)) == len(layers(teacher))
+    held = [id(p) for layer in layers(student) for p in layer.parameters()]
+    return fewer and len(layers(student)) == len(layers(teacher)) and len(set(held)) == len(held)
 
 
 def _made_of(student: System, teacher: System) -> bool:

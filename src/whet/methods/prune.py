@@ -1,4 +1,4 @@
-"""Pruning: whole layers, neurons of the MLPs, and tokens that the task has no use for; what is left is not changed."""
+"""Pruning: whole layers, neurons of the MLPs, and tokens that the task has no use for; nothing is trained."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Prune:
         from whet.train.lesson import key
 
         said = vocabulary.said(system, data, run.seed) if self.vocabulary else []
-        how = [NARROW_BY, NARROW_TOKENS] if self.width < 1 else []  # neurons were chosen otherwise before
+        how = [NARROW_BY, NARROW_TOKENS, "drawn"] if self.width < 1 else []  # neurons were chosen otherwise before
         name = key("prune", asdict(self), system.state, rows_hash(data.train), said, run.seed, *how)
         if finished(run, name):
             made = settled(system, run, name)
@@ -74,7 +74,6 @@ class Prune:
         from whet.compress.calibration import calibration, opened
         from whet.compress.moments import rows_of
         from whet.compress.structure import counted, layers, size
-        from whet.engine.prefix import arrange
         from whet.engine.torch import TorchSession
 
         session = opened(system, run, self.name)
@@ -86,9 +85,7 @@ class Prune:
             module, gone = depth.drop(session, look, many, self.by, run.progress("dropping layers"))
             notes["dropped"] = [asdict(d) for d in gone]
         if self.width < 1:
-            seen = rows_of(system, data.train, session, NARROW_BY, run.seed)
-            while len(seen) > 1 and arrange(seen).unique_tokens > NARROW_TOKENS:
-                seen = seen[: len(seen) // 2]
+            seen = rows_of(system, data.train, session, NARROW_BY, run.seed, NARROW_TOKENS)
             told = run.progress("narrowing layers")
             module = width.narrow(TorchSession(module, tokenizer), seen, self.width, told)
             notes["width"] = module.config.get_text_config().intermediate_size

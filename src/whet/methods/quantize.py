@@ -73,6 +73,7 @@ class Quantize:
 
         Raises MethodError for a model that is quantized already, whose layers are of an unknown kind, or out of reach.
         """
+        from whet.compress import moments
         from whet.compress.folder import compressed, finished, settle, settled
         from whet.compress.layers import Codebook
         from whet.compress.packed import GROUPS, PackedLinear
@@ -82,8 +83,8 @@ class Quantize:
         from whet.train.lesson import key
 
         system = replace(system, decoding=replace(system.decoding, prior=()))
-        name = key("quantize", asdict(self), GROUPS, PROPAGATED, system.state, rows_hash(data.train), run.seed,
-                   data.limits.size)  # fmt: skip
+        name = key("quantize", asdict(self), GROUPS, PROPAGATED, moments.MOST_TOKENS, system.state,
+                   rows_hash(data.train), run.seed, data.limits.size)  # fmt: skip
         if finished(run, name):
             return settled(system, run, name)
         session = run.session(system.model)
@@ -214,7 +215,7 @@ class _Work:
         found: dict[int, int] = {}
         for layer in layers(self.module):
             for one in layer.modules():
-                if type(one) is nn.Linear:
+                if isinstance(one, nn.Linear):  # families have kinds of their own: Falcon
                     found[id(one.weight)] = found.get(id(one.weight), 0) + 1
         return found
 

@@ -38,12 +38,16 @@ def _confirmed(result: Record, confirm: Record, scale: Scale) -> str:
     sealed = f"{view.count(number(confirm.get('n')))} sealed examples" if confirm.get("n") else "the sealed examples"
     if handed and (confirm.get("improved") or (confirm.get("improved") is None and (low or 0) > 0)):
         verb = "rose" if scale.higher_is_better else "fell"
-        return (f"{scale.heading} {verb} from {scale.score(base)} to {scale.score(chosen)} "
-                f"({change if scale.higher_is_better else f'better by {change[1:]}'}), confirmed on {sealed}")
+        change = change if scale.higher_is_better else f"better by {change.lstrip('+−')}"
+        return (f"{scale.heading} {verb} from {scale.score(base)} to {scale.score(chosen)} ({change}), "
+                f"confirmed on {sealed}")
     if handed:
         return (f"The chosen system was not shown to be better than the base: {scale.title} {scale.score(chosen)} "
                 f"against {scale.score(base)} ({change}) on {sealed}")
     tried = any(a.kind == "arm" and a.score is not None for a in view.arms(result))
+    if tried and not view.opened(confirm):
+        return (f"No candidate beat the base model on the select split, so none was tried on {sealed}; "
+                f"the base is handed over: {scale.title} {scale.score(base)}")
     if difference is None or not (difference or tried):  # the base was compared with itself
         return f"Nothing was shown to beat the base model, which is handed over: {scale.title} {scale.score(base)}"
     return (f"Nothing was shown to beat the base model, which is handed over ({scale.title} {scale.score(base)}): "
@@ -168,11 +172,12 @@ def _headline(result: Record, scale: Scale) -> dict[str, Any]:
     """The figures under the verdict: (label, figure, interval) each, and comparisons in words."""
     confirm, chosen = record(result.get("confirm")), record(result.get("chosen"))
     handed = view.handed(result)
+    paired = handed or view.opened(confirm)
+    sides = [("Base", "base"), ("Chosen" if handed else "Best candidate", "chosen")][: 2 if paired else 1]
     tiles = [(label, scale.score(number(card.get("score"))),
               scale.span(number(card.get("low")), number(card.get("high"))))
-             for label, who in (("Base", "base"), ("Chosen" if handed else "Best candidate", "chosen"))
-             if number((card := record(confirm.get(who))).get("score")) is not None]
-    difference = number(confirm.get("difference"))
+             for label, who in sides if number((card := record(confirm.get(who))).get("score")) is not None]
+    difference = number(confirm.get("difference")) if paired else None
     if difference is not None:
         low, high = number(confirm.get("low")), number(confirm.get("high"))
         tiles.append(("Gain", scale.gain(difference), scale.span(low, high, signed=True)))
@@ -180,8 +185,14 @@ def _headline(result: Record, scale: Scale) -> dict[str, Any]:
         "+".join(line(s.get("method")) for s in records(chosen.get("recipe"))))
     winner = view.winning_baseline(result)
     return {"tiles": tiles, "name": name, "good": bool(confirm.get("improved")),
-            "p": view.p_value(number(confirm.get("p_value"))), "single": _single(confirm, scale),
+            "p": view.p_value(_decided(confirm)) if difference is not None else "", "single": _single(confirm, scale),
             "winner": (winner[0], scale.score(winner[1]), winner[2]) if winner else None}
+
+
+def _decided(comparison: Record) -> float | None:
+    """The p-value that was decided on: adjusted where there were two comparisons."""
+    adjusted = number(comparison.get("p_adjusted"))
+    return number(comparison.get("p_value")) if adjusted is None else adjusted
 
 
 def _single(confirm: Record, scale: Scale) -> str:
@@ -189,7 +200,7 @@ def _single(confirm: Record, scale: Scale) -> str:
     if number(best.get("difference")) is None:
         return ""
     span = scale.span(number(best.get("low")), number(best.get("high")), signed=True)
-    inside = ", ".join(x for x in (span, view.p_value(number(best.get("p_value")))) if x)
+    inside = ", ".join(x for x in (span, view.p_value(_decided(best))) if x)
     return (f"Against the best single method, {line(best.get('name')) or 'unnamed'}: "
             f"{scale.gain(number(best.get('difference')))}{scale.unit}{f' ({inside})' if inside else ''}.")
 
@@ -255,7 +266,7 @@ def _minutes(step: Record) -> float | None:
 def _spent(result: Record) -> list[tuple[str, str]]:
     spent = record(result.get("spent"))
     rows = [("Budget", view.duration(number(result.get("budget_s")))),
-            ("Time taken", view.duration(number(spent.get("seconds")))),
+            ("Time taken", view.duration(number(spent.get("wall_seconds", spent.get("seconds"))))),
             ("of which training", view.duration(number(spent.get("training_seconds")))),
             *((f"Tokens {kind}", view.count(number(spent.get(f"{kind}_tokens"))))
               for kind in ("trained", "prefilled", "generated"))]

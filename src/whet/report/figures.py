@@ -12,7 +12,20 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from whet.report.view import Arm, Confusion, Record, Scale, furthest, line, name_of, number, records, sequence, short
+from whet.report.view import (
+    Arm,
+    Confusion,
+    Record,
+    Scale,
+    furthest,
+    line,
+    name_of,
+    number,
+    record,
+    records,
+    sequence,
+    short,
+)  # fmt: skip
 
 Figure = dict[str, Any]
 
@@ -140,7 +153,10 @@ def frontier(arms: Sequence[Arm], scale: Scale) -> list[Arm]:
 
 
 def _priced(arms: Sequence[Arm]) -> list[Arm]:
-    return [a for a in arms if a.kind in ("arm", "chosen") and a.score is not None and (a.seconds or 0) > 0]
+    """The arms with a score and a cost, of those scored on the most rows: others are cheap for want of rows."""
+    found = [a for a in arms if a.kind in ("arm", "chosen") and a.score is not None and (a.seconds or 0) > 0]
+    rows = [number(record(a.trial).get("examples")) or 0.0 for a in found]
+    return [a for a, n in zip(found, rows, strict=True) if n == max(rows)]
 
 
 def quality_cost(arms: Sequence[Arm], scale: Scale) -> Figure | None:

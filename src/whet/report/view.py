@@ -243,6 +243,11 @@ def handed(result: Record) -> bool:
     return said if isinstance(said, bool) else bool(sequence(chosen.get("recipe")))
 
 
+def opened(confirm: Record) -> bool:
+    """Whether a candidate was tried on the sealed data beside the base."""
+    return "candidate" not in confirm or confirm["candidate"] is not None
+
+
 def winning_baseline(result: Record) -> tuple[str, float, bool] | None:
     """The best baseline ahead of the handed-over system on the confirm split: its name, its score there, and whether
     the paired interval shows it to be ahead.

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,16 @@ from whet.engine import Session, Spent
 from whet.errors import TaskError, WhetError
 from whet.feedback import Versus, controlled, preference
 from whet.memory import Known, known
-from whet.methods import Run, names, table
+from whet.methods import Run, names
 from whet.methods.reward import metric_of
 from whet.metrics import Metric, Outcome, get, score_all
 from whet.model import DEFAULT, ModelRef, loaded_before, resolve
-from whet.progress import Silent, Watch, clock
+from whet.progress import Silent, Watch
 from whet.retention import forgetting, refused
 from whet.scorecard import Scorecard, evaluate, measure, versions
-from whet.search import limits, training
+from whet.search import limits, plan, training
 from whet.search import out as output
-from whet.search.arms import cheap_arms, left_out
-from whet.search.budget import Rates, affordable, estimate, seconds
+from whet.search.budget import ENCODED, estimate, seconds
 from whet.search.budget import measure as measure_rates
 from whet.search.race import Race, Trial
 from whet.search.recipe import Recipe, parse, recipe
@@ -37,15 +35,11 @@ from whet.store import Store
 from whet.system import Decoding, System
 from whet.task import Example, Learnable, Splits, Task
 
-CONFIRMING = 2.2  # passes over the sealed rows: the base, the finalist, at times the best single-family arm
-FIXED = 30.0  # seconds for loading, baselines and measuring latency, which no token count tells
-ENCODED = 0.04  # of the budget may go to fine-tuning an encoder, as a baseline
 ENCODER_SPEED = 2.5  # MiniLM has a tenth of the weights, all of them trained, in small padded batches: LOG.md
+ELSEWHERE = 200.0  # trained tokens/s, about, where no model runs on this machine
 MOST_HELD = 200  # rows of an earlier task that forgetting is measured on
 ANSWER_TOKENS = (16, 256)  # bounds of how long a generated answer may be
-INDEXED = 0.1  # of the budget: what indexing takes beyond it is told
-LEAST_SELECTED, SELECTED = 100, 0.1  # rows of select; of the search's time, what scoring them once may take
-LEAST_CONFIRMED, CONFIRMED = 200, 1.0  # sealed rows; of the budget, what confirming may take: half of it is set aside
+JUDGED = 0.2  # of the budget may go to training the judge of a win rate
 
 
 @dataclass(frozen=True)
@@ -84,12 +78,12 @@ class _Job:
     out: Path
     run: Run
     bases: list[System]
-    rates: Rates
     reserve: float
     race: Race
     earlier: tuple[Known, ...] = ()  # tasks that must not get worse
     alone: Trial | None = None  # the only candidate, where there are no rows to select by
     shrinking: float = 0.0  # seconds set aside for making the finalist smaller
+    judge: Spent = field(default_factory=Spent)  # what training the judge of a win rate took
     tight: bool = False  # the base itself goes beyond the limits
     notes: list[str] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
@@ -165,70 +159,34 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
         first = "" if loaded_before(ref, store.home) else " (the first time, its weights are unpacked: half a minute)"
         watch.say(f"opening {ref.base}{first}")
         bases.append(base_system(ref, task, splits.learnable, run.session(ref), store.home))
-    rates = measure_rates(bases[0], run.session(refs[0]), store, lambda: watch.say("measuring this machine's speed"))
-    judging = 0.0
+    rates = {b.model.content: measure_rates(b, run.session(b.model), store, watch.say) for b in bases}
+    local = training.at_hand(bases)
+    judge = Spent()
     if metric.name == "win_rate":
         watch.say("training the judge of the win rate, on judgements that no method sees")
-        training = replace(run, tell=watch.tell, spent=Spent(), notes={})
-        metric = metric_of(task, bases[0], training)
-        judging = rates.price(training.spent)
+        most = int(JUDGED * wish.budget * rates[bases[0].model.content].train)
+        alone = replace(run, tell=watch.tell, spent=Spent(), notes={}, trained_tokens=most)
+        metric = metric_of(task, bases[0], alone)
+        judge = alone.spent
+    judging = rates[bases[0].model.content].price(judge)
 
-    def price(rows: Sequence[Example], asked: System = bases[0], by: str = metric.name) -> float:
-        return rates.price(estimate(asked, rows, run.session(refs[0]), metric=by))
+    def price(rows: Sequence[Example], asked: System, by: str = metric.name) -> float:
+        return rates[asked.model.content].price(estimate(asked, rows, run.session(asked.model), metric=by))
 
-    earlier = _earlier(bases[0], splits.learnable, run, refs[0])
+    earlier = _earlier(local, splits.learnable, run)
     beside = 2 * sum(price(one.held, one.asked, one.metric) for one in earlier)
-    shrinking = min(limits.SECONDS, 0.25 * wish.budget) if limits.limited(task.limits) and not refs[0].remote else 0.0
-    parts = _apportion(splits, task.closed, wish, price, beside, shrinking + judging)
+    limited = limits.limited(task.limits) and not local.model.remote
+    shrinking = min(limits.SECONDS, 0.25 * wish.budget) if limited else 0.0
+    parts = plan.apportion(splits, task.closed, wish, lambda rows: max(price(rows, b) for b in bases), beside,
+                       shrinking + judging)  # fmt: skip
     splits = replace(splits, confirm=parts.confirm)
     notes = [*task.notes, *parts.notes]
     if splits.dropped:
         notes.append(f"{len(splits.dropped)} rows dropped: they repeat or share a group with held-out rows")
     race = Race(key, splits.learnable, list(parts.select), metric, store, rates, wish.seed, parts.search, watch, run,
                 live=_live(task))  # fmt: skip
-    return _Job(task, wish, splits, metric, store, watch, key, folder, run, bases, rates, parts.reserve, race, earlier,
-                shrinking=shrinking, notes=notes)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """What the budget goes to: the rows that are looked at, and seconds for searching and for confirming."""
-
-    select: tuple[Example, ...]
-    confirm: tuple[Example, ...]
-    search: float
-    reserve: float
-    notes: tuple[str, ...]
-
-
-def _apportion(
-    splits: Splits, closed: bool, wish: Wish, price: Callable[[Sequence[Example]], float], beside: float,
-    aside: float,
-) -> _Parts:  # fmt: skip
-    """The parts of the budget. Where scoring all rows would take most of it, a sample is scored, balanced and by seed.
-
-    `beside` are seconds that confirming earlier tasks takes, `aside` what judges and making the finalist smaller do.
-    """
-    notes = []
-    confirm, select = splits.confirm, tuple(shared_order(splits.select, closed, wish.seed))
-    whole = CONFIRMING * price(confirm)
-    sealed = affordable(len(confirm), whole, CONFIRMED * wish.budget, LEAST_CONFIRMED)
-    if sealed < len(confirm):
-        notes.append(f"confirmed on {sealed} of the {len(confirm)} sealed rows, drawn by seed: all of them would take "
-                     f"{clock(whole)}; --budget {math.ceil(whole / 60)}m takes them all")  # fmt: skip
-        confirm = tuple(shared_order(confirm, closed, wish.seed)[:sealed])
-    # Base and finalist, and a share of the best single-family arm; but the search always gets half.
-    needed = CONFIRMING * price(confirm) + beside + FIXED + ENCODED * wish.budget
-    reserve = min(needed, 0.5 * wish.budget)
-    if needed > reserve:
-        notes.append(f"confirming takes about {clock(needed)}, of which the budget holds {clock(reserve)}: "
-                     "it will take longer than the budget says")  # fmt: skip
-    search, once = wish.budget - reserve - aside, price(select)
-    compared = affordable(len(select), once, SELECTED * search, LEAST_SELECTED)
-    if compared < len(select):
-        notes.append(f"arms are compared on {compared} of the {len(select)} select rows: scoring all of them once "
-                     f"would take {clock(once)} of the search's {clock(search)}")  # fmt: skip
-    return _Parts(select[:compared], confirm, search, reserve, tuple(notes))
+    return _Job(task, wish, splits, metric, store, watch, key, folder, run, bases, parts.reserve, race, earlier,
+                shrinking=shrinking, judge=judge, notes=notes)  # fmt: skip
 
 
 def _live(task: Task) -> bool:
@@ -237,11 +195,11 @@ def _live(task: Task) -> bool:
     return any(not isinstance(place, Path) for place in named)
 
 
-def _earlier(base: System, data: Learnable, run: Run, ref: ModelRef) -> tuple[Known, ...]:
+def _earlier(base: System, data: Learnable, run: Run) -> tuple[Known, ...]:
     """The earlier tasks with the rows that forgetting is measured on."""
-    if not data.earlier or ref.remote:  # a server's weights do not change
+    if not data.earlier or base.model.remote:  # a server's weights do not change
         return ()
-    tasks = known(base, data, run.session(ref), seed=run.seed)
+    tasks = known(base, data, run.session(base.model), seed=run.seed)
     return tuple(
         replace(one, held=tuple(shared_order(one.held, one.asked.decoding.closed, run.seed)[:MOST_HELD]))
         for one in tasks
@@ -250,89 +208,35 @@ def _earlier(base: System, data: Learnable, run: Run, ref: ModelRef) -> tuple[Kn
 
 def _race(job: _Job) -> None:
     """Bases first, then the cheap arms by successive halving, then training with what is left, then combinations."""
-    race, data, session = job.race, job.splits.learnable, job.run.session(job.bases[0].model)
-    several = len(job.bases) > 1
-    labels = [f" [{b.model.base}]" if several else "" for b in job.bases]
-    each = job.rates.price(estimate(job.bases[0], race.select, session, metric=job.metric.name))
-    tuned = training.first(job)
-    if tuned is not None and race.select and (race.seconds - 2 * each) * job.rates.train < training.LEAST_TOKENS:
-        why = f"scoring takes {clock(2 * each)} of the search's {clock(race.seconds)}: too little is left to train in"
-        job.skipped.append({"method": tuned.name, "why": why})
-        tuned = None
-    job.watch.say("estimating what each arm takes")
-    # Where training is possible it needs most of the budget; without it the cheap arms may have it.
-    most = (0.1 if tuned else 0.5) * race.seconds
-    begun = time.monotonic()
-    arms, too_dear = cheap_arms(job.wish, job.bases, labels, data, race.select, job.rates, job.run, most)
-    # Indexes are kept: what making them takes is paid once, and not out of the budget.
-    if (indexing := time.monotonic() - begun) > INDEXED * job.wish.budget:
-        job.notes.append(f"embedding, indexing and estimating the arms took {clock(indexing)}, on top of the budget")
-    job.notes += [f"left out: {one}" for one in job.run.notes.pop("left_out", ())]
-    race.deadline = time.monotonic() + 3 * job.wish.budget
-    if race.select:  # an arm that is dearer than the base is dearer to confirm, too
-        dearest = max((whole for *_, whole in arms), default=0.0) - each
-        more = min(max(0.0, dearest) * len(job.splits.confirm) / len(race.select), 0.25 * race.seconds)
-        job.reserve, race.seconds = job.reserve + more, race.seconds - more
-    job.skipped += left_out(job.wish, job.bases[0], data) + too_dear
-    job.skipped += _unused(job, [r for r, *_ in arms] + ([tuned] if tuned else []))
-    job.plan.append({"arm": "base", "minutes": len(job.bases) * each / 60})
-    job.plan += [{"arm": f"{r.name}{label}", "minutes": cost / 60} for r, _, label, cost in arms]
-    if tuned is not None and race.select:
-        spent = sum(p["minutes"] for p in job.plan) * 60
-        job.plan.append({"arm": tuned.name, "minutes": max(0.0, race.seconds - spent) / 60, "most": True})
-    job.plan.append({"arm": "confirm on sealed data", "minutes": job.reserve / 60})
-    untried = None if race.select else _untried(job)
-    if untried:
-        why = "there are no rows to select by, so it is confirmed with its defaults, as the only candidate"
-        job.plan.insert(-1, {"arm": untried.name, "minutes": 0.0})
-        job.notes.append(f"{untried.name}: {why}")
-    _print_plan(job)
+    race, tries, local = job.race, plan.planned(job), training.at_hand(job.bases)
+    plan.show(job)
     if not race.select:
-        only = race.enter(untried, job.bases[0]) if untried else None
+        only = race.enter(tries.untried, local, tokens=tries.tokens) if tries.untried else None
         if only is not None and only.status == "done":
             job.alone = only
         elif only is not None:
             job.notes.append(f"{only.name} could not be tried: {only.why}")
         return
-    for base, label in zip(job.bases, labels, strict=True):
+    for base, label in zip(job.bases, plan.labels(job), strict=True):
         trial = race.enter(Recipe(), base, label=label)
         race.base = race.base or trial
-    if arms:
-        race.halve([(r, s, label) for r, s, label, _ in arms])
-    if job.wish.recipe:
-        chosen = parse(job.wish.recipe)
-        if not any(t.recipe == chosen for t in race.trials):
-            training.enter(job, chosen, job.bases[0], each)
-    elif tuned is not None:
-        training.race(job, tuned, each)
-
-
-def _untried(job: _Job) -> Recipe | None:
-    """The one recipe that is worth confirming where nothing can be learnt from or selected by: looking things up."""
-    asked = [parse(job.wish.recipe)] if job.wish.recipe else [recipe("rag"), recipe(("knowledge", {"k": 1}))]
-    wished = [r for r in asked if not job.wish.methods or all(m.name in job.wish.methods for m in r.methods)]
-    return next((r for r in wished if not r.lacks(job.bases[0], job.splits.learnable)), None)
-
-
-def _unused(job: _Job, used: Sequence[Recipe]) -> list[dict[str, str]]:
-    """Methods that were asked for by name, have what they need, and stand in no recipe that is tried."""
-    if job.wish.recipe or not job.race.select:
-        return []
-    data = job.splits.learnable
-    tried = {m.name for r in used for m in r.methods} | {d["method"] for d in job.skipped}
-    if any("weights" in m.needs for r in used for m in r.methods):
-        tried |= {"calibrate", *training.behind(job, None)}
-    tried |= {name for name in names() if limits.limited(data.limits) and table()[name].family == "compression"}
-    missed = [n for n in job.wish.methods if n not in tried and not any(d.startswith(f"{n}(") for d in tried)]
-    return [{"method": n, "why": f'no recipe of its own is raced here: name one, like --recipe "{n}"'} for n in missed]
+    if tries.arms:
+        race.halve([(a.recipe, a.base, a.label) for a in tries.arms])
+    if tries.wished is not None:
+        if not any(t.recipe == tries.wished for t in race.trials):
+            training.enter(job, tries.wished, local)
+    elif tries.tuned is not None:
+        training.race(job, tries.tuned)
 
 
 def _finalist(job: _Job) -> Trial | None:
     """The best arm on all of select that keeps the earlier tasks; None where nothing beats the base there."""
     race = job.race
-    whole = [t for t in race.trials if t.card and t.examples == len(race.select) and t is not race.base]
-    for trial in sorted(whole, key=race.merit, reverse=True):
-        if race.base is None or race.merit(trial) <= race.merit(race.base):
+    arms = [t for t in race.trials if t.card and t is not race.base and t.status != "refused"]
+    most = max((t.examples for t in arms), default=0)  # all of select, unless the clock has stopped the race before
+    sign = 1 if job.metric.higher_is_better else -1
+    for trial in sorted((t for t in arms if t.examples == most), key=race.merit, reverse=True):
+        if trial.against_base is None or sign * trial.against_base.difference <= 0:
             return None
         kept = _keeping(job, trial)
         if kept.status != "refused":
@@ -384,7 +288,7 @@ def _confirm(job: _Job, finalist: Trial | None) -> tuple[dict[str, Any] | None, 
             system, rows, job.metric, session=job.run.session(system.model), split="confirm", seed=job.wish.seed,
             store=job.store, progress=lambda done, of: job.watch.tell("scoring on sealed data", done, of),
         )  # fmt: skip
-    body = _confirmed(job, cards, single)
+    body = _confirmed(job, cards, single) | {"candidate": finalist.name if finalist else None}
     if isinstance(job.metric, Versus) and finalist:
         body["feedback"] = _preferred(job, cards["chosen"], finalist.system, job.metric.judge.name)
     return body, cards, sum((c.spent for c in cards.values()), Spent())
@@ -435,7 +339,9 @@ def _run_baselines(job: _Job, handed: Scorecard | None) -> list[dict[str, Any]]:
     job.watch.arm("non-LLM baselines", job.reserve)
     embedder = embed.Embedder(job.store.home) if embed.available() else None
     try:
-        encoder = Encoder(round(ENCODED * job.wish.budget * ENCODER_SPEED * job.rates.train), job.wish.seed)
+        speeds = [job.race.speed(b).train for b in job.bases if not b.model.remote]
+        tokens = ENCODED * job.wish.budget * ENCODER_SPEED * min(speeds, default=ELSEWHERE)
+        encoder = Encoder(round(tokens), job.wish.seed)
         found = baselines.run(
             train, rows, job.task.labels, embed=embedder, seed=job.wish.seed, encoder=encoder if embedder else None,
             documents=_texts(job), ranked="@" in job.metric.name,
@@ -495,7 +401,7 @@ def _finish(job: _Job, finalist: Trial | None, begun: float) -> Improvement:
         system = replace(system, card={
             "task": job.task.name, "recipe": handed.recipe.name if handed else "base", "scorecard": record,
         })  # fmt: skip
-    total = sum((t.spent for t in job.race.trials), Spent()) + spent
+    total = sum((t.spent for t in job.race.trials), job.judge) + spent
     result = output.result(
         job, finalist=finalist, handed=handed, confirmed=confirmed, cards=cards, measured=measured,
         baselines=baselines_found, spent=total, wall=time.monotonic() - begun, versions=versions(),
@@ -503,19 +409,6 @@ def _finish(job: _Job, finalist: Trial | None, begun: float) -> Improvement:
     details = output.details(job, confirmed, cards, handed)
     output.write(job.out, system, result, details, self_contained=job.wish.self_contained)
     return Improvement(system, result, job.out)
-
-
-def _print_plan(job: _Job) -> None:
-    """The plan, before anything is spent."""
-    job.watch.say(f"plan for {clock(job.wish.budget)} (at {job.rates.prefill:.0f} tokens/s read, "
-                  f"{job.rates.train:.0f} trained):")  # fmt: skip
-    for item in job.plan:
-        most = "up to " if item.get("most") else ""
-        job.watch.say(f"  {item['arm']:<44} {most}{item['minutes']:.1f} min")
-    for item in job.skipped:
-        job.watch.say(f"  left out: {item['method']}: {item['why']}")
-    for note in job.notes:
-        job.watch.say(f"  note: {note}")
 
 
 def record_of(trial: Trial, seed: int) -> dict[str, Any]:

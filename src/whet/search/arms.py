@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from whet import embed
@@ -23,7 +23,23 @@ if TYPE_CHECKING:
     from whet.search import Wish
 
 THOUGHT = ("exact_match", "token_f1", "contains")  # metrics of short answers, which reasons may lead to
-Arm = tuple[Recipe, System, str, float]  # recipe, the base it starts from, its model's label, cost in seconds
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A recipe without training, the base it starts from, and what it takes."""
+
+    recipe: Recipe
+    base: System
+    label: str  # of its model, where several are raced
+    once: float  # seconds, before anything is scored
+    scoring: float  # seconds to score all of select
+    shared: bool = False  # it reads the scores of an arm before it
+
+    @property
+    def cost(self) -> float:
+        """Seconds that it takes in all."""
+        return self.once + (0.0 if self.shared else self.scoring)
 
 
 def prompting_recipes(data: Learnable) -> list[Recipe]:
@@ -69,7 +85,7 @@ def cheap_arms(
     labels: Sequence[str],
     data: Learnable,
     select: Sequence[Example],
-    rates: Rates,
+    rates: Mapping[str, Rates],
     run: Run,
     most: float,
 ) -> tuple[list[Arm], list[dict[str, str]]]:
@@ -85,12 +101,16 @@ def cheap_arms(
     first_rungs = 0.0
     scored = {uncalibrated(base).fingerprint for base in bases}
     skipped: list[dict[str, str]] = []
-    for base, label in zip(bases, labels, strict=True):
-        for one in wanted:
+    models = list(zip(bases, labels, strict=True))
+
+    def tried(one: Recipe) -> list[tuple[Arm, float, str]]:
+        """The recipe on each model: its arm, the seconds of its first rung, and what it shows, as a fingerprint."""
+        found = []
+        for base, label in models:
             if one.lacks(base, data) or not select:
                 continue
             try:
-                plain, once, whole = _cost(one, base, data, select, rates, run)
+                plain, once, whole = _cost(one, base, data, select, rates[base.model.content], run)
             except StoreError:
                 raise  # a full disk is no property of the arm
             except WhetError as error:  # a package that is missing, documents that cannot be had: other arms go on
@@ -98,19 +118,26 @@ def cheap_arms(
                     raise
                 skipped.append({"method": f"{one.name}{label}", "why": str(error)})
                 continue
-            while not wish.recipe and once > most - first_rungs and (less := _smaller(one)):
-                one = less
-                plain, once, whole = _cost(one, base, data, select, rates, run)
-            known = plain.fingerprint in scored and reads_scores(plain, select, run.session(base.model))
+            # Calibrated arms read the scores of the same arm uncalibrated.
+            mark = plain.fingerprint if plain is not None else ""
+            known = mark in scored and plain is not None and reads_scores(plain, select, run.session(base.model))
             first = once + (0.0 if known else first_rung(len(select)) * whole)
-            if not wish.recipe and first_rungs + first > most:
-                why = f"its first rung would take {clock(first)}, and {clock(most - first_rungs)} is left for such arms"
-                skipped.append({"method": f"{one.name}{label}", "why": why})
-            else:
-                # Calibrated arms read the scores of the same arm uncalibrated.
-                scored.add(plain.fingerprint)
-                first_rungs += first
-                arms.append((one, base, label, once + (0.0 if known else whole)))
+            found.append((Arm(one, base, label, once, whole, known), first, mark))
+        return found
+
+    for one in wanted:
+        found = tried(one)
+        while not wish.recipe and sum(a.once for a, *_ in found) > most - first_rungs and (less := _smaller(one)):
+            found, one = tried(less), less
+        # An arm is tried on all models or on none, so that their order decides nothing.
+        first = sum(seconds for _, seconds, _ in found)
+        if not wish.recipe and first_rungs + first > most:
+            why = f"its first rung would take {clock(first)}, and {clock(most - first_rungs)} is left for such arms"
+            skipped += [{"method": f"{one.name}{a.label}", "why": why} for a, *_ in found]
+            continue
+        first_rungs += first
+        arms += [a for a, *_ in found]
+        scored |= {mark for *_, mark in found}
     return arms, skipped
 
 
@@ -123,10 +150,11 @@ def _smaller(one: Recipe) -> Recipe | None:
 
 def _cost(
     one: Recipe, base: System, data: Learnable, select: Sequence[Example], rates: Rates, run: Run
-) -> tuple[System, float, float]:
+) -> tuple[System | None, float, float]:
     """(what the arm shows, seconds that it takes once, seconds that scoring all of select takes).
 
-    What it shows is known before the model runs; what calibration looks at is scored over all choices.
+    What it shows is known before the model runs, unless a search of prompts finds it (None); what calibration looks at
+    is scored over all choices.
     """
     system = base
     for method in one.methods:
@@ -140,14 +168,15 @@ def _cost(
     prompts = sum(getattr(method, "prompts", 0) for method in one.methods)
     asked = select[:prompts]
     once = prompts / len(asked) * rates.price(estimate(system, asked, session, every=True)) if prompts else 0.0
-    return system, once, whole
+    found = any(getattr(m, "prompts", 0) and set(m.writes) & {"prompt", "demonstrations"} for m in one.methods)
+    return None if found else system, once, whole
 
 
-def left_out(wish: Wish, base: System, data: Learnable) -> list[dict[str, str]]:
-    """Every registered method that cannot run here, and what it lacks."""
+def left_out(wish: Wish, base: System, data: Learnable, asked: Recipe | None = None) -> list[dict[str, str]]:
+    """Every registered method that cannot run here, and what it lacks; not those of the recipe that was asked for."""
     found = []
     for name, kind in table().items():
-        if wish.methods and name not in wish.methods:
+        if (wish.methods and name not in wish.methods) or (asked and name in {m.name for m in asked.methods}):
             continue
         try:
             why = lacking(kind, base, data)

@@ -16,6 +16,7 @@ from whet.store import Store
 from whet.system import System
 from whet.task import Example
 
+ENCODED = 0.04  # of the budget may go to fine-tuning an encoder, as a baseline
 REPEATS = 3  # of what is timed: a machine's speed is not steady
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -47,17 +48,17 @@ class Rates:
         )
 
 
-def measure(system: System, session: Session, store: Store, say: Callable[[], None] | None = None) -> Rates:
+def measure(system: System, session: Session, store: Store, say: Callable[[str], None] | None = None) -> Rates:
     """Rates of a model on this machine: kept ones where there are, else measured by running it for a few seconds.
 
-    `say` is called before anything is measured.
+    `say` is told before anything is measured.
     """
     machine = [platform.machine(), platform.processor(), platform.node(), *sorted(session.protocol.items())]
     key = hashlib.sha256(repr([system.model.identity, machine]).encode()).hexdigest()
     kept = store.rates(key)
     if kept is None:
         if say:
-            say()
+            say("measuring this machine's speed")
         # Words of no meaning: nothing is shared, nothing is remembered.
         draw = random.Random(0)
         words = [["".join(draw.choices("abcdefghij", k=5)) for _ in range(24)] for _ in range(24)]

@@ -84,7 +84,7 @@ def within(job: _Job, finalist: Trial | None) -> Trial | None:
 
     limits, race = job.task.limits, job.race
     start = finalist or race.base
-    if not limited(limits) or start is None or start.card is None or job.bases[0].model.remote:
+    if not limited(limits) or start is None or start.card is None or start.system.model.remote:
         return finalist
     race.seconds += job.shrinking  # what was set aside for this
     used = _measured(job, start.system, start.card)
@@ -96,7 +96,7 @@ def within(job: _Job, finalist: Trial | None) -> Trial | None:
     nearest, least = start, _excess(limits, used)
     origin = next((b for b in job.bases if b.model.content == start.system.model.content), job.bases[0])
     # The bound of a training is part of what it is known by: with another one it would be trained anew.
-    tokens = start.notes.get("allowed") or int(max(0.0, race.left) * job.rates.train)
+    tokens = start.notes.get("allowed") or int(max(0.0, race.left) * race.speed(start.system).train)
     steps, packed, whole_size = _steps(limits, start.system), 1.0, used.size_bytes
     for text in steps:
         whole = parse(text).methods
@@ -127,6 +127,12 @@ def within(job: _Job, finalist: Trial | None) -> Trial | None:
         job.run.tidy()
         if race.left <= 0:
             break
+    if (other := _other(job, finalist)) is not None:
+        return other
+    if not job.tight:
+        job.notes.append(f"no candidate keeps within the limits, and the base does; the nearest was {nearest.name} "
+                         f"({nearest.why})")  # fmt: skip
+        return None
     job.notes.append(f"nothing that was tried keeps within the limits; the nearest is handed over: {nearest.name} "
                      f"({nearest.why})")  # fmt: skip
     return nearest if nearest is not race.base else finalist
@@ -153,15 +159,22 @@ def _too_much(job: _Job, trial: Trial | None) -> bool:
 
 def _better(job: _Job, small: Trial, finalist: Trial | None) -> Trial:
     """The one that was made small enough, or another arm that scored more and keeps within the limits as it is."""
+    return _other(job, finalist, job.race.merit(small)) or small
+
+
+def _other(job: _Job, finalist: Trial | None, than: float | None = None) -> Trial | None:
+    """The best arm that keeps within the limits as it is, and has a greater merit than this, or than the base."""
     from whet.search import _keeping
 
     race = job.race
+    if than is None:
+        than = race.merit(race.base) if race.base else float("-inf")
     whole = [t for t in race.trials if t.card and t.status == "done" and t.examples == len(race.select)]
-    ahead = [t for t in whole if t is not race.base and race.merit(t) > race.merit(small)]
+    ahead = [t for t in whole if t is not race.base and race.merit(t) > than]
     for other in sorted(ahead, key=race.merit, reverse=True)[:LOOKED_AT]:
         if other is not finalist and not _too_much(job, other) and (kept := _keeping(job, other)).status != "refused":
             return kept
-    return small
+    return None
 
 
 def _measured(job: _Job, system: System, card: Scorecard) -> Scorecard:

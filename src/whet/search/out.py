@@ -106,7 +106,7 @@ def result(
         "selection": selection,
         "protocol": card.protocol if card else {},
         "versions": versions,
-        "rates": vars(job.rates),
+        "rates": vars(job.race.speed(job.bases[0])),
         "plan": job.plan,
         "left_out": job.skipped,
         "dropped": {"count": len(job.splits.dropped), "examples": [list(d) for d in job.splits.dropped[:50]]},

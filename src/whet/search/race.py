@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ class Race:
     select: list[Example]
     metric: Metric
     store: Store
-    rates: Rates
+    rates: Mapping[str, Rates]  # by the content of the model that a System started from
     seed: int
     seconds: float  # that the search may spend, confirm apart
     watch: Watch
@@ -92,6 +92,10 @@ class Race:
     def left(self) -> float:
         """What the search may still spend."""
         return self.seconds - self.spent
+
+    def speed(self, system: System) -> Rates:
+        """The rates of a System's model on this machine."""
+        return self.rates[system.model.content]
 
     def record(self, trial: Trial) -> Trial:
         """Put a trial on the board in place of its earlier rung, whose cost it takes over."""
@@ -114,6 +118,9 @@ class Race:
         kept = None if self.live else self.store.trial(self.key, key)
         if time.monotonic() > self.deadline and kept is None and recipe.methods:  # the base is always measured
             why = "the clock is far past the budget"
+            old = next((t for t in self.trials if t.name == f"{recipe.name}{label}"), None)
+            if old is not None:  # what it scored on fewer rows stands
+                return self.mark(old, status="truncated", why=f"{why}: scored on {old.examples} examples")
             return self.record(Trial(recipe, start, rung, "truncated", why, 0, None, Spent(), 0.0, {}, None, label))
         run = replace(self.run, trained_tokens=tokens, spent=Spent(), notes={}, tell=self.watch.tell)
         session = run.session(start.model)
@@ -140,10 +147,8 @@ class Race:
         paired = None
         if card and self.base and self.base.card:
             paired = stats.compare(self.base.card.outcomes[: len(rows)], card.outcomes, self.metric, self.seed)
-        n = len(rows) if card else 0
-        return self.record(
-            Trial(recipe, system, rung, status, why, n, card, total, self.rates.price(total), notes, paired, label)
-        )
+        n, cost = len(rows) if card else 0, self.speed(start).price(total)
+        return self.record(Trial(recipe, system, rung, status, why, n, card, total, cost, notes, paired, label))
 
     def _paid(self, spent: Spent, notes: dict[str, Any]) -> Spent:
         """What other trials have paid for already: recipes with a common beginning share its training."""
@@ -200,11 +205,12 @@ class Race:
         that the paired interval already shows to be behind the best. Returns the trials of the last rung.
         """
         going, trials = list(arms), list[Trial]()
-        for rung, share in enumerate(RUNGS):
-            count = min(len(self.select), max(LEAST, round(share * len(self.select))))
+        whole = len(self.select)
+        counts = sorted({min(whole, max(LEAST, round(share * whole))) for share in RUNGS})
+        for rung, count in enumerate(counts):
             trials = [self.enter(r, s, rung=rung, examples=count, label=label) for r, s, label in going]
             scored = [t for t in trials if t.card]
-            if not scored or count == len(self.select):
+            if not scored or count == whole or all(t.status == "truncated" for t in scored):
                 return scored
             best = max(scored, key=self.merit)
             keep = sorted(scored, key=self.merit, reverse=True)[: max(1, len(scored) // 2)]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from whet import embed
+from whet.engine import Spent
+from whet.errors import StoreError, WhetError
 from whet.feedback import paired
 from whet.methods import make
 from whet.progress import clock
 from whet.scorecard import reads_scores
+from whet.search.budget import estimate
 from whet.search.recipe import Recipe, recipe
 from whet.system import System
 
@@ -20,10 +24,34 @@ if TYPE_CHECKING:
 LEAST_TOKENS = 6_000  # a fine-tuning on fewer tokens (some eight steps of short rows) is not worth starting
 VALIDATED = 0.15  # of a fine-tuning's time, about, goes to its validations
 CALIBRATED_ROWS = 128
+UNTAUGHT = ("prune", "share", "quantize")  # methods that change weights without training them
 OTHERS: tuple[dict[str, Any], ...] = (  # settings of further trainings, while the budget lasts
     {"learning_rate": 3e-4}, {"adapter": "dora"}, {"adapter": "full", "learning_rate": 1e-4}, {"rank": 64},
 )  # fmt: skip
 SAMPLED = 4.0  # trainings that reinforcement's sampling takes, about; if it was asked for by name, one will do
+
+
+def at_hand(bases: Sequence[System]) -> System:
+    """The first base whose weights can be changed; the first where all are served elsewhere."""
+    return next((b for b in bases if not b.model.remote), bases[0])
+
+
+def trains(one: Recipe) -> bool:
+    """Whether a recipe trains weights, which takes as many tokens as it is given."""
+    return any("model" in m.writes and m.name not in UNTAUGHT for m in one.methods)
+
+
+def scoring(job: _Job, one: Recipe, start: System) -> float:
+    """Seconds that scoring all of select takes behind a recipe, with the documents and facts that it shows."""
+    shown = Recipe(tuple(m for m in one.methods if set(m.writes) <= {"sources"}))
+    session, speed = job.run.session(start.model), job.race.speed(start)
+    try:
+        start = shown.run(start, job.race.data, replace(job.run, spent=Spent(), notes={}))
+    except StoreError:
+        raise
+    except WhetError:
+        pass  # what it would read cannot be had: the arm says why
+    return speed.price(estimate(start, job.race.select, session, metric=job.metric.name))
 
 
 def first(job: _Job) -> Recipe | None:
@@ -41,20 +69,17 @@ def first(job: _Job) -> Recipe | None:
 def _wished(job: _Job, one: Recipe) -> bool:
     """Whether a recipe's methods were asked for, and have what they need."""
     asked = not job.wish.methods or all(m.name in job.wish.methods for m in one.methods)
-    return asked and not one.lacks(job.bases[0], job.splits.learnable)
+    return asked and not one.lacks(at_hand(job.bases), job.splits.learnable)
 
 
-def race(job: _Job, tuned: Recipe, each: float) -> None:
-    """Train the best model with what the budget allows, go on from there, and train otherwise while money is left.
-
-    `each` are the seconds that scoring all of select takes.
-    """
+def race(job: _Job, tuned: Recipe) -> None:
+    """Train the best model with what the budget allows, go on from there, and train otherwise while money is left."""
     start, tuned = _best_model(job), _sourced(job, tuned)
     judged = [m for m in behind(job, tuned) if m != "rl"]
-    one = enter(job, tuned, start, each, 0.5 if judged else 1.0)
+    one = enter(job, tuned, start, 0.5 if judged else 1.0)
     if one is not None and one.status == "failed" and len(tuned.methods) > 1:  # what it reads cannot be had
         tuned = Recipe(tuned.methods[-1:])
-        one = enter(job, tuned, start, each, 0.5 if judged else 1.0)
+        one = enter(job, tuned, start, 0.5 if judged else 1.0)
     if one is None or one.card is None:
         return
     more = [Recipe((*tuned.methods, make(name))) for name in judged]
@@ -63,7 +88,7 @@ def race(job: _Job, tuned: Recipe, each: float) -> None:
         job.race.enter(other, start, tokens=one.notes["allowed"]).notes["allowed"] = one.notes["allowed"]
     for other in _others(job, tuned):
         if one.cost < 0.8 * job.race.left:
-            enter(job, other, start, each)
+            enter(job, other, start)
     if "rl" in behind(job, tuned):
         other = Recipe((*tuned.methods, make("rl")))
         if (1.0 if job.wish.methods else SAMPLED) * one.cost < job.race.left:
@@ -108,7 +133,7 @@ def behind(job: _Job, tuned: Recipe | None) -> list[str]:
     if data.judged or job.metric.name not in ("perplexity", "win_rate"):
         names.append("rl")
     names = [n for n in names if not job.wish.methods or n in job.wish.methods]
-    return [n for n in names if not recipe(n).lacks(job.bases[0], data)]
+    return [n for n in names if not recipe(n).lacks(at_hand(job.bases), data)]
 
 
 def _calibrates(job: _Job) -> bool:
@@ -116,27 +141,36 @@ def _calibrates(job: _Job) -> bool:
     return bool(job.task.labels) and (not job.wish.methods or "calibrate" in job.wish.methods)
 
 
-def enter(job: _Job, wanted: Recipe, start: System, each: float, share: float = 1.0) -> Trial | None:
+def enter(job: _Job, wanted: Recipe, start: System, share: float = 1.0) -> Trial | None:
     """Run a recipe that trains, with a share of the tokens that are left once scoring what comes of it is set aside."""
-    race = job.race
-    row = each / max(1, len(race.select))
-    # Scoring on select, and calibrating afterwards; calibrated answers are read off the same scores where all are had.
-    again = 0.0 if reads_scores(start, race.select, job.run.session(start.model)) else each
-    after = each + (again + CALIBRATED_ROWS * row if _calibrates(job) else 0.0)
-    allowed = int(share * (race.left - after) * (1 - VALIDATED) * job.rates.train)
-    trains = any("weights" in m.needs for m in wanted.methods) or wanted == recipe(("knowledge", {"mode": "train"}))
-    if trains and allowed < LEAST_TOKENS:
-        why = f"only {clock(race.left)} of the budget would be left for it"
+    race, trained = job.race, trains(wanted)
+    allowed = int(share * (race.left - after(job, wanted, start)) * (1 - VALIDATED) * race.speed(start).train)
+    if trained and allowed < LEAST_TOKENS:
+        why = f"only {clock(max(0.0, race.left))} of the budget would be left for it"
         job.skipped.append({"method": wanted.name, "why": why})
         return None
-    trial = race.enter(wanted, start, tokens=allowed if trains else None)
+    trial = race.enter(wanted, start, tokens=allowed if trained else None)
     trial.notes["allowed"] = allowed
     return trial
 
 
+def after(job: _Job, wanted: Recipe, start: System) -> float:
+    """Seconds that scoring on select what a training makes takes, and calibrating it.
+
+    Calibrated answers are read off the same scores where all are had.
+    """
+    each, select = scoring(job, wanted, start), job.race.select
+    if not _calibrates(job):
+        return each
+    again = 0.0 if reads_scores(start, select, job.run.session(start.model)) else each
+    return each + again + CALIBRATED_ROWS * each / max(1, len(select))
+
+
 def _best_model(job: _Job) -> System:
-    """The base whose cheap arms did best; the only one where one model was named."""
-    scored = [t for t in job.race.trials if t.card]
+    """The base whose arms did best on all of select, of those whose weights are at hand; of no scores the first."""
+    local = [b for b in job.bases if not b.model.remote] or job.bases
+    models = {b.model.content: b for b in local}
+    scored = [t for t in job.race.trials if t.card and t.examples == len(job.race.select)]
+    scored = [t for t in scored if t.system.model.content in models]
     best = max(scored, key=job.race.merit, default=None)
-    models = {b.model: b for b in job.bases}
-    return models.get(best.system.model, job.bases[0]) if best else job.bases[0]
+    return models[best.system.model.content] if best else local[0]

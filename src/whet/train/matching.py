@@ -88,10 +88,20 @@ class Match:
             for hook in hooks:
                 hook.remove()
         self.live.spent += Spent(prefilled_tokens=pack.tokens)
-        total = torch.zeros((), device=pack.ids.device)
+        total, real = torch.zeros((), device=pack.ids.device), _real(pack)
         for number, other in enumerate(self.pairs):
             wanted = theirs[other].float()
             off = (self.seen[number].float() - wanted).square().sum(-1)
-            total = total + (off / wanted.square().sum(-1).clamp_min(1e-12)).mean()
+            total = total + (off / wanted.square().sum(-1).clamp_min(1e-12))[real].mean()
         return total / len(self.pairs)
+
+
+def _real(pack: Pack) -> Tensor:
+    """[B, T] which places hold tokens and not what rows are padded with: up to the last one that a target follows."""
+    if pack.plan is not None or pack.pick is None:
+        return torch.ones_like(pack.ids, dtype=torch.bool)
+    many = len(pack.places)
+    last = torch.zeros(len(pack.ids), dtype=pack.pick.dtype, device=pack.ids.device)
+    last = last.scatter_reduce(0, pack.pick // many, pack.places[pack.pick % many], "amax")
+    return torch.arange(pack.ids.shape[1], device=pack.ids.device) <= last[:, None]
 

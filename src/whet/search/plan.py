@@ -1,0 +1,179 @@
+"""The plan of a run: what the budget goes to, what is tried for how long, and what is left out for want of what."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from whet.methods import names, table
+from whet.progress import clock
+from whet.search import limits, training
+from whet.search.arms import Arm, cheap_arms, left_out
+from whet.search.budget import ENCODED, affordable
+from whet.search.recipe import Recipe, parse, recipe
+from whet.splits import shared_order
+from whet.task import Example, Splits
+
+if TYPE_CHECKING:
+    from whet.search import Wish, _Job
+
+CONFIRMING = 2.2  # passes over the sealed rows: the base, the finalist, at times the best single-family arm
+FIXED = 30.0  # seconds for loading, baselines and measuring latency, which no token count tells
+LEAST_SELECTED, SELECTED = 100, 0.1  # rows of select; of the search's time, what scoring them once may take
+LEAST_CONFIRMED, CONFIRMED = 200, 1.0  # sealed rows; of the budget, what confirming may take: half of it is set aside
+INDEXED = 0.1  # of the budget: what indexing takes beyond it is told
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the budget goes to: the rows that are looked at, and seconds for searching and for confirming."""
+
+    select: tuple[Example, ...]
+    confirm: tuple[Example, ...]
+    search: float
+    reserve: float
+    notes: tuple[str, ...]
+
+
+def apportion(
+    splits: Splits, closed: bool, wish: Wish, price: Callable[[Sequence[Example]], float], beside: float,
+    aside: float,
+) -> Parts:  # fmt: skip
+    """The parts of the budget. Where scoring all rows would take most of it, a sample is scored, balanced and by seed.
+
+    `beside` are seconds that confirming earlier tasks takes, `aside` what judges and making the finalist smaller do.
+    """
+    notes = []
+    confirm, select = splits.confirm, tuple(shared_order(splits.select, closed, wish.seed))
+    whole = CONFIRMING * price(confirm)
+    sealed = affordable(len(confirm), whole, CONFIRMED * wish.budget, LEAST_CONFIRMED)
+    if sealed < len(confirm):
+        notes.append(f"confirmed on {sealed} of the {len(confirm)} sealed rows, drawn by seed: all of them would take "
+                     f"{clock(whole)}; --budget {math.ceil(whole / 60)}m takes them all")  # fmt: skip
+        confirm = tuple(shared_order(confirm, closed, wish.seed)[:sealed])
+    # Base and finalist, and a share of the best single-family arm; but the search always gets half.
+    needed = CONFIRMING * price(confirm) + beside + FIXED + ENCODED * wish.budget
+    reserve = min(needed, 0.5 * wish.budget)
+    if needed > reserve:
+        notes.append(f"confirming takes about {clock(needed)}, of which the budget holds {clock(reserve)}: "
+                     "it will take longer than the budget says")  # fmt: skip
+    search, once = max(0.0, wish.budget - reserve - aside), price(select)
+    compared = affordable(len(select), once, SELECTED * search, LEAST_SELECTED)
+    if compared < len(select):
+        notes.append(f"arms are compared on {compared} of the {len(select)} select rows: scoring all of them once "
+                     f"would take {clock(once)} of the search's {clock(search)}")  # fmt: skip
+    return Parts(select[:compared], confirm, search, reserve, tuple(notes))
+
+
+@dataclass(frozen=True)
+class Tries:
+    """What is raced: the arms without training, then either the recipe that was asked for or trainings."""
+
+    arms: Sequence[Arm] = ()
+    wished: Recipe | None = None
+    tuned: Recipe | None = None
+    untried: Recipe | None = None  # without rows to select by: the only candidate
+    tokens: int | None = None  # that training it may take
+
+
+def labels(job: _Job) -> list[str]:
+    """What tells arms of several models apart."""
+    return [f" [{b.model.base}]" if len(job.bases) > 1 else "" for b in job.bases]
+
+
+def planned(job: _Job) -> Tries:
+    """What will be tried, for how long, and what is left out: the job's plan, before anything is spent."""
+    race, data, local = job.race, job.splits.learnable, training.at_hand(job.bases)
+    alone = [training.scoring(job, Recipe(), base) for base in job.bases]  # seconds that each base takes on select
+    tuned = training.first(job)
+    if tuned is not None and race.select:
+        needed = alone[job.bases.index(local)] + training.after(job, tuned, local)
+        if (race.seconds - needed) * race.speed(local).train < training.LEAST_TOKENS:
+            why = f"scoring takes {clock(needed)} of the search's {clock(race.seconds)}: too little is left to train in"
+            job.skipped.append({"method": tuned.name, "why": why})
+            tuned = None
+    job.watch.say("estimating what each arm takes")
+    # Where training is possible it needs most of the budget; without it the cheap arms may have it.
+    most = (0.1 if tuned else 0.5) * race.seconds
+    begun = time.monotonic()
+    arms, too_dear = cheap_arms(job.wish, job.bases, labels(job), data, race.select, race.rates, job.run, most)
+    # Indexes are kept: what making them takes is paid once, and not out of the budget.
+    if (indexing := time.monotonic() - begun) > INDEXED * job.wish.budget:
+        job.notes.append(f"embedding, indexing and estimating the arms took {clock(indexing)}, on top of the budget")
+    job.notes += [f"left out: {one}" for one in job.run.notes.pop("left_out", ())]
+    race.deadline = time.monotonic() + 3 * job.wish.budget
+    wished = parse(job.wish.recipe) if job.wish.recipe else None
+    last = tuned or (wished if wished and all(wished != a.recipe for a in arms) else None)
+    behind = training.scoring(job, last, local) if last and race.select else 0.0
+    if race.select:  # an arm that is dearer than the base is dearer to confirm, too
+        dearest = max([behind, *(a.scoring for a in arms)]) - max(alone)
+        more = min(max(0.0, dearest) * len(job.splits.confirm) / len(race.select), 0.25 * race.seconds)
+        job.reserve, race.seconds = job.reserve + more, race.seconds - more
+    job.skipped += left_out(job.wish, local, data, wished) + too_dear
+    job.skipped += _unused(job, [a.recipe for a in arms] + ([tuned] if tuned else []))
+    costs = {"base": sum(alone)} | {f"{a.recipe.name}{a.label}": a.cost for a in arms}
+    if job.judge.trained_tokens:
+        costs = {"judge of the win rate, trained": race.speed(job.bases[0]).price(job.judge)} | costs
+    job.plan += [{"arm": name, "minutes": cost / 60} for name, cost in costs.items()]
+    if last is not None and race.select:
+        trained = training.trains(last)
+        cost = race.seconds - sum(alone) - sum(a.cost for a in arms) if trained else behind
+        job.plan.append({"arm": last.name, "minutes": max(0.0, cost) / 60} | ({"most": True} if trained else {}))
+    tries = Tries(arms, wished, tuned) if race.select else _unselected(job, tuned)
+    job.plan.append({"arm": "confirm on sealed data", "minutes": job.reserve / 60})
+    return tries
+
+
+def _unselected(job: _Job, tuned: Recipe | None) -> Tries:
+    """What is tried where there are no rows to select by: one recipe, with its defaults."""
+    untried = _untried(job)
+    if untried is None:
+        if tuned is not None:
+            why = f'there are no rows to select by; --recipe "{tuned.name}" is confirmed as the only candidate'
+            job.skipped.append({"method": tuned.name, "why": why})
+        return Tries()
+    tokens, speed = None, job.race.speed(training.at_hand(job.bases))
+    if training.trains(untried):
+        tokens = int(job.race.left * (1 - training.VALIDATED) * speed.train)
+    most = {"minutes": job.race.left / 60, "most": True} if tokens else {"minutes": 0.0}
+    job.plan.append({"arm": untried.name} | most)
+    why = "there are no rows to select by, so it is confirmed with its defaults, as the only candidate"
+    job.notes.append(f"{untried.name}: {why}")
+    return Tries(untried=untried, tokens=tokens)
+
+
+def _untried(job: _Job) -> Recipe | None:
+    """The one recipe that is worth confirming where nothing can be learnt from or selected by: looking things up."""
+    asked = [parse(job.wish.recipe)] if job.wish.recipe else [recipe("rag"), recipe(("knowledge", {"k": 1}))]
+    wished = [r for r in asked if not job.wish.methods or all(m.name in job.wish.methods for m in r.methods)]
+    return next((r for r in wished if not r.lacks(training.at_hand(job.bases), job.splits.learnable)), None)
+
+
+def _unused(job: _Job, used: Sequence[Recipe]) -> list[dict[str, str]]:
+    """Methods that were asked for by name, have what they need, and stand in no recipe that is tried."""
+    if job.wish.recipe or not job.race.select:
+        return []
+    data = job.splits.learnable
+    tried = {m.name for r in used for m in r.methods} | {d["method"] for d in job.skipped}
+    if any("weights" in m.needs for r in used for m in r.methods):
+        tried |= {"calibrate", *training.behind(job, None)}
+    tried |= {name for name in names() if limits.limited(data.limits) and table()[name].family == "compression"}
+    missed = [n for n in job.wish.methods if n not in tried and not any(d.startswith(f"{n}(") for d in tried)]
+    return [{"method": n, "why": f'no recipe of its own is raced here: name one, like --recipe "{n}"'} for n in missed]
+
+
+def show(job: _Job) -> None:
+    """The plan, before anything is spent."""
+    rates = job.race.speed(job.bases[0])
+    job.watch.say(f"plan for {clock(job.wish.budget)} (at {rates.prefill:.0f} tokens/s read, "
+                  f"{rates.train:.0f} trained):")  # fmt: skip
+    for item in job.plan:
+        most = "up to " if item.get("most") else ""
+        job.watch.say(f"  {item['arm']:<44} {most}{item['minutes']:.1f} min")
+    for item in job.skipped:
+        job.watch.say(f"  left out: {item['method']}: {item['why']}")
+    for note in job.notes:
+        job.watch.say(f"  note: {note}")
