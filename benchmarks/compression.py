@@ -90,7 +90,7 @@ class Bench(common.Bench):
             found.append((score, rate, system, seconds))
         return max(found, key=lambda f: f[0])[1:]
 
-    def divergence(self, system: Any) -> str:
+    def divergence(self, system: Any, session: Any = None) -> str:
         """Mean KL divergence in nats of what a System gives the labels from what the tuned one does, on test rows.
 
         Accuracy sees only what crosses the border between labels; this sees how far all rows were moved.
@@ -100,8 +100,8 @@ class Bench(common.Bench):
         if not self.tuned.decoding.labels:
             return "-"
         rows = self.test[:CHOSEN_ON]
-        given = [torch.tensor(s.label_scores(rows, self.run.session(s.model), None, blind=True)[0]).log_softmax(-1)
-                 for s in (self.tuned, system)]  # fmt: skip
+        asked = (self.tuned, self.run.session(self.tuned.model)), (system, session or self.run.session(system.model))
+        given = [torch.tensor(s.label_scores(rows, by, None, blind=True)[0]).log_softmax(-1) for s, by in asked]
         return f"{float((given[0].exp() * (given[0] - given[1])).sum(-1).mean()):.4f}"
 
     def lost(self, card: Any, than: Any = None) -> tuple[str, str]:
@@ -289,15 +289,16 @@ def peers(bench: Bench) -> dict[str, Any]:
                 raise SystemExit(f"llama.cpp could not quantize to {kind}")
         session = LlamaSession(file, tokenizer, threads=torch.get_num_threads())
         card = evaluate(bench.tuned, bench.test, bench.metric, session=session)
+        apart = bench.divergence(bench.tuned, session)
         endless(session)
         fast = [(1 / decode(session, n), 1 / prefill(session, n)) for n in range(bench.options.repeats + 1)][1:]
         new = [statistics.median(each) for each in zip(*fast, strict=True)]
         lost, bound = bench.lost(card)
-        rows.append([kind, f"{file.stat().st_size / 1e6:.1f}", f"{100 * card.score:.1f}", lost, bound, f"{new[0]:.1f}",
-                     f"{new[1]:.0f}"])  # fmt: skip
+        rows.append([kind, f"{file.stat().st_size / 1e6:.1f}", f"{100 * card.score:.1f}", lost, bound, apart,
+                     f"{new[0]:.1f}", f"{new[1]:.0f}"])  # fmt: skip
         session.close()
     print(f"\n### llama.cpp on the same System, {len(bench.test)} rows\n")
-    print(common.table(["", "MB", "score", "points lost", "bound", "decoded/s", "read/s"], rows))
+    print(common.table(["", "MB", "score", "points lost", "bound", "divergence", "decoded/s", "read/s"], rows))
     return {row[0]: row[1:] for row in rows}
 
 

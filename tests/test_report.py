@@ -262,6 +262,40 @@ def test_gain_of_a_baseline_is_positive_when_better_also_where_lower_is_better()
     assert [a.gain for a in view.arms(result)] == [10.0, 0.0]
 
 
+def test_arms_scored_on_fewer_rows_are_not_cheaper() -> None:
+    result = rich()
+    result["trials"].append(trial("calibrate(kind=domain)", [{"method": "calibrate"}], 0.3, 2.0, examples=60))
+    scale = view.Scale("accuracy", True, True)
+    assert not [a for a in figures.frontier(view.arms(result), scale) if a.name == "calibrate(kind=domain)"]
+
+
+def test_the_p_value_is_the_one_that_was_decided_on() -> None:
+    result = rich()
+    result["confirm"] |= {"p_value": 0.03, "p_adjusted": 0.06}
+    assert report._headline(result, view.Scale.of(result))["p"] == "p = 0.06"
+
+
+def test_where_no_candidate_was_tried_on_sealed_data_none_is_shown() -> None:
+    result = rich()
+    same = result["confirm"]["base"]
+    result["chosen"] = {"recipe": [], "name": "base", "handed": False, "gain_by_step": []}
+    result["confirm"] = {"n": 872, "base": same, "chosen": same, "difference": 0.0, "low": 0.0, "high": 0.0,
+                         "p_value": 1.0, "improved": False, "smallest_detectable": 0.0, "candidate": None}
+    assert report.verdict(result).startswith("No candidate beat the base model on the select split, so none was tried")
+    shown = report._headline(result, view.Scale.of(result))
+    assert [label for label, *_ in shown["tiles"]] == ["Base"] and not shown["p"]
+    result["confirm"]["candidate"] = "fewshot"
+    assert [label for label, *_ in report._headline(result, view.Scale.of(result))["tiles"]][1] == "Best candidate"
+
+
+def test_a_small_gain_in_perplexity_keeps_its_figure() -> None:
+    result = rich()
+    result["metric"] = {"name": "perplexity", "higher_is_better": False}
+    result["confirm"] |= {"base": {"score": 12.004}, "chosen": {"score": 12.0}, "difference": -0.004, "low": -0.005,
+                          "high": -0.003}  # fmt: skip
+    assert "better by 0.00" in report.verdict(result)
+
+
 def test_frontier_is_what_no_cheaper_arm_matches() -> None:
     names = [a.name for a in figures.frontier(view.arms(rich()), view.Scale("accuracy", True, True))]
     assert names == ["calibrate(kind=batch)", "fewshot(k=16,random)+calibrate", "finetune(rank=16)",
