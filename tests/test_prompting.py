@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -249,6 +251,40 @@ def test_what_is_not_better_on_unseen_rows_is_not_taken(base: System) -> None:
     assert not contest.better(base, lucky, 32, 0)[0]
 
 
+@pytest.mark.parametrize("count", [10, 250, 256, 260, 300, 400])
+def test_the_pool_comes_of_a_fifth_of_the_rows_that_are_not_scored(
+    base: System, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    told: list[Example] = []
+
+    def watched(system: System, data: Learnable, rest: Any, *more: Any) -> list[System]:
+        told.extend(rest)
+        return [system]
+
+    monkeypatch.setattr("whet.methods.prompting.variants", watched)
+    run = run_with(FakeSession("hash"), base)
+    data = replace(DATA, train=ROWS[:count])
+    Prompting().apply(base, data, run)
+    raced = run.notes["prompting"]["rows"]
+    assert raced == min(256, count * 4 // 5) and told == learnable(base, data, 0)[raced:]
+
+
+def test_calibrated_scores_are_noted_only_where_they_are_had(base: System) -> None:
+    class Searches(Reader):
+        """As the engine does with many labels: it looks for the greatest and scores no others."""
+
+        def scores_all(self, choices: Any, whole: bool = False) -> bool:
+            return False
+
+    def notes(session: FakeSession, **settings: Any) -> set[str]:
+        run = run_with(session, base)
+        Prompting(pool=4, examples=16, **settings).apply(base, DATA, run)
+        return {"raw", "calibrated"} & set(run.notes["prompting"])
+
+    assert notes(Searches()) == {"raw"}
+    assert notes(Searches(), calibrated=True) == notes(Reader()) == {"raw", "calibrated"}
+
+
 def test_too_few_rows_and_wrong_settings(base: System) -> None:
     with pytest.raises(MethodError, match="too few rows"):
         Prompting().apply(base, replace(DATA, train=ROWS[:5]), run_with(FakeSession("hash"), base))
@@ -263,6 +299,27 @@ def test_demonstrations_are_not_asked_about(base: System) -> None:
     near = replace(base, demonstrations=Demonstrations(tuple((e.prompt, e.completion) for e in ROWS), 2, "nearest"))
     rows, hidden = unseen(near, ROWS[:50])
     assert rows == list(ROWS[:50]) and len(hidden.demonstrations.pool) == 350
+
+
+def test_one_question_of_many_texts_shows_none_of_them(base: System) -> None:
+    """The texts stand in the system turn, an earlier turn or the choices, as `splits` tells such rows apart."""
+    turns = [{"history": ((role, e.prompt),)} for role in ("system", "user") for e in ROWS[:40]]
+    told = [*turns, *({"choices": (e.prompt, "none")} for e in ROWS[:40])]
+    asked = Demonstrations((("Is it good?", "positive"), ("Is it good?", "negative")))
+    for start in (0, 40, 80):
+        rows = [Example(str(n), "Is it good?", LABELS[n % 2], **more)  # type: ignore[arg-type]
+                for n, more in enumerate(told[start : start + 40])]  # fmt: skip
+        data = replace(DATA, train=tuple(rows))
+        shown = replace(base, demonstrations=asked)
+        assert len(learnable(shown, data, 0)) == 40 and unseen(shown, rows[:1])[0] == []
+        near = replace(base, demonstrations=replace(asked, k=1, selection="nearest"))
+        assert unseen(near, rows)[1] == near
+        if start < 80:  # rows with their own choices have no prior
+            assert Calibrate().apply(shown, data, run_with(FakeSession("hash"), base)).decoding.prior
+    same = [Example(str(n), "Is it good?", LABELS[n % 2]) for n in range(40)]
+    assert unseen(shown, same)[0] == []
+    assert not any("For example" in s.instruction + s.frame for s in variants(base, DATA, same, 40, 0))
+    assert any("For example" in s.instruction + s.frame for s in variants(base, DATA, ROWS, 40, 0))
 
 
 def test_all_alike_is_cochrans_q(base: System) -> None:
@@ -312,6 +369,8 @@ def test_an_edited_prompt_is_put_back(base: System, tmp_path: Path) -> None:
     assert (made.instruction, made.frame, made.decoding.words) == ("Is it good?", "Film: {question}", ("no", "yes"))
     again = tmp_path / "again.txt"
     again.write_text(made.prompt_text)
+    assert edited(base, again) == made
+    again.write_text(made.prompt_text, encoding="utf-8-sig")  # with a byte order mark, as some editors save it
     assert edited(base, again) == made
     three = "a\n---\n{question}\n---\n"
     for wrong, says in (("a\n---\nb\n", "0 times"), (three + "maybe = x\n", "maybe"),
@@ -409,6 +468,12 @@ def test_fewer_are_shown_where_the_window_is_short(base: System) -> None:
     made = FewShot(k=16).apply(base, replace(DATA, train=rows), run)
     assert len(made.demonstrations.pool) == 5 and "5 of 16" in run.notes["shown"]
     assert max(run.session(base.model).count(made.prompts(rows))) <= run.session(base.model).context
+    named = FewShot(selection="fixed", ids=tuple(str(n) for n in range(20))).apply(base, replace(DATA, train=rows), run)
+    assert named.demonstrations.pool == tuple((e.prompt, e.completion) for e in rows[:5])
+    assert run.notes["shown"] == "5 of 20: the context window holds no more"
+    huge = (replace(rows[0], prompt="long " * 2000), replace(rows[1], prompt="longer " * 2000))
+    FewShot(k=2).apply(base, replace(DATA, train=huge), run)
+    assert run.notes["shown"] == "1 of 2: the context window holds not even that"
 
 
 def test_inputs_that_say_nothing(base: System) -> None:
@@ -416,6 +481,11 @@ def test_inputs_that_say_nothing(base: System) -> None:
     domain = free_inputs("domain", ROWS, 20, 0)
     assert len(domain) == 20 and all(len(e.prompt.split()) == 5 for e in domain)
     assert {w for e in domain for w in e.prompt.split()} <= {w for e in ROWS for w in e.prompt.split()}
+    assert domain[0].prompt == " ".join(random.Random(0).choices([w for e in ROWS for w in e.prompt.split()], k=5))
+    told = [Example("1", "この映画は、とても iPhone 面白い。"), Example("2", "หนังเรื่องนี้ดีมาก")]
+    unspaced = [e.prompt for e in free_inputs("domain", told, 20, 0)]
+    assert len(set(unspaced)) == 20 and not any(" " in text for text in unspaced)
+    assert all(len(re.findall("iPhone|.", text)) == (14 + 18) // 2 for text in unspaced)
     run = run_with(FakeSession("hash"), base)
     priors = {kind: Calibrate(kind=kind).apply(base, DATA, run).decoding.prior
               for kind in ("batch", "contextual", "domain")}  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +15,7 @@ from whet.engine import Progress, Session
 from whet.methods.calibrate import batch_prior
 from whet.metrics import Metric, Outcome, get, score_all
 from whet.scorecard import reads_scores, uncalibrated
-from whet.splits import shared_order
+from whet.splits import TEMPLATE, shared_order
 from whet.system import System
 from whet.task import Example, Learnable
 
@@ -23,14 +24,25 @@ ALPHA = 0.1  # two-sided: a variant that is kept is better by a one-sided test a
 
 
 def unseen(system: System, rows: Sequence[Example]) -> tuple[list[Example], System]:
-    """Rows that are not shown as demonstrations, and the System; nearest ones stay, and are hidden from themselves."""
-    demos = system.demonstrations
+    """Rows that are not shown as demonstrations, and the System; nearest ones stay, and are hidden from themselves.
+
+    A question that many rows ask of different texts shows none of them.
+    """
+    demos, templates = system.demonstrations, templated(rows)
     if demos.selection == "fixed":
-        shown = {question for question, _ in demos.pool}
+        shown = {question for question, _ in demos.pool} - templates
         return [e for e in rows if e.prompt not in shown], system
-    hidden = {e.prompt for e in rows}
+    hidden = {e.prompt for e in rows} - templates
     pool = tuple(pair for pair in demos.pool if pair[0] not in hidden)
     return list(rows), replace(system, demonstrations=replace(demos, pool=pool))
+
+
+def templated(rows: Sequence[Example], most: int = TEMPLATE) -> set[str]:
+    """Prompts of more than `most` rows that only their history or their choices tell apart (see `splits`)."""
+    others = defaultdict[str, set[tuple[Any, ...]]](set)
+    for row in rows:
+        others[row.prompt].add((row.history, *sorted(row.choices)))
+    return {prompt for prompt, found in others.items() if len(found) > most}
 
 
 def learnable(system: System, data: Learnable, seed: int) -> list[Example]:
@@ -59,16 +71,19 @@ class Contest:
         """Over these rows, by the task's metric."""
         return Contest(rows, get(data.metric, data.folder, data.trusted), session, **more)
 
+    def scores(self, system: System) -> bool:
+        """Whether a variant's answers are read off scores of all labels, so that they can be calibrated, too."""
+        closed = bool(system.decoding.labels) and system.decoding.closed and not any(e.choices for e in self.rows)
+        return closed and (self.calibrated or reads_scores(system, self.rows, self.session))
+
     def outcomes(self, system: System, wanted: Sequence[int], calibrated: bool | None = None) -> tuple[Outcome, ...]:
-        """How a variant does on the rows of these numbers."""
+        """How a variant does on the rows of these numbers; calibrated only where it has scores (see `scores`)."""
         calibrated = self.calibrated if calibrated is None else calibrated
         plain, examples = uncalibrated(system), [self.rows[i] for i in wanted]
         known = self.known.setdefault(plain.fingerprint, {})
         fresh = [i for i in wanted if i not in known]
         asked = [self.rows[i] for i in fresh]
-        scored = bool(plain.decoding.labels) and plain.decoding.closed and not any(e.choices for e in self.rows)
-        scored = scored and (self.calibrated or reads_scores(plain, examples, self.session))
-        if not scored:
+        if not self.scores(plain):
             known.update(zip(fresh, plain.answers(asked, self.session, self.progress) if asked else [], strict=True))
             return score_all(self.metric, [known[i].text for i in wanted], examples)
         if asked:

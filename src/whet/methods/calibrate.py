@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from whet.errors import MethodError
 from whet.methods import Need, Run
+from whet.splits import UNSPACED
 from whet.system import System
 from whet.task import Example, Learnable
 
 KINDS = ("batch", "contextual", "domain")
+_CHARACTER = f"[{UNSPACED}\u3001-\u303f\uff01-\uff65]"  # of scripts without spaces and their punctuation: a word each
+_WORD = re.compile(rf"{_CHARACTER}|(?:(?!{_CHARACTER})\S)+")
+_SPACED = re.compile(f"(?<={_CHARACTER}) | (?={_CHARACTER})")
 
 
 def batch_prior(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
@@ -34,13 +39,15 @@ def batch_prior(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
 def free_inputs(kind: str, rows: Sequence[Example], count: int, seed: int) -> list[Example]:
     """Prompts that say nothing of any label: without content, or random words of train prompts, as many as they have.
 
-    Sources: Zhao et al. 2021 (contextual), Fei et al. 2023 (domain: 20 of them).
+    In scripts without spaces a character is a word. Sources: Zhao et al. 2021 (contextual), Fei et al. 2023 (domain:
+    20 of them).
     """
     if kind == "contextual":
         texts = ["N/A", "", "[MASK]"]
     else:
-        draw, words = random.Random(seed), [word for row in rows for word in row.prompt.split()]
-        texts = [" ".join(draw.choices(words or ["N/A"], k=max(1, len(words) // len(rows)))) for _ in range(count)]
+        draw, words = random.Random(seed), [word for row in rows for word in _WORD.findall(row.prompt)]
+        size = max(1, len(words) // len(rows))
+        texts = [_SPACED.sub("", " ".join(draw.choices(words or ["N/A"], k=size))) for _ in range(count)]
     return [Example(f"free-{n}", text) for n, text in enumerate(texts)]
 
 

@@ -61,6 +61,28 @@ def spread(vectors: np.ndarray[Any, Any], answers: Sequence[str], k: int, cover:
     return chosen
 
 
+def showable(rows: Sequence[Example], closed: bool) -> tuple[list[Example], list[str]]:
+    """Rows that their prompt alone tells, since a demonstration shows no more; and of the others how many, and why.
+
+    In free text, several answers to the very same are no contradiction.
+    """
+    from whet.variants import templated
+
+    alone = [e for e in rows if all(role == "system" for role, _ in e.history)]
+    one = len({e.history for e in alone}) == 1  # a system turn that all rows share says nothing of one
+    plain = [e for e in alone if one or not e.history]
+    answers = defaultdict[str, set[str]](set)
+    for row in rows:
+        answers[row.prompt].add(row.completion)
+    unclear = {prompt for prompt, found in answers.items() if len(found) > 1}
+    unclear = unclear if closed else unclear & templated(rows, 1)
+    usable = [e for e in plain if e.prompt not in unclear]
+    left = ((len(rows) - len(alone), "with earlier turns"),
+            (len(alone) - len(plain), "with a system turn of their own, which differs from row to row"),
+            (len(plain) - len(usable), "with a prompt that has other answers elsewhere"))  # fmt: skip
+    return usable, [f"{count} {why}" for count, why in left if count]
+
+
 @dataclass(frozen=True)
 class FewShot:
     """k demonstrations, balanced over a closed set; fewer where the context window would not hold them.
@@ -103,21 +125,26 @@ class FewShot:
 
     def apply(self, system: System, data: Learnable, run: Run) -> System:
         """The System with demonstrations from train; its calibration, if any, is dropped."""
-        usable = [e for e in data.train
-                  if e.completion and e.text is None and all(role == "system" for role, _ in e.history)]  # fmt: skip
+        asked = [e for e in data.train if e.completion and e.text is None]
+        usable, left = showable(asked, data.closed)
+        why = ": " + ", ".join(left) if left else ""
         if not usable:
             raise MethodError(
-                "nothing to show", expected="train rows with a completion and without earlier turns",
-                found=f"0 of {len(data.train)}", do="use a method that trains",
+                "nothing to show", found=f"0 of {len(data.train)}{why}", do="use a method that trains",
+                expected="train rows whose prompt says all, with a completion and without earlier turns",
             )  # fmt: skip
+        if left:
+            run.notes["left_out"] = f"{len(asked) - len(usable)} of {len(asked)} train rows are not shown{why}"
         start = replace(system, demonstrations=Demonstrations(), decoding=replace(system.decoding, prior=()))
         rows = self._bootstrapped(usable, start, data, run) if self.selection == "bootstrapped" else usable
-        k, new = self.k, self._shown(rows, start, data, run, self.k)
-        while k > 1 and not self._fits(new, usable, run):
+        k = most = len(self.ids) or self.k
+        new = self._shown(rows, start, data, run, k)
+        while not (fits := self._fits(new, asked, run)) and k > 1:
             k -= 1
             new = self._shown(rows, start, data, run, k)
-        if k < self.k:
-            run.notes["shown"] = f"{k} of {self.k}: the context window holds no more"
+        if k < most or not fits:
+            holds = "no more" if fits else "not even that"
+            run.notes["shown"] = f"{k} of {most}: the context window holds {holds}"
         return self._raced(new, data, run) if self.order == "raced" else new
 
     def _shown(self, rows: Sequence[Example], start: System, data: Learnable, run: Run, k: int) -> System:
@@ -127,10 +154,10 @@ class FewShot:
         pairs = self._pick(rows, data, f"{run.seed}/{self.draw}", k, run)
         return replace(start, demonstrations=Demonstrations(tuple(pairs), 0, "fixed"))
 
-    def _fits(self, system: System, usable: Sequence[Example], run: Run) -> bool:
+    def _fits(self, system: System, asked: Sequence[Example], run: Run) -> bool:
         """Whether nearly all prompts of train fit the context window with what is shown; nearest ones by a sample."""
         demos, session = system.demonstrations, run.session(system.model)
-        some = random.Random(0).sample(list(usable), min(MEASURED, len(usable)))
+        some = random.Random(0).sample(list(asked), min(MEASURED, len(asked)))
         if demos.selection == "nearest":
             system = replace(system, demonstrations=Demonstrations(demos.pool[: demos.k]))
         sizes = sorted(session.count(system.prompts(some)))
@@ -179,8 +206,9 @@ class FewShot:
             by_id = {e.id: e for e in usable}
             missing = [i for i in self.ids if i not in by_id]
             if missing:
-                raise MethodError("no such demonstrations", expected="ids of train rows", found=", ".join(missing[:5]))
-            chosen = [by_id[i] for i in self.ids]
+                raise MethodError("no such demonstrations", expected="ids of train rows whose prompt says all",
+                                  found=", ".join(missing[:5]), do="name others")  # fmt: skip
+            chosen = [by_id[i] for i in self.ids[:k]]
         elif self.selection in ("diverse", "coverage"):
             from whet.embed import Embedder
 

@@ -95,12 +95,13 @@ class Prompting:
         if self.file:
             return edited(start, Path(self.file))
         rows = learnable(start, data, run.seed)
-        raced, rest = rows[: min(2 * self.examples, 4 * len(rows) // 5)], rows[min(2 * self.examples, len(rows)) :]
+        raced = rows[: min(2 * self.examples, 4 * len(rows) // 5)]
+        rest = rows[len(raced) :]  # a fifth of the rows at least
         if len(raced) < 8:
             raise MethodError("too few rows to compare prompts on", expected="10 train rows that are not shown",
                               found=str(len(rows)), do="add rows, or write a prompt: --set file=P.txt")  # fmt: skip
         half, blind = len(raced) // 2, unseen(start, raced)[1]
-        pool = variants(blind, data, rest or rows[len(raced) :], self.pool, run.seed, self.reason)
+        pool = variants(blind, data, rest, self.pool, run.seed, self.reason)
         contest = Contest.of(data, raced, run.session(system.model), calibrated=self.calibrated,
                              progress=run.progress(f"racing {len(pool)} prompts"))  # fmt: skip
         best, notes = self._raced(contest, pool, half, run.seed)
@@ -109,7 +110,8 @@ class Prompting:
         kept, pair = contest.better(blind, best, half, run.seed) if best != blind else (False, None)
         new = replace(best, demonstrations=start.demonstrations) if kept else start
         everything = range(len(raced))
-        for kind, on in (("raw", False), ("calibrated", True)) if self.calibrated or data.labels else (("raw", False),):
+        both = all(contest.scores(s) for s in (blind, best))  # a large label set is searched, not scored
+        for kind, on in (("raw", False), ("calibrated", True))[: 1 + both]:
             notes[kind] = [contest.metric.aggregate(contest.outcomes(s, everything, on)) for s in (blind, best)]
         if pair and not kept:
             notes["why"] = "the best variant is not better than the given prompt beyond noise"
@@ -156,7 +158,7 @@ class Prompting:
 def edited(system: System, file: Path) -> System:
     """The System with the prompt in a file. Raises MethodError where it cannot be read."""
     try:
-        with file.open(encoding="utf-8", newline="") as text:
+        with file.open(encoding="utf-8-sig", newline="") as text:  # some editors put a byte order mark first
             instruction, frame, words = from_text(text.read())
         labels = system.decoding.labels
         if words and set(words) != set(labels):
@@ -281,10 +283,11 @@ def _words(labels: Sequence[str]) -> list[Reading]:
 
 
 def _shortest(labels: Sequence[str], rest: Sequence[Example]) -> list[str]:
-    """One of the shorter prompts of each label, to show the form; empty where a label has none, or they are long."""
+    """One of the shorter prompts of each label, to show the form; empty where they lack, are long or the same."""
     by_label = {label: sorted((e.prompt for e in rest if e.completion == label), key=len) for label in labels}
     found = [texts[len(texts) // 4] for texts in by_label.values() if texts]
-    return found if len(found) == len(labels) <= MOST_LISTED and max(map(len, found)) <= LONG_LIST else []
+    apart = len(set(found)) == len(labels)  # one question before all labels would tell nothing
+    return found if apart and len(labels) <= MOST_LISTED and max(map(len, found)) <= LONG_LIST else []
 
 
 def _telling(labels: Sequence[str], rest: Sequence[Example], most: int = 5) -> list[list[str]]:
