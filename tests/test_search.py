@@ -184,6 +184,40 @@ def test_a_model_that_is_slower_is_priced_at_its_own_rates(
     assert costs["base [fake:hash]"] == pytest.approx(10 * costs["base [fake:keyword]"])
 
 
+def test_where_no_training_comes_about_arms_that_were_left_out_for_it_are_tried(
+    task: Path, tmp_path: Path, model_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("whet.search.measure_rates", lambda *_: Rates(200, 200, 2_000))
+    monkeypatch.setattr(training, "enter", lambda *_: None)
+    made = improve(task, model=model_folder, budget="4m", methods=["finetune", "fewshot", "calibrate"],
+                   out=tmp_path / "o", home=tmp_path / "h")  # fmt: skip
+    planned = {p["arm"] for p in made.result["plan"]}
+    tried = {t["name"] for t in made.result["trials"]}
+    assert "finetune" in planned and tried - planned  # more than the tenth that the plan had left to them
+    assert not tried & {d["method"] for d in made.result["left_out"]}
+
+
+def test_a_training_is_planned_with_what_its_own_prompts_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: str
+) -> None:
+    base = System(resolve(model_folder), "Say it.", decoding=Decoding(("good", "bad"), True), home=tmp_path)
+    data = Learnable("toy", "Say it.", "accuracy", ("good", "bad"))
+    long = "the film was fine and great and lovely " * 20
+    race = SimpleNamespace(speed=lambda _: Rates(100, 100, 100), data=data,
+                           select=[Example(f"r{i}", f"film {i}", "good") for i in range(20)])  # fmt: skip
+    job = SimpleNamespace(run=Run(Store(tmp_path)), race=race, metric=SimpleNamespace(name="accuracy"))
+    plain = training.scoring(job, Recipe(), base)  # type: ignore[arg-type]
+    assert training.scoring(job, recipe("finetune"), base) == plain > 0  # type: ignore[arg-type]
+
+    def reads(self: object, system: System, *_: object) -> System:
+        return replace(system, instruction=long)
+
+    rag = recipe("rag").methods[0]
+    monkeypatch.setattr(type(rag), "apply", reads)
+    monkeypatch.setattr(Recipe, "lacks", lambda *_: "")
+    assert training.scoring(job, Recipe((rag, *recipe("finetune").methods)), base) > plain + 0.5  # type: ignore[arg-type]
+
+
 def test_a_recipe_by_name_and_a_choice_of_methods(task: Path, tmp_path: Path) -> None:
     by_recipe = improve(task, model="fake:keyword", budget="2m", recipe="fewshot(k=4)+calibrate", out=tmp_path / "a",
                         home=tmp_path / "h")  # fmt: skip

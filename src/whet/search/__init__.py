@@ -225,8 +225,8 @@ def _race(job: _Job) -> None:
     if tries.wished is not None:
         if not any(t.recipe == tries.wished for t in race.trials):
             training.enter(job, tries.wished, local)
-    elif tries.tuned is not None:
-        training.race(job, tries.tuned)
+    elif tries.tuned is not None and not training.race(job, tries.tuned) and (arms := plan.instead(job)):
+        race.halve([(a.recipe, a.base, a.label) for a in arms])
 
 
 def _finalist(job: _Job) -> Trial | None:

@@ -17,6 +17,7 @@ from whet.system import System
 from whet.task import Example
 
 ENCODED = 0.04  # of the budget may go to fine-tuning an encoder, as a baseline
+WRITTEN = 16  # tokens of each answer by which the speed of writing is told
 REPEATS = 3  # of what is timed: a machine's speed is not steady
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -54,7 +55,7 @@ def measure(system: System, session: Session, store: Store, say: Callable[[str],
     `say` is told before anything is measured.
     """
     machine = [platform.machine(), platform.processor(), platform.node(), *sorted(session.protocol.items())]
-    key = hashlib.sha256(repr([system.model.identity, machine]).encode()).hexdigest()
+    key = hashlib.sha256(repr([system.model.identity, machine, WRITTEN]).encode()).hexdigest()
     kept = store.rates(key)
     if kept is None:
         if say:
@@ -70,7 +71,7 @@ def measure(system: System, session: Session, store: Store, say: Callable[[str],
         read, took = session.spent - before, time.monotonic() - begun
         prefill = max(1.0, read.prefilled_tokens / max(took, 1e-6))
         before, begun = session.spent, time.monotonic()
-        session.generate(chats[:8], Sampling(max_tokens=8))
+        session.generate(chats, Sampling(max_tokens=WRITTEN))  # as many at a time as in use, or it looks slow
         wrote, took = session.spent - before, time.monotonic() - begun
         took = max(took - wrote.prefilled_tokens / prefill, 1e-3)
         generate = max(1.0, wrote.generated_tokens / took)

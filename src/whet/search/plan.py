@@ -24,6 +24,7 @@ CONFIRMING = 2.2  # passes over the sealed rows: the base, the finalist, at time
 FIXED = 30.0  # seconds for loading, baselines and measuring latency, which no token count tells
 LEAST_SELECTED, SELECTED = 100, 0.1  # rows of select; of the search's time, what scoring them once may take
 LEAST_CONFIRMED, CONFIRMED = 200, 1.0  # sealed rows; of the budget, what confirming may take: half of it is set aside
+CHEAP = 0.1  # of the search's time: what the first rungs of arms without training may take where there is training
 INDEXED = 0.1  # of the budget: what indexing takes beyond it is told
 
 
@@ -90,14 +91,17 @@ def planned(job: _Job) -> Tries:
     alone = [training.scoring(job, Recipe(), base) for base in job.bases]  # seconds that each base takes on select
     tuned = training.first(job)
     if tuned is not None and race.select:
-        needed = alone[job.bases.index(local)] + training.after(job, tuned, local)
-        if (race.seconds - needed) * race.speed(local).train < training.LEAST_TOKENS:
-            why = f"scoring takes {clock(needed)} of the search's {clock(race.seconds)}: too little is left to train in"
+        needed = sum(alone) + training.after(job, tuned, local)
+        left = race.seconds - _dearer(job, training.scoring(job, tuned, local), max(alone))
+        # The first rungs of arms without training take their part before it.
+        tokens = ((1 - CHEAP) * left - needed) * (1 - training.VALIDATED) * race.speed(local).train
+        if training.part(job, tuned) * tokens < training.LEAST_TOKENS:
+            why = f"scoring takes {clock(needed)} of the search's {clock(left)}: too little is left to train in"
             job.skipped.append({"method": tuned.name, "why": why})
             tuned = None
     job.watch.say("estimating what each arm takes")
     # Where training is possible it needs most of the budget; without it the cheap arms may have it.
-    most = (0.1 if tuned else 0.5) * race.seconds
+    most = (CHEAP if tuned else 0.5) * race.seconds
     begun = time.monotonic()
     arms, too_dear = cheap_arms(job.wish, job.bases, labels(job), data, race.select, race.rates, job.run, most)
     # Indexes are kept: what making them takes is paid once, and not out of the budget.
@@ -109,8 +113,7 @@ def planned(job: _Job) -> Tries:
     last = tuned or (wished if wished and all(wished != a.recipe for a in arms) else None)
     behind = training.scoring(job, last, local) if last and race.select else 0.0
     if race.select:  # an arm that is dearer than the base is dearer to confirm, too
-        dearest = max([behind, *(a.scoring for a in arms)]) - max(alone)
-        more = min(max(0.0, dearest) * len(job.splits.confirm) / len(race.select), 0.25 * race.seconds)
+        more = _dearer(job, max([behind, *(a.scoring for a in arms)]), max(alone))
         job.reserve, race.seconds = job.reserve + more, race.seconds - more
     job.skipped += left_out(job.wish, local, data, wished) + too_dear
     job.skipped += _unused(job, [a.recipe for a in arms] + ([tuned] if tuned else []))
@@ -125,6 +128,21 @@ def planned(job: _Job) -> Tries:
     tries = Tries(arms, wished, tuned) if race.select else _unselected(job, tuned)
     job.plan.append({"arm": "confirm on sealed data", "minutes": job.reserve / 60})
     return tries
+
+
+def instead(job: _Job) -> list[Arm]:
+    """Arms that were left out for the sake of a training that did not come about, for half of what is left."""
+    race, tried, most = job.race, {t.name for t in job.race.trials}, 0.5 * job.race.left
+    found, _ = cheap_arms(job.wish, job.bases, labels(job), race.data, race.select, race.rates, job.run, most)
+    arms = {f"{a.recipe.name}{a.label}": a for a in found}
+    job.skipped[:] = [d for d in job.skipped if d["method"] not in arms]
+    return [a for name, a in arms.items() if name not in tried]
+
+
+def _dearer(job: _Job, dearest: float, base: float) -> float:
+    """Seconds that confirming takes beyond what the base would, where scoring select takes so many, and the base so."""
+    more = max(0.0, dearest - base) * len(job.splits.confirm) / max(1, len(job.race.select))
+    return min(more, 0.25 * job.race.seconds)
 
 
 def _unselected(job: _Job, tuned: Recipe | None) -> Tries:

@@ -72,16 +72,24 @@ def _wished(job: _Job, one: Recipe) -> bool:
     return asked and not one.lacks(at_hand(job.bases), job.splits.learnable)
 
 
-def race(job: _Job, tuned: Recipe) -> None:
-    """Train the best model with what the budget allows, go on from there, and train otherwise while money is left."""
+def part(job: _Job, tuned: Recipe) -> float:
+    """The share of the tokens that the first training gets: judgements are learnt from with the rest."""
+    return 0.5 if [m for m in behind(job, tuned) if m != "rl"] else 1.0
+
+
+def race(job: _Job, tuned: Recipe) -> bool:
+    """Train the best model with what the budget allows, go on from there, and train otherwise while money is left.
+
+    False where nothing could be trained.
+    """
     start, tuned = _best_model(job), _sourced(job, tuned)
     judged = [m for m in behind(job, tuned) if m != "rl"]
-    one = enter(job, tuned, start, 0.5 if judged else 1.0)
+    one = enter(job, tuned, start, part(job, tuned))
     if one is not None and one.status == "failed" and len(tuned.methods) > 1:  # what it reads cannot be had
         tuned = Recipe(tuned.methods[-1:])
-        one = enter(job, tuned, start, 0.5 if judged else 1.0)
+        one = enter(job, tuned, start, part(job, tuned))
     if one is None or one.card is None:
-        return
+        return False
     more = [Recipe((*tuned.methods, make(name))) for name in judged]
     more += [Recipe((*tuned.methods, make("calibrate")))] if _calibrates(job) else []
     for other in more:  # with the same bound, which is part of what a training is known by
@@ -96,6 +104,7 @@ def race(job: _Job, tuned: Recipe) -> None:
         else:
             job.skipped.append({"method": other.name, "why": f"{clock(max(0.0, job.race.left))} is left, and sampling "
                                 f"takes some {SAMPLED:g} times the training's {clock(one.cost)}"})  # fmt: skip
+    return True
 
 
 def _sourced(job: _Job, tuned: Recipe) -> Recipe:
