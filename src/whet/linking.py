@@ -7,17 +7,17 @@ import json
 import random
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from whet.documents import PARTICLE, Passage
+from whet.documents import HANGUL, PARTICLE, Passage
 from whet.embed import Embedder
 from whet.errors import ArtifactError
 from whet.extras import package
-from whet.graph import Opened, Way, read
+from whet.graph import MOST_ENDS, Opened, Way, read
 from whet.retrieval import Found
 from whet.splits import UNSPACED
 
@@ -28,12 +28,16 @@ T = TypeVar("T")
 Ways = dict[Way, tuple[int, ...]]  # and where each leads
 Span = tuple[int, int]  # of words in a question
 WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")  # a character where words have no spaces between them
-WITH_PARTICLE = re.compile(f"(.+){PARTICLE}")
+PARTICLES = re.compile(f"{PARTICLE}{{1,2}}")  # two are stacked
+BEHIND = rf"(?=$|[\s.,;:?!'’{HANGUL}])"  # what may follow a name of signs
+RUNNING = frozenset("!\"#%&'()*+,-./:;<=>?@[]_|~–—…·")  # signs of any text, alone the name of nothing
+PRONOUNS = frozenset(WORD.findall("it its he his him she her they their them"))  # where a turn lacks the name
 # Words that name no relation; everything else in a question may.
 STOP = frozenset(WORD.findall("what is the of s who name did do does a an in which from for to by was were that it and "
                               "at where when whom are on how"))  # fmt: skip
 MOST_WORDS = 20  # of a name that is looked for in a question
-MENTIONS, HOMONYMS = 3, 5  # of a question; nodes of one name
+MENTIONS, HOMONYMS, WALKED = 3, 5, 20  # of a question; nodes of one name, and those of them that are looked at
+TOLD, LACKED = 0.5, 0.95  # how sure two turns together are where the last one says a name, and where it does not
 FUZZY, MEANT = 90.0, 3  # least partial ratio of a misspelt name; names taken by meaning
 ALIKE, LETTERS = 65.0, 4  # least ratio of a word to one of such a name; of a word that is misspelt beside whole names
 MOST_CACHED = 50_000  # vectors of words and ways that are kept between questions
@@ -42,6 +46,8 @@ SHOWN, CHAINED = 5, 3  # ends of a way that are told; nodes on the way
 BACKWARDS = 0.05  # what a step against its relation costs
 RATE, MARGIN, EPOCHS, MOST_LEARNT, RIVALS = 0.0075, 0.025, 4, 2000, 40  # of the perceptron; wrong ways of a question
 BATCH = 64  # questions that are read at once
+SAMPLED, MOST = 200, 0.95  # train rows that tell how many hops are needed; their share that is to be answered
+READER = 3  # counts the ways in which questions are read: nothing learnt or answered by one is taken for another's
 
 
 @dataclass(frozen=True)
@@ -69,20 +75,34 @@ class Candidate:
 
 def words(text: str) -> list[str]:
     """The words of a text as names are compared by: lower case, without punctuation and underscores, in NFC."""
-    return WORD.findall(unicodedata.normalize("NFC", text).casefold())
+    return WORD.findall(_plain(text))
+
+
+def _plain(text: str) -> str:
+    """A text with its signs: lower case, single spaces, in NFC."""
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
+@lru_cache(100_000)
+def _bare(word: str) -> tuple[str, ...]:
+    """A word, and what it is without a Korean particle or two (에서 + 는), the longest first."""
+    return (word, *(word[:at] for at in range(len(word) - 1, 0, -1) if PARTICLES.fullmatch(word, at)))
 
 
 class Linker:
-    """Reads questions with an opened graph; deterministic."""
+    """Reads questions with an opened graph; deterministic. `tell` hears how many train rows were read."""
 
-    def __init__(self, opened: Opened, embedder: Embedder) -> None:
-        self.graph, self.opened, self.embedder = opened.graph, opened, embedder
+    def __init__(self, opened: Opened, embedder: Embedder, tell: Callable[[str, int, int], None] | None = None) -> None:
+        self.graph, self.opened, self.embedder, self.tell = opened.graph, opened, embedder, tell
         self.learnt: Mapping[str, float] = opened.learnt
         self.names: dict[str, list[int]] = {}
+        self.signs: dict[str, list[int]] = {}  # nodes whose name has neither letters nor digits
         for node, names in enumerate(self.graph.nodes):
             for name in {" ".join(words(n)) for n in names} - STOP - {""}:
                 if name.count(" ") < MOST_WORDS:
                     self.names.setdefault(name, []).append(node)
+            for name in {_plain(n) for n in names if not words(n)} - RUNNING - {""}:
+                self.signs.setdefault(name, []).append(node)
         self.vectors: dict[str, np.ndarray[Any, Any]] = {}
         self.steps = lru_cache(10_000)(self.graph.steps)
         self.mentions = lru_cache(10_000)(self._mentions)
@@ -92,12 +112,18 @@ class Linker:
     # --- entities -------------------------------------------------------------------------------------------------
 
     def _mentions(self, question: str) -> tuple[Mention, ...]:
-        """What a question mentions: whole names and, where a word is strange, misspelt ones, the longest first."""
-        said, at = words(question), 0
+        """What a question mentions: whole names and, where a word is strange, misspelt ones, the longest first.
+
+        The first line of several is the turn asked last: its names come first, and all are read by its words, too.
+        """
+        text, now = _plain(question), len(words(question.strip().partition("\n")[0]))
+        places, at = [(m[0], m.start()) for m in WORD.finditer(text)], 0
+        said = [word for word, _ in places]
         whole: list[tuple[Span, Mention]] = []
         while at < len(said):
             for size in range(min(MOST_WORDS, len(said) - at), 0, -1):
                 if nodes := self._named(said[at : at + size]):
+                    nodes = self._verbatim(nodes, text, places[at][1])
                     whole.append(((at, at + size), self._mention(nodes, 1.0, said, at, at + size)))
                     at += size - 1
                     break
@@ -106,13 +132,50 @@ class Linker:
         if whole:
             near += [(one, m) for one, m in whole if not any(_within(one, other) for other, _ in near)]
             near.sort(key=lambda f: (f[0][0] - f[0][1], -f[1].sure))
-        return tuple(m for _, m in near[:MENTIONS])
+        signs = self._signed(text, said)
+        near = sorted([*near[: MENTIONS - len(signs)], *signs], key=lambda f: f[0][1] > now)
+        return tuple(m for _, m in near) if now in (0, len(said)) else self._turns(near, said, now)
+
+    def _turns(self, near: Sequence[tuple[Span, Mention]], said: list[str], now: int) -> tuple[Mention, ...]:
+        """Mentions of two turns, the last of which is `now` words long, read by the words of both and of the last.
+
+        A name that the last one lacks is what its pronoun stands for. Lines of one turn look the same; there the words
+        of all of them say more than those of the first.
+        """
+        its = [(one, m) for one, m in near if one[1] <= now]
+        made = [replace(m, sure=(TOLD if its else LACKED) * m.sure) for _, m in near]
+        at = next((n for n, word in enumerate(said[:now]) if word in PRONOUNS), now)
+        read = its or [((at, min(at + 1, now)), m) for _, m in near if now]
+        return (*made, *(self._mention(m.nodes, m.sure, said[:now], first, last) for (first, last), m in read))
 
     def _named(self, said: Sequence[str]) -> list[int]:
-        """The nodes that words name, the last one with or without a Korean particle."""
-        bare = WITH_PARTICLE.fullmatch(said[-1])
-        found = self.names.get(" ".join(said)) or (bare and self.names.get(" ".join([*said[:-1], bare[1]])))
-        return found or []
+        """The nodes that words name, the last one with or without Korean particles."""
+        *first, last = said
+        return next((found for word in _bare(last) if (found := self.names.get(" ".join([*first, word])))), [])
+
+    def _verbatim(self, nodes: list[int], text: str, start: int) -> list[int]:
+        """Of nodes of one name those that are spelt as the text goes on from a word, signs and all: C++, not C."""
+        if len(nodes) == 1:
+            return nodes
+
+        def stands(name: str) -> int:
+            first = WORD.search(name)
+            begin = start - first.start() if first else -1
+            return len(name) if begin >= 0 and text.startswith(name, begin) else 0
+
+        signs = {node: max(stands(_plain(name)) for name in self.graph.nodes[node]) for node in nodes}
+        most = max(signs.values())
+        return [node for node in nodes if signs[node] == most]
+
+    def _signed(self, text: str, said: list[str]) -> list[tuple[Span, Mention]]:
+        """Names made of signs alone ("!!!") that stand in a text by themselves, whatever ends it; the longest first."""
+        text = re.sub(r"(?<=.)[.?。？]$", "", text)
+        made: dict[int, tuple[Span, Mention]] = {}
+        for name in sorted((name for name in self.signs if name in text), key=lambda name: (-len(name), name)):
+            if found := re.search(rf"(?<!\S){re.escape(name)}{BEHIND}", text):
+                at = len(WORD.findall(text[: found.start()]))
+                made.setdefault(found.start(), ((at, at), self._mention(self.signs[name], 1.0, said, at, at)))
+        return [*made.values()][:MENTIONS]
 
     def _misspelt(self, said: list[str], whole: Sequence[Span] = ()) -> list[tuple[Span, Mention]]:
         """The names most like a part of what is said, and where.
@@ -161,7 +224,7 @@ class Linker:
 
     def _mention(self, nodes: Sequence[int], sure: float, said: list[str], first: int, last: int) -> Mention:
         order = [*said[last:], *reversed(said[:first])]
-        return Mention(tuple(nodes[:HOMONYMS]), sure, tuple(order), " ".join([*said[:first], "X", *said[last:]]))
+        return Mention(tuple(nodes[:WALKED]), sure, tuple(order), " ".join([*said[:first], "X", *said[last:]]))
 
     def _meant(self, question: str, vector: np.ndarray[Any, Any], none: bool) -> list[Mention]:
         """Nodes whose description, or where nothing else was found (`none`) whose name, is nearest in meaning."""
@@ -176,18 +239,23 @@ class Linker:
     # --- ways -----------------------------------------------------------------------------------------------------
 
     def candidates(self, questions: Sequence[str], hops: int) -> list[list[Candidate]]:
-        """For each question the ways from its entities that exist, best first."""
+        """For each question the ways from its entities that exist, best first; of one name the best nodes alone."""
         if len(self.vectors) > MOST_CACHED:
             self.vectors.clear()
-        every: list[tuple[int, Mention, int]] = []
-        for n, (question, vector) in enumerate(zip(questions, self.embedder(questions), strict=True)):
+        every: list[tuple[int, Mention]] = []
+        self._embed(questions)
+        for n, question in enumerate(questions):
             named = self.mentions(question)
-            found = [*named, *self._meant(question, vector, not named)]
-            every += [(n, mention, node) for mention in found for node in mention.nodes]
-        made: list[list[Candidate]] = [[] for _ in questions]
-        for (n, m, node), ways in zip(every, self._ways([(m, node) for _, m, node in every], hops), strict=True):
-            made[n] += [Candidate(node, way, ends, 2 * m.sure + self.score(m, way)) for way, ends in ways.items()]
-        return [sorted(some, key=lambda c: (-c.score, len(c.way), c.node, c.way)) for some in made]
+            every += [(n, mention) for mention in (*named, *self._meant(question, self.vectors[question], not named))]
+        walked = iter(self._ways([(m, node) for _, m in every for node in m.nodes], hops))
+        made: list[dict[tuple[int, Way], Candidate]] = [{} for _ in questions]
+        for n, m in every:
+            some = [[Candidate(node, way, ends, 2 * m.sure + self.score(m, way)) for way, ends in next(walked).items()]
+                    for node in m.nodes]  # fmt: skip
+            some.sort(key=lambda ways: -max((c.score for c in ways), default=0.0))
+            for one in (c for ways in some[:HOMONYMS] for c in ways):
+                made[n][one.node, one.way] = max(made[n].get((one.node, one.way), one), one, key=lambda c: c.score)
+        return [sorted(some.values(), key=lambda c: (-c.score, len(c.way), c.node, c.way)) for some in made]
 
     def _ways(self, starts: Sequence[tuple[Mention, int]], hops: int) -> list[Ways]:
         """All ways from nodes that questions mention, ready to be scored."""
@@ -199,21 +267,26 @@ class Linker:
 
     def _embed(self, *texts: Iterable[str]) -> None:
         fresh = sorted({t for some in texts for t in some} - self.vectors.keys())
-        self.vectors.update(zip(fresh, self.embedder(fresh), strict=True))
+        self.vectors.update(zip(fresh, self.embedder(fresh, keep=False), strict=True))
 
     def _walk(self, mention: Mention, node: int, hops: int) -> Ways:
-        """All ways from a node and their ends; of many, the next step is tried on those that fit the words best."""
+        """All ways from a node and their ends; of many, the next step is tried on those that fit the words best.
+
+        The way back over a relation leads to others of its kind (films by the same director), never to where it came
+        through.
+        """
         layer: Ways = {(): (node,)}
         made: Ways = {}
         for _ in range(hops):
             after: dict[Way, dict[int, None]] = {}
             for way, ends in layer.items():
+                been = {node}.union(*(made[way[:n]] for n in range(1, len(way) + 1)))
                 for end in ends[:FRONTIER]:
                     for step, there in self.steps(end).items():
-                        if way and step == ~way[-1]:  # the way back leads to where everything else came from
-                            continue
+                        if way and step == ~way[-1]:
+                            there = [n for n in there if n not in been]
                         after.setdefault((*way, step), {}).update(dict.fromkeys(there))
-            layer = {way: tuple(ends) for way, ends in after.items()}
+            layer = {way: tuple(ends)[:MOST_ENDS] for way, ends in after.items() if ends}
             if len(layer) > BEAM:
                 best = sorted(layer, key=lambda way: (-self._fit(mention, way), way))[:BEAM]
                 layer = {way: layer[way] for way in best}
@@ -281,7 +354,10 @@ class Linker:
 
         All that such a way leads to is accepted by one of its names, and it leads to all answers that the graph names.
         """
-        for part in _parts([(found[0], answers) for said, answers in rows if (found := self.mentions(said))]):
+        linked = [(found[0], answers) for said, answers in rows if (found := self.mentions(said))]
+        for number, part in enumerate(_parts(linked)):
+            if self.tell is not None:
+                self.tell(f"reading train rows, {hops} hops", number * BATCH, len(linked))
             walked = self._ways([(m, m.nodes[0]) for m, _ in part], hops)
             for (mention, answers), ways in zip(part, walked, strict=True):
                 wanted = {" ".join(words(a)) for a in answers}
@@ -295,10 +371,18 @@ class Linker:
         """The names of a node as they are compared."""
         return frozenset(" ".join(words(name)) for name in self.graph.nodes[node])
 
-    def needed(self, rows: Sequence[tuple[str, tuple[str, ...]]], most: int) -> int:
-        """The hops that most answered questions need, the shortest ways taken; 0 where none is answered."""
-        found = sorted(min(map(len, right)) for *_, right in self.answered(rows[:MOST_LEARNT], most))
-        return found[int(0.95 * (len(found) - 1))] if found else 0
+    def needed(self, rows: Sequence[tuple[str, tuple[str, ...]]], most: int, seed: int = 0) -> int:
+        """The hops that answer 95 % of a sample of rows, else of those that `most` answer; 0 where none is answered.
+
+        Longer ways are walked only where shorter ones do not suffice.
+        """
+        some = random.Random(seed).sample(list(rows), min(len(rows), SAMPLED))
+        found: list[int] = []
+        for hops in range(1, most + 1):
+            found = sorted(min(map(len, right)) for *_, right in self.answered(some, hops))
+            if len(found) >= MOST * len(some) > 0:
+                return hops
+        return found[int(MOST * (len(found) - 1))] if found else 0
 
     # --- facts ----------------------------------------------------------------------------------------------------
 
@@ -367,8 +451,8 @@ class GraphSource:
 
     @property
     def version(self) -> str:
-        """The graph that answers: always the one it was made with."""
-        return self.graph
+        """The graph that answers, always the one it was made with, and how it is read."""
+        return f"{READER}-{self.graph}"
 
     def rank(self, questions: Sequence[str], home: Path, most: int) -> list[list[str]]:
         """What the best facts for each question are about, best first."""

@@ -30,7 +30,7 @@ def snapshot(source: str, trusted: bool, home: Path, notes: list[str]) -> list[T
 
     Raises TaskError without trust, for private addresses, and where the endpoint fails or is too slow.
     """
-    url, _, query = source.removeprefix("sparql:").strip().partition("\n" if "\n" in source else " ")
+    url, query = [*source.removeprefix("sparql:").split(maxsplit=1), "", ""][:2]  # a query has lines of its own
     query = query.strip() or ALL
     if not trusted:
         raise TaskError(f"the endpoint {url} is asked over the network", expected="a task you trust", found="no trust",

@@ -27,7 +27,6 @@ FEW, MOST_ANSWERS = 3, 20  # subjects that share an object, where a question is 
 MOST_FACTS = 20_000
 REPLAYED = 0.25  # of each step's rows are what the model said before
 HOPS, MOST_HOPS = 2, 3  # where train does not tell, and at most
-LEARNER = 2  # counts the ways in which a graph learnt to read questions: none is taken for another on disk
 
 
 @dataclass(frozen=True)
@@ -96,10 +95,10 @@ class Knowledge:
 
     def _shown(self, graph: Graph, system: System, data: Learnable, run: Run) -> System:
         from whet.embed import Embedder
-        from whet.linking import GraphSource, Linker, opened
+        from whet.linking import READER, GraphSource, Linker, opened
 
-        rows = [(e.prompt, e.answers or (e.completion,)) for e in data.train if e.completion and not e.choices]
-        name = identity(graph, rows, self.hops, run.seed, LEARNER)
+        rows = [(e.query, e.answers or (e.completion,)) for e in data.train if e.completion and not e.choices]
+        name = identity(graph, rows, self.hops, run.seed, READER)
         folder, plain = run.store.artifact(name), run.store.artifact(identity(graph))
         if not (folder / "graph.json").exists():
             if run.tell is not None:
@@ -107,8 +106,8 @@ class Knowledge:
             embedder = Embedder(run.home)
             if not (plain / "graph.json").exists():
                 build(graph, plain, embedder)
-            linker = Linker(read(plain), embedder)
-            hops = self.hops or linker.needed(rows, MOST_HOPS) or HOPS
+            linker = Linker(read(plain), embedder, run.tell)
+            hops = self.hops or linker.needed(rows, MOST_HOPS, run.seed) or HOPS
             build(graph, folder, embedder, hops, *linker.learn(rows, hops, run.seed))
         made = opened(folder, run.home).opened
         others = tuple(s for s in system.sources if not isinstance(s, GraphSource))
