@@ -322,6 +322,7 @@ def apply(
     from whet.search.recipe import Recipe
     from whet.store import Store
     from whet.task import load
+    from whet.train.team import team
 
     settings = _settings((*pairs, *more))
     made = make(method, settings)
@@ -338,7 +339,9 @@ def apply(
         arms = tune.candidates(made) if budget is not None and "learning_rate" not in settings else [made]
         if budget is not None:
             cost = max(1.0, tune.TRIAL_COST * trials) if trials else tune.COST if len(arms) > 1 else 1.0
-            run.trained_tokens = int(seconds(budget) / cost * measure(start, session, run.store).train)
+            tokens, crew = int(seconds(budget) / cost * measure(start, session, run.store).train), team()
+            # Every process measures its own rate; what is trained, and its name, must be the same in all.
+            run.trained_tokens = round(crew.sum(tokens if crew.first else 0))
         if trials:
             new, ended = tune.sample(made, trials, start, data, run, watch.say)
         elif len(arms) > 1:

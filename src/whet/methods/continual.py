@@ -130,7 +130,7 @@ class Continual(FineTune):
         many = max(1, round(lesson.notes["batch"] * self.share / (1 - self.share)))
         taught = [len(row.continuations[0]) for n in range(4) for row in lesson.source(n)]
         lesson = replace(lesson, source=protect.mixed(lesson.source, earlier, many, run.seed, fmean(taught)))
-        return lesson if allowed is None else _within(lesson, run.fidelity * allowed)
+        return lesson if allowed is None else _within(lesson, run.fidelity * allowed, live.module)
 
     def _earlier(
         self, system: System, data: Learnable, run: Run, live: TorchSession, tasks: Sequence[Known]
@@ -197,11 +197,11 @@ class Continual(FineTune):
         return kept(origin, run, name)
 
 
-def _within(lesson: Lesson, allowed: float) -> Lesson:
+def _within(lesson: Lesson, allowed: float, module: Any) -> Lesson:
     """The lesson with no more steps than so many tokens pay for: each earlier task has a beginning of its own."""
-    from whet.engine import prefix
+    from whet.train.batches import computed
 
-    each = fmean(prefix.arrange(lesson.source(n)).unique_tokens for n in range(4))
+    each = fmean(computed(lesson.source(n), module) for n in range(4))
     schedule = lesson.settings.schedule
     schedule = replace(schedule, steps=max(1, min(schedule.steps, int(allowed / each))))
     return replace(lesson, settings=replace(lesson.settings, schedule=schedule))

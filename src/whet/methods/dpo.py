@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import random
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from whet.errors import MethodError
 from whet.feedback import Judged, digest, pairs
 from whet.methods import Need, Run
+from whet.methods.finetune import SAMPLED
 from whet.methods.reward import feedback_of, render_pairs
+from whet.methods.rl import READ, WRITTEN
 from whet.splits import cut
 from whet.system import System
 from whet.task import Learnable
@@ -24,16 +28,37 @@ if TYPE_CHECKING:
     from whet.train.losses import Loss
     from whet.train.policy import Policy
 
-CHECKED, MOST_CHECKED = 0.1, 64  # judgements to validate on: their share, and at most
-WATCHED = 16  # prompts whose samples tell length, entropy and KL
+T = TypeVar("T")
+# Judgements to validate on: their share, at most, and at least as many where a budget makes them fewer.
+CHECKED, MOST_CHECKED, LEAST_CHECKED = 0.1, 64, 4
+LOOKS = 7  # how often they are read: under the reference, before the first step, up to four times after, at the end
+WATCHED, WATCHING = 16, 0.1  # prompts whose samples tell length, entropy and KL; the share of a budget they may take
+AHEAD = 8  # steps that the reference is asked for at a time: rows of all of them share their beginnings
+
+
+def ahead(
+    order: Callable[[int], Sequence[int]], count: int, make: Callable[[Sequence[int]], Sequence[T]]
+) -> Callable[[int], list[T]]:
+    """The steps of `order` with what `make` makes of the rows of these numbers: when first needed, and once."""
+    known: dict[int, T] = {}
+
+    def step(number: int) -> list[T]:
+        if any(i not in known for i in order(number)):
+            soon = (i for n in range(number, max(number + 1, min(number + AHEAD, count))) for i in order(n))
+            new = [i for i in dict.fromkeys(soon) if i not in known]
+            known.update(zip(new, make(new), strict=True))
+        return [known[i] for i in order(number)]
+
+    return step
 
 
 @dataclass(frozen=True)
 class Preference(ABC):
     """What learning from judgements has in common, whether they are pairs or thumbs.
 
-    The reference is the System as given; its log-probabilities are computed once, before the first step. The weights of
-    the best validation are kept. `weights` are annotators', as "name=weight"; 0 leaves one out.
+    The reference is the System as given; its log-probabilities are computed once, of the rows that are trained on. What
+    is read and sampled beside counts in a budget. The weights of the best validation are kept. `weights` are
+    annotators', as "name=weight"; 0 leaves one out.
     """
 
     family: ClassVar[str] = "human feedback"
@@ -41,6 +66,7 @@ class Preference(ABC):
     writes: ClassVar[tuple[str, ...]] = ("model", "decoding")
     invalidates: ClassVar[tuple[str, ...]] = ("calibration",)
     name: ClassVar[str] = ""
+    reads: ClassVar[tuple[int, int]] = (1, 0)  # how often a row is read beside: when first seen, and in every step
 
     beta: float = 0.1
     learning_rate: float = 2e-4
@@ -69,11 +95,12 @@ class Preference(ABC):
     def facts(self, rows: Sequence[Judged], made: Sequence[Row], policy: Policy) -> list[Row]:
         """Rows with the facts that the loss needs."""
 
-    def source(self, rows: Sequence[Row], policy: Policy, run: Run) -> Source:
-        """The rows of each step."""
-        from whet.train.batches import steps
-
-        return steps(rows, self.batch, run.seed)
+    def source(
+        self, system: System, rows: Sequence[Judged], made: Mapping[int, Row], order: Callable[[int], list[int]],
+        count: int, policy: Policy,
+    ) -> Source:  # fmt: skip
+        """The rows of so many steps, from their numbers in `order`; `made` holds them rendered, without facts."""
+        return ahead(order, count, lambda some: self.facts([rows[i] for i in some], [made[i] for i in some], policy))
 
     def apply(self, system: System, data: Learnable, run: Run) -> System:
         """The System with one more adapter."""
@@ -91,36 +118,52 @@ class Preference(ABC):
         return replace(taught, decoding=replace(system.decoding, prior=()))
 
     def _lesson(self, system: System, rows: Sequence[Judged], run: Run, live: TorchSession) -> Lesson:
-        from whet.train.batches import tokens_per_row
+        from whet.train.batches import per_epoch, step_count, steps, tokens_per_row
         from whet.train.lesson import Lesson
         from whet.train.loop import Schedule, Settings, validations
         from whet.train.policy import Policy, mean_of
 
         policy, examples = Policy(live, system), [r.example for r in rows]
-        sides = cut(examples, min(MOST_CHECKED, round(CHECKED * len(rows))), seed=run.seed, closed=False)
-        fit, checks = ([rows[i] for i in side] for side in sides)
-        (learnt, shorter), (held, _) = (self._rendered(system, r, policy) for r in (fit, checks))
-        wanted = self.epochs * len(learnt)
+        some, _ = render_pairs(system, random.Random(run.seed).sample(rows, min(SAMPLED, len(rows))), live)
+        tokens = tokens_per_row(some, self.batch, run.seed, module=live.module)
+        checked, watching, allowed = min(MOST_CHECKED, round(CHECKED * len(rows))), WATCHED, math.inf
         if run.trained_tokens is not None:
-            wanted = min(wanted, run.trained_tokens / tokens_per_row(learnt, self.batch, run.seed))
-        count = max(1, round(run.fidelity * wanted / self.batch))
-        watched = [examples[i] for i in sides[1][:WATCHED]]
+            # What the defaults would want decides what is held out, so that all settings are compared on the same rows.
+            usual = min(Preference.epochs * len(rows), self._affordable(len(rows), tokens, run.trained_tokens))
+            checked = min(checked, max(LEAST_CHECKED, round(CHECKED * usual)))
+            asked, written = statistics.fmean(len(row.prompt) for row in some), system.decoding.max_tokens
+            sampling = READ * asked + WRITTEN * written + 2 * READ * (asked + written)  # read by both, then
+            watching = min(WATCHED, checked, int(WATCHING * run.trained_tokens / sampling))
+            allowed = run.trained_tokens - READ * LOOKS * tokens * checked - sampling * watching
+        sides = cut(examples, checked, seed=run.seed, closed=False)
+        fit, checks = ([rows[i] for i in side] for side in sides)
+        wanted = min(self.epochs * len(fit), self._affordable(len(fit), tokens, allowed))
+        count = step_count(run.fidelity * wanted, len(fit), self.batch)
+        order = steps(range(len(fit)), self.batch, run.seed)
+        used = sorted({i for n in range(count) for i in order(n)})
+        learnt, shorter = render_pairs(system, [fit[i] for i in used], live)
+        held = self.facts(checks, render_pairs(system, checks, live)[0], policy) if checks else []
+        # A shorter beginning of this training is not told by its samples: nobody reads that.
+        watched = [examples[i] for i in sides[1][:watching]] if run.fidelity == 1 else []
 
-        def after(_: Curves) -> dict[str, Any]:
+        def after(curves: Curves) -> dict[str, Any]:
+            seen = {"epochs": round(curves.steps / per_epoch(len(fit), self.batch), 2)}
             moved = policy.drift(policy.sample(watched, 1, seed=run.seed)[0]) if watched else {}
-            return {"held_out": held_out(held, checks, policy), "moved": moved} if held else {}
+            return seen | ({"held_out": held_out(held, checks, policy), "moved": moved} if held else {})
 
         return Lesson(
-            self.source(learnt, policy, run), self.loss(),
+            self.source(system, fit, dict(zip(used, learnt, strict=True)), order, count, policy), self.loss(),
             Settings(Schedule(self.learning_rate, count), validations=validations(count)),
             (lambda: mean_of(live, held, self.loss())) if held else None,
-            {"judgements": len(learnt), "shortened": shorter}, after,
+            {"judgements": len(fit), "seen": len(used), "shortened": shorter}, after,
         )  # fmt: skip
 
-    def _rendered(self, system: System, rows: Sequence[Judged], policy: Policy) -> tuple[list[Row], int]:
-        """Judgements as rows with their facts, and how many of them were shortened."""
-        made, shorter = render_pairs(system, rows, policy.live) if rows else ([], 0)
-        return self.facts(rows, made, policy) if rows else [], shorter
+    def _affordable(self, rows: int, tokens: float, allowed: float) -> float:
+        """Rows to train on in all, again and again, that so many trained tokens pay for, each read as `reads` says."""
+        once, always = self.reads
+        first, again = tokens * (1 + READ * (once + always)), tokens * (1 + READ * always)
+        seen = allowed / first
+        return seen if seen <= rows else rows + (allowed - rows * first) / again
 
 
 def held_out(rows: Sequence[Row], judged: Sequence[Judged], policy: Policy) -> dict[str, Any]:
@@ -167,5 +210,5 @@ class DPO(Preference):
         """(log-probability under the reference, weight)."""
         return [
             replace(row, facts=tuple((value, one.weight) for value in values))
-            for row, one, values in zip(made, rows, policy.logprobs(made), strict=True)
+            for row, one, values in zip(made, rows, policy.reference(made), strict=True)
         ]

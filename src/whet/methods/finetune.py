@@ -26,6 +26,12 @@ SAMPLED = 256  # rows looked at to tell how many tokens a row costs
 CHECKED = 0.06  # rows to validate on as a share of the rows trained on: looking must not cost more than learning
 
 
+class Disputed(tuple["Suspect", ...]):
+    """Rows whose label is probably wrong, and the trained tokens that finding them took."""
+
+    tokens: int = 0
+
+
 @dataclass(frozen=True)
 class FineTune:
     """Fine-tuning with completion-only loss, early stopping on a validation cut from train, best weights kept.
@@ -85,7 +91,7 @@ class FineTune:
                    run.previous)  # fmt: skip
         adapter = Adapter(self.adapter, self.rank, 2 * self.rank, bits=self.bits)
         finished = (run.store.artifact(name) / "done.json").exists()
-        wrong = self.suspects(system, data, run) if self.clean and not finished else ()
+        wrong = self.suspects(system, data, run) if self.clean and not finished else Disputed()
         taught = teach(system, run, name, adapter, lambda live: self._lesson(system, data, run, live, wrong))
         return replace(taught, decoding=replace(system.decoding, prior=(), normalise="sum"))
 
@@ -94,11 +100,12 @@ class FineTune:
         """Fine-tuning with these settings, without what a kin of it does beside."""
         return FineTune(**{f.name: getattr(self, f.name) for f in fields(FineTune)})
 
-    def suspects(self, system: System, data: Learnable, run: Run) -> tuple[Suspect, ...]:
+    def suspects(self, system: System, data: Learnable, run: Run) -> Disputed:
         """Rows whose label is probably wrong, by the model itself, trained on the other half of the rows.
 
         Trained by the defaults at full length, whatever the settings: trainings that are compared, or that go on from
-        one another, leave out the same rows. The same search again finds them in the store.
+        one another, leave out the same rows. The same search again finds them in the store. No row is judged with rows
+        of train in sight, which it may itself be one of.
         """
         from whet import suspects
         from whet.embed import Embedder
@@ -112,27 +119,35 @@ class FineTune:
         method = FineTune(epochs=CROSS_EPOCHS, recompute=self.recompute, absent=self.absent, bits=self.bits)
         most = None if run.trained_tokens is None else run.trained_tokens // 4
 
+        taken: list[int] = []
+
         def judge(fit: Sequence[Example], held: Sequence[Example]) -> list[tuple[float, ...]]:
             """Log-probabilities of the labels of `held`, by the model trained on `fit`."""
             within = replace(run, trained_tokens=most, fidelity=1.0, spent=Spent(), notes={}, previous=None)
             taught = method.apply(system, replace(data, train=tuple(fit)), within)
-            scores, _ = taught.label_scores(held, run.session(taught.model), run.progress("looking for suspects"))
+            progress = run.progress("looking for suspects")
+            scores, _ = taught.label_scores(held, run.session(taught.model), progress, blind=True)
             run.sessions.pop(taught.model)
             run.spent += within.spent
+            taken.append(within.spent.trained_tokens)
             return scores
 
         made = run.store.artifact(key("suspects", asdict(method), system.state, rows_hash(rows), run.seed, most))
         if not made.exists():
             found = suspects.find(rows, Embedder(run.home), run.seed, judge, data.labels)
             with aside(made) as work:
-                (work / "suspects.json").write_text(json.dumps([asdict(s) for s in found]), encoding="utf-8")
-        return tuple(suspects.Suspect(**s) for s in json.loads((made / "suspects.json").read_text(encoding="utf-8")))
+                body = {"suspects": [asdict(s) for s in found], "trained_tokens": sum(taken)}
+                (work / "suspects.json").write_text(json.dumps(body), encoding="utf-8")
+        body = json.loads((made / "suspects.json").read_text(encoding="utf-8"))
+        disputed = Disputed(suspects.Suspect(**s) for s in body["suspects"])
+        disputed.tokens = body["trained_tokens"]
+        return disputed
 
     def _lesson(
         self, system: System, data: Learnable, run: Run, live: TorchSession, wrong: Sequence[Suspect] = ()
     ) -> Lesson:
         from whet.suspects import examined
-        from whet.train.batches import affordable, steps
+        from whet.train.batches import affordable, per_epoch, step_count, steps
         from whet.train.fit import twice_the_data, verdict
         from whet.train.lesson import Lesson, mean_loss, render_rows
         from whet.train.loop import Schedule, Settings, validations
@@ -148,24 +163,29 @@ class FineTune:
         data = replace(data, train=tuple(usable))
         if not usable:
             raise MethodError("nothing to train on", expected="train rows with completions or text", found="none")
+        # Also where the search was paid for by another training: those that are raced train for as many tokens.
+        spent = wrong.tokens if isinstance(wrong, Disputed) else 0
+        allowed = None if run.trained_tokens is None else max(1, run.trained_tokens - spent)
         sampled = random.Random(run.seed).sample(usable, min(SAMPLED, len(usable)))
         some, _ = render_rows(system, sampled, live)
         each = len(some) / len(sampled)  # a long text is several rows
         # How much is wanted at full fidelity decides everything but the number of steps, so that it can be continued.
-        wanted, batch = affordable(some, self.epochs * each * len(usable), self.batch, run.trained_tokens, run.seed)
+        total, module = each * len(usable), live.module
+        wanted, batch = affordable(some, self.epochs * total, self.batch, allowed, run.seed, module)
         # What the defaults would want decides what is held out, so that all settings are compared on the same rows.
-        usual, _ = affordable(some, FineTune.epochs * each * len(usable), FineTune.batch, run.trained_tokens, run.seed)
+        usual, _ = affordable(some, FineTune.epochs * total, FineTune.batch, allowed, run.seed, module)
         most = max(24, min(128, round(CHECKED * usual)))
         fit, held = data.validation(seed=run.seed, most=max(1, round(most / each)))
         rows, cut = render_rows(system, fit, live, (self.absent, run.seed))
         checks, _ = render_rows(system, held, live)
-        count = max(1, round(run.fidelity * min(wanted, self.epochs * len(rows)) / batch))
+        count = step_count(run.fidelity * min(wanted, self.epochs * len(rows)), len(rows), batch)
+        once = per_epoch(len(rows), batch)
+        size = round(len(rows) / once)  # of a step, as it comes out
 
         def after(curves: Curves) -> dict[str, Any]:
             fit = verdict(curves)
-            first = [loss for _, loss in curves.train[: len(rows) // batch]]
-            more = twice_the_data(first, batch, run.seed)
-            return {"verdict": fit.verdict, "fit": asdict(fit), "epochs": round(curves.steps * batch / len(rows), 2),
+            more = twice_the_data([loss for _, loss in curves.train[:once]], size, run.seed)
+            return {"verdict": fit.verdict, "fit": asdict(fit), "epochs": round(curves.steps / once, 2),
                     "twice_the_data": asdict(more) if more else None}  # fmt: skip
 
         return Lesson(
@@ -173,7 +193,7 @@ class FineTune:
             NextToken(),
             Settings(Schedule(self.learning_rate, count), validations=validations(count), recompute=self.recompute),
             (lambda: mean_loss(live, checks)) if checks else None,
-            {"rows": len(rows), "batch": batch, "shortened": cut, **found, "row_tokens": _lengths(rows)},
+            {"rows": len(rows), "batch": size, "shortened": cut, **found, "row_tokens": _lengths(rows)},
             after,
         )
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from whet.feedback import Judged, thumbs
-from whet.methods import Run
-from whet.methods.dpo import Preference
+from whet.methods.dpo import Preference, ahead
+from whet.methods.reward import render_pairs
+from whet.system import System
 
 if TYPE_CHECKING:
     from whet.engine.prefix import Row
@@ -28,6 +29,7 @@ class KTO(Preference):
     """
 
     name: ClassVar[str] = "kto"
+    reads: ClassVar[tuple[int, int]] = (2, 1)  # its prompt is read with another's answer, too
 
     def usable(self, rows: Sequence[Judged]) -> tuple[Judged, ...]:
         """Thumbs, weighted so that both kinds weigh the same."""
@@ -46,28 +48,36 @@ class KTO(Preference):
         """(log-probability under the reference, wanted, weight, the KL estimate: 0 until a step fills it in)."""
         return [
             replace(row, facts=((value, float(one.chosen is not None), one.weight, 0.0),))
-            for row, one, (value,) in zip(made, rows, policy.logprobs(made), strict=True)
+            for row, one, (value,) in zip(made, rows, policy.reference(made), strict=True)
         ]
 
-    def source(self, rows: Sequence[Row], policy: Policy, run: Run) -> Source:
+    def source(
+        self, system: System, rows: Sequence[Judged], made: Mapping[int, Row], order: Callable[[int], list[int]],
+        count: int, policy: Policy,
+    ) -> Source:  # fmt: skip
         """The rows of each step, with the step's KL estimate under the module as it then is."""
-        from whet.engine.prefix import Row
-        from whet.train.batches import steps
-        from whet.train.lesson import within
 
-        # Half the rows away the prompt is another one; where it is not, the next that is.
-        far, count, context = len(rows) // 2, len(rows), policy.live.context
-        others = []
-        for i, a in enumerate(rows):
-            other = next((b for k in range(count) if (b := rows[(i + far + k) % count]).prompt != a.prompt),
-                         rows[(i + far) % count])  # fmt: skip
-            others.append(Row(a.prompt, (within(other.continuations[0], context - len(a.prompt)),)))
-        plain = steps(list(zip(rows, others, policy.logprobs(others), strict=True)), self.batch, run.seed)
+        def known(some: Sequence[int]) -> list[tuple[Row, Row, float]]:
+            """Rows with their facts, each with its prompt before another's answer, and the reference's word on that."""
+            others, _ = render_pairs(system, [_other(rows, i) for i in some], policy.live)
+            facts = self.facts([rows[i] for i in some], [made[i] for i in some], policy)
+            return [(row, other, value) for row, other, (value,) in
+                    zip(facts, others, policy.reference(others), strict=True)]  # fmt: skip
+
+        plain = ahead(order, count, known)
 
         def step(number: int) -> list[Row]:
             taken = plain(number)
             now = policy.logprobs([other for _, other, _ in taken])
-            kl = max(0.0, statistics.fmean(a - b for (a,), (_, _, (b,)) in zip(now, taken, strict=True)))
+            kl = max(0.0, statistics.fmean(a - b for (a,), (_, _, b) in zip(now, taken, strict=True)))
             return [replace(row, facts=((*row.facts[0][:3], kl),)) for row, _, _ in taken]
 
         return step
+
+
+def _other(rows: Sequence[Judged], i: int) -> Judged:
+    """A row's prompt with the answer of another: of the one half the rows away, or the next that has another prompt."""
+    one, far = rows[i], len(rows) // 2
+    turn = [rows[(i + far + k) % len(rows)] for k in range(len(rows))]
+    other = next((r for r in turn if (r.prompt, r.history) != (one.prompt, one.history)), turn[0])
+    return replace(one, chosen=other.rejected if other.chosen is None else other.chosen, rejected=None)

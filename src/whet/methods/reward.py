@@ -116,7 +116,7 @@ def fit(rows: Sequence[Judged], system: System, run: Run, settings: Reward) -> R
 
 def _lesson(rows: Sequence[Judged], system: System, run: Run, settings: Reward, live: TorchSession) -> Lesson:
     from whet.train import losses
-    from whet.train.batches import steps, tokens_per_row
+    from whet.train.batches import per_epoch, step_count, steps, tokens_per_row
     from whet.train.lesson import Lesson
     from whet.train.loop import Schedule, Settings
 
@@ -124,11 +124,12 @@ def _lesson(rows: Sequence[Judged], system: System, run: Run, settings: Reward, 
     made = [replace(row, facts=((r.weight,),) * 2) for row, r in zip(rendered, rows, strict=True)]
     wanted = settings.epochs * len(made)
     if run.trained_tokens is not None:
-        wanted = min(wanted, run.trained_tokens / tokens_per_row(made, settings.batch, run.seed))
-    count = max(1, round(run.fidelity * wanted / settings.batch))
+        wanted = min(wanted, run.trained_tokens / tokens_per_row(made, settings.batch, run.seed, module=live.module))
+    count = step_count(run.fidelity * wanted, len(made), settings.batch)
     return Lesson(steps(made, settings.batch, run.seed), losses.Reward(),
                   Settings(Schedule(settings.learning_rate, count)),
-                  notes={"pairs": len(made), "shortened": shorter})  # fmt: skip
+                  notes={"pairs": len(made), "shortened": shorter,
+                         "epochs": round(count / per_epoch(len(made), settings.batch), 2)})  # fmt: skip
 
 
 def judged_by(splits: Splits, base: System, run: Run, settings: Reward | None = None) -> Versus:

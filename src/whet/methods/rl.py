@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -146,13 +147,13 @@ class RL:
         self, system: System, prompts: Sequence[Example], judge: Judge, own: bool, run: Run, live: TorchSession
     ) -> Lesson:
         from whet.train import losses
-        from whet.train.batches import steps, tokens_per_row
+        from whet.train.batches import per_epoch, step_count, steps, tokens_per_row
         from whet.train.lesson import Lesson
         from whet.train.loop import Schedule, Settings
         from whet.train.policy import Policy
 
         policy, order = Policy(live, system), steps(prompts, self.batch, run.seed)
-        probed = steps(prompts, min(PROBED, len(prompts)), run.seed + 1)(0)
+        probed = random.Random(run.seed + 1).sample(prompts, min(PROBED, len(prompts)))
         before = live.spent
         rows, scores = self._sampled(policy, probed, judge, run.seed)
         asked = _price(live.spent - before)
@@ -163,9 +164,9 @@ class RL:
         wanted = self.epochs * len(prompts)
         if run.trained_tokens is not None:
             # Each prompt is answered, and the answers read under the reference and learnt; those of the probe twice.
-            learnt = tokens_per_row(rows, min(self.batch, len(rows)), run.seed)
+            learnt = tokens_per_row(rows, min(self.batch, len(rows)), run.seed, module=live.module)
             wanted = min(wanted, (run.trained_tokens - 2 * asked) / (asked / len(rows) + (1 + READ) * learnt))
-        count = max(1, round(run.fidelity * wanted / self.batch))
+        count = step_count(run.fidelity * wanted, len(prompts), self.batch)
         log: list[dict[str, float]] = []
 
         def source(number: int) -> list[Row]:
@@ -182,9 +183,10 @@ class RL:
                 for row, gains, before in zip(rows, better, policy.reference(rows), strict=True)
             ]
 
-        def after(_: Curves) -> dict[str, Any]:
+        def after(curves: Curves) -> dict[str, Any]:
             made, earned = self._sampled(policy, probed, judge, run.seed)
-            return {"steps_log": log, "after": {**self._figures(earned), **policy.drift(made)}}
+            seen = round(curves.steps / per_epoch(len(prompts), self.batch), 2)
+            return {"epochs": seen, "steps_log": log, "after": {**self._figures(earned), **policy.drift(made)}}
 
         return Lesson(
             source, losses.PolicyGradient(self.beta, self.algorithm == "grpo"),

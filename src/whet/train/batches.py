@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from whet.engine import attention, prefix
-from whet.engine.prefix import Row
+from whet.engine.prefix import Batch, Forest, Row
 
 T = TypeVar("T")
-PACK_TOKENS = 1024  # packed tokens per backward pass: activations take 1.7 MB a token on a 135M model
+# Tokens per backward pass, beside the longest shared beginning: activations take 1.7 MB a token on a 135M model.
+PACK_TOKENS = 1024
 PACK_TARGETS = 1024  # tokens with logits per backward pass: the vocabulary is what fills memory
 LEAST_STEPS = 64  # where a budget allows fewer steps of the rows wanted, a step takes fewer rows
 LEAST_BATCH = 8
@@ -46,13 +47,10 @@ class Pack:
 
 
 def packs(rows: Sequence[Row], dtype: torch.dtype, device: torch.device, most: int = PACK_TOKENS) -> list[Pack]:
-    """Pack the rows of one optimizer step into as few forward passes of about `most` tokens as can be."""
-    forest = prefix.arrange(rows, worth=WORTH)
+    """Pack the rows of one optimizer step into forward passes, as `_cut` says."""
+    forest, cut = _cut(rows, most)
     made = []
-    # Packs of like size: a small last one would compute the shared beginnings for a few rows only.
-    wanted = math.ceil(forest.unique_tokens / most)
-    size = math.ceil(1.1 * forest.unique_tokens / wanted) if wanted > 1 else most
-    for batch in prefix.batches(forest, size, most_targets=PACK_TARGETS, keep=False):
+    for batch in cut:
         ids, positions = attention.packed(forest, batch, device)
         places = [
             at + before
@@ -67,6 +65,35 @@ def packs(rows: Sequence[Row], dtype: torch.dtype, device: torch.device, most: i
             )
         )  # fmt: skip
     return made
+
+
+def _cut(rows: Sequence[Row], most: int) -> tuple[Forest, list[Batch]]:
+    """Rows as a tree, cut into packs of about `most` tokens, or so many behind the longest shared beginning.
+
+    The latter has the beginning computed once for many rows, by activations of no more than `most` tokens above those
+    that a single row behind it takes; of both ways the one that computes fewer tokens.
+    """
+    forest = prefix.arrange(rows, worth=WORTH)
+    longest = max((trunk.start + len(trunk.tokens) for trunk in forest.trunks), default=0)
+    ways = []
+    for aside in sorted({0, longest}):
+        # Packs of like size: a small last one would compute the shared beginnings for a few rows only.
+        behind = forest.unique_tokens - aside
+        wanted = math.ceil(behind / most)
+        size = aside + (math.ceil(1.1 * behind / wanted) if wanted > 1 else most)
+        ways.append(list(prefix.batches(forest, size, most_targets=PACK_TARGETS, keep=False)))
+    return forest, min(ways, key=_length)
+
+
+def _length(cut: Sequence[Batch]) -> int:
+    return sum(batch.length for batch in cut)
+
+
+def computed(rows: Sequence[Row], module: Any = None, most: int = PACK_TOKENS) -> int:
+    """Tokens that the passes of one step compute; without a module, one that can share beginnings is meant."""
+    if module is None or shares(module, rows):
+        return _length(_cut(rows, most)[1])
+    return sum(_area(rows, batch) for batch in _alike(rows, most))
 
 
 def shares(module: Any, rows: Sequence[Row]) -> bool:
@@ -90,18 +117,29 @@ def padded(rows: Sequence[Row], device: torch.device, most: int = 1) -> list[Pac
 
     By default each row is a pass of its own. Padding stands behind what a causal model reads, so that it needs no mask.
     """
-    made: list[Pack] = []
-    batch: list[int] = []
+    return [_padded(rows, batch, device) for batch in _alike(rows, most)]
+
+
+def _alike(rows: Sequence[Row], most: int) -> list[list[int]]:
+    """Rows, by their numbers, in passes of like length, the longest last."""
+    made: list[list[int]] = []
     real = 0
     for n in sorted(range(len(rows)), key=lambda n: (_width(rows[n]), len(rows[n].prompt))):
-        count, width = sum(len(rows[i].continuations) for i in (*batch, n)), _width(rows[n])
-        places = width + 1 - min(len(rows[i].prompt) for i in (*batch, n))
-        tokens, real = count * width, real + row_tokens(rows[n], shared=False)
-        if batch and (tokens > most or count * places > PACK_TARGETS or tokens - real > PADDING * tokens):
-            made.append(_padded(rows, batch, device))
-            batch, real = [], row_tokens(rows[n], shared=False)
-        batch.append(n)
-    return [*made, _padded(rows, batch, device)] if batch else made
+        batch = [*(made[-1] if made else ()), n]
+        tokens, real = _area(rows, batch), real + row_tokens(rows[n], shared=False)
+        places = _width(rows[n]) + 1 - min(len(rows[i].prompt) for i in batch)
+        count = sum(len(rows[i].continuations) for i in batch)
+        if made and tokens <= most and count * places <= PACK_TARGETS and tokens - real <= PADDING * tokens:
+            made[-1] = batch
+        else:
+            made.append([n])
+            real = row_tokens(rows[n], shared=False)
+    return made
+
+
+def _area(rows: Sequence[Row], batch: Sequence[int]) -> int:
+    """Tokens of a padded pass, padding included."""
+    return sum(len(rows[n].continuations) for n in batch) * _width(rows[batch[-1]])
 
 
 def _padded(rows: Sequence[Row], some: Sequence[int], device: torch.device) -> Pack:
@@ -130,9 +168,22 @@ def _wanted(rows: Sequence[Row], some: Sequence[int], device: torch.device) -> t
     )
 
 
+def per_epoch(rows: int, size: int) -> int:
+    """Steps of at most `size` rows that see each of so many rows once."""
+    return math.ceil(rows / size)
+
+
+def step_count(wanted: float, rows: int, size: int) -> int:
+    """Steps that see `wanted` rows in all, out of so many, in steps of at most `size`; one at least."""
+    return max(1, round(wanted / rows * per_epoch(rows, size)))
+
+
 def steps(rows: Sequence[T], size: int, seed: int) -> Callable[[int], list[T]]:
-    """The rows of each step (from 0): every row once per epoch, in an order that depends on seed and epoch only."""
-    each = math.ceil(len(rows) / size)
+    """The rows of each step (from 0): every row once per epoch, in an order that depends on seed and epoch only.
+
+    An epoch's steps differ by one row at most: a last one of few rows would weigh as much as a full one.
+    """
+    each = per_epoch(len(rows), size)
 
     @lru_cache(maxsize=2)
     def order(epoch: int) -> list[int]:
@@ -142,20 +193,20 @@ def steps(rows: Sequence[T], size: int, seed: int) -> Callable[[int], list[T]]:
 
     def step(number: int) -> list[T]:
         epoch, at = divmod(number, each)
-        return [rows[i] for i in order(epoch)[at * size : (at + 1) * size]]
+        return [rows[i] for i in order(epoch)[at * len(rows) // each : (at + 1) * len(rows) // each]]
 
     return step
 
 
-def tokens_per_row(rows: Sequence[Row], size: int, seed: int, looked_at: int = 8) -> float:
-    """Tokens that training computes per row, shared beginnings counted once per step; from a few sample steps."""
+def tokens_per_row(rows: Sequence[Row], size: int, seed: int, looked_at: int = 8, module: Any = None) -> float:
+    """Tokens that training a module (`computed`) takes per row; from a few sample steps."""
     source = steps(rows, size, seed)
     sampled = [source(n) for n in range(looked_at)]
-    return sum(prefix.arrange(s, worth=WORTH).unique_tokens for s in sampled) / max(1, sum(map(len, sampled)))
+    return sum(computed(s, module) for s in sampled) / max(1, sum(map(len, sampled)))
 
 
 def affordable(
-    some: Sequence[Row], wanted: float, size: int, allowed: int | None, seed: int
+    some: Sequence[Row], wanted: float, size: int, allowed: int | None, seed: int, module: Any = None
 ) -> tuple[float, int]:
     """(rows to train on in all, rows a step) out of `wanted` rows in steps of `size`, where `allowed` tokens bound it.
 
@@ -163,6 +214,6 @@ def affordable(
     """
     if allowed is None:
         return wanted, size
-    wanted = min(wanted, allowed / tokens_per_row(some, size, seed))
+    wanted = min(wanted, allowed / tokens_per_row(some, size, seed, module=module))
     size = max(min(LEAST_BATCH, size), min(size, round(wanted / LEAST_STEPS)))
-    return min(wanted, allowed / tokens_per_row(some, size, seed)), size
+    return min(wanted, allowed / tokens_per_row(some, size, seed, module=module)), size

@@ -29,6 +29,7 @@ from whet.train.trackers import trackers
 
 NEXT = 7919  # between the seeds of adapters that stand upon one another
 TEXT_TOKENS = 1024  # plain text is trained in windows of at most this many tokens
+RULES = 2  # by which rows become steps; raised where the same settings come to other weights than before
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Lesson:
 
 def key(*parts: Any) -> str:
     """The identity of a training: the hash of all that it depends on."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([RULES, *parts], sort_keys=True).encode()).hexdigest()
 
 
 def teach(

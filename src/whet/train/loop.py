@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -163,8 +164,9 @@ def train(
     """Train a module's trainable weights in place; the weights of the best validation are kept.
 
     `source(n)` gives the rows of step n. `keep` is where checkpoints go: a training that was killed goes on from
-    there and ends with the same weights. Where it is to be `continued`, a second file, with `.stable` behind its name,
-    holds the state before the decay; `since` is such a file of a shorter training, from which this one goes on.
+    there and ends with the same weights, if all processes hold the same step. Where it is to be `continued`, a second
+    file, with `.stable` behind its name, holds the state before the decay; `since` is such a file of a shorter
+    training, from which this one goes on.
     Raises MethodError when the loss is not finite or explodes (the module then holds the best validated weights, or,
     without validation, the last of those that are kept as often as one would validate; `rescue` writes them where they
     are not the first and says where), or when memory does not suffice.
@@ -176,22 +178,21 @@ def train(
     stable = keep and keep.with_name(f"{keep.name}.stable")
     if team.sharded:  # every process keeps its own shards
         keep, stable, since = (p and p.with_name(f"{p.name}.{team.rank}") for p in (keep, stable, since))
-    writes = team.first or team.sharded
     masters, schedule = Masters(module), settings.schedule
     optimizer = torch.optim.AdamW(
         masters.copies, lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
     )
     state, best = _State(), masters.snapshot()
     due = {math.ceil(schedule.steps * (i + 1) / settings.validations) for i in range(settings.validations)}
-    begin = next((p for p in (keep, since) if p and p.exists()), None)
+    begin = next((p for p in (keep, since) if p and _held(p, team)), None)
     if begin:
         best = _resume(begin, state, masters, optimizer, continuing=begin is since)
     if validate and not state.checks:
         state.checks.append((0, validate()))
     kept_at, interval, before, begun = time.monotonic(), KEEP_EVERY, state.seconds, time.monotonic()
     while state.step < schedule.steps and not _tired(state, settings):
-        if stable and continued and state.step == schedule.decays and writes:
-            _keep(stable, state, masters, optimizer, best)
+        if stable and continued and state.step == schedule.decays:
+            _keep(stable, state, masters, optimizer, best, team)
         for group in optimizer.param_groups:
             group["lr"] = schedule.at(state.step)
         value, used = _fitting_step(module, wrapped, source(state.step), loss, state, settings, team)
@@ -220,9 +221,10 @@ def train(
             state.checks.append((state.tokens, validate()))
             if state.checks[-1][1] <= min(c for _, c in state.checks):
                 best, state.best_at, state.kept = masters.snapshot(), len(state.checks) - 1, state.step
-        if keep and writes and time.monotonic() - kept_at > interval:
+        late = keep is not None and time.monotonic() - kept_at > interval
+        if keep and (team.most(late) if team.sharded else late):  # shards of one step belong together: no clock decides
             at = time.monotonic()
-            _keep(keep, state, masters, optimizer, best)
+            _keep(keep, state, masters, optimizer, best, team)
             kept_at, interval = time.monotonic(), max(KEEP_EVERY, (time.monotonic() - at) / WRITING_SHARE)
     if validate:
         masters.restore(best)
@@ -360,12 +362,32 @@ def _recomputing(module: Any, on: bool) -> Iterator[None]:
         getattr(module, f"{name}_disable")()
 
 
+def _held(file: Path, team: Alone) -> bool:
+    """Whether all processes can go on from what they have kept: it is of one step. Where it is not, a warning says so.
+
+    They are killed one after the other, maybe between two renamings, and may lie on machines that share no disk.
+    """
+    from safetensors import safe_open
+
+    step = -1
+    if file.exists():
+        with safe_open(file, "pt") as opened:
+            step = json.loads((opened.metadata() or {})["state"])["step"]
+    least, most = -team.most(-step), team.most(step)
+    if least != most and team.first:
+        warnings.warn(f"the processes hold other steps of {file.name} ({least} to {most}): not gone on from there",
+                      stacklevel=3)  # fmt: skip
+    return least == most >= 0
+
+
 def _keep(
-    file: Path, state: _State, masters: Masters, optimizer: torch.optim.Optimizer, best: Sequence[Tensor]
+    file: Path, state: _State, masters: Masters, optimizer: torch.optim.Optimizer, best: Sequence[Tensor], team: Alone
 ) -> None:
-    """Write everything that goes on from here into one file, aside and then renamed."""
+    """Write everything that goes on from here into one file, aside and then renamed: shards when all are written."""
     from safetensors.torch import save_file
 
+    if not (team.first or team.sharded):
+        return
     tensors = {f"best.{i}": t for i, t in enumerate(best)}
     for i, weight in enumerate(masters.copies):
         tensors[f"weight.{i}"] = weight.detach()
@@ -383,6 +405,8 @@ def _keep(
             whole[name] = here.clone() if place in seen else here  # safetensors refuses tensors that share memory
             seen.add(place)
         save_file(whole, work, {"state": json.dumps(body)})
+        if team.sharded:
+            team.wait()
         os.replace(work, file)
     finally:
         work.unlink(missing_ok=True)
