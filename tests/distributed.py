@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from models import make_model
-from test_train import learnable
+from test_train import uneven
 
 from whet.train import loop
-from whet.train.batches import steps
 from whet.train.loop import Schedule, Settings
 from whet.train.losses import NextToken
 from whet.train.team import team
 
 crew = team()
-# 24 rows in steps of 23: every second step has one row, and one process none.
-source, settings = steps(learnable(0), 23, 0), Settings(Schedule(1e-3, 6))
+source, settings = uneven, Settings(Schedule(1e-3, 6))
 
 
 class Short(NextToken):
@@ -42,7 +40,8 @@ loss: Any = NextToken()
 if sys.argv[2:] == ["short"]:
     keep, loss = None, Short() if crew.rank else loss
 elif len(sys.argv) > 2:
-    loop.KEEP_EVERY, loop.WRITING_SHARE, keep = 0.0, 1e9, Path(sys.argv[2]) / "checkpoint"
+    # By its own clock, the second process would never keep anything.
+    loop.KEEP_EVERY, loop.WRITING_SHARE, keep = 1e9 * crew.rank, 1e9, Path(sys.argv[2]) / "checkpoint"
 
     def halt(beat: loop.Beat) -> None:
         if beat.step == 4:

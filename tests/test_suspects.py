@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from whet import suspects
+from whet.engine.torch import TorchSession
 from whet.methods import Run
 from whet.methods.finetune import FineTune
 from whet.model import resolve
 from whet.search import tune
 from whet.store import Store
-from whet.system import System
+from whet.system import Decoding, Demonstrations, System
 from whet.task import Example, Learnable
 
 TOPICS = {
@@ -114,6 +115,40 @@ def test_rare_labels_are_left_alone_and_the_others_judged() -> None:
 
     suspects.find([*noisy, rare], embed, 0, judge, [*TOPICS, "law"])
     assert "rare" not in seen and len(set(seen)) == 400
+
+
+def test_the_search_for_suspects_keeps_to_the_budget_and_shows_no_row_its_own_label(
+    model_folder: str, tmp_path: Path, fp32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find(rows: list[Example], _: Any, __: int, judge: Any, ___: Any) -> tuple[suspects.Suspect, ...]:
+        for mine, others in ((rows[::2], rows[1::2]), (rows[1::2], rows[::2])):
+            judge(mine, others)
+        return ()
+
+    seen: list[Any] = []
+    own = TorchSession.score
+
+    def score(self: TorchSession, prompts: Any, *rest: Any, **more: Any) -> Any:
+        seen.extend(prompts)
+        return own(self, prompts, *rest, **more)
+
+    monkeypatch.setattr(suspects, "find", find)
+    monkeypatch.setattr(TorchSession, "score", score)
+    made = [replace(e, prompt=f"{e.prompt} no {e.id}x") for e in rows(60)]
+    shown = Demonstrations(tuple((e.prompt, e.completion) for e in made[:3]), 3)
+    data = Learnable("topics", "Name it.", "accuracy", tuple(TOPICS), tuple(made))
+    system = System(resolve(model_folder), "Name it.", decoding=Decoding(tuple(TOPICS), True), demonstrations=shown,
+                    home=tmp_path)  # fmt: skip
+    method = FineTune(clean=True, rank=2, batch=8, learning_rate=1e-3)
+    spent = []
+    for _ in range(2):  # found in the store, they cost as much: trainings that are raced are equally long
+        run = Run(Store(tmp_path), trained_tokens=6000)
+        method.apply(system, data, run)
+        spent.append(run.spent.trained_tokens)
+        method = replace(method, learning_rate=2e-3)
+    assert 3000 < spent[0] <= 6600 and spent[1] < 4500
+    assert len(seen) == 60 and all(sum(f"no {e.id}x" in str(chat) for chat in seen) > 30 for e in made[:3])  # shown
+    assert all(str(chat).count(f"no {e.id}x") < 2 for chat in seen for e in made)
 
 
 def test_trainings_that_are_raced_leave_out_the_same_rows(

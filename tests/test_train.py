@@ -17,6 +17,8 @@ import pytest
 import torch
 from models import SHARED, make_model, make_tokenizer, save_model
 from peft import PeftModel
+from test_cli import whet
+from test_search import write_task
 from transformers import AutoModelForCausalLM, Llama4TextConfig, MambaConfig, MixtralConfig
 
 from whet import model as models
@@ -27,12 +29,14 @@ from whet.errors import MethodError, ModelError
 from whet.methods import Run
 from whet.methods.finetune import FineTune
 from whet.search import tune
+from whet.search.budget import Rates
+from whet.search.recipe import Recipe
 from whet.store import Store
 from whet.system import Decoding, Demonstrations, System
 from whet.task import Example, Learnable
 from whet.train import batches, loop, policy
 from whet.train.adapters import Adapter, _AdaptedLinear, adapted, add_lora, quick_products
-from whet.train.batches import Pack, packs, padded, steps, tokens_per_row
+from whet.train.batches import Pack, computed, packs, padded, step_count, steps, tokens_per_row
 from whet.train.fit import twice_the_data, verdict
 from whet.train.lesson import mean_loss, render_rows
 from whet.train.loop import Curves, Masters, Schedule, Settings, _step, operations, train
@@ -122,7 +126,7 @@ def test_short_rows_of_a_windowed_model_are_packed() -> None:
     equal(gradients(model), theirs)
 
 
-@pytest.mark.parametrize(("most", "targets"), [(2048, 1024), (40, 1024), (2048, 3), (1, 1)])
+@pytest.mark.parametrize(("most", "targets"), [(2048, 1024), (8, 1024), (2048, 3), (1, 1)])
 def test_packs_cover_each_target_once(most: int, targets: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "PACK_TARGETS", targets)
     made = packs(ROWS, torch.float32, torch.device("cpu"), most)
@@ -154,7 +158,7 @@ def test_padded_passes_hold_rows_of_like_length() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-@pytest.mark.parametrize("most", [1, 40, 80])
+@pytest.mark.parametrize("most", [1, 8, 40, 80])
 def test_cutting_a_step_into_passes_changes_nothing(family: str, most: int) -> None:
     model = make_model(family)
     whole, _ = step(model, ROWS)
@@ -168,13 +172,60 @@ def test_cutting_a_step_into_passes_changes_nothing(family: str, most: int) -> N
 def test_steps() -> None:
     rows = [Row((n,), ((1,),)) for n in range(1, 11)]
     epochs = [steps(rows, 4, 7)(n) for n in range(9)]
-    assert [len(s) for s in epochs] == [4, 4, 2] * 3
+    assert [len(s) for s in epochs] == [3, 3, 4] * 3  # no last step of two rows that weighs as much as one of four
     orders = [sum(epochs[i : i + 3], []) for i in (0, 3, 6)]
     assert all(sorted(o, key=lambda r: r.prompt) == rows for o in orders)
     assert orders[0] != orders[1] != orders[2]
     backwards = [steps(rows, 4, 7)(n) for n in reversed(range(9))]  # a step's rows depend on its number alone
     assert epochs == backwards[::-1]
     assert epochs != [steps(rows, 4, 8)(n) for n in range(9)]
+
+
+def headed(head: int, rows: int = 32, own: int = 30) -> list[Row]:
+    """Rows that share a beginning, of so many tokens each behind it."""
+    draw = random.Random(head)
+    start = tuple(draw.randrange(3, 250) for _ in range(head))
+    return [Row((*start, *(draw.randrange(3, 250) for _ in range(own - 4))), ((7, 8, 9, 7, 8),)) for _ in range(rows)]
+
+
+@pytest.mark.parametrize("head", [45, 600, 800, 1200])
+def test_a_long_beginning_is_computed_once_for_many_rows(head: int) -> None:
+    rows = headed(head)
+    [pack] = packs(rows, torch.float32, torch.device("cpu"))
+    assert pack.tokens == computed(rows) == prefix.arrange(rows).unique_tokens <= head + 32 * 30
+    many = packs(headed(head, rows=96), torch.float32, torch.device("cpu"))
+    assert len(many) <= 4 and all(p.tokens <= head + 1.1 * batches.PACK_TOKENS for p in many)  # memory is bounded
+    apart = [row for n in range(600, 604) for row in headed(n, rows=8)]
+    assert computed(apart) == prefix.arrange(apart).unique_tokens  # a beginning is not split to fill another's pack
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_beginning_longer_than_a_pack_has_the_same_loss_and_gradients(family: str) -> None:
+    model, rows = make_model(family), headed(200, rows=8)
+    wanted, tokens = step(model, rows, 1)  # row by row
+    apart = gradients(model)
+    model.zero_grad()
+    value, used = step(model, rows, 128)
+    assert value == pytest.approx(wanted, abs=1e-5) and used < 200 * 2 + 8 * 31 < tokens
+    equal(gradients(model), apart)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])
+def test_what_a_step_computes_is_known_before(family: str) -> None:
+    model = make_model(family)
+    for rows in (ROWS, headed(45), headed(300), [Row((1, 2, 3), ((4, 5), (4, 6))), Row((1, 2, 3, 4), ((9,),))]):
+        assert computed(rows, model) == step(model, rows)[1]
+    rows = headed(45)
+    assert tokens_per_row(rows, 32, 0, module=model) * 32 == (1005 if family == "llama" else 32 * 75)
+
+
+@pytest.mark.parametrize(("rows", "size", "epochs"), [(10, 32, 3), (40, 32, 3), (33, 32, 2), (64, 32, 1), (7, 8, 2)])
+def test_epochs_wanted_are_epochs_trained(rows: int, size: int, epochs: int) -> None:
+    source = steps(range(rows), size, 0)
+    seen = Counter(row for n in range(step_count(epochs * rows, rows, size)) for row in source(n))
+    assert seen == Counter(dict.fromkeys(range(rows), epochs))
+    sizes = [len(source(n)) for n in range(8)]
+    assert max(sizes) <= size and max(sizes) - min(sizes) <= 1
 
 
 def test_tokens_per_row() -> None:
@@ -397,6 +448,12 @@ def learnable(seed: int) -> list[Row]:
     draw = torch.Generator().manual_seed(seed)
     kinds = torch.randint(0, 3, (24,), generator=draw).tolist()
     return [Row((*HEAD[:28], 100 + n, 200 + kind), ((50 + kind, 2),)) for n, kind in enumerate(kinds)]
+
+
+def uneven(number: int) -> list[Row]:
+    """Steps of which every second has one row, so that one of two processes has none."""
+    rows = learnable(0)
+    return rows[:1] if number % 2 else rows[1:]
 
 
 def fit(seed: int, validate: bool = True, **settings: Any) -> tuple[Any, Curves]:
@@ -646,8 +703,8 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLI
 def test_two_processes_train_as_one(way: str, tmp_path: Path) -> None:
     """Over gloo: the same losses and weights as one process, also where a process has no row in a step.
 
-    In shards, they are stopped halfway, too, and go on from what each has kept. Where memory is short in one of them,
-    both begin the step again.
+    In shards, they are stopped halfway, too, and go on from what each has kept, whatever their clocks say. Where
+    memory is short in one of them, both begin the step again.
     """
     sharded, more = way == "fsdp", {"ddp": [], "fsdp": [str(tmp_path)], "short": ["short"]}[way]
     script = Path(__file__).parent / "distributed.py"
@@ -660,12 +717,61 @@ def test_two_processes_train_as_one(way: str, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-2000:]
     body = json.loads((tmp_path / "out.json").read_text())
     model = make_model("llama")
-    rows = learnable(0)
-    alone = train(model, steps(rows, 23, 0), NextToken(), Settings(Schedule(1e-3, 6)))
+    alone = train(model, uneven, NextToken(), Settings(Schedule(1e-3, 6)))
     assert body["processes"] == 2 and body["sharded"] == sharded
     assert body["first"] == (4 if sharded else 1)  # the checkpoint of step 3 is the last one written before the stop
     assert body["train"] == [pytest.approx(v, abs=1e-4) for _, v in alone.train]
     assert body["sum"] == pytest.approx(float(sum(p.detach().double().sum() for p in model.parameters())), abs=1e-2)
+
+
+def test_what_processes_kept_at_different_steps_is_not_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Other(Alone):
+        """Beside a process that holds step `theirs`."""
+
+        theirs = 3
+
+        def most(self, count: int) -> int:
+            return max(count, self.theirs if count == abs(count) else -self.theirs)
+
+    monkeypatch.setattr(loop, "KEEP_EVERY", 0.0)
+    monkeypatch.setattr(loop, "WRITING_SHARE", float("inf"))
+
+    def halt(at: Any) -> None:
+        if at.step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(0, keep=tmp_path / "kept", beat=halt)
+    assert loop._held(tmp_path / "kept", Alone()) and loop._held(tmp_path / "kept", Other())
+    for theirs, told in ((2, "2 to 3"), (-1, "-1 to 3")):  # -1: it holds none
+        Other.theirs = theirs
+        with pytest.warns(UserWarning, match=told):
+            assert not loop._held(tmp_path / "kept", Other())
+
+
+def test_all_processes_train_by_the_rate_of_the_first(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, home: Path, model_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Second(Alone):
+        """Beside a first process that may train 777 tokens."""
+
+        first = False
+
+        def sum(self, value: float) -> float:
+            return 777 + value
+
+    def halt(_: Recipe, start: System, data: Learnable, run: Run) -> System:
+        raise MethodError(f"{run.trained_tokens} tokens")
+
+    monkeypatch.setattr("whet.train.team.team", Second)
+    monkeypatch.setattr("whet.search.budget.measure", lambda *_: Rates(9.0, 9.0, 9.0))
+    monkeypatch.setattr(Recipe, "run", halt)
+    folder = str(write_task(tmp_path / "toy", train=120, test=40))
+    _, _, err = whet(capsys, "apply", "finetune", folder, "--system", model_folder, "--set", "learning_rate=0.001",
+                     "--budget", "10m", "--out", str(tmp_path / "out"))  # fmt: skip
+    assert "777 tokens" in err
 
 
 def test_what_reads_whole_weights_is_refused_in_shards(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -828,7 +934,7 @@ def test_finetune(system: System, data: Learnable, home: Path) -> None:
     # What it cost and how it went is told.
     assert run.spent.trained_tokens > 0
     assert run.spent.training_seconds > 0
-    assert run.notes["steps"] == round(2 * run.notes["rows"] / 8)
+    assert run.notes["steps"] == 2 * math.ceil(run.notes["rows"] / 8) and run.notes["epochs"] == 2
     assert run.notes["rows"] == len(data.validation(seed=3, most=128)[0]) == 36
     curve = [loss for _, loss in run.notes["curves"]["train"]]
     assert curve[-1] < 0.6 * curve[0]
@@ -842,7 +948,7 @@ def test_a_short_training_warms_up_as_the_whole_would(
     for fidelity in (0.4, 1.0):
         METHOD.apply(system, data, Run(Store(home), fidelity=fidelity))
     short, whole = seen
-    assert (short.steps, whole.steps) == (4, 9)
+    assert (short.steps, whole.steps) == (4, 10)
     assert short.at(0) == whole.at(0) == 0.5 * METHOD.learning_rate
 
 
@@ -923,6 +1029,13 @@ def test_finetune_keeps_to_its_budget(system: System, data: Learnable, home: Pat
     half = Run(Store(home), fidelity=0.5)
     METHOD.apply(system, data, half)
     assert half.notes["steps"] == round(free.notes["steps"] / 2)
+
+
+def test_few_rows_are_seen_as_often_as_asked(system: System, data: Learnable, home: Path) -> None:
+    run = Run(Store(home))
+    FineTune(rank=4, epochs=3).apply(system, replace(data, train=data.train[:10]), run)  # 32 rows a step
+    assert run.notes["rows"] == run.notes["batch"] < 10
+    assert run.notes["steps"] == run.notes["epochs"] == 3
 
 
 def test_a_crash_leaves_nothing_behind(system: System, data: Learnable, home: Path, monkeypatch: Any) -> None:
@@ -1143,7 +1256,7 @@ def test_a_long_text_is_as_many_rows_as_it_has_windows(system: System, home: Pat
     only = Learnable("texts", "", "perplexity", (), texts)
     replace(METHOD, epochs=1).apply(replace(system, decoding=Decoding()), only, run)
     assert run.notes["rows"] > 24
-    assert run.notes["steps"] == round(run.notes["rows"] / METHOD.batch)
+    assert run.notes["steps"] == math.ceil(run.notes["rows"] / METHOD.batch)
 
 
 def test_steps_are_reported_to_tensorboard(system: System, data: Learnable, home: Path) -> None:

@@ -231,7 +231,7 @@ class Distill:
         adapter: Adapter,
     ) -> Lesson:  # fmt: skip
         from whet.splits import cut
-        from whet.train.batches import affordable, steps
+        from whet.train.batches import affordable, step_count, steps
         from whet.train.lesson import Lesson
         from whet.train.loop import Schedule, Settings, validations
         from whet.train.losses import Choose, Imitate
@@ -241,13 +241,13 @@ class Distill:
         opened = teacher.model in run.sessions
         heard, pairs, guide, notes = self._heard(teacher, student, rows, run, live)
         wanted, batch = affordable([row for _, row in pairs], self.epochs * len(pairs), self.batch,
-                                   run.trained_tokens, run.seed)  # fmt: skip
+                                   run.trained_tokens, run.seed, live.module)  # fmt: skip
         most, examples = min(round(0.1 * len(heard)), max(24, min(128, round(CHECKED * wanted)))), list(heard)
         checks = {examples[i] for i in cut(examples, most, seed=run.seed, closed=closed)[1]}
         fit, held = ([pair for pair in pairs if (pair[0] in checks) == side] for side in (False, True))
         # What is validated is the plain divergence, so that settings can be compared by it.
         fit, held = _targets(fit, heard, guide, 0, self.temperature), _targets(held, heard, guide, len(fit), 1.0)
-        full = max(1, round(min(wanted, self.epochs * len(fit)) / batch))
+        full = step_count(min(wanted, self.epochs * len(fit)), len(fit), batch)
         turn = full - round(self.on_policy * full) if guide else full
         count = max(1, round(run.fidelity * full))
         source = steps(fit, batch, run.seed)
@@ -474,7 +474,7 @@ def _afforded(
     draw = random.Random(run.seed)
     some = draw.sample(list(rows), min(SAMPLED, len(rows)))
     drafts = [Row(tokens, ((0,),)) for tokens in _prompted(student, some, live, [1] * len(some))[0]]
-    wanted, _ = affordable(drafts, epochs * len(rows), batch, run.trained_tokens, run.seed)
+    wanted, _ = affordable(drafts, epochs * len(rows), batch, run.trained_tokens, run.seed, live.module)
     most = math.ceil(wanted / 0.9) + 24  # a tenth is for validation
     return list(rows) if len(rows) <= most else draw.sample(list(rows), most)
 
