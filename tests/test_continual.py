@@ -12,16 +12,18 @@ import torch
 from models import make_model, make_tokenizer
 from safetensors.torch import load_file
 
+from whet import embed
 from whet import model as models
 from whet.cli import main
 from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession
 from whet.errors import ArtifactError, MethodError, TaskError
 from whet.feedback import Judged, paired
-from whet.memory import Known, as_task, carried, for_task, known, made_up, remember
+from whet.memory import Known, as_task, at_hand, carried, for_task, known, made_up, remember
 from whet.methods import Run
 from whet.methods.continual import Continual
 from whet.methods.finetune import FineTune
+from whet.methods.rag import Rag
 from whet.metrics import get
 from whet.model import Transform
 from whet.retention import drift, forgetting, refused, retention
@@ -40,7 +42,7 @@ from whet.train.loop import _step
 from whet.train.losses import NextToken
 from whet.train.protect import elastic, fisher, lora_layers, merged, mixed, orthogonal
 from whet.train.team import Alone
-from whet.update import update
+from whet.update import begin, update
 
 HEAD = tuple(range(10, 45))
 ROWS = [Row(HEAD + (5, 6), ((7, 8, 9),)), Row(HEAD + (5, 7), ((7, 4),)), Row((3, 4), ((1, 6),))]
@@ -320,6 +322,27 @@ def test_rows_that_new_ones_contradict_are_not_learnt_again(run: Run, model_fold
     assert len(entry["rows"]) == 6 and sum(row["id"] in "abc" for row in entry["rows"]) == 3
 
 
+def test_rows_that_say_no_answer_measure_nothing(run: Run, model_folder: str, stream: Any) -> None:
+    first, second = stream
+    system = base_of(model_folder, first, run)
+    held = tuple(Example(f"h{n}", f"what of {word}?") for n, word in enumerate(WORDS))
+    data = Learnable("replies", "Reply.", "win_rate", train=(Example("t", "where is it?", "here"),))
+    [entry] = remember(system, data, (), (*held, Example("a", "what now?", "wait")))
+    assert entry["metric"] == "token_f1" and [row["id"] for row in entry["held"]] == ["a"]
+    # A card that was written before, or a folder, may hold some: their scores could only be equal.
+    card = {"memory": [Known("replies", "token_f1", system, data.train, held).entry()]}
+    one, _ = known(replace(system, card=card), second.split().learnable, run.session(system.model))
+    assert one.name == "replies" and one.rows == data.train and one.held == ()
+
+
+def test_held_rows_are_carried_once(run: Run, model_folder: str, stream: Any) -> None:
+    first, _ = stream
+    system, data = base_of(model_folder, first, run), first.split().learnable
+    older = replace(first.test[0], id="older", completion="blue", answers=("blue",))
+    [entry] = remember(system, data, [Known("first", "accuracy", system, (), (older, *first.test[1:]))], first.test)
+    assert [row["id"] for row in entry["held"]] == [e.id for e in first.test]  # the newer answer to one question
+
+
 def test_made_up_rows_answer_as_the_system_does(run: Run, model_folder: str, stream: Any) -> None:
     first, _ = stream
     system = base_of(model_folder, first, run)
@@ -469,6 +492,30 @@ def test_nothing_to_keep(run: Run, model_folder: str, stream: tuple[Task, Task])
         Continual().apply(base_of(model_folder, first, run), first.split().learnable, run)
 
 
+def turned(task: Task) -> Task:
+    """Newer data for a task: the same questions, the other answers."""
+    def other(e: Example) -> Example:
+        said = "blue" if e.completion == "red" else "red"
+        return replace(e, completion=said, answers=(said,))
+
+    return replace(task, train=tuple(map(other, task.train)), test=tuple(map(other, task.test)))
+
+
+@pytest.mark.parametrize("name", ["first", "first-2026"])
+def test_rows_that_are_all_contradicted_do_not_come_back(
+    taught: Any, run: Run, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    _, system, (first, _) = taught
+    newer = replace(turned(first), name=name)
+    memory = [Known("first", "accuracy", system, first.split().learnable.train).entry()]
+    # Asked the same questions once more, the System would give the old answers.
+    monkeypatch.setattr("whet.memory.made_up", lambda *_: pytest.fail("rows were made up of contradicted ones"))
+    start = replace(system, card={"task": "first", "memory": memory})
+    made = Continual(**SETTINGS).apply(start, newer.split().learnable, run)
+    assert run.notes["unprotected"] == ["first"] and "earlier" not in run.notes
+    assert scores(made, (newer,), run)[0] > 0.9
+
+
 # --- whet update -----------------------------------------------------------------------------------------------------
 
 
@@ -527,6 +574,87 @@ def test_update_without_kept_rows_makes_some_up(taught: Any, whet: Any, tmp_path
     code, body, _ = whet("update", folder / "system", alone, *settings(epochs=2.0), "--out", out)
     assert code == 0 and body["unmeasured"] == ["first"] and body["earlier"] == []
     assert body["notes"]["earlier"]["first"] > 50
+
+
+@pytest.mark.skipif(not embed.available(), reason="the embedding model is not installed")
+def test_documents_of_an_earlier_task_stay_with_the_system(taught: Any, tmp_path: Path) -> None:
+    folder, system, (first, _) = taught
+    run = Run(Store(folder / "home"))
+    for name, colour in (("docs", "red"), ("others", "blue")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"id": name, "title": "Apple", "text": f"It is {colour}."}))
+    one, other = (
+        Rag(k=1).apply(system, replace(first.split().learnable, documents=tmp_path / f"{name}.jsonl"),
+                       Run(run.store)).sources[0] for name in ("docs", "others")
+    )  # fmt: skip
+    second = load_task(write(tmp_path / "alone", "Say which it is not.", True))
+    # Two tasks with documents of their own, both read alike: by their fingerprints they are one.
+    assert one.fingerprint == other.fingerprint
+    memory = [Known("older", "accuracy", replace(system, instruction="Which?", sources=(other,))).entry()]
+    start = replace(system, sources=(one,), beside=(other,), card={"task": "first", "memory": memory})
+    start.save(tmp_path / "before")
+    made = update(load(tmp_path / "before", run.home), second, run, {"epochs": 0.1, "rank": 4})
+    assert made.system.sources == () and run.notes["earlier"]["first"] > 0
+    made.system.save(tmp_path / "after")
+    again = load(tmp_path / "after", run.home)
+    kept = {k.name: k.asked for k in carried(again)}
+    texts = {name: asked.found(["apple 1"])[0][0].passage.text for name, asked in kept.items() if asked.sources}
+    assert texts == {"first": "It is red.", "older": "It is blue."}
+    assert for_task(again, first).found(["apple 1"]) == kept["first"].found(["apple 1"])
+    assert again.fingerprint == made.system.fingerprint and len(at_hand(again)) == 2
+
+
+def test_the_same_task_is_measured_against_the_system_as_given(taught: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, system, (first, _) = taught
+    run = Run(Store(folder / "home"))
+    given = replace(system, card={"task": "first"}, decoding=replace(system.decoding, prior=(30.0, -30.0)))
+    session = run.session(system.model)
+    worse = evaluate(given, first.test, get("accuracy"), session=session).score
+    assert worse == 0.5 < scores(system, (first,), run)[0]  # calibrated ill, it says one label alone
+    monkeypatch.setattr(Continual, "apply", lambda self, start, data, run: start)
+    made = update(given, first, run)
+    assert made.before.score == worse and made.after.score > 0.9 and made.refused == ""
+    assert run.notes["calibration"] == "anew" and made.system.decoding.prior not in ((), given.decoding.prior)
+    # What is worse than the System that the user has is refused, without kept rows, too.
+    blank = replace(system, model=replace(system.model, transforms=()))
+    monkeypatch.setattr(Continual, "apply", lambda *_: blank)
+    made = update(replace(system, card={"task": "first"}), first, Run(run.store))
+    assert "first loses" in made.refused and [one.task for one in made.lost] == ["first"]
+    memory = [Known("first", "accuracy", system, first.train[:8], first.train[-16:]).entry()]
+    task = replace(first, train=first.train[:40])
+    made = update(replace(system, card={"task": "first", "memory": memory}), task, Run(run.store))
+    assert [one.task for one in made.lost] == ["first, older rows,", "first"] and made.lost[0].n == 16
+
+
+def test_calibration_that_harms_is_left_out(taught: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, system, (first, _) = taught
+    run = Run(Store(folder / "home"))
+    given = replace(system, card={"task": "first"}, decoding=replace(system.decoding, prior=(0.0, 0.0)))
+    monkeypatch.setattr(Continual, "apply", lambda self, start, data, run: start)
+    monkeypatch.setattr("whet.methods.calibrate.batch_prior", lambda _: (30.0, -30.0))
+    made = update(given, first, run)
+    assert run.notes["calibration"] == "gone" and made.system.decoding.prior == () and made.after.score > 0.9
+
+
+def test_newer_data_may_bring_a_label(taught: Any, run: Run) -> None:
+    _, system, (first, _) = taught
+    given = replace(system, card={"task": "first"})
+    green = Example("g", "a leaf 1", "green", ("green",))
+    newer = replace(first, labels=("green", "red"), train=(*first.train, green))
+    assert begin(given, newer, run).decoding.labels == ("red", "blue", "green")
+    spoken = replace(given, decoding=replace(given.decoding, words=("r", "b")))
+    assert begin(spoken, newer, run).decoding.words == ("r", "b", "green")
+    assert begin(given, first, run).decoding == given.decoding
+    for start, task in ((given, replace(newer, labels=())), (replace(spoken, decoding=replace(
+            spoken.decoding, words=("r", "green"))), newer)):  # fmt: skip
+        with pytest.raises(MethodError, match="answers first out of its labels alone.*found .*green"):
+            begin(start, task, run)
+
+
+def test_newer_data_for_the_own_task_needs_no_kept_rows(taught: Any, whet: Any, tmp_path: Path) -> None:
+    folder, _, _ = taught
+    code, body, _ = whet("update", folder / "system", folder / "first", *settings(epochs=1.0), "--out", tmp_path / "o")
+    assert code == 0 and body["notes"]["unprotected"] == ["first"] and "strategy=sequential" in body["recipe"]
+    assert [one["task"] for one in body["earlier"]] == ["first"] and body["unmeasured"] == []
 
 
 def test_judgements_that_go_into_no_pair_are_told() -> None:

@@ -113,8 +113,9 @@ def standard(row: Row) -> tuple[dict[str, Any], str]:
     if history:
         out["history"] = tuple(history)
     if "chosen" in out:
-        out.setdefault("completion", out["chosen"])
-        del out["chosen"]
+        chosen = out.pop("chosen")
+        if out.get("completion") is None:  # a table has a cell for either in every row
+            out["completion"] = chosen
     return out, form
 
 

@@ -24,7 +24,7 @@ from whet.engine import Sampling, Session
 from whet.errors import MethodError, TaskError, nearest
 from whet.metrics import Mean, Outcome, WinRate
 from whet.rows import Row, read, short
-from whet.splits import Leaks, cut, without
+from whet.splits import Leaks, mark, without
 from whet.task import Example, places
 
 if TYPE_CHECKING:
@@ -87,8 +87,10 @@ def load(folder: Path, source: str) -> tuple[tuple[Judged, ...], tuple[str, ...]
 
 def _judged(row: Row, name: str) -> Judged | tuple[Judged, float]:
     """A row as a judgement, or as an answer with its rating."""
-    where, raw = row.where, row.values
-    values, _ = standard(row)
+    where = row.where
+    # A table has a cell for every column: what is null there (in a column of numbers, NaN) is not said at all.
+    raw = {k: v for k, v in row.values.items() if v is not None and not (isinstance(v, float) and math.isnan(v))}
+    values, _ = standard(replace(row, values=raw))
 
     def refuse(what: str, expected: str, found: object = sorted(raw), do: str = "") -> TaskError:
         return TaskError(f"{where}: {what}", expected=expected, found=short(found), do=do)
@@ -210,26 +212,30 @@ def weighted(rows: Sequence[Judged], weights: Sequence[str]) -> tuple[Judged, ..
     return tuple(r for r in found if r.weight > 0)
 
 
-def divide(
-    rows: Sequence[Judged], share: float = JUDGING, seed: int = 0
-) -> tuple[tuple[Judged, ...], tuple[Judged, ...]]:
-    """(for learning, for the judge): the judge gets an annotator of its own, else prompts and groups of its own; what
-    others said of the very same answers is left out of learning.
+def divide(rows: Sequence[Judged], share: float = JUDGING) -> tuple[tuple[Judged, ...], tuple[Judged, ...]]:
+    """(for learning, for the judge): the judge gets prompts and groups of its own, about `share` of them.
 
-    Where all judgements are signed by two annotators or more, it is the one (first by name) who made nearest to `share`
-    of them.
+    Which ones, their hashes alone say: no seed, no count and no annotator. So the judge of one run, or of one round of
+    a growing file, never learns from what a method learnt from in another. Of a single prompt nothing is set aside, of
+    several something; as long as all lie on one side by their hashes, the outermost one is on the other.
     """
-    counts = Counter(r.annotator for r in rows)
-    if len(counts) > 1 and "" not in counts:
-        name = min(sorted(counts), key=lambda a: abs(counts[a] - share * len(rows)))
-        held = [i for i, r in enumerate(rows) if r.annotator == name]
-    else:
-        _, held = cut([r.example for r in rows], round(share * len(rows)), seed=seed, closed=False)
-    mine, judging = set(held), tuple(rows[i] for i in held)
-    # Whoever judged the same two answers told the judge what the learner is told.
-    seen = {(r.prompt, r.history, frozenset((r.chosen, r.rejected))) for r in judging}
-    rest = (r for i, r in enumerate(rows) if i not in mine)
-    return tuple(r for r in rest if (r.prompt, r.history, frozenset((r.chosen, r.rejected))) not in seen), judging
+    # Two annotators' judgements of one answer stay together: either tells the judge what the other tells the learner.
+    places = [_place(r) for r in rows]
+    edges = sorted(set(places))
+    if len(edges) < 2:
+        return tuple(rows), ()
+    edge = min(max(share, (edges[0] + edges[1]) / 2), edges[-1])
+    judging = tuple(r for r, at in zip(rows, places, strict=True) if at < edge)
+    asked, groups = {mark(r.example) for r in judging}, {r.group for r in judging if r.group is not None}
+    rest = (r for r, at in zip(rows, places, strict=True) if at >= edge)
+    # A prompt in two groups may lie on both sides: the judge keeps it.
+    return tuple(r for r in rest if mark(r.example) not in asked and r.group not in groups), judging
+
+
+def _place(row: Judged) -> float:
+    """Where the hash of a judgement's group, or of its prompt where it has none, lies between 0 and 1."""
+    name = mark(row.example) if row.group is None else hashlib.sha256(f"group {row.group}".encode()).hexdigest()
+    return int(name[:12], 16) / 16**12
 
 
 def digest(rows: Sequence[Judged]) -> str:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from whet.engine import Sampling, Session
 from whet.errors import ArtifactError
+from whet.sources import Source
 from whet.splits import mark, without
-from whet.system import System, revive
+from whet.system import System, revive, shelf
 from whet.task import Example, Learnable, Task, load, rows_hash
 
 if TYPE_CHECKING:
@@ -46,6 +47,11 @@ class Known:
     def on(self, system: System) -> System:
         """The model of a System, asked this task."""
         return replace(self.asked, model=system.model)
+
+    @property
+    def usable(self) -> tuple[Example, ...]:
+        """Rows that there is something to learn from."""
+        return tuple(e for e in self.rows if e.completion or e.text)
 
     @property
     def key(self) -> str:
@@ -85,10 +91,16 @@ def carried(system: System) -> tuple[Known, ...]:
 
 def _known(entry: dict[str, Any], system: System) -> Known:
     plain = {"model": {"content": system.model.content, "transforms": []}}
-    indexes = {s.fingerprint: s.folder for s in system.sources if s.folder is not None}
+    own = [shelf(s) for s in entry["asked"].get("sources", ())]
+    indexes = {s.fingerprint: s.folder for s in at_hand(system) if s.folder is not None and shelf(s.settings) in own}
     asked = revive({**entry["asked"], **plain}, system.model.base, indexes, {"task": entry["name"]}, system.home)
     rows, held = (tuple(_example(row) for row in entry[part]) for part in ("rows", "held"))
     return Known(str(entry["name"]), str(entry["metric"]), replace(asked, model=system.model), rows, held)
+
+
+def at_hand(system: System) -> tuple[Source, ...]:
+    """The sources of every task that a System knows, its own among them."""
+    return tuple({shelf(s.settings): s for s in (*system.beside, *system.sources)}.values())
 
 
 def _example(row: dict[str, Any]) -> Example:
@@ -101,7 +113,7 @@ def _example(row: dict[str, Any]) -> Example:
 def for_task(system: System, task: Task) -> System:
     """The System as it is, or asked a task that it was taught before and carries in its card."""
     found = [one.on(system) for one in carried(system) if one.name == task.name != system.card.get("task")]
-    return replace(found[0], card=system.card) if found else system
+    return replace(found[0], card=system.card, beside=at_hand(system)) if found else system
 
 
 def known(
@@ -110,8 +122,9 @@ def known(
     """The tasks to be kept: those in the System's card, and the task's `earlier:` folders, which have more rows.
 
     Rows to learn from come from a folder's train alone; `split` (select or test) says which ones are held to measure
-    by, select where there is no test. Rows that the new ones contradict or repeat (the same question, or one of the
-    same group) are left out of both, and nothing is learnt from rows that the new task is measured on.
+    by, select where there is no test; rows that say no answer measure nothing. Rows that the new ones contradict or
+    repeat (the same question, or one of the same group) are left out of both, and nothing is learnt from rows that the
+    new task is measured on.
     """
     found = {one.name: one for one in carried(system)}
     for folder in data.earlier:
@@ -121,15 +134,34 @@ def known(
         asked = found[task.name].asked if task.name in found else as_task(system, task, session)
         metric = _scorable(task.metric, task.closed)
         found[task.name] = Known(task.name, metric, asked, splits.learnable.train, held, folder)
-    return tuple(_kept(one, data) for one in found.values())
+    return tuple(_kept(replace(one, held=_measurable(one.held)), data) for one in found.values())
 
 
-def _kept(one: Known, data: Learnable) -> Known:
-    """An earlier task without what the new rows contradict, and without rows that the new task is measured on.
+def alike(one: Known, data: Learnable, *asked: str) -> bool:
+    """Whether an earlier task is asked as the new rows are, by one of their instructions: they may contradict it.
 
     Asked in another way the same question is another; but a task of the same name is the same, whatever its prompt.
     """
-    if one.asked.instruction != data.instruction and one.name != data.name:
+    return one.name == data.name or one.asked.instruction in (data.instruction, *asked)
+
+
+def replayed(tasks: Sequence[Known], system: System, data: Learnable) -> tuple[Known, ...]:
+    """The earlier tasks that are learnt again with what the System is taught: those with rows, real or to be made up.
+
+    Of a task that is asked as the new one, made-up rows would be old answers to the new questions; where none of its
+    rows are left, the new ones contradict them all.
+    """
+    return tuple(one for one in tasks if one.usable or not alike(one, data, system.instruction))
+
+
+def _measurable(rows: Sequence[Example]) -> tuple[Example, ...]:
+    """Rows that say an answer: others score the same before and after, and a gate that cannot fail is none."""
+    return tuple(e for e in rows if e.completion or e.answers or e.text)
+
+
+def _kept(one: Known, data: Learnable) -> Known:
+    """An earlier task without what the new rows contradict, and without rows that the new task is measured on."""
+    if not alike(one, data):
         return one
     rows = tuple(e for e in without(one.rows, data.train)[0] if mark(e) not in data.sealed)
     return replace(one, rows=rows, held=without(one.held, data.train)[0])
@@ -148,7 +180,7 @@ def remember(
     """What a System that was just taught a task is to carry in its card, as plain data: that task and all before it.
 
     At most `keep` rows a task, as many of each answer as can be. Where the task was known already, half of them are
-    its older rows. `held` are rows of the task that nothing learnt from.
+    its older rows. `held` are rows of the task that nothing learnt from; those that say no answer are not carried.
     """
     from whet.methods.fewshot import balanced
 
@@ -161,7 +193,9 @@ def remember(
     old = before.get(data.name, Known(data.name, metric, system))
     older = some(old.rows, keep // 2)
     rows = (*older, *some(data.train, keep - len(older)))
-    everything = {**before, data.name: replace(old, metric=metric, asked=system, rows=rows, held=(*old.held, *held))}
+    new = _measurable(held)
+    held = (*without(old.held, new)[0], *new)
+    everything = {**before, data.name: replace(old, metric=metric, asked=system, rows=rows, held=held)}
     return [replace(k, rows=some(k.rows, keep), held=some(k.held, HELD)).entry() for k in everything.values()]
 
 

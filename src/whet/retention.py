@@ -11,8 +11,8 @@ from whet import stats
 from whet.errors import TaskError
 from whet.memory import Known
 from whet.methods import Run
-from whet.metrics import get
-from whet.scorecard import evaluate
+from whet.metrics import Metric, get
+from whet.scorecard import Scorecard, evaluate
 from whet.system import System
 
 if TYPE_CHECKING:
@@ -83,6 +83,15 @@ class Lost:
                 f"({self.before:.3g} to {self.after:.3g}); {self.allowed:g} allowed")  # fmt: skip
 
 
+def loss(name: str, before: Scorecard, after: Scorecard, metric: Metric, allowed: float, seed: int = 0) -> Lost:
+    """What a task lost between two scorecards on the same rows; `allowed` is in points."""
+    unit = 100.0 if metric.higher_is_better else 100.0 / before.score
+    paired = stats.compare(before.outcomes, after.outcomes, metric, seed)
+    kept = stats.not_worse(before.outcomes, after.outcomes, metric, allowed / unit, seed)
+    return Lost(name, paired.n, before.score, after.score, -unit * paired.difference, -unit * paired.high,
+                -unit * paired.low, allowed, kept.ok)  # fmt: skip
+
+
 def forgetting(
     before: System, after: System, tasks: Sequence[Known], run: Run, allowed: float | None = None, trust: bool = False
 ) -> tuple[Lost, ...]:
@@ -105,12 +114,7 @@ def forgetting(
                      seed=run.seed, store=run.store, progress=run.progress(f"scoring {one.name}"))
             for system in (before, after)
         ]  # fmt: skip
-        old, new = (card.outcomes for card in cards)
-        unit = 100.0 if metric.higher_is_better else 100.0 / cards[0].score
-        paired = stats.compare(old, new, metric, run.seed)
-        kept = stats.not_worse(old, new, metric, margin / unit, run.seed)
-        found.append(Lost(one.name, paired.n, cards[0].score, cards[1].score, -unit * paired.difference,
-                          -unit * paired.high, -unit * paired.low, margin, kept.ok))  # fmt: skip
+        found.append(loss(one.name, cards[0], cards[1], metric, margin, run.seed))
     return tuple(found)
 
 

@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -154,7 +154,8 @@ def _greatest(choices: Sequence[str], scores: tuple[float, ...], truncated: bool
 class System:
     """Model, prompt, demonstrations, sources and decoding. Its fingerprint, of contents, is its identity.
 
-    `frame` is how a question is written, those of demonstrations too: `{question}` stands in it once.
+    `frame` is how a question is written, those of demonstrations too: `{question}` stands in it once. `beside` are the
+    sources of other tasks that the card holds (`memory`): they lie with the System, and it does not look into them.
     """
 
     model: ModelRef
@@ -165,6 +166,7 @@ class System:
     card: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)
     home: Path = field(default=Path(".whet"), compare=False, repr=False)
     frame: str = SLOT
+    beside: tuple[Source, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.frame.count(SLOT) != 1:
@@ -394,12 +396,15 @@ class System:
             if transform.folder is None:
                 raise ArtifactError(f"the {transform.kind} {transform.fingerprint[:12]} is not at hand")
             shutil.copytree(transform.folder, work / "transforms" / transform.fingerprint)
-        for source in self.sources:
+        own = [shelf(s.settings) for s in self.sources]
+        placed = [(s, work / "sources" / s.fingerprint) for s in self.sources]
+        placed += [(s, work / "earlier" / name) for s in self.beside if (name := shelf(s.settings)) not in own]
+        for source, place in placed:
             if source.store:
                 continue
-            if source.folder is None:
+            if source.folder is None or not source.folder.is_dir():
                 raise ArtifactError(f"the index {source.fingerprint[:12]} is not at hand")
-            shutil.copytree(source.folder, work / "sources" / source.fingerprint)
+            shutil.copytree(source.folder, place)
         if self_contained and not self.model.remote and self.model.whole is None:
             shutil.copytree(local_folder(self.model, self.home), work / "base")
             body["base_hash"] = hash_files([p for p in (work / "base").iterdir() if p.is_file()])
@@ -427,6 +432,20 @@ def _card_text(system: System) -> str:
         lines += ["## Scorecard", "", "```json", json.dumps(card["scorecard"], indent=1, ensure_ascii=False), "```", ""]
     lines += ["Answer with `whet chat`, `whet evaluate`, or `whet.load(folder).answer(prompt)`.", ""]
     return "\n".join(lines)
+
+
+def shelf(settings: Mapping[str, Any]) -> str:
+    """What a source of an earlier task is filed under: two of one fingerprint may hold different documents."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _beside(body: dict[str, Any], folder: Path) -> tuple[Source, ...]:
+    """The sources of the tasks that a card holds, but for the System's own; each lies in `folder`, by its shelf."""
+    told = {shelf(s): s for one in body["card"].get("memory", ()) for s in one["asked"].get("sources", ())}
+    for own in body.get("sources", ()):
+        told.pop(shelf(own), None)
+    made = {name: revive_source(settings, {}) for name, settings in told.items()}
+    return tuple(revive_source(told[name], {s.fingerprint: folder / name}) for name, s in made.items())
 
 
 def _later(progress: Progress, before: int, whole: int) -> Progress:
@@ -488,7 +507,8 @@ def load(folder: str | Path, home: Path | None = None, *, trust: bool = False) -
         folders = {f: path / kind / f for kind, prints in named.items() for f in prints}
         base = str(path / "base") if "base_hash" in body else body["base"]
         system, written = revive(body, base, folders, body["card"], home or home_folder()), str(body["fingerprint"])
-    except (KeyError, TypeError, ValueError, OSError) as error:
+        system = replace(system, beside=_beside(body, path / "earlier"))
+    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         raise ArtifactError(
             f"{file} cannot be read", expected="a System that whet wrote", found=str(error)[:160], do="write it again"
         ) from error
@@ -498,7 +518,7 @@ def load(folder: str | Path, home: Path | None = None, *, trust: bool = False) -
             expected=f"fingerprint {written[:12]}", found=system.fingerprint[:12],
             do="restore it, or build the System anew",
         )  # fmt: skip
-    servers = [base] if base.startswith("openai:") else [s.store for s in system.sources if s.store]
+    servers = [base] if base.startswith("openai:") else [s.store for s in (*system.sources, *system.beside) if s.store]
     if servers and not trust:
         raise ArtifactError(
             f"{path} answers through a server", expected="--trust (in Python: trust=True)", found=servers[0],

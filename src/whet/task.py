@@ -171,7 +171,7 @@ class Task:
         judged, spoilt = without_held(self.judged, (*self.test, *select))
         judging: tuple[Judged, ...] = ()
         if self.metric == "win_rate":
-            judged, judging = divide(judged, seed=seed)
+            judged, judging = divide(judged)
         alone = self.metric == "win_rate" and not self.train
         train, more = without(self.train or tuple(r.example for r in pairs(judged) if alone), (*self.test, *select))
         leaks += spoilt

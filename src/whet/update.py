@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,17 @@ from whet import stats
 from whet.errors import MethodError
 from whet.feedback import load as load_feedback
 from whet.feedback import paired, weighted
-from whet.memory import Known, as_task, carried, known, remember
+from whet.memory import Known, as_task, at_hand, carried, known, remember
 from whet.methods import Method, Run, make
+from whet.methods.calibrate import Calibrate
+from whet.methods.continual import BY_ROWS, Continual
 from whet.methods.reward import metric_of
-from whet.retention import ALLOWED, Lost, drift, forgetting, refused
+from whet.metrics import Metric, get
+from whet.retention import ALLOWED, Lost, drift, forgetting, loss, refused
 from whet.scorecard import Scorecard, evaluate
 from whet.search.recipe import Recipe
 from whet.system import System
-from whet.task import Splits, Task
+from whet.task import Example, Splits, Task
 
 LOOKED_AT = 64  # rows of the new task that drift is told from
 LONGER, DRIFTED = 1.5, 0.5  # feedback may make answers so many times as long, and move them so many nats a token
@@ -59,16 +62,45 @@ class Update:
         }  # fmt: skip
 
 
+def own(system: System, task: Task) -> bool:
+    """Whether a task is the one that a System answers already, by its name or by how it is asked."""
+    asked = (system.instruction, system.decoding.labels)
+    return system.card.get("task") == task.name or asked == (task.instruction, task.labels)
+
+
 def begin(system: System, task: Task, run: Run) -> System:
-    """The System asked the task that it is to learn; its card then holds its own task, too, as one to keep."""
-    name, asked = system.card.get("task"), (system.instruction, system.decoding.labels)
-    if name == task.name or asked == (task.instruction, task.labels):
-        return replace(system, decoding=replace(system.decoding, prior=()))
-    kept = {one.name: one for one in carried(system)}
-    own = Known(name or "what it knew", "accuracy" if system.decoding.closed else "token_f1", system)
-    memory = [one.entry() for one in {own.name: own, **kept}.values()]
-    new = kept[task.name].on(system) if task.name in kept else as_task(system, task, run.session(system.model))
-    return replace(new, card={"task": name, "memory": memory})
+    """The System asked the task that it is to learn; its card then holds its own task, too, as one to keep.
+
+    Newer data may bring new labels: they stand behind those that it answers from. Raises MethodError for answers that
+    it can never give.
+    """
+    if own(system, task):
+        return _widened(replace(system, decoding=replace(system.decoding, prior=())), task)
+    kept, name = {one.name: one for one in carried(system)}, system.card.get("task")
+    known_by = Known(name or "what it knew", "accuracy" if system.decoding.closed else "token_f1", system)
+    memory = [one.entry() for one in {known_by.name: known_by, **kept}.values()]
+    new = _widened(kept[task.name].on(system), task) if task.name in kept else None
+    new = new or as_task(system, task, run.session(system.model))
+    return replace(new, card={"task": name, "memory": memory}, beside=at_hand(system))
+
+
+def _widened(system: System, task: Task) -> System:
+    """The System with the task's labels beside its own."""
+    old = system.decoding
+    new = tuple(label for label in task.labels if label not in old.labels)
+    rows = [e for e in (*task.train, *task.dev, *task.test) if e.completion and not e.choices]
+    other = next((e.completion for e in rows if e.completion not in (*old.labels, *new)), None)
+    taken = next((label for label in new if label in old.words), None)
+    if old.closed and old.labels and (other is not None or taken is not None):
+        raise MethodError(
+            f"the System answers {task.name} out of its labels alone", expected=", ".join(old.labels)[:120],
+            found=f"{taken!r}, its word for another" if other is None else repr(other[:60]),
+            do="name all labels in task.yaml, or give the task another name and instruction",
+        )  # fmt: skip
+    if not new or not old.labels:
+        return system
+    words = (*old.words, *new) if old.words else ()
+    return replace(system, decoding=replace(old, labels=(*old.labels, *new), words=words, prior=()))
 
 
 def update(
@@ -77,9 +109,9 @@ def update(
     """Teach a System a task's train rows (by `continual`) or the judgements of a file (by `dpo`; by `kto` where most
     are thumbs without a counterpart).
 
-    Earlier tasks are kept by their `earlier:` folders, or by the rows that the System carries. After feedback, the
-    task itself is one that must not lose, and answers must not grow or drift much. Raises MethodError or TaskError for
-    what cannot be learnt or measured.
+    Earlier tasks are kept by their `earlier:` folders, or by the rows that the System carries. A task that it answers
+    already must not lose against the System as it was given; after feedback, answers must not grow or drift much,
+    either. Raises MethodError or TaskError for what cannot be learnt or measured.
     """
     settings = dict(settings or {})
     if feedback is not None:
@@ -89,23 +121,17 @@ def update(
         task = replace(task, judged=judged)
         run.notes |= {"weights": list(weights)} if weights else {}
     splits, start = task.split(run.seed), begin(system, task, run)
-    found, single = paired(splits.learnable.judged)
-    by = "continual" if feedback is None else "dpo" if found and len(found) >= len(single) else "kto"
-    method = make(by, settings)
+    given = system if own(system, task) else start
     rows = splits.confirm or splits.select
-    metric = metric_of(task, start, run)
     if not rows:
         raise MethodError("nothing to measure on", expected="test rows, or enough train rows", found="none")
-    after = method.apply(start, splits.learnable, run)
     tasks = known(start, splits.learnable, run.session(start.model), split="test", seed=run.seed)
-    itself = feedback is not None and metric.name != "win_rate"
-    guarded = (*tasks, *([Known(task.name, task.metric, start, (), rows, task.folder)] if itself else ()))
-    lost = forgetting(start, after, guarded, run, task.limits.forgetting, task.trusted)
-    cards = [
-        evaluate(one, rows, metric, session=run.session(one.model), split="test", seed=run.seed, store=run.store,
-                 progress=run.progress("answering"))
-        for one in (start, after)
-    ]  # fmt: skip
+    method, unused = _method(settings, splits, tasks, feedback is not None, run)
+    metric = metric_of(task, given, run)
+    after = _calibrated(given, method.apply(start, splits.learnable, run), splits, metric, run)
+    cards = _cards(given, after, rows, metric, run)
+    itself = metric.name != "win_rate" and (feedback is not None or own(system, task))
+    lost = _lost((start, given, after), task, tasks, (*cards, metric) if itself else None, run)
     length = tuple(sum(len(o.answer.split()) for o in card.outcomes) / card.n for card in cards)
     moved = _drift(start, after, splits, run)
     why = [refused(lost)]
@@ -120,12 +146,82 @@ def update(
     memory = remember(after, splits.learnable, tasks, splits.select or rows, seed=run.seed)
     card = _card(system, method, task, cards[1], memory)
     compared = stats.compare(cards[0].outcomes, cards[1].outcomes, metric, run.seed)
+    told = {one.task for one in lost}
     return Update(
-        replace(after, card=card), cards[0], cards[1], compared, lost, tuple(one.name for one in tasks if not one.held),
-        (length[0], length[1]), moved, splits.dropped, tuple(r.id for r in single if by == "dpo"),
-        "; ".join(filter(None, why)),
+        replace(after, card=card), *cards, compared, lost,
+        tuple(one.name for one in tasks if not one.held and one.name not in told), (length[0], length[1]), moved,
+        splits.dropped, unused, "; ".join(filter(None, why)),
         {k: v for k, v in run.notes.items() if k != "curves"},
     )  # fmt: skip
+
+
+def _method(
+    settings: Mapping[str, Any], splits: Splits, tasks: Sequence[Known], judged: bool, run: Run
+) -> tuple[Method, tuple[str, ...]]:
+    """What teaches, and the judgements that it leaves unused.
+
+    Newer data for a task that nothing else is known beside, and no rows are kept of, is trained on as it is.
+    """
+    found, single = paired(splits.learnable.judged)
+    by = "continual" if not judged else "dpo" if found and len(found) >= len(single) else "kto"
+    method = make(by, settings)
+    if isinstance(method, Continual) and method.strategy in BY_ROWS and not tasks:
+        run.notes["unprotected"] = [splits.learnable.name]
+        method = replace(method, strategy="sequential")
+    return method, tuple(r.id for r in single if by == "dpo")
+
+
+def _calibrated(given: System, taught: System, splits: Splits, metric: Metric, run: Run) -> System:
+    """The System calibrated anew where it was before and does not score worse so; else as it is.
+
+    That is told on rows to select by; where these are what is measured on, on those it learnt from.
+    """
+    if not given.decoding.prior:
+        return taught
+    data, gone = splits.learnable, "gone"
+    rows = ((splits.select if splits.confirm else ()) or data.train)[:LOOKED_AT]
+    try:
+        made = Calibrate().apply(taught, data, run)
+    except MethodError:  # no prompts to tell it from
+        run.notes["calibration"] = gone
+        return taught
+    plain, anew = (card.score for card in _cards(taught, made, rows, metric, run))
+    better = anew >= plain if metric.higher_is_better else anew <= plain
+    run.notes["calibration"] = "anew" if better else gone
+    return made if better else taught
+
+
+def _cards(
+    first: System, second: System, rows: Sequence[Example], metric: Metric, run: Run
+) -> tuple[Scorecard, Scorecard]:
+    def scored(one: System) -> Scorecard:
+        return evaluate(one, rows, metric, session=run.session(one.model), split="test", seed=run.seed,
+                        store=run.store, progress=run.progress("answering"))  # fmt: skip
+
+    return scored(first), scored(second)
+
+
+def _lost(
+    systems: tuple[System, System, System], task: Task, tasks: Sequence[Known],
+    itself: tuple[Scorecard, Scorecard, Metric] | None, run: Run,
+) -> tuple[Lost, ...]:  # fmt: skip
+    """What each earlier task lost by the systems (start, as given, after), and what the new one did, `itself`.
+
+    The others are asked alike before and after. A task that the System answered already, its older rows too, is
+    answered by the System as it was given and as it is now, calibration and all: these are what its user has.
+    """
+    (start, given, after), allowed = systems, task.limits.forgetting
+    guarded = [one for one in tasks if itself is None or one.name != task.name]
+    found = list(forgetting(start, after, guarded, run, allowed, task.trusted))
+    if itself is None:
+        return tuple(found)
+    margin = ALLOWED if allowed is None else allowed
+    for one in tasks:
+        if one.name == task.name and one.held:
+            metric = get(one.metric, one.folder, task.trusted)
+            older = _cards(given, after, one.held, metric, run)
+            found.append(loss(f"{one.name}, older rows,", *older, metric, margin, run.seed))
+    return (*found, loss(task.name, *itself, margin, run.seed))
 
 
 def _drift(before: System, after: System, splits: Splits, run: Run) -> float | None:

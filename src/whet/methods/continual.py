@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from whet.train.lesson import Lesson
 
 STRATEGIES = ("replay", "sequential", "ewc", "orthogonal", "merge")
+BY_ROWS = ("replay", "ewc", "merge")  # what these keep, they know from rows of the earlier tasks
 STRENGTH = {"ewc": 1000.0, "orthogonal": 0.5}  # orthogonal: as in the scripts released with O-LoRA
 CHECKS = 24  # rows of each earlier task that every validation looks at
 INFORMED = 64  # rows of each earlier task that the Fisher information is taken from
@@ -65,17 +66,24 @@ class Continual(FineTune):
         return {"share": (0.125, 0.25, 0.5), "learning_rate": (3e-4, 1e-3)}
 
     def apply(self, system: System, data: Learnable, run: Run) -> System:
-        """The System taught the new task; raises MethodError where there is nothing that could be forgotten."""
-        from whet.memory import known
+        """The System taught the new task; raises MethodError where there is nothing that could be forgotten.
+
+        Where the new rows contradict all there is of the earlier tasks, they are trained on without protection.
+        """
+        from whet.memory import known, replayed
         from whet.task import rows_hash
         from whet.train.adapters import Adapter
         from whet.train.lesson import key, teach
 
-        tasks = known(system, data, run.session(system.model), seed=run.seed)
+        every = known(system, data, run.session(system.model), seed=run.seed)
+        tasks = replayed(every, system, data)
+        if every and not tasks and self.strategy in BY_ROWS:
+            run.notes["unprotected"] = [one.name for one in every]
+            return replace(self, strategy="sequential").apply(system, data, run)
         # Groups have said what contradicts what. All phrasings of a fact held out would be a fact that is never taught,
         # and the weights that were kept those that know it least wrongly.
         data = replace(data, train=tuple(replace(e, group=None) for e in data.train))
-        if not tasks and self.strategy in ("replay", "ewc", "merge"):
+        if not tasks and self.strategy in BY_ROWS:
             raise MethodError(
                 "nothing to keep", expected="`earlier:` in task.yaml, or a System that was taught before",
                 found="neither", do="use finetune",
@@ -143,7 +151,7 @@ class Continual(FineTune):
         fit: list[list[Row]] = []
         checks: list[list[Row]] = []
         for one in tasks:
-            rows = [replace(e, group=None) for e in one.rows if e.completion or e.text]
+            rows = [replace(e, group=None) for e in one.usable]
             rows = rows or list(made_up(one, system, live, [e.prompt for e in data.train if e.prompt], run.seed))
             kept, held = cut(rows, min(CHECKS, len(rows) // 4), seed=run.seed, closed=one.asked.decoding.closed)
             if not kept:
