@@ -420,9 +420,9 @@ def update(
         if made.unused:
             print(f"unused   {len(made.unused)} judgements without a counterpart; to learn from them: whet apply kto")
         if calibration := made.notes.get("calibration"):
-            print(f"calibrated {'anew' if calibration == 'anew' else 'no longer: what was taught scores more without it'}")
+            print(f"calibrated {'anew' if calibration == 'anew' else 'no longer: it scores more without'}")
         if unprotected := made.notes.get("unprotected"):
-            print(f"nothing of {', '.join(unprotected)} was replayed: no rows of it are kept that the new ones leave true")
+            print(f"nothing of {', '.join(unprotected)} was replayed: none of its rows is kept, or still true")
         print(f"drift {made.drift:.3f} nats a token" if made.drift is not None else "drift not measured: no answers")
     if made.refused:
         raise MethodError(f"refused: {made.refused}", do="set strategy or share, or limits.forgetting in task.yaml")
