@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_remote import Play, serving
 
+from whet import embed
 from whet.engine import Chat, Prompt
 from whet.engine.fake import FakeSession
 from whet.errors import ArtifactError, MethodError
@@ -345,6 +346,10 @@ def test_improve_tries_it_as_large_as_the_budget_allows(base: System) -> None:
     from whet.search.budget import Rates
 
     assert {"prompting", "prompting(calibrated=True)+calibrate"} <= {r.name for r in prompting_recipes(DATA)}
+    many = replace(DATA, labels=tuple(f"intent {n}" for n in range(30)))
+    if embed.available():  # a sample of 8 shows few of many labels; the neighbours' are the likely ones
+        assert prompting_recipes(many)[0].name == "fewshot(k=8,selection=nearest)"
+        assert prompting_recipes(DATA)[0].name == "calibrate"
     free = replace(DATA, labels=(), metric="token_f1")
     assert "prompting" in [r.name for r in prompting_recipes(free)]
     assert "prompting" not in [r.name for r in prompting_recipes(replace(free, metric="recall@5"))]

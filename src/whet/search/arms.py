@@ -51,8 +51,9 @@ def prompting_recipes(data: Learnable) -> list[Recipe]:
     facts = [recipe(one), recipe("knowledge"), recipe(one, ("fewshot", {"k": 4}))] if nearest else []
     reading = nearest and data.documents is not None
     if data.labels:
-        # Many labels: a balanced sample cannot show them all, so the neighbours' labels matter more.
-        k = 16 if len(data.labels) <= 16 else 8
+        # Many labels: a balanced sample cannot show them all, so the neighbours' labels matter more, and come first.
+        many = len(data.labels) > 16
+        k = 8 if many else 16
         found = [
             recipe("calibrate"),
             recipe(("fewshot", {"k": k})),
@@ -63,7 +64,7 @@ def prompting_recipes(data: Learnable) -> list[Recipe]:
             *(recipe(("calibrate", {"kind": kind})) for kind in ("contextual", "domain")),
         ]
         if nearest:
-            found.append(recipe(("fewshot", {"k": 8, "selection": "nearest"})))
+            found.insert(0 if many else len(found), recipe(("fewshot", {"k": 8, "selection": "nearest"})))
             found.append(recipe(("fewshot", {"k": k, "selection": "diverse"}), "calibrate"))
         return found + facts + ([recipe(read), recipe(read, "calibrate")] if reading else [])
     found = [*facts, recipe(("fewshot", {"k": 4}))]
