@@ -392,22 +392,27 @@ def test_the_base_is_measured_however_late_it_is(task: Path, tmp_path: Path, mon
     assert status.pop("base") == "done" and set(status.values()) == {"truncated"}
 
 
+@pytest.mark.parametrize("after", [0, 1])  # arms of the second rung that are still scored
 def test_what_was_scored_before_the_clock_stopped_stands(
-    task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = Race.enter
 
     def enter(self: Race, *args: Any, **known: Any) -> Trial:
-        if known.get("rung", 0) > 0:
+        later.append(known.get("rung", 0) > 0)
+        if sum(later) > after:
             self.deadline = 0.0
         return plain(self, *args, **known)
 
+    later: list[bool] = []
     monkeypatch.setattr(Race, "enter", enter)
     made = improve(write_task(tmp_path / "wide", train=900), model="fake:keyword", budget="2m", out=tmp_path / "out",
                    home=tmp_path / "home")  # fmt: skip
     seen = {t["name"]: t for t in made.result["trials"] if t["status"] == "truncated"}
     assert seen and all(t["examples"] == 60 and t["select"] for t in seen.values())
-    assert made.result["chosen"]["name"] in seen and made.result["confirm"]["improved"]
+    most = max(t["examples"] for t in made.result["trials"] if t["name"] != "base")
+    chosen = next(t for t in made.result["trials"] if t["name"] == made.result["chosen"]["name"])
+    assert chosen["examples"] == most == (90 if after else 60) and made.result["confirm"]["improved"]
 
 
 def test_no_arm_is_dropped_twice_by_the_same_rows(

@@ -25,7 +25,7 @@ from whet.report.view import (
     records,
     sequence,
     short,
-)  # fmt: skip
+)
 
 Figure = dict[str, Any]
 

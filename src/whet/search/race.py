@@ -210,7 +210,8 @@ class Race:
         for rung, count in enumerate(counts):
             trials = [self.enter(r, s, rung=rung, examples=count, label=label) for r, s, label in going]
             scored = [t for t in trials if t.card]
-            if not scored or count == whole or all(t.status == "truncated" for t in scored):
+            # Where the clock has stopped some, they stand on fewer rows than others: there is nothing to compare.
+            if not scored or count == whole or any(t.status == "truncated" for t in scored):
                 return scored
             best = max(scored, key=self.merit)
             keep = sorted(scored, key=self.merit, reverse=True)[: max(1, len(scored) // 2)]
