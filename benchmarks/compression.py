@@ -41,7 +41,9 @@ KINDS = (
     "quantize", "quantize(activations=False)", "quantize(bits=4,rounding=nearest)", "quantize(bits=4,rounding=hqq)",
     "quantize(bits=4)", "quantize(bits=4,embedding=4)",
 )  # fmt: skip
-SHAPES = ("prune(width=0.5,spare=500)", "prune(layers=22,spare=500)")
+SHAPES = ("prune(width=0.5,spare=500)", "prune(layers=22,spare=500)", "prune(layers=0.5,spare=500)",
+          "prune(spare=500)+share(groups=0.5)")  # fmt: skip
+ASKED = {8: (0.52, 0.01, 1.6), 4: (0.36, 0.02, 1.0)}  # bits: at most of the bytes, points lost; at least decoded
 RATES = (3e-5, 1e-4)  # of students' trainings: 3e-4 undoes what is left of a model that lost a quarter of its layers
 CHOSEN_ON = 300  # select rows by which the rate is chosen
 WORDS = ("the", "story", "of", "people", "in", "a", "city", "was", "not", "bad", "at", "all", "and", "funny")
@@ -115,6 +117,16 @@ class Bench(common.Bench):
                 f"{100 * kept.bound:.1f}")  # fmt: skip
 
 
+    def asked(self, bits: int, share: float, card: Any, faster: float) -> str:
+        """What was asked of so many bits, and whether it was met."""
+        most, margin, least = ASKED[bits]
+        loss = self.card.score - card.score if self.metric.higher_is_better else card.score - self.card.score
+        parts = (("of the bytes", share, most, share <= most), ("lost", loss, margin, loss <= margin),
+                 ("× decoding", faster, least, faster >= least))  # fmt: skip
+        return ", ".join(f"{value:.3f} {what} (asked: {limit:g}; {'met' if ok else 'MISSED'})"
+                         for what, value, limit, ok in parts)  # fmt: skip
+
+
 def words(seed: int, count: int) -> str:
     """A prompt of random words."""
     draw = random.Random(seed)
@@ -169,6 +181,7 @@ def speeds(bench: Bench, systems: dict[str, Any], repeats: int) -> dict[str, tup
 
 def quantize(bench: Bench) -> dict[str, Any]:
     """Every kind of quantization of the tuned System."""
+    from whet.probe import probe
     from whet.scorecard import size_bytes
 
     systems, rows = {"tuned, 16 bits": bench.tuned}, []
@@ -177,7 +190,11 @@ def quantize(bench: Bench) -> dict[str, Any]:
         systems[kind] = system
         worst = ", ".join(f"{r['layer']} {100 * r['error']:.1f} %" for r in notes["quantized"]["layers"][:3])
         print(f"{kind}: {seconds:.0f} s (0: kept); worst layers {worst}")
-    whole = notes["quantized"]["was"]
+    whole, metric = notes["quantized"]["was"], bench.metric.name
+    peak = {}
+    for n, (name, system) in enumerate(systems.items()):  # each in a process of its own
+        peak[name] = probe(system.save(bench.run.home / f"probed-{bench.task.name}-{n}"), bench.run.home, bench.test,
+                           metric)[1]  # fmt: skip
     fast = speeds(bench, systems, bench.options.repeats)
     old = fast["tuned, 16 bits"]
     for name, system in systems.items():
@@ -187,9 +204,13 @@ def quantize(bench: Bench) -> dict[str, Any]:
         new = fast[name]
         rows.append([name, f"{size / 1e6:.1f}", f"{100 * size / whole:.1f} %", f"{100 * card.score:.1f}", lost, bound,
                      bench.divergence(system), f"{new[0]:.1f} ({new[0] / old[0]:.2f}×)",
-                     f"{new[1]:.0f} ({new[1] / old[1]:.2f}×)"])  # fmt: skip
+                     f"{new[1]:.0f} ({new[1] / old[1]:.2f}×)", f"{peak[name] / 1e6:.0f}"])  # fmt: skip
+        if system is not bench.tuned:
+            asked = bench.asked(4 if "bits=4" in name else 8, size / whole, card, new[0] / old[0])
+            print(f"{name}: {asked}")
     print(f"\n{len(bench.test)} test rows, metric {bench.metric.name}")
-    head = ["", "MB", "of 16 bits", "score", "points lost", "bound", "divergence", "decoded/s", "read/s"]
+    head = ["", "MB", "of 16 bits", "score", "points lost", "bound", "divergence", "decoded/s", "read/s",
+            "MB of memory"]  # fmt: skip
     print(common.table(head, rows))
     return {row[0]: row[1:] for row in rows}
 
@@ -198,7 +219,8 @@ def teach(bench: Bench) -> dict[str, Any]:
     """A teacher with 16 demonstrations and the student that has to do without them."""
     from whet.probe import probe
 
-    teacher, _, _ = bench.made("fewshot(k=16)+calibrate" if bench.task.labels else "fewshot(k=16)", bench.base)
+    shown = bench.options.teacher or ("fewshot(k=16)+calibrate" if bench.task.labels else "fewshot(k=16)")
+    teacher, _, _ = bench.made(shown, bench.base)
     student, _, seconds = bench.made(bench.options.student, teacher)
     cards, times = {}, {}
     for name, system in (("base", bench.base), ("teacher", teacher), ("student", student)):
@@ -279,6 +301,7 @@ def peers(bench: Bench) -> dict[str, Any]:
     if not folder.exists():
         export(bench.tuned, "gguf", folder, check=False)
     source, rows = next(folder.glob("*.gguf")), []
+    old = speeds(bench, {"tuned": bench.tuned}, bench.options.repeats)["tuned"]
     tokenizer = bench.run.session(bench.tuned.model).tokenizer
     for kind, number in LLAMA.items():
         file = bench.run.home / f"{bench.task.name}-{kind}.gguf"
@@ -295,7 +318,9 @@ def peers(bench: Bench) -> dict[str, Any]:
         new = [statistics.median(each) for each in zip(*fast, strict=True)]
         lost, bound = bench.lost(card)
         rows.append([kind, f"{file.stat().st_size / 1e6:.1f}", f"{100 * card.score:.1f}", lost, bound, apart,
-                     f"{new[0]:.1f}", f"{new[1]:.0f}"])  # fmt: skip
+                     f"{new[0]:.1f} ({new[0] / old[0]:.2f}×)", f"{new[1]:.0f} ({new[1] / old[1]:.2f}×)"])  # fmt: skip
+        share = file.stat().st_size / source.stat().st_size
+        print(f"{kind}: {bench.asked(8 if kind == 'Q8_0' else 4, share, card, new[0] / old[0])}")
         session.close()
     print(f"\n### llama.cpp on the same System, {len(bench.test)} rows\n")
     print(common.table(["", "MB", "score", "points lost", "bound", "divergence", "decoded/s", "read/s"], rows))
@@ -313,6 +338,7 @@ def main() -> None:
     options.add_argument("--epochs", type=float, default=3.0)
     options.add_argument("--tokens", type=int, default=None, help="bound of the tokens that healing may train on")
     options.add_argument("--kinds", nargs="*", default=KINDS, help="quantizations")
+    options.add_argument("--teacher", default="", help="of `teach`, say rag(k=2); by default 16 demonstrations")
     options.add_argument("--student", default="distill", help="how the student of `teach` is made")
     options.add_argument("--shapes", nargs="*", default=SHAPES, help="students; of the first, `composed` is made")
     options.add_argument("--rates", nargs="*", type=float, default=RATES, help="learning rates of students' trainings")

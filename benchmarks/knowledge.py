@@ -47,20 +47,26 @@ class Shown:
         """What tells it from others."""
         return {"kind": "shown", "fingerprint": self.fingerprint}
 
-    def find(self, questions: Sequence[str], home: Path, k: int | None = None) -> list[Any]:
+    def find(self, questions: Sequence[Any], home: Path, k: int | None = None) -> list[Any]:
         """One passage for each question."""
         from whet.documents import Passage
         from whet.retrieval import Found
 
-        return [[Found(Passage("", "", text, "", 0), 1.0) for text in self.texts.get(q, ())] for q in questions]
+        return [[Found(Passage("", "", text, "", 0), 1.0) for text in self.texts.get(q.now, ())] for q in questions]
 
 
 def kaping(rows: Sequence[Any], facts: Any, home: Path) -> dict[str, list[str]]:
-    """Entities by string match, triples of two hops as "(s, r, o)", the ten most like the question by embedding."""
+    """All entities whose names or aliases a question says as whole words, the triples within two hops of them as
+    "(s, r, o)", and of these the ten most like the question by embedding."""
     import numpy as np
 
     from whet.embed import Embedder
+    from whet.linking import MOST_WORDS, words
 
+    named: dict[str, set[str]] = {}
+    for one in {part for s, _, o in facts.triples for part in (s, o)}:
+        for name in facts.named(one):
+            named.setdefault(" ".join(words(name)), set()).add(facts.named(one)[0])
     told = [tuple(facts.named(part)[0] for part in one) for one in facts.triples]
     near: dict[str, list[int]] = {}
     for n, (s, _, o) in enumerate(told):
@@ -70,7 +76,11 @@ def kaping(rows: Sequence[Any], facts: Any, home: Path) -> dict[str, list[str]]:
     embedder, made = Embedder(home), {}
     vectors, asked = embedder(lines), embedder([e.prompt for e in rows])
     for row, vector in zip(rows, asked, strict=True):
-        linked = sorted((name for name in near if name.lower() in row.prompt.lower()), key=len, reverse=True)[:1]
+        said, linked, at = words(row.prompt), list[str](), 0
+        while at < len(said):  # the longest name from here on
+            size = next((n for n in range(MOST_WORDS, 0, -1) if " ".join(said[at : at + n]) in named), 0)
+            linked += sorted(named[" ".join(said[at : at + size])]) if size else []
+            at += max(1, min(size, len(said) - at))
         found: set[int] = set()
         for _ in range(KAPING_HOPS):
             found |= {n for name in linked for n in near[name][:1000]}
@@ -87,7 +97,7 @@ def oracle(rows: Sequence[Any], linker: Any, hops: int) -> dict[str, list[str]]:
     from whet.linking import words
 
     made: dict[str, list[str]] = {}
-    for row, ways in zip(rows, linker.candidates([e.prompt for e in rows], hops), strict=True):
+    for row, ways in zip(rows, linker.candidates([e.query for e in rows], hops), strict=True):
         wanted = {" ".join(words(a)) for a in row.answers or (row.completion,)}
         right = [c for c in ways if {" ".join(words(linker.graph.nodes[n][0])) for n in c.ends} == wanted]
         best = min(right, key=lambda c: (len(c.way), sum(s < 0 for s in c.way)), default=None)
@@ -142,9 +152,9 @@ def score(name: str, system: Any, rows: list[Any], run: Any, made: dict[str, Any
     from whet.metrics import get
     from whet.scorecard import evaluate
 
-    system.found([rows[0].prompt])  # opened before the clock starts
+    system.found([rows[0].query])  # opened before the clock starts
     begun = time.monotonic()
-    system.found([e.prompt for e in rows])
+    system.found([e.query for e in rows])
     found = 1000 * (time.monotonic() - begun) / len(rows)
     card = evaluate(system, rows, get("exact_match"), session=run.session(system.model))
     spoken = sum(get("contains").score(o.answer, e) for o, e in zip(card.outcomes, rows, strict=True)) / len(rows)

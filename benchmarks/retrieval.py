@@ -14,6 +14,7 @@ import random
 import resource
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -218,7 +219,7 @@ class Generated:
         import numpy as np
 
         if word not in self.words:
-            self.words[word] = np.random.default_rng(abs(hash(word)) % 2**32).standard_normal(self.size, np.float32)
+            self.words[word] = np.random.default_rng(zlib.crc32(word.encode())).standard_normal(self.size, np.float32)
         return self.words[word]
 
 

@@ -61,6 +61,10 @@ def test_apply_writes_a_system_that_answers(
                         "selection=random", "--out", "made", "--json")  # fmt: skip
     assert code == 0 and {"system", "spent"} <= set(json.loads(out))
     assert len(json.loads(Path("made/system.json").read_text())["demonstrations"]["pool"]) == 8
+    with (Path(task) / "train.jsonl").open("a") as train:  # a row of test, learnt from, is dropped and named
+        train.write("\n" + (Path(task) / "test.jsonl").read_text().splitlines()[0] + "\n")
+    _, out, _ = whet(capsys, "apply", "fewshot", task, "--system", "fake:keyword", "--out", "other", "--json")
+    assert len(json.loads(out)["notes"]["dropped"]) == 1 and "repeats" in json.loads(out)["notes"]["dropped"][0]["why"]
     import io
 
     monkeypatch.setattr("sys.stdin", io.StringIO("the film 3 was grim, poor\n\n"))
@@ -96,6 +100,36 @@ def test_bad_input_is_one_line_and_exit_code_2(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     code, out, err = whet(capsys, *[task if a == "TASK" else a for a in args])
     assert code == 2 and out == "" and says in one_line(err)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("{", "cannot be read"), ("\udc80", "cannot be read"), ("[]", "no result"), ('{"task": "t"}', "no result")],
+)
+def test_a_result_that_is_none_is_named(capsys: pytest.CaptureFixture[str], text: str, says: str) -> None:
+    Path("run").mkdir()
+    Path("run/result.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    code, out, err = whet(capsys, "report", "run")
+    assert code == 2 and out == "" and says in one_line(err)
+
+
+def test_a_result_in_parts_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run").mkdir()
+    Path("run/result.json").write_text('{"trials": [{"recipe": [{"method": "rag"}], "select": null}, 3]}')
+    code, out, _ = whet(capsys, "report", "run")
+    assert code == 0 and "rag" in out
+
+
+def test_texts_are_timed_where_nothing_is_answered(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model_folder: str
+) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "task.yaml").write_text("metric: perplexity\n")
+    (folder / "test.jsonl").write_text("".join(json.dumps({"text": f"some text {n}"}) + "\n" for n in range(12)))
+    code, out, _ = whet(capsys, "evaluate", model_folder, str(folder), "--json")
+    card = json.loads(out)
+    assert code == 0 and card["latency_ms"] > 0 and card["memory_bytes"] > 0 and card["size_bytes"] is not None
 
 
 def test_a_metric_that_is_code_needs_trust(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

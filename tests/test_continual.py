@@ -20,20 +20,21 @@ from whet.engine.torch import TorchSession
 from whet.errors import ArtifactError, MethodError, TaskError
 from whet.feedback import Judged, paired
 from whet.memory import Known, as_task, at_hand, carried, for_task, known, made_up, remember
-from whet.methods import Run
+from whet.methods import Run, lacking, make
 from whet.methods.continual import Continual
 from whet.methods.finetune import FineTune
 from whet.methods.rag import Rag
 from whet.metrics import get
 from whet.model import Transform
 from whet.retention import drift, forgetting, refused, retention
+from whet.retention import stream as updates
 from whet.scorecard import evaluate
 from whet.search import base_system
 from whet.splits import mark
 from whet.store import Store
 from whet.suspects import Suspect
 from whet.system import System, load
-from whet.task import Example, Learnable, Task
+from whet.task import Example, Learnable, Query, Task
 from whet.task import load as load_task
 from whet.train import lesson
 from whet.train.adapters import Adapter, adapted, add_lora
@@ -42,7 +43,7 @@ from whet.train.loop import _step
 from whet.train.losses import NextToken
 from whet.train.protect import elastic, fisher, lora_layers, merged, mixed, orthogonal
 from whet.train.team import Alone
-from whet.update import begin, update
+from whet.update import begin, check, own, update
 
 HEAD = tuple(range(10, 45))
 ROWS = [Row(HEAD + (5, 6), ((7, 8, 9),)), Row(HEAD + (5, 7), ((7, 4),)), Row((3, 4), ((1, 6),))]
@@ -72,6 +73,20 @@ def test_a_task_that_later_ones_help_has_its_best_later() -> None:
 def test_what_is_no_stream(matrix: list[list[float]]) -> None:
     with pytest.raises(TaskError, match="no stream"):
         retention(matrix)
+
+
+def test_a_stream_of_updates_by_hand() -> None:
+    one = ({"a": 0.9}, {"a": 0.8, "b": 0.7})
+    found = updates([one])
+    assert found.tasks == ("a", "b") and found.matrix == ((0.9, None), (0.8, 0.7))
+    assert (found.average, found.forgetting, found.backward) == pytest.approx((0.75, 0.1, -0.1))
+    # b was 0.7 on its test rows, and is 0.6 on those it is measured by from then on.
+    found = updates([one, ({"a": 0.8, "b": 0.6}, {"a": 0.85, "b": 0.5, "c": 0.4})])
+    assert found.matrix == ((0.9, None, None), (0.8, 0.6, None), (0.85, 0.5, 0.4))
+    assert found.average == pytest.approx((0.85 + 0.5 + 0.4) / 3)
+    assert found.forgetting == pytest.approx((0.05 + 0.1) / 2) and found.backward == pytest.approx(-(0.05 + 0.1) / 2)
+    alone = updates([({}, {"a": 0.5})])
+    assert alone.average == 0.5 and alone.forgetting is None and alone.backward is None
 
 
 # --- penalties -------------------------------------------------------------------------------------------------------
@@ -423,6 +438,24 @@ def test_other_strategies_teach_repeatably(taught: Any, tmp_path: Path, settings
     assert teach(taught, spent, **short).fingerprint == second.fingerprint  # finished before: not repeated
 
 
+def test_what_ewc_is_informed_by_is_drawn(taught: Any, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, system, (first, second) = taught
+    rows = tuple(sorted(first.split().learnable.train, key=lambda e: e.completion))  # as many files are
+    seen: list[set[tuple[int, ...]]] = []
+
+    def looked(_: Any, rows: list[Row]) -> Any:
+        seen.append({row.continuations[0] for row in rows})
+        raise MethodError("enough")
+
+    monkeypatch.setattr("whet.train.protect.fisher", looked)
+    monkeypatch.setattr("whet.methods.continual.INFORMED", 12)
+    start = replace(system, card={"task": "second", "memory": [Known("first", "accuracy", system, rows).entry()]})
+    data = replace(second.split().learnable, earlier=())
+    with pytest.raises(MethodError, match="enough"):
+        Continual(strategy="ewc", **SETTINGS).apply(start, data, run)
+    assert len(seen[0]) == 2
+
+
 @pytest.mark.parametrize("rows", [2, 8])
 def test_facts_of_one_group_are_merged(taught: Any, run: Run, rows: int) -> None:
     _, system, (_, second) = taught
@@ -552,6 +585,9 @@ def test_update_teaches_keeps_and_says_so(taught: Any, whet: Any, tmp_path: Path
     made = load(out)
     assert made.instruction == "Say which it is not." and made.fingerprint == body["fingerprint"]
     assert {one.name for one in carried(made)} == {"first", "second"}
+    table = body["stream"]
+    assert table["tasks"] == ["first", "second"] and table["matrix"][0] == [lost["before"], None]
+    assert table["matrix"][1] == [lost["after"], body["after"]] and body["from_base"] > 0
     assert made.card["taught"] == [{**made.card["taught"][0], "task": "second", "from": system.fingerprint}]
     for name in ("first", "second"):  # each is asked its own way
         code, card, _ = whet("evaluate", out, folder / name)
@@ -597,9 +633,9 @@ def test_documents_of_an_earlier_task_stay_with_the_system(taught: Any, tmp_path
     made.system.save(tmp_path / "after")
     again = load(tmp_path / "after", run.home)
     kept = {k.name: k.asked for k in carried(again)}
-    texts = {name: asked.found(["apple 1"])[0][0].passage.text for name, asked in kept.items() if asked.sources}
+    texts = {name: asked.found([Query("apple 1")])[0][0].passage.text for name, asked in kept.items() if asked.sources}
     assert texts == {"first": "It is red.", "older": "It is blue."}
-    assert for_task(again, first).found(["apple 1"]) == kept["first"].found(["apple 1"])
+    assert for_task(again, first).found([Query("apple 1")]) == kept["first"].found([Query("apple 1")])
     assert again.fingerprint == made.system.fingerprint and len(at_hand(again)) == 2
 
 
@@ -648,6 +684,44 @@ def test_newer_data_may_bring_a_label(taught: Any, run: Run) -> None:
             spoken.decoding, words=("r", "green"))), newer)):  # fmt: skip
         with pytest.raises(MethodError, match="answers first out of its labels alone.*found .*green"):
             begin(start, task, run)
+
+
+def test_tasks_that_say_nothing_are_told_apart_by_name(run: Run, model_folder: str, stream: Any) -> None:
+    first, _ = (replace(task, instruction="", labels=()) for task in stream)
+    other = replace(first, name="other")
+    system = base_of(model_folder, first, run)
+    assert own(system, first) and not own(system, other) and own(replace(system, card={}), stream[0]) is False
+    start = begin(system, other, run)
+    assert [one.name for one in carried(start)] == ["first"] and start.decoding.max_tokens > 0
+
+
+def test_a_method_is_not_taught_one_task_asked_as_another(
+    stream: Any, run: Run, model_folder: str, tmp_path: Path, whet: Any
+) -> None:
+    first, second = stream
+    system = base_of(model_folder, first, run)
+    for method in (FineTune(), make("dpo"), make("fewshot"), Continual()):
+        with pytest.raises(MethodError, match=r"asked as first, not as second.*whet update"):
+            check(method, system, second)
+        check(method, system, first)
+        check(method, replace(system, instruction="As rewritten."), first)  # by its name it is the same
+        check(method, system, replace(first, name="renamed"))
+        check(method, replace(system, card={"task": "first", "memory": [Known("second", "accuracy", system).entry()]}),
+              second)  # fmt: skip
+    check(make("quantize"), system, second)
+    check(make("rag"), system, second)
+    system.save(tmp_path / "system")
+    code, _, err = whet("apply", "finetune", second.folder, "--system", tmp_path / "system", "--out", tmp_path / "o")
+    assert code == 2 and "asked as first" in err and not (tmp_path / "o").exists()
+
+
+def test_what_was_taught_before_is_earlier_enough(run: Run, model_folder: str, stream: Any) -> None:
+    first, _ = stream
+    system, data = base_of(model_folder, first, run), first.split().learnable
+    assert "earlier" in lacking(Continual(), system, data)
+    assert not any(lacking(Continual(strategy=s), system, data) for s in ("sequential", "orthogonal"))
+    memory = remember(system, data, ())
+    assert not lacking(Continual(), replace(system, card={"task": "first", "memory": memory}), data)
 
 
 def test_newer_data_for_the_own_task_needs_no_kept_rows(taught: Any, whet: Any, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files to rows, rows of every form to standard fields, and `whet init`."""
+"""Files to rows, and rows of every form to standard fields."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whet.convert import init, standard
+from whet.convert import standard
 from whet.errors import TaskError
 from whet.rows import Row, articles, read, short
 from whet.task import load
-
-REVIEWS = [(f"film number {n} was {'good' if n % 2 else 'bad'} to look at", ("neg", "pos")[n % 2]) for n in range(60)]
 
 
 def row(**values: object) -> Row:
@@ -221,98 +219,3 @@ def test_short():
     deep: list = []
     deep.append(deep)
     assert len(short(deep)) < 80 and len(short("x" * 10**6)) <= 60 and short("a") == "'a'"
-
-
-# ---------------------------------------------------------------------------------------------------------- init
-
-
-def make_csv(path: Path, header: str, rows) -> Path:
-    text = io.StringIO()
-    csv.writer(text).writerows([header.split(","), *rows])
-    return write(path, text.getvalue())
-
-
-def test_init_of_a_table(tmp_path):
-    data = make_csv(
-        tmp_path / "my reviews.csv", "when,opinion,verdict", [(n, *cells) for n, cells in enumerate(REVIEWS)]
-    )
-    guess = init(data, tmp_path / "task")
-    assert guess.columns == {"prompt": "opinion", "completion": "verdict"} and guess.labels == ("neg", "pos")
-    assert (guess.kind, guess.rows, guess.metric) == ("columns", 60, "accuracy")
-    assert "column 'opinion' read as the prompt (longest text)" in guess.lines
-    assert any("'verdict'" in line and "few different values" in line for line in guess.lines)
-    assert "columns not used: when" in guess.lines
-    loaded = load(tmp_path / "task")
-    assert (loaded.name, loaded.metric, loaded.labels) == ("my-reviews", "accuracy", ("neg", "pos"))
-    assert loaded.columns == loaded.split().learnable.columns == ("opinion", "verdict")
-    assert (len(loaded.train), len(loaded.test)) == (48, 12)
-    assert sum(example.completion == "pos" for example in loaded.test) == 6
-    assert {(example.prompt, example.completion) for example in (*loaded.train, *loaded.test)} == set(REVIEWS)
-    assert sorted(path.name for path in (tmp_path / "task").iterdir()) == ["task.yaml", "test.jsonl", "train.jsonl"]
-    refused(lambda: init(data, tmp_path / "task"), "already holds task.yaml", "--out")
-    init(data, tmp_path / "again", name="other")
-    assert load(tmp_path / "again").name == "other"
-    assert (tmp_path / "again" / "test.jsonl").read_text() == (tmp_path / "task" / "test.jsonl").read_text()
-
-
-def test_init_by_names_and_context(tmp_path):
-    rows = [{"context": f"c{n}", "question": f"why {n}?", "answer": f"because of it {n}", "id": n} for n in range(10)]
-    guess = init(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))), tmp_path / "t")
-    assert guess.columns == {"prompt": "question", "completion": "answer", "context": "context"}
-    assert guess.metric == "token_f1" and guess.labels == ()
-    assert load(tmp_path / "t").columns == ()  # a prompt of two columns has no name
-    assert "c3\nwhy 3?" in {example.prompt for example in (*load(tmp_path / "t").train, *load(tmp_path / "t").test)}
-
-
-def test_init_takes_labels_that_yaml_would_change(tmp_path):
-    rows = [(f"question number {n}", ("yes", "no")[n % 2]) for n in range(20)]
-    assert init(make_csv(tmp_path / "a.csv", "text,label", rows), tmp_path / "t").labels == ("no", "yes")
-    assert load(tmp_path / "t").labels == ("no", "yes")
-
-
-def test_init_of_known_forms(tmp_path):
-    chat = [[{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a {n}"}] for n in range(10)]
-    two = [[*turns, {"role": "user", "content": "more"}, {"role": "assistant", "content": "ok"}] for turns in chat]
-    share = [[{"from": "human", "value": f"q{n}"}, {"from": "gpt", "value": "word " * 30}] for n in range(10)]
-    forms = {
-        "messages": [{"messages": turns} for turns in two],
-        "ShareGPT": [{"conversations": turns} for turns in share],
-        "Alpaca": [{"instruction": f"q{n}", "input": "", "output": f"a{n}"} for n in range(10)],
-        "prompt and completion": [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(10)],
-        "text": [{"text": f"text {n}"} for n in range(10)],
-        "pairs": [{"prompt": f"q{n}", "chosen": "a", "rejected": "b"} for n in range(10)],
-    }
-    metrics = {"ShareGPT": "rouge_l", "text": "perplexity", "pairs": "win_rate"}
-    for kind, rows in forms.items():
-        out = tmp_path / kind
-        guess = init(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))), out)
-        assert (guess.kind, guess.rows) == (kind, 10)
-        assert guess.metric == metrics.get(kind, "exact_match")
-        assert len(load(out).test) == 2
-    assert load(tmp_path / "messages").test[0].history[-1][0] == "assistant"
-    assert load(tmp_path / "pairs").feedback == "feedback.jsonl" and load(tmp_path / "pairs").test[0].rejected == "b"
-
-
-def test_init_of_choices(tmp_path):
-    rows = [{"prompt": f"q{n}", "completion": f"a{n}", "choices": [f"a{n}", "b"]} for n in range(10)]
-    guess = init(write(tmp_path / "a.json", json.dumps(rows)), tmp_path / "t")
-    assert (guess.metric, guess.labels) == ("accuracy", ()) and load(tmp_path / "t").closed
-
-
-def test_init_skips_rows_without_an_answer(tmp_path):
-    rows = [*REVIEWS, ("no verdict here", ""), ("", "pos")]
-    guess = init(make_csv(tmp_path / "a.csv", "review,sentiment", rows), tmp_path / "t")
-    assert guess.rows == 60 and any(line.startswith("2 of 62 rows skipped") for line in guess.lines)
-
-
-def test_init_refuses_what_it_cannot_read(tmp_path):
-    out = tmp_path / "t"
-    refused(lambda: init(tmp_path / "none.csv", out), "none.csv", "nothing")
-    refused(lambda: init(tmp_path, out), "a folder")
-    refused(
-        lambda: init(make_csv(tmp_path / "a.csv", "a good film,pos", REVIEWS), out), "line 1 looks like data", "header"
-    )
-    refused(lambda: init(make_csv(tmp_path / "b.csv", "only", [("x",), ("y",)]), out), "b.csv", "columns only")
-    refused(lambda: init(make_csv(tmp_path / "c.csv", "prompt,completion", [("a", "b")]), out), "at least 2 rows")
-    refused(lambda: init(write(tmp_path / "d.csv", b"a,b\n\xff,x\n"), out), "d.csv line 2", "byte offset 4")
-    assert not out.exists()

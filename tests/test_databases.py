@@ -16,7 +16,7 @@ from whet.methods.rag import Rag
 from whet.model import resolve
 from whet.store import Store
 from whet.system import System
-from whet.task import Learnable
+from whet.task import Learnable, Query
 
 TEXTS = {
     "kettle": "Descale the kettle every six weeks. It holds 1.2 litres of water.",
@@ -52,9 +52,12 @@ def data(tmp_path: Path) -> Learnable:
     return Learnable("toy", "Answer.", "token_f1", documents=file)
 
 
-def test_a_database_answers_as_the_index_does(url: str, data: Learnable, home: Path, tmp_path: Path) -> None:
+def test_a_database_answers_as_the_index_does(
+    url: str, data: Learnable, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = System(resolve("fake:hash"), "Answer.", home=home)
-    asked = ["When must I descale it?", "why does my light flicker?", "part LB-7", "labels for parcels"]
+    said = ["When must I descale it?", "why does my light flicker?", "part LB-7", "labels for parcels"]
+    asked = [Query(text) for text in said]
     for mix in ("both", "ranks", "words", "meaning"):
         made = Rag(k=2, mix=mix, store=url).apply(base, data, Run(Store(home)))
         local = Rag(k=2, mix=mix).apply(base, data, Run(Store(home)))
@@ -65,7 +68,7 @@ def test_a_database_answers_as_the_index_does(url: str, data: Learnable, home: P
         system.load(folder, home)
     again = system.load(folder, home, trust=True)
     [source] = again.sources
-    before, question = again.state, ["What does the toaster weigh?"]
+    before, question = again.state, [Query("What does the toaster weigh?")]
     toaster = Document("toaster", "toaster", "The toaster weighs 900 grams.", "new")
     assert source.change(home, [toaster], ["lamp"])[1] == 1
     assert again.found(question)[0][0].passage.document == "toaster" and again.state != before
@@ -74,6 +77,11 @@ def test_a_database_answers_as_the_index_does(url: str, data: Learnable, home: P
     with pytest.raises(ArtifactError, match="no such document.*cup"):
         source.change(home, drop=["cup"])
     assert source.rank(question, home, 2)[0][0] == "toaster"
+    of = source.corpus(home).of(["toaster", "gone"])
+    assert [p.text for p in of["toaster"]] == ["The toaster weighs 900 grams."] and [*of] == ["toaster"]
+    monkeypatch.setattr(databases, "mark", lambda: "another model")
+    with pytest.raises(ArtifactError, match="another embedding model.*expected another model"):
+        _ = again.state
 
 
 def test_a_crash_leaves_nothing_twice(url: str, data: Learnable, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,11 +96,11 @@ def test_a_crash_leaves_nothing_twice(url: str, data: Learnable, home: Path, mon
         spoilt.setattr(embed.Embedder, "__call__", lambda me, texts: whole(me, texts) if next(count) < 2 else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             store()
-    assert len(store().find(["descale the kettle"], home)[0]) == 3
+    assert len(store().find([Query("descale the kettle")], home)[0]) == 3
     longer = Document("kettle", "kettle", "\n".join(f"# {n}\nStep {n}." for n in range(3)), "new")
     old = store()
     old.change(home, [longer])
-    found = old.find(["descale\0 the kettle"], home)[0]
+    found = old.find([Query("descale\0 the kettle")], home)[0]
     assert sorted(f.passage.text for f in found if f.passage.document == "kettle") == ["Step 0.", "Step 1.", "Step 2."]
 
 
@@ -104,7 +112,7 @@ def test_a_new_system_answers_from_its_own_documents(url: str, data: Learnable, 
     first.change(home, [Document("kettle", "kettle", "Descale the kettle daily.", "new")], ["lamp"])
     second, third = store(), store()
     assert second.made == third.made != first.made and second.fingerprint == first.fingerprint
-    said = [s.find(["descale the kettle"], home)[0][0].passage.text for s in (first, second)]
+    said = [s.find([Query("descale the kettle")], home)[0][0].passage.text for s in (first, second)]
     assert said == ["Descale the kettle daily.", TEXTS["kettle"]]
     assert set(second.corpus(home).ids()) == set(TEXTS) and set(first.corpus(home).ids()) == {"kettle", "returns"}
 
@@ -115,8 +123,8 @@ def test_a_lost_connection_is_made_anew(url: str, data: Learnable, home: Path) -
     made = Rag(k=1, store=url).apply(System(resolve("fake:hash"), home=home), data, Run(Store(home)))
     made.sources[0].corpus(home)._connection.close()
     with pytest.raises(MethodError, match="cannot be used"):
-        made.found(["descale"])
-    assert made.found(["descale"])[0][0].passage.document == "kettle"
+        made.found([Query("descale")])
+    assert made.found([Query("descale")])[0][0].passage.document == "kettle"
 
 
 def test_a_store_that_cannot_be_used_is_named(home: Path) -> None:

@@ -21,11 +21,12 @@ from whet import model as models
 from whet.compress import depth
 from whet.compress import folder as folders
 from whet.compress.structure import twin
+from whet.engine.fake import FakeSession
 from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession, using_tree
 from whet.errors import ArtifactError, MethodError, ModelError
-from whet.methods import Run
-from whet.methods.distill import Distill, _made_of, sharpness, softmax
+from whet.methods import Run, distill
+from whet.methods.distill import Distill, Said, _made_of, sharpness, softmax
 from whet.methods.prune import Prune
 from whet.methods.quantize import Quantize
 from whet.retrieval import Source
@@ -529,8 +530,14 @@ def test_a_teacher_that_gives_text_only(system: System, tmp_path: Path) -> None:
         distil(replace(method, teacher=str(tmp_path / "loose")), system, task(rows(48)), tmp_path / "c")
 
 
-def test_reasons_are_left_out_or_kept(free: System, tmp_path: Path) -> None:
+def test_reasons_are_left_out_or_kept(free: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     thinking = replace(free, decoding=replace(free.decoding, after=":", votes=3, temperature=0.7))
+    plain = TorchSession.generate
+
+    def marked(*args: Any, **settings: Any) -> Any:  # a random model says no mark of its own
+        return [tuple(replace(g, text=f"so: {g.text}") for g in one) for one in plain(*args, **settings)]
+
+    monkeypatch.setattr(TorchSession, "generate", marked)
     made, run = distil(Distill(**QUICK), thinking, task(rows(24), ()), tmp_path / "a")
     assert (made.decoding.after, made.decoding.votes, made.decoding.temperature) == ("", 1, 0.0)
     assert run.notes["targets"] == "answers"
@@ -538,6 +545,28 @@ def test_reasons_are_left_out_or_kept(free: System, tmp_path: Path) -> None:
     student, method = replace(thinking, demonstrations=Demonstrations()), Distill(clear="none", **QUICK)
     made, run = distil(replace(method, teacher=str(tmp_path / "teacher")), student, task(rows(24), ()), tmp_path / "b")
     assert (made.decoding.after, made.decoding.votes) == (":", 3) and run.notes["targets"] == "tokens"
+
+
+def test_what_was_cut_off_is_not_learnt_as_finished(system: System, tmp_path: Path) -> None:
+    """A teacher's answer that ended at its limit gets no end; one that never came to its mark is left out."""
+    asked = [Example(f"{n}", text) for n, text in enumerate(("so: good", "never came to it", "it was: slow"))]
+    echo = replace(system, model=models.resolve("fake:echo"), demonstrations=Demonstrations(),
+                   decoding=Decoding(max_tokens=2, after=":"))  # fmt: skip
+    told = [(a.text, a.finish) for a in echo.answers(asked, FakeSession("echo"))]
+    assert told == [("good", "stop"), ("never came", "unmarked"), ("", "length")]
+    run, live = Run(Store(tmp_path)), system.session
+    assert isinstance(live, TorchSession)
+    student = replace(system, decoding=Decoding(max_tokens=12))
+    heard = Distill()._ask(echo, student, asked, False, FakeSession("echo"), run)
+    assert heard == {asked[0]: Said("good"), asked[2]: Said("", whole=False)}
+    bare = replace(echo, decoding=Decoding(max_tokens=2))  # nothing is behind a mark
+    heard = Distill()._ask(bare, student, asked, False, FakeSession("echo"), run)
+    assert [(s.text, s.whole) for s in heard.values()] == [
+        ("so: good", True), ("never came", False), ("it was:", False)]  # fmt: skip
+    assert Distill()._ask(bare, echo, asked, False, FakeSession("echo"), run).keys() == {asked[0], asked[2]}
+    pairs, _ = distill._saying(student, heard, live)
+    ends = set(live.encode_answer("", end=True))
+    assert [bool(ends & set(row.continuations[0])) for _, row in pairs] == [True, False, False]
 
 
 def test_a_teacher_is_asked_once(system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf as ggml
@@ -29,13 +30,14 @@ from whet.compress.rounding import pack4, pack8
 from whet.engine import Sampling
 from whet.engine.torch import TorchSession
 from whet.errors import ArtifactError, ModelError, StoreError
-from whet.export import MARK, REQUEST, askable, biases, export, left_out, request
+from whet.export import MARK, REQUEST, Exported, askable, biases, export, left_out, request
 from whet.export import check as checks
 from whet.export.gguf import PRE_TOKENIZERS, permute, vocabulary
 from whet.export.gguf import write as write_gguf
 from whet.export.ollama import go_text, modelfile, template, turns
-from whet.export.vllm import packs
+from whet.export.vllm import packs, serve
 from whet.methods import Run, make
+from whet.metrics import Outcome, get
 from whet.prompt import messages, render
 from whet.retrieval import Source
 from whet.store import Store
@@ -684,13 +686,29 @@ def test_scores_show_what_is_lost(tmp_path: Path) -> None:
     made = export(one, "hf", tmp_path / "out", task=task)
     scores = made.check and made.check.scores
     assert scores and (scores.task, scores.metric, scores.n) == ("toy", "accuracy", 40)
+    assert scores.exported == 0.0 and scores.lost.lost == 100 * scores.system  # it writes, whatever it would choose
+    assert made.kept is False and scores.own and scores.own.ok  # the System, asked so, writes no better
+    assert "what is left out (choice, calibration) costs too much: toy loses" in made.why
     rows = [e.completion for e in task.test]
     assert scores.system == rows.count("good") / 40  # the prior leaves one label
     plain = system(tmp_path, decoding=replace(labels, prior=())).answer(list(task.test))
-    assert scores.exported == pytest.approx(np.mean([a == r for a, r in zip(plain, rows, strict=True)]), abs=0.1)
-    assert scores.difference == pytest.approx(scores.exported - scores.system) and scores.generated == 0.0
+    assert scores.choosing == pytest.approx(np.mean([a == r for a, r in zip(plain, rows, strict=True)]), abs=0.1)
     written = json.loads((made.folder / MARK).read_text())
-    assert written["check"]["scores"]["n"] == 40 and written["prior"] == [-50.0, 50.0]
+    assert written["check"]["scores"]["n"] == 40 and written["prior"] == [-50.0, 50.0] and written["kept"] is False
+
+
+@pytest.mark.parametrize(("lost", "n", "kept"), [(0, 3, True), (1, 3, False), (1, 200, True), (3, 200, False)])
+def test_few_rows_do_not_make_an_export_as_good(lost: int, n: int, kept: bool) -> None:
+    def card(wrong: int) -> Any:
+        outcomes = tuple(Outcome(str(i), "a", float(i >= wrong), "a") for i in range(n))
+        return SimpleNamespace(outcomes=outcomes, score=1 - wrong / n)
+
+    found = checks.loss("toy", card(0), card(lost), get("accuracy"), checks.ALLOWED)
+    scores = checks.Scores("toy", "accuracy", n, 1.0, 1 - lost / n, None, found, None)
+    checked = checks.Check("llama.cpp", 50, 90, 0.7, 0, 50, 2.0, scores=scores)
+    made = Exported(Path("x"), "gguf", "q4_0", (), 1, (("retrieval", "none"),), checked)
+    assert made.kept is kept and made.why.startswith("rounding to q4_0 costs too much: toy loses" * (not kept))
+    assert replace(made, check=None).kept is None
 
 
 def test_likelihoods_are_compared_and_what_is_not_is_named(tmp_path: Path, fp32: None) -> None:
@@ -703,7 +721,7 @@ def test_likelihoods_are_compared_and_what_is_not_is_named(tmp_path: Path, fp32:
     found = export(system(tmp_path), "hf", tmp_path / "out", kind="f32", task=load(folder)).check
     assert found and found.prompts == 50 and not found.unscored  # rows of text hold no prompts: built-in ones are asked
     scores = found.scores
-    assert scores and (scores.metric, scores.n, scores.generated) == ("perplexity", 3, None)
+    assert scores and (scores.metric, scores.n, scores.choosing) == ("perplexity", 3, None)
     assert scores.system == pytest.approx(scores.exported) and scores.kept and 10 < scores.system < 1e6
     few = load(write_task(tmp_path / "toy", train=20, test=3, metric="win_rate", labels=None))
     found = export(system(tmp_path), "hf", tmp_path / "out", kind="f32", task=few).check
@@ -755,13 +773,31 @@ def test_command(
     task = str(write_task(tmp_path / "toy", train=20, test=20))
     code, out, _ = whet(capsys, "export", "s", "--to", "ollama", "--task", task, "--json")
     body = json.loads(out)
-    assert code == 0 and body["folder"] == "s-ollama" and body["check"]["good"] and body["check"]["scores"]["n"] == 20
+    assert body["folder"] == "s-ollama" and body["check"]["good"] and body["check"]["scores"]["n"] == 20
+    assert code == 1 and body["kept"] is False and (tmp_path / "s-ollama" / MARK).exists()  # it chooses; that writes
+    code, out, _ = whet(capsys, "export", "s", "--to", "ollama", "--task", task)
+    assert code == 1 and "DIFFERS  what is left out (choice) costs too much: toy loses" in out
     assert {"choice", "safety"} == {one["what"] for one in body["left_out"]}
     code, out, _ = whet(capsys, "export", "s", "--to", "hf", "--out", "there", "--no-check")
     assert code == 0 and "none was made" in out and "left out choice:" in out
     code, out, _ = whet(capsys, "export", "s", "--to", "hf")
     assert code == 0 and "scores   not compared: no task was named (--task)\n" in out
     assert (tmp_path / "there" / REQUEST).exists()
+
+
+def test_engines_draw_from_all_tokens(tmp_path: Path) -> None:
+    one = system(tmp_path, decoding=Decoding(temperature=0.7, max_tokens=4))
+    made = export(one, "hf", tmp_path / "out", check=False)
+    module = AutoModelForCausalLM.from_pretrained(made.folder)
+    prompt = torch.tensor([[5, 9, 40]])
+    scores = module.generate(prompt, return_dict_in_generate=True, output_scores=True).scores[0]
+    assert torch.isfinite(scores).all() and scores.shape[-1] > 50  # of more than transformers' own 50
+    sent = json.loads((made.folder / REQUEST).read_text())
+    assert (sent["top_k"], sent["top_p"], sent["min_p"]) == (0, 1.0, 0.0)
+    assert "top_k" not in request(replace(one, decoding=Decoding()), {})  # greedy: nothing is drawn
+    assert '"top_k": 0, "top_p": 1.0, "min_p": 0.0' in serve(one, 512)
+    gguf = export(one, "gguf", tmp_path / "gguf", check=False)
+    assert "--temp 0.7 -n 4 --top-k 0 --top-p 1 --min-p 0\n" in (gguf.folder / "README.md").read_text()
 
 
 def test_the_embedded_model_reads_back(tmp_path: Path) -> None:

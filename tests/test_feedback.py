@@ -111,6 +111,14 @@ def test_a_table_holds_pairs_thumbs_and_ratings(kind: str, tmp_path: Path) -> No
         feedback.load(tmp_path, half.name)
 
 
+@pytest.mark.parametrize("same", [0.1, 0.7, 5.0])
+def test_equal_ratings_say_nothing(same: float, tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{n}", "completion": "a", "rating": same} for n in range(3)]  # fmean([0.1] * 3) is not 0.1
+    rows.append({"prompt": "q", "completion": "a", "rating": same})
+    write(tmp_path / "t", rows)
+    assert feedback.load(tmp_path / "t", "feedback.jsonl")[0] == ()
+
+
 def test_ratings_become_pairs_and_thumbs(tmp_path: Path) -> None:
     def rated(prompt: str, completion: str, rating: float, annotator: str) -> dict[str, Any]:
         return {"prompt": prompt, "completion": completion, "rating": rating, "annotator": annotator}
@@ -141,6 +149,13 @@ def test_bad_judgements_are_refused_by_file_and_line(row: dict[str, Any], says: 
     good = {"prompt": "p", "chosen": "a", "rejected": "b"}
     with pytest.raises(TaskError, match=f"feedback.jsonl {says}"):
         task.load(write(tmp_path / "t", [good, row]))
+
+
+def test_a_few_bad_judgements_are_left_out_and_named(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{n}", "chosen": "a", "rejected": "a" if n == 7 else "b"} for n in range(40)]
+    loaded = task.load(write(tmp_path / "t", rows))
+    assert len(loaded.judged) == 39
+    assert any(n.startswith("feedback.jsonl: 1 of 40 rows left out: line 8: both sides") for n in loaded.notes)
 
 
 def test_feedback_about_confirm_prompts_is_dropped_and_named(tmp_path: Path) -> None:
@@ -283,6 +298,16 @@ def test_wins_ties_and_the_length_controlled_rate(system: System) -> None:
     even = feedback.Controlled(spread)
     assert even.aggregate(found) == pytest.approx(wanted) and wanted < 0.625
     assert even.aggregate([replace(o, weight=0.0) for o in found]) == pytest.approx(0.625)
+
+
+def test_answers_without_spaces_have_a_length(system: System) -> None:
+    assert [feedback.words(t) for t in ("two words", "とても良い", "猫 and dog", "")] == [2, 5, 3, 0]
+    rows = [Example(str(n), f"p{n}", "x") for n in range(4)]
+    metric = Versus(Longest(), system, system.session)
+    metric.known.update(zip(rows, ["良い映画", "良い", "同じ", "はい"], strict=True))
+    found = metric.outcomes(["とても良い映画です", "悪", "同じ", "はいそうですとても良い"], rows)
+    assert [o.weight for o in found] == [5, -1, 0, 9] and metric.aggregate(found) == pytest.approx(0.625)
+    assert feedback.controlled(found)[0] < 0.55  # a judge of length alone
 
 
 def test_a_win_rate_is_scored_with_judge_and_base_in_its_protocol(system: System, tmp_path: Path) -> None:
@@ -594,6 +619,21 @@ def test_judgements_are_kept_one_by_one(system: System, tmp_path: Path) -> None:
     assert not (tmp_path / "b.jsonl").exists()  # without a judgement there is no file
     loaded, _ = feedback.load(file.parent, file.name)
     assert [j.chosen for j in loaded] == [r["chosen"] for r in rows]
+
+
+def test_a_file_of_judgements_is_never_spoilt(system: System, tmp_path: Path) -> None:
+    row = '{"prompt": "p", "chosen": "ä", "rejected": "b"}'
+    asked = [Example(t, f"tell me of the {t}") for t in THINGS[:2]]
+    for end in ("", "\n", "\r\n"):
+        file = tmp_path / f"{len(end)}.jsonl"
+        file.write_bytes((row + end).encode())  # an editor may leave the last line open
+        collect(system, asked, file, lambda *_: "1")
+        assert len(feedback.load(tmp_path, file.name)[0]) == 3 and file.read_bytes().startswith(row.encode())
+    for name in ("kept.csv", "kept.txt", "kept.json", "kept"):
+        (tmp_path / name).write_text("prompt,chosen,rejected\np,a,b\n")
+        with pytest.raises(TaskError, match=r"cannot be appended.*expected a \.jsonl file"):
+            collect(system, asked, tmp_path / name, lambda *_: pytest.fail("it was asked"))  # type: ignore[arg-type]
+        assert (tmp_path / name).read_text().endswith("p,a,b\n")
 
 
 def test_the_command_asks_and_keeps(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from whet import metrics
 from whet.errors import TaskError
 from whet.metrics import Outcome, get, plain, score_all, squad
+from whet.numeric import number
 from whet.task import Example
 
 PER_ANSWER = ("accuracy", "macro_f1", "exact_match", "token_f1", "contains", "rouge_l", "bleu", "chrf")
@@ -30,7 +31,8 @@ def outcomes(metric, answers, references):
 # -- finding ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*PER_ANSWER, "perplexity", "win_rate", "recall@5", "ndcg@10", "recall@100"])
+@pytest.mark.parametrize("name", [*PER_ANSWER, "perplexity", "win_rate", "recall@5", "ndcg@10", "recall@100",
+                                  "mrr@10", "pearson", "spearman"])  # fmt: skip
 def test_every_documented_name_is_found_by_the_entry_points(name):
     metric = get(name)
     assert metric.name == name
@@ -339,3 +341,86 @@ def test_the_figure_is_finish_of_the_summed_statistics(name):
 
 def test_metrics_keep_no_state():
     assert metrics.Accuracy() == metrics.Accuracy() and metrics.Recall(5) != metrics.Recall(6)
+
+
+# -- numbers, sets and ranks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, value", [
+    ("She has 3 + 4 = 7 apples. #### 1,234", 1234), ("#### 12\n\nQuestion: 5 cats", 12), ("$1,234.50.", 1234.5),
+    ("it is -5", -5), ("\u22125 degrees", -5), ("pages 3-5", 5), ("-$5", -5), ("3/4", 0.75), ("2e-3", 0.002),
+    ("12,5 %", 12.5), ("1,2,3", 3), (".5", 0.5), ("1,234,567", 1234567), ("none", None), ("1/0", None),
+    ("9" * 400, None), ("12 ####", 12), ("x1 and x2 are 4.", 4),
+])  # fmt: skip
+def test_the_number_a_text_ends_in(text, value):
+    assert number(text) == (value if value is None else pytest.approx(value))
+
+
+@pytest.mark.parametrize("answer, wanted, right", [
+    ("So 2 * 6 = 12.0", "5 + 7 = 12\n#### 12", 1), ("12.1", "12", 0), ("no idea", "12", 0), ("1,000", "1000", 1),
+    ("0.3333333", "1/3", 1), ("0.33", "1/3", 0), ("None.", "none", 1), ("3", "none", 0), ("0", "0", 1),
+    ("0.01", "0", 0),
+])  # fmt: skip
+def test_number_compares_numbers(answer, wanted, right):
+    assert get("number").score(answer, example(wanted)) == right
+
+
+def test_set_f1_equals_sklearn_by_samples():
+    from sklearn.metrics import f1_score
+    from sklearn.preprocessing import MultiLabelBinarizer
+
+    given = ["b, a", "a", "C; a\nb", "", "d", ""]
+    wanted = ["a, b", "a|b", "c, b", "a", "d, d", ""]
+    binary = MultiLabelBinarizer().fit([list("abcd")])
+    sides = [binary.transform([[i for i in "abcd" if i in text.lower()] for text in side]) for side in (wanted, given)]
+    metric = get("set_f1")
+    figure = metric.aggregate(outcomes(metric, given, wanted))
+    assert figure == pytest.approx(f1_score(*sides, average="samples", zero_division=1.0))
+
+
+@pytest.mark.parametrize("name", ["pearson", "spearman"])
+def test_correlations_equal_scipy_of_one_run_and_of_two(name):
+    from scipy.stats import pearsonr, spearmanr
+
+    known = {"pearson": pearsonr, "spearman": spearmanr}[name]
+    draw, metric = np.random.default_rng(0), get(name)
+    truth = draw.normal(3, 1, 60).round(1)
+    runs = [(truth + draw.normal(0, spread, 60)).round(1) * scale for spread, scale in ((0.5, 1e6), (2.0, 1e-3))]
+    references = [f"{t}" for t in truth]
+    scored = [outcomes(metric, [f"it is {v:.9f}" for v in run], references) for run in runs]
+    wanted = [known(truth, run).statistic for run in runs]
+    assert [metric.aggregate(one) for one in scored] == pytest.approx(wanted)
+    table = metric.statistics([*scored[0], *scored[1]])
+    together = metric.finish(np.kron(np.eye(2), np.ones(60)) @ table)
+    assert together == pytest.approx(wanted)
+    silent = outcomes(metric, ["no number"] * 15 + [f"{v:.9f}" for v in runs[0][15:]], references)
+    assert metric.aggregate(silent) == pytest.approx(0.75 * known(truth[15:], runs[0][15:]).statistic)
+    assert metric.aggregate(outcomes(metric, ["4"] * 60, references)) == 0
+    assert metric.aggregate(outcomes(metric, ["none"] * 60, references)) == 0
+    assert outcomes(metric, ["4"], ["not a number"])[0].error
+
+
+def test_mrr_equals_sklearn_with_one_relevant_document():
+    from sklearn.metrics import label_ranking_average_precision_score
+
+    ids, draw = [f"d{i}" for i in range(8)], random.Random(0)
+    ranks = [draw.sample(ids, 8) for _ in range(20)]
+    rows = [Example(str(n), "?", evidence=((draw.choice(ids), 1.0),)) for n in range(20)]
+    metric = get("mrr@8")
+    figure = metric.aggregate(score_all(metric, ["\n".join(one) for one in ranks], rows))
+    truth = [[float(i == row.evidence[0][0]) for i in ids] for row in rows]
+    known = label_ranking_average_precision_score(truth, [[-one.index(i) for i in ids] for one in ranks])
+    assert figure == pytest.approx(known)
+    beyond = get("mrr@2").score("x\ny\nd1", Example("a", "?", evidence=(("d1", 1.0),)))
+    assert beyond == 0 and get("mrr@3").score("x\ny\nd1\nd1", Example("a", "?", evidence=(("d1", 1.0),))) == 1 / 3
+
+
+@pytest.mark.parametrize("name", [*PER_ANSWER, "set_f1", "number"])
+def test_to_say_nothing_is_right_where_nothing_is_wanted(name):
+    metric = get(name)
+    assert [metric.score(answer, example("")) for answer in ("", "something else")] == [1, 0]
+    assert metric.score("", example("something else")) == 0
+    if name not in ("bleu", "chrf"):  # figures of words, to which an empty row adds none
+        assert metric.aggregate(outcomes(metric, ["", "a b"], ["", "a b"])) == pytest.approx(1)
+    else:
+        assert metric.aggregate(outcomes(metric, ["", "a b c d e"], ["", "a b c d e"])) == pytest.approx(1)

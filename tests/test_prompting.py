@@ -24,7 +24,6 @@ from whet.methods import Run, make
 from whet.methods.calibrate import Calibrate, free_inputs
 from whet.methods.fewshot import FewShot, spread
 from whet.methods.prompting import FRAMES, Prompting, edited, variants
-from whet.metrics import get
 from whet.model import resolve
 from whet.prompt import SLOT, framed, from_text, messages, to_text
 from whet.store import Store
@@ -323,25 +322,9 @@ def test_one_question_of_many_texts_shows_none_of_them(base: System) -> None:
     assert any("For example" in s.instruction + s.frame for s in variants(base, DATA, ROWS, 40, 0))
 
 
-def test_all_alike_is_cochrans_q(base: System) -> None:
-    """The permutation's p-value against the closed form of Cochran's Q (1950), for large n."""
-    from scipy.stats import chi2
-
-    draw = np.random.default_rng(0)
-    table = (draw.random((200, 3)) < [0.5, 0.55, 0.62]).astype(float)
-
-    class Table(Contest):
-        def outcomes(self, system: Any, wanted: Any, calibrated: Any = None) -> Any:
-            return [type("O", (), {"score": v}) for v in table[:, system]]
-
-    found = Table([], get("accuracy"), FakeSession("hash")).alike([0, 1, 2], range(200), 0)  # type: ignore[list-item]
-    k, columns, rows = 3, table.sum(axis=0), table.sum(axis=1)
-    q = (k - 1) * (k * (columns**2).sum() - columns.sum() ** 2) / (k * rows.sum() - (rows**2).sum())
-    assert found == pytest.approx(chi2.sf(q, k - 1), abs=0.02)
-
-
-def test_improve_tries_it_as_large_as_the_budget_allows(base: System) -> None:
+def test_improve_tries_it_as_large_as_the_budget_allows(base: System, monkeypatch: pytest.MonkeyPatch) -> None:
     from whet.search import Wish
+    from whet.search import arms as arms_module
     from whet.search.arms import cheap_arms, prompting_recipes
     from whet.search.budget import Rates
 
@@ -362,6 +345,14 @@ def test_improve_tries_it_as_large_as_the_budget_allows(base: System) -> None:
     assert found[1e9] == ["prompting"] and found[9.0] == ["prompting(pool=12,examples=64)"]
     assert "would take" in found[0.5][0]
     assert run.session(base.model).spent.prefilled_tokens == 0  # the plan runs no model
+
+    def fails() -> None:
+        raise MethodError("it cannot be had")
+
+    other, cost = replace(base, instruction="Judge it."), arms_module._cost
+    monkeypatch.setattr(arms_module, "_cost", lambda one, on, *more: cost(one, on, *more) if on == base else fails())
+    arms, skipped = cheap_arms(wish, [base, other], ["", " [b]"], DATA, ROWS[:100], rates, run, 9.0)
+    assert [a.recipe.name for a in arms] == found[9.0] and len(skipped) == 1  # what fails at every size is told once
 
 
 # --- a file of one's own, a stronger model ----------------------------------------------------------------------------

@@ -215,6 +215,10 @@ def test_lists_of_layers_by_number_are_numbered_anew() -> None:
     every_second = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes, decoder_sparse_step=2)).eval()
     with pytest.raises(MethodError, match="no rule for dropping layers of qwen3_moe"):
         depth._check(depth.keep(every_second, [1, 2, 3]))
+    each = deep()
+    each.config.hidden_size_per_layer_input = 8  # as Gemma 3n has it
+    with pytest.raises(MethodError, match="no rule for dropping layers of llama.*inputs of its own"):
+        depth.drop(TorchSession(each, make_tokenizer()), LOOK, 3)
 
 
 @pytest.mark.parametrize("by", ["loss", "influence"])

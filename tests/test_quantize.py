@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from models import make_model, make_tokenizer, save_model
 from test_search import write_task
 from torch import nn
 
-from whet import improve
+from whet import improve, scorecard
 from whet.compress import folder as folders
 from whet.compress import moments as calibrate
 from whet.compress import packed, rounding
@@ -31,6 +32,7 @@ from whet.engine.torch import TorchSession
 from whet.errors import MethodError
 from whet.methods import Run, make
 from whet.methods.quantize import HEADER, Quantize, _swapping
+from whet.metrics import Outcome, get
 from whet.model import ModelRef, load, resolve
 from whet.search import limits
 from whet.search.race import Trial
@@ -173,6 +175,69 @@ def test_gptq_is_the_nearest_where_inputs_are_independent_and_better_where_not()
     assert lost(rounding.gptq(w, second, scale, zero, -8, 7)) < 0.6 * lost(nearest)
 
 
+def naive_gptq(w: np.ndarray, hessian: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """Equations 2 and 3 of the paper (Frantar et al. 2022), one weight of one row at a time, without Cholesky."""
+    values, order = np.zeros_like(w), np.argsort(-np.diag(hessian), kind="stable")
+    for row in range(len(w)):
+        left, inverse = w[row].copy(), np.linalg.inv(hessian)
+        for q in order:
+            values[row, q] = np.clip(np.round(left[q] / step[row, 0]), -8, 7)
+            error = (left[q] - values[row, q] * step[row, 0]) / inverse[q, q]
+            left -= error * inverse[q]
+            inverse -= np.outer(inverse[:, q], inverse[q]) / inverse[q, q]
+    return values
+
+
+@pytest.mark.parametrize("tokens", [math.inf, 80])
+def test_gptq_is_the_papers(tokens: float) -> None:
+    mixed = (weights(160, 160, 2) / 8 + torch.eye(160)).double()
+    w, x = weights(6, 160).double(), weights(300, 160, 1).double() @ mixed
+    second, step = x.T @ x, w.abs().amax(1, keepdim=True) / 7
+    raised = (0.01 + rounding.UNSEEN * 160 / tokens) * second.diagonal().mean() * torch.eye(160)
+    wanted = naive_gptq(w.numpy(), (second + raised).numpy(), step.numpy())
+    made = rounding.gptq(w.float(), second.float(), step.float(), torch.zeros(6, 1), -8, 7, tokens).numpy()
+    assert (made == wanted).mean() > 0.99  # in fp32, what lies halfway may go either way
+    assert (np.round((w / step).numpy()) == wanted).mean() < 0.9
+
+
+def test_hqq_is_the_papers() -> None:
+    """Half-quadratic splitting (Badri & Shaji 2023), by group: the prox of |e|^p, then the zero in closed form."""
+    norm, first, growth, rounds = rounding.SHRINK
+    each = weights(4, 96, 3).unflatten(1, (-1, 32))
+    each[1, 2, 5] = 9.0
+    scale, middle = rounding._between(each)
+    found = rounding.hqq(each, scale, middle)[1].double().numpy()
+    for row, group in np.ndindex(*scale.shape):
+        step = float(scale[row, group])
+        w, zero, beta = each[row, group].double().numpy() / step, 8 - float(middle[row, group]) / step, first
+        least, best = np.inf, zero
+        for _ in range(rounds):
+            values = np.clip(np.round(w + zero), 0, 15)
+            error = w - (values - zero)
+            if (lost := (np.abs(error) ** norm).sum()) < least - 1e-9:
+                least, best = lost, zero
+            size = np.maximum(np.abs(error), 1e-8)
+            sparse = np.sign(error) * np.maximum(size - size ** (norm - 1) / beta, 0)
+            zero, beta = (values - (w - sparse)).mean(), beta * growth
+        assert found[row, group] == pytest.approx((8 - best) * step, abs=0.02 * step)
+
+
+@pytest.mark.parametrize("tokens", [6, 40])
+def test_few_inputs_do_not_push_errors_where_others_lie(tokens: int) -> None:
+    w, shape = weights(48, 64), weights(64, 64, 2) * torch.logspace(0, -0.7, 64)[:, None]
+    seen, others = weights(tokens, 64, 3) @ shape, weights(2000, 64, 4) @ shape
+    second, unseen = seen.T @ seen, others.T @ others
+    nearest, better, bare = (
+        rounding.output_error(w, rounding.pack4(w, 16, how, second, False, count), unseen)
+        for how, count in (("nearest", tokens), ("gptq", tokens), ("gptq", math.inf))
+    )  # fmt: skip
+    assert better < nearest and better < bare
+    moved = seen + 0.2 * seen @ weights(64, 64, 5) / 8  # off in one way, here and there
+    off = others + 0.2 * others @ weights(64, 64, 5) / 8
+    found = rounding.compensated(w, moved.T @ moved, (seen - moved).T @ moved, tokens)
+    assert (off @ found.T - others @ w.T).norm() < (off @ w.T - others @ w.T).norm()
+
+
 @pytest.mark.parametrize("zero", [True, False])
 def test_hqq_leaves_a_smaller_error_in_its_own_norm(zero: bool) -> None:
     w = weights(16, 256)
@@ -225,7 +290,7 @@ def test_smoothing_leaves_the_model_what_it_was(family: str) -> None:
 
 
 @pytest.mark.parametrize("given_settings", [
-    {}, {"bits": 4, "group": 16}, {"bits": 4, "zero": True}, {"activations": False, "rounding": "hqq"},
+    {}, {"bits": 4, "group": 16}, {"bits": 4, "zero": True}, {"activations": False, "rounding": "nearest"},
 ])
 def test_quantize_gives_a_smaller_model_that_answers_alike(given_settings: dict[str, object], tmp_path: Path) -> None:
     base = system(tmp_path / "model", tmp_path / "home")
@@ -256,7 +321,8 @@ def test_limits_keep_the_worst_layers_in_eight_bits(tmp_path: Path, monkeypatch:
     four = {r["layer"]: r["error"] for r in run.notes["quantized"]["layers"]}
     given: list[bool] = []
     plain = rounding.pack8
-    monkeypatch.setattr(rounding, "pack8", lambda w, a, h=None: (given.append(h is not None), plain(w, a, h))[1])
+    monkeypatch.setattr(rounding, "pack8", lambda w, a, *by: (given.append(bool(by and by[0] is not None)),
+                                                              plain(w, a, *by))[1])  # fmt: skip
     made = Quantize(bits=4, group=16).apply(base, task(limits=Limits(size=least + 9000)), run)
     notes = run.notes["quantized"]
     assert notes["met"] and notes["kept_in_8"] > 0 and least < notes["bytes"] <= least + 9000
@@ -270,6 +336,11 @@ def test_limits_keep_the_worst_layers_in_eight_bits(tmp_path: Path, monkeypatch:
             assert len({id(getattr(parent, n).pack.bundle[0]) for n in names}) == 1
     Quantize(bits=4, group=16).apply(base, task(limits=Limits(size=1000)), run)
     assert not run.notes["quantized"]["met"]
+    written = scorecard.size_bytes(Quantize().apply(base, task(), run))
+    assert written and written > run.notes["quantized"]["bytes"]
+    for most in (run.notes["quantized"]["bytes"], written):  # the file's header counts, too
+        Quantize().apply(base, task(limits=Limits(size=most)), run)
+        assert run.notes["quantized"]["met"] is (most == written)
 
 
 def test_what_is_kept_in_eight_bits_lowers_the_error_most_for_its_bytes() -> None:
@@ -280,7 +351,7 @@ def test_what_is_kept_in_eight_bits_lowers_the_error_most_for_its_bytes() -> Non
                 linear = layer.get_submodule(name)
                 second = torch.eye(linear.in_features)
                 work.note(linear, linear.weight, rounding.pack8(linear.weight, False), second)
-                work.pack(linear, rounding.pack4(linear.weight, 16), second, 4)
+                work.pack(linear, rounding.pack4(linear.weight, 16), second)
                 entry = next(e for e in work.report.values() if e["layer"] == f"model.layers.{n}.{name}")
                 entry["error"] = 0.4 if name == "mlp.down_proj" else 0.3  # of twice as many weights
         room = HEADER * len(module.state_dict()) + 1100
@@ -318,6 +389,47 @@ def test_linear_layers_of_a_familys_own_kind_are_packed(tmp_path: Path) -> None:
             assert all(isinstance(layer.mlp.up_proj, packed.PackedLinear) for layer in module.model.layers)
 
 
+def test_layers_whose_width_no_group_divides_stay_in_eight_bits(tmp_path: Path) -> None:
+    module = make_model("llama")
+    for layer in module.model.layers:
+        for name, sizes in (("gate_proj", (32, 37)), ("up_proj", (32, 37)), ("down_proj", (37, 32))):
+            setattr(layer.mlp, name, nn.Linear(*sizes, bias=False))
+    rows = [Row(tuple(range(5, 45)), ((7,),))]
+    run, one, ids = Run(Store(tmp_path)), System(ModelRef("x", "x"), "x"), torch.tensor([[5, 9, 40, 7]])
+    plain = module(input_ids=ids).logits
+    session = TorchSession(module, make_tokenizer())
+    odd = [f"model.layers.{n}.mlp.down_proj" for n in range(2)]
+    for most in (None, 60_000):
+        with pytest.MonkeyPatch.context() as patch, _swapping(module) as work, torch.no_grad():
+            patch.setattr("whet.compress.moments.rows_of", lambda *_: rows)
+            notes = Quantize(bits=4)._pack(one, task(limits=Limits(size=most)), run, session, work)
+            assert notes["odd_width"] == odd and notes["kept_in_8"] == (14 if most else 2)
+            assert {r["layer"] for r in notes["layers"] if r["bits"] == 8} >= set(odd)
+            assert (module(input_ids=ids).logits - plain).norm() < 0.2 * plain.norm()
+    assert [Quantize(bits=4).columns(w) for w in (64, 33, 66)] == [32, 0, 0]
+    with pytest.raises(ValueError, match="group even"):
+        Quantize(bits=4, group=11)
+    with pytest.MonkeyPatch.context() as patch:  # 8 bits need no group
+        patch.setattr(Quantize, "columns", lambda *_: pytest.fail("asked for a group"))
+        with _swapping(module) as work, torch.no_grad():
+            work.embedding(Quantize(), 8)
+
+
+def test_settings_that_would_do_nothing_are_refused() -> None:
+    for idle in ({"rounding": "hqq"}, {"group": 32}, {"zero": True}):
+        with pytest.raises(ValueError, match="4 bits"):
+            Quantize(**idle)  # type: ignore[arg-type]
+    Quantize(embedding=4, group=32, zero=True)
+    assert Quantize(bits=4, rounding="hqq", group=32, zero=True)._eight.rounding == "nearest"
+
+
+def test_families_without_a_rule_for_outliers_are_told(tmp_path: Path) -> None:
+    for family, told in (("gemma2", True), ("llama", False)):
+        base, run = system(tmp_path / family, tmp_path / "home", family), Run(Store(tmp_path / "home"))
+        Quantize().apply(base, task(), run)
+        assert ("not_smoothed" in run.notes["quantized"]) is told
+
+
 def test_tied_layers_hold_one_pack() -> None:
     module = make_model("llama")
     first, second = (layer.mlp for layer in module.model.layers)
@@ -333,7 +445,7 @@ def test_tied_layers_hold_one_pack() -> None:
                 uses[id(linear.weight)] -= 1
                 if not uses[id(linear.weight)]:
                     seen.append(index)
-                    work.pack(linear, rounding.pack8(linear.weight.data, True), one.second, 8)
+                    work.pack(linear, rounding.pack8(linear.weight.data, True), one.second)
 
         calibrate.walk(TorchSession(module, make_tokenizer()), [Row(tuple(range(5, 25)), ((7,),))], visit, None)
         assert first.up_proj.pack is second.up_proj.pack
@@ -349,13 +461,13 @@ def test_siblings_of_tied_layers_count_each_input_once(tmp_path: Path) -> None:
     rows = [Row(tuple(range(5 + n, 25 + n)), ((7, 8),)) for n in range(4)]
     given: dict[int, list[torch.Tensor]] = {}
     seen: dict[int, torch.Tensor] = {}
+    counted: dict[int, int] = {}
 
     class Looking(Quantize):
         """Notes what each weight is rounded by."""
 
-        def _packed(self, weight: torch.Tensor, moments: torch.Tensor | None) -> packed.Pack:
-            assert moments is not None
-            seen[weight.data_ptr()] = moments.clone()
+        def _packed(self, weight: torch.Tensor, second: torch.Tensor, tokens: int) -> packed.Pack:
+            seen[weight.data_ptr()], counted[weight.data_ptr()] = second.clone(), tokens
             return rounding.pack8(weight, False)
 
     def look(index: int, layer: nn.Module, moments: dict[str, calibrate.Moments]) -> None:
@@ -363,7 +475,7 @@ def test_siblings_of_tied_layers_count_each_input_once(tmp_path: Path) -> None:
             weight = layer.get_submodule(f"self_attn.{name}").weight
             given.setdefault(weight.data_ptr(), []).append(moments[f"self_attn.{name}"].second.clone())
 
-    session = TorchSession(module, make_tokenizer())
+    session, tokens = TorchSession(module, make_tokenizer()), arrange(rows).unique_tokens
     calibrate.walk(session, rows, look, None)
     one = System(ModelRef("x", "x"), "x")
     with _swapping(module) as work, pytest.MonkeyPatch.context() as patch:
@@ -371,6 +483,7 @@ def test_siblings_of_tied_layers_count_each_input_once(tmp_path: Path) -> None:
         Looking(activations=False)._pack(one, task(), Run(Store(tmp_path)), session, work)
     for place, parts in given.items():
         assert torch.allclose(seen[place], parts[0] + parts[1], rtol=0.05, atol=0.05 * float(parts[0].abs().max()))
+        assert counted[place] == 2 * tokens  # of both layers
 
 
 def test_each_layer_is_walked_with_its_own_masks() -> None:
@@ -452,11 +565,14 @@ def test_a_whole_model_in_four_bits_is_nearer_where_layers_make_good_for_earlier
     assert found[1] < 0.9 * found[0]
 
 
-def test_what_was_rounded_by_another_rule_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["PROPAGATED", "UNSEEN"])
+def test_what_was_rounded_by_another_rule_is_not_taken(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     base, run = system(tmp_path / "model", tmp_path / "home"), Run(Store(tmp_path / "home"))
     method = Quantize(bits=4, group=16)
     first, again = (method.apply(base, task(), run).fingerprint for _ in range(2))
-    monkeypatch.setattr(rounding, "PROPAGATED", 0.25)
+    monkeypatch.setattr(rounding, name, 0.3)
     assert first == again != method.apply(base, task(), run).fingerprint
 
 
@@ -530,7 +646,8 @@ def test_improve_makes_it_small_enough_or_names_the_nearest(
 
 def trial(name: str, size: int, merit: float = 0.5, content: str = "x") -> Trial:
     """A finished trial of which only the size and the score are known."""
-    card = SimpleNamespace(size_bytes=size, memory_bytes=None, latency_ms=None, score=merit)
+    outcomes = tuple(Outcome(str(n), "a", float(n < 4 * merit), "a") for n in range(4))
+    card = SimpleNamespace(size_bytes=size, memory_bytes=None, latency_ms=None, score=merit, outcomes=outcomes)
     system = SimpleNamespace(model=SimpleNamespace(content=content, remote=False))
     return Trial(parse(name) if name else Recipe(), system, 0, "done", "", 4, card, Spent(), 0.0, {}, None)  # type: ignore[arg-type]
 
@@ -563,7 +680,8 @@ def limited_job(
     race = SimpleNamespace(base=base, trials=[base], seconds=0.0, left=10.0, select=[0] * 4, enter=enter, mark=mark,
                            merit=lambda t: t.card.score, speed=lambda _: SimpleNamespace(train=1.0))  # fmt: skip
     job = SimpleNamespace(task=SimpleNamespace(limits=Limits(size=100)), race=race, bases=[base.system], shrinking=0.0,
-                          run=run, wish=SimpleNamespace(methods=()), notes=[], skipped=[], tight=False)  # fmt: skip
+                          run=run, wish=SimpleNamespace(methods=(), seed=0), metric=get("accuracy"), notes=[],
+                          skipped=[], tight=False)  # fmt: skip
     monkeypatch.setattr("whet.search.limits._measured", lambda _, __, card: card)
     monkeypatch.setattr("whet.search.limits._expected", lambda _, __, cut, ___: sizes.get(Recipe(cut).name, 0.0))
     monkeypatch.setattr("whet.search._keeping", keeping)
@@ -588,6 +706,21 @@ def test_what_is_made_smaller_keeps_the_earlier_tasks(monkeypatch: pytest.Monkey
     assert limits.within(job, None) is None and "nothing that was tried" in job.notes[0]
     assert [t.status for t in job.race.trials[1:]] == ["refused"] * len(limits.SMALLER)
     assert list(job.run.sessions) == ["base"]  # what was tried in vain holds no memory
+
+
+@pytest.mark.parametrize("text", ["finetune+quantize", "finetune+quantize(bits=4)", "finetune+prune(width=0.8)+distill",
+                                  "share(values=16)+finetune", "fewshot+calibrate+distill"])  # fmt: skip
+def test_what_was_made_smaller_already_is_made_smaller_still(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (*limits.CONTEXT, *limits.SMALLER):
+        limits.smaller(parse(text), parse(step)).check()
+    assert limits.smaller(parse("prune+distill"), parse("quantize")).name == "prune+distill+quantize"
+    job = limited_job(monkeypatch)
+    job.race.trials.append(trial(text, 200, 0.75))
+    found = limits.within(job, job.race.trials[1])
+    assert found is not None and found.name != text and found.status == "done"
+    assert len({t.name for t in job.race.trials}) == len(job.race.trials)  # what it is already is not tried again
+    assert f"against {text}, on select, {found.name} loses 25.0 points" in job.notes[-1]
+    assert job.notes[-1].endswith("worse")
 
 
 def test_an_arm_within_the_limits_goes_before_one_beyond_them(monkeypatch: pytest.MonkeyPatch) -> None:

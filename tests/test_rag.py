@@ -27,13 +27,20 @@ from whet.retrieval import Found, Index, Source, build
 from whet.scorecard import evaluate
 from whet.store import Store
 from whet.system import Answer, System
-from whet.task import Example, Learnable
+from whet.task import Example, Learnable, Query
 
 TEXTS = {
     "kettle": "Descale the kettle every six weeks. It holds 1.2 litres of water.",
     "lamp": "The lamp flickers when an old dimmer is fitted. Its bulb is sold under part LB-7.",
     "returns": "Parcels can be sent back within thirty days. The label costs two pounds.",
 }
+
+
+def ask(*texts: str) -> list[Query]:
+    """Questions of one turn."""
+    return [Query(text) for text in texts]
+
+
 needs_embedder = pytest.mark.skipif(not embed.available(), reason="the embedding model is not installed")
 
 
@@ -127,11 +134,12 @@ def test_large_files_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_folder_is_read_despite_bad_files(tmp_path: Path) -> None:
     (tmp_path / "good.txt").write_text("good")
+    (tmp_path / "a.html").write_text("<div>" * 3000 + "deep")
     for name in ("broken.pdf", "empty.jsonl", "photo.png"):
         (tmp_path / name).write_bytes(b"")
     found, notes = documents.load(tmp_path)
     assert [d.id for d in found] == ["good.txt"]
-    assert [n.split(" ")[0] for n in notes[:2]] == ["broken.pdf", "empty.jsonl"] and "photo.png" in notes[2]
+    assert [n.split(" ")[0] for n in notes[:3]] == ["a.html", "broken.pdf", "empty.jsonl"] and "photo.png" in notes[3]
     for name in ("empty.jsonl", "nowhere.txt"):
         with pytest.raises(TaskError):
             documents.load(tmp_path / name)
@@ -274,16 +282,16 @@ def test_what_is_asked_is_found_and_kept(data: Learnable, home: Path, tmp_path: 
     base = System(resolve("fake:hash"), "Answer.", home=home)
     made = Rag(k=1).apply(base, data, run)
     assert run.notes["documents"] == 3 and run.notes["passages"] == 3
-    asked = ("When must I descale it?", "why does my light flicker?", "part LB-7")
+    asked = ask("When must I descale it?", "why does my light flicker?", "part LB-7")
     assert [f[0].passage.title for f in made.found(asked)] == ["kettle", "lamp", "lamp"]
-    [chat] = made.prompts([Example("1", asked[0])])
-    assert "six weeks" in chat[-1][1] and chat[-1][1].endswith(asked[0])
+    [chat] = made.prompts([Example("1", asked[0].now)])
+    assert "six weeks" in chat[-1][1] and chat[-1][1].endswith(asked[0].now)
     assert made.fingerprint != base.fingerprint == replace_sources(made).fingerprint
     for mix in ("words", "meaning"):
         other = Rag(k=1, mix=mix).apply(base, data, run)
-        assert other.found(["descale the kettle"])[0][0].passage.title == "kettle"
+        assert other.found(ask("descale the kettle"))[0][0].passage.title == "kettle"
         assert other.fingerprint != made.fingerprint
-    assert Rag(k=1, threshold=0.9).apply(base, data, run).found(["the moon"]) == [[]]
+    assert Rag(k=1, threshold=0.9).apply(base, data, run).found(ask("the moon")) == [[]]
     few = Rag(k=3, tokens=45).apply(base, data, run)
     assert few.found(asked) == [f[:2] for f in Rag(k=3).apply(base, data, run).found(asked)]
     least = replace(few, sources=(replace(few.sources[0], tokens=5),))
@@ -331,7 +339,7 @@ def test_a_spoilt_index_is_refused(data: Learnable, home: Path) -> None:
     with pytest.raises(ArtifactError, match="cannot be read"):
         Index(folder, embed.Embedder(home))
     with pytest.raises(ArtifactError, match="not at hand"):
-        Source().find(["x"], home)
+        Source().find(ask("x"), home)
 
 
 @needs_embedder
@@ -360,6 +368,61 @@ def test_words_without_spaces_are_found(home: Path) -> None:
     assert len(index.search(["a"], 2)[0]) == 2 and index.search(["a"], 2, "words") == [[]]
 
 
+@needs_embedder
+def test_a_long_document_leaves_room_for_others_in_a_ranking(home: Path) -> None:
+    pieces = [Passage("A", "", f"the kettle kettle number {n}", "x", n) for n in range(150)]
+    pieces += [Passage(name, "", f"a kettle is told of by {name}", "x", 0) for name in "BCDEFGHIJ"]
+    index = Index(home / "a" / build(pieces, home / "a", embed.Embedder(home)), embed.Embedder(home))
+    for mix in ("both", "ranks", "words", "meaning"):
+        found, other = index.rank(["kettle number", "told of by B"], 10, mix)
+        assert found[0] == "A" and set(found) == set("ABCDEFGHIJ") and other[0] == "B", mix
+    assert index.rank(["xyzzy"], 10, "words") == [[]] and len(index.rank(["kettle"], 99)[0]) == 10
+    assert [p.start for p in index.of(["A", "gone"])["A"]] == [*range(150)] and [*index.of(["gone", "B"])] == ["B"]
+
+
+@needs_embedder
+def test_evidence_that_names_no_document_is_told(data: Learnable, home: Path) -> None:
+    run, base = Run(Store(home)), System(resolve("fake:hash"), home=home)
+    rows = tuple(Example(str(n), "q", "a", evidence=((name, 1.0), ("x", 0.0)))
+                 for n, name in enumerate(("kettle", "gone", "lost")))  # fmt: skip
+    made = Rag().apply(base, replace(data, train=rows), run)
+    assert run.notes["left_out"] == ["evidence of train names 2 documents that are not there (of 3): gone, lost"]
+    assert made.ranked(rows, 1)
+    with pytest.raises(ArtifactError, match="no document has an id.*expected gone, lost.*found kettle, lamp, returns"):
+        made.ranked(rows[1:], 1)
+
+
+def test_ids_as_others_write_them(tmp_path: Path) -> None:
+    rows = [{"_id": "a", "title": "", "text": "x"}, {"doc_id": 7, "text": "y"}, {"id": None, "_id": "b", "text": "z"}]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [d.id for d in documents.load(tmp_path / "corpus.jsonl")[0]] == ["a", "7", "b"]
+
+
+def test_vectors_are_known_by_the_weights_that_made_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"0" * 200_000)
+    monkeypatch.setattr(embed, "model_folder", lambda: tmp_path)
+    monkeypatch.setattr(embed, "available", lambda: True)
+    marks = {embed.mark.__wrapped__()}
+    for body in (b"0" * 200_001, b"0" * 199_999 + b"1", b"1" + b"0" * 199_999):
+        (tmp_path / "model.safetensors").write_bytes(body)
+        marks.add(embed.mark.__wrapped__())
+    assert len(marks) == 4 and all(m.startswith(f"{embed.PACKAGE} ") for m in marks)
+
+
+@needs_embedder
+def test_documents_are_ranked_whatever_else_is_looked_up(data: Learnable, home: Path, tmp_path: Path) -> None:
+    from whet.methods.knowledge import Knowledge
+
+    (tmp_path / "k.tsv").write_text("kettle\tcolour\tred\n")
+    run, base = Run(Store(home)), System(resolve("fake:hash"), home=home)
+    made = Knowledge().apply(base, replace(data, knowledge=tmp_path / "k.tsv"), run)
+    row = Example("1", "the colour of the kettle", evidence=(("kettle", 1.0),))
+    assert made.ranked([row], 2) != [""]  # what facts are about
+    both = Rag().apply(made, data, run)
+    assert [s.kind for s in both.sources] == ["facts", "documents"]
+    assert set(both.ranked([row], 9)[0].split("\n")) == {"kettle", "lamp", "returns"}
+
+
 def test_settings_are_checked() -> None:
     for bad in ({"k": 0}, {"chunk": 5}, {"mix": "x"}, {"threshold": 1.0}, {"tokens": -1}):
         with pytest.raises(ValueError):
@@ -376,7 +439,7 @@ def test_documents_change_beneath_a_system(data: Learnable, home: Path, tmp_path
     made = Rag(k=1).apply(System(resolve("fake:hash"), "Answer.", home=home), data, Run(Store(home)))
     opened = system.load(made.save(tmp_path / "system"), home)
     [source] = opened.sources
-    asked, state = ["What does the toaster weigh?"], opened.state
+    asked, state = ask("What does the toaster weigh?"), opened.state
     before = source.version
     _, embedded = source.change(home, [Document("toaster", "toaster", "The toaster weighs 900 grams.", "new")])
     assert embedded == 1  # the three others keep their vectors
@@ -386,7 +449,7 @@ def test_documents_change_beneath_a_system(data: Learnable, home: Path, tmp_path
     _, embedded = source.change(home, [heavier], ["lamp"])
     assert embedded == 1
     assert "two kilos" in opened.found(asked)[0][0].passage.text
-    assert "lamp" not in {f.passage.document for f in opened.found(["lamp"], 9)[0]}
+    assert "lamp" not in {f.passage.document for f in opened.found(ask("lamp"), 9)[0]}
     assert system.load(tmp_path / "system", home).found(asked) == opened.found(asked)
     with pytest.raises(ArtifactError, match="no such document.*cup"):
         source.change(home, drop=["cup"])
@@ -404,15 +467,15 @@ def test_a_crash_while_documents_change_leaves_the_old_index(
         made.sources[0].change(home, drop=["lamp"])
     made = system.load(made.save(home / "system"), home)
     [source] = made.sources
-    found = made.found(["descale"])
+    found = made.found(ask("descale"))
     for name in ("_hash", "write_text"):  # while files are written, and before the new generation is made current
         with monkeypatch.context() as spoilt:
             spoilt.setattr(f"whet.retrieval.{name}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 source.change(home, [Document("cup", "cup", "A cup.", "new")])
-        assert made.found(["descale"]) == found
+        assert made.found(ask("descale")) == found
     assert source.change(home, [Document("cup", "cup", "A cup.", "new")])[1] in (0, 1)
-    assert made.found(["a cup"])[0][0].passage.document == "cup"
+    assert made.found(ask("a cup"))[0][0].passage.document == "cup"
 
 
 @needs_embedder
@@ -463,6 +526,11 @@ def test_a_cross_encoder_reads_again(tmp_path: Path) -> None:
     made = retrieval.reranked("red", found, str(tmp_path / "model"))
     score = retrieval._cross_encoder(str(tmp_path / "model"))
     assert sorted(made, key=lambda f: -float(score([("red", f.passage.text)])[0])) == made and set(made) == set(found)
+    several = BertForSequenceClassification(BertConfig.from_dict({**small.to_dict(), "num_labels": 3}))
+    several.save_pretrained(tmp_path / "model")
+    retrieval._cross_encoder.cache_clear()
+    with pytest.raises(MethodError, match="ranks nothing.*one score.*3 scores"):
+        retrieval.reranked("red", found, str(tmp_path / "model"))
     with pytest.raises(MethodError, match="reranker.*cannot be opened"):
         retrieval.reranked("red", found, str(tmp_path / "nowhere"))
 
@@ -476,9 +544,9 @@ def site() -> Iterator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            if self.path == "/moved":
+            if self.path in ("/moved", "/hostile"):
                 self.send_response(302)
-                self.send_header("location", "/page")
+                self.send_header("location", "/page" if self.path == "/moved" else "http://\x01/")
                 self.end_headers()
                 return
             self.send_response(200 if self.path == "/page" else 404)
@@ -505,6 +573,12 @@ def test_pages_are_fetched_from_public_addresses_only(site: str, monkeypatch: py
     assert found[0].title == "Opening hours" and "at nine" in found[0].text and "x()" not in found[0].text
     with pytest.raises(TaskError, match="cannot be fetched.*404"):
         documents.load(f"{site}/gone")
+    with pytest.raises(TaskError, match="cannot be fetched"):
+        documents.load(f"{site}/hostile")
+    with monkeypatch.context() as slow:
+        slow.setattr(documents, "SECONDS", -1.0)
+        with pytest.raises(TaskError, match="does not end"):
+            documents.load(f"{site}/page")
     monkeypatch.setattr(documents, "MOST_BYTES", 10)
     with pytest.raises(TaskError, match="too large"):
         documents.load(f"{site}/page")
@@ -576,17 +650,55 @@ def test_training_rows_are_shown_the_passage_and_distractors(data: Learnable, ho
     missed = Example("1", "why does my light flicker?", "thirty days", evidence=(("returns", 1.0),))
     hit = Example("2", "descale the kettle", "six weeks", evidence=(("kettle", 1.0),))
     none = Example("3", "descale the kettle", "eleven")
-    shown = made.found([e.prompt for e in (missed, hit, none)])
+    shown = made.found([e.query for e in (missed, hit, none)])
     names = [[f.passage.document for f in here] for here in reading.taught(made, (missed, hit, none), shown, 0.0, 0)]
     assert names == [["returns"], ["kettle"], ["kettle"]]
     rows = [replace(hit, id=str(n)) for n in range(200)]
-    shown = made.found([e.prompt for e in rows])
+    shown = made.found([e.query for e in rows])
     without = [here[0].passage.document != "kettle" for here in reading.taught(made, rows, shown, 0.3, 0)]
     assert 30 < sum(without) < 90 and all(len(here) == 1 for here in shown)
     closed = replace(made, decoding=replace(made.decoding, labels=("light", "kettle"), closed=True))
     label = replace(missed, completion="kettle", evidence=())  # the word of a label makes no passage the right one
     shown = made.found([label.query])
     assert reading.taught(closed, [label], shown, 0.99, 0) == shown
+
+
+@needs_embedder
+def test_no_row_teaches_to_answer_from_nothing(home: Path, tmp_path: Path) -> None:
+    """Evidence far down in the ranking, or below the threshold, is fetched by its id."""
+    rows = [{"id": f"d{n}", "text": f"Descale the kettle, part {n}."} for n in range(70)]
+    rows += [{"id": "far", "text": "Nothing of that sort. Six weeks."}]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = Learnable("toy", "", "token_f1", documents=tmp_path / "d.jsonl")
+    row = Example("1", "How often must I descale the kettle?", "six weeks", evidence=(("far", 1.0), ("d3", 0.0)))
+    for threshold, count in ((0.0, 2), (0.999, 1)):
+        method = Rag(k=2, threshold=threshold)
+        made = method.apply(System(resolve("fake:hash"), home=home), data, Run(Store(home)))
+        shown = made.found([row.query])
+        assert len(shown[0]) == (0 if threshold else 2)
+        [taught] = reading.taught(made, [row], shown, 0.0, 0)
+        assert taught[0].passage.document == "far" and len(taught) == count
+        [without] = reading.taught(made, [row], shown, 1.0, 0)
+        assert len(without) == count and "far" not in {f.passage.document for f in without}
+        got = reading.measure(made, [row], metrics.get("exact_match"), made.session)
+        assert got.oracle is not None and got.distracted is not None
+
+
+@pytest.mark.parametrize(
+    ("said", "declines"),
+    [
+        ("", True), ("Unknown.", True), ("I don't know the answer.", True), ("It is not mentioned", True),
+        ("The passage does not say when.", True), ("There is no information about this.", True),
+        ("모르겠습니다", True), ("문서에 언급되어 있지 않습니다.", True), ("잘 모르겠어요", True), ("我不知道。", True),
+        ("文中没有提到。", True), ("わかりません。", True), ("文書に記載されていません", True),
+        ("Das weiß ich nicht.", True), ("Das steht nicht im Text", True),
+        ("Keine Angabe", True), ("Je ne sais pas.", True), ("Ce n'est pas mentionné", True), ("No lo sé.", True),
+        ("No se menciona en el texto", True), ("Unknown Pleasures", False), ("It is Seoul", False), ("No", False),
+        ("Nothing Else Matters", False), ("서울", False), ("six weeks", False), ("notable", False), ("unable", False),
+    ],
+)  # fmt: skip
+def test_answers_that_decline(said: str, declines: bool) -> None:
+    assert bool(reading.DECLINES.match(metrics.squad(said))) is declines
 
 
 @needs_embedder

@@ -203,6 +203,17 @@ def test_verdict_is_one_printable_line(case: int) -> None:
     assert said.endswith(".") and said.isprintable()
 
 
+def test_what_selection_flattered_is_printed_below_the_verdict() -> None:
+    said = report.summary(rich()).splitlines()
+    assert said == [report.verdict(rich()),
+                    "Select said 92.8 of it, sealed data says 92.4: a shrinkage of 0.4 points."]  # fmt: skip
+    kept = {**rich(), "chosen": {"recipe": [], "handed": False}}
+    assert "of the best candidate" in report.summary(kept)
+    more = {**rich(), "selection": {"select": 0.9, "confirm": 0.924, "shrinkage": -0.024}}
+    assert report.summary(more).endswith("sealed data says 92.4: no shrinkage.")
+    assert report.summary({}) == report.verdict({})
+
+
 def test_verdict_of_hostile_names_has_no_terminal_escapes() -> None:
     result = rich()
     result["baselines"] = [{"name": "\x1b[31mred\n", "select": 0.9, "confirm": 0.99}]

@@ -39,3 +39,24 @@ def test_a_quoted_tsv_is_read_as_quoted(tmp_path, text, rows):
     assert cells(tmp_path / "train.csv", ("prompt\tcompletion\n" + text).replace("\t", ",")) == [
         tuple(cell.replace("\t", ",") for cell in row) for row in rows
     ]
+
+
+def test_long_text_without_blank_lines_is_cut_into_rows(tmp_path):
+    lines = [" ".join(f"w{n}" for n in range(line, line + 30)) + "\n" for line in range(100)]
+    path = tmp_path / "train.txt"
+    path.write_text("".join(lines), "utf-8")
+    parts = [row.values["text"] for row in read(path)]
+    assert "".join(parts) == "".join(lines) and all(part.endswith("\n") for part in parts)
+    assert [len(part.split()) for part in parts] == [510, 510, 510, 510, 510, 450]
+    assert [row.number for row in read(path)][:3] == [1, 18, 35]
+    path.write_text(" ".join(["word"] * 1300), "utf-8")
+    assert [len(row.values["text"].split()) for row in read(path)] == [625, 625, 50]
+
+
+def test_broken_rows_are_told_apart_where_asked(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"prompt": "a"}\nhello\n[1]\n{"prompt": "b"}\n', "utf-8")
+    broken: list = []
+    assert [row.number for row in read(path, broken)] == [1, 4] and [n for n, _ in broken] == [2, 3]
+    with pytest.raises(TaskError, match="line 2 is not JSON"):
+        read(path)

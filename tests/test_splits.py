@@ -62,3 +62,30 @@ def test_near_repeats_of_long_rows_need_little_memory():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 25e6
+
+
+PASSAGE = (
+    "The old town hall was rebuilt after the great fire of the north bank by masons from the coast , who used pale "
+    "stone from the quarry above the river and oak from the king's own forest . Its tower holds four bells , the "
+    "largest of which was cast by a founder from the valley and is rung only when a new mayor takes the oath ."
+)
+
+
+@pytest.mark.parametrize("form", ["{p}\nQuestion: {q}", "Question: {q}\n{p}\nAnswer:"])
+def test_another_question_on_the_same_passage_is_no_near_repeat(form):
+    asked = ["who rebuilt the hall after the fire?", "which stone did the masons use?",
+             "when is the largest bell rung?", "where did the oak come from?"]  # fmt: skip
+    rows = [Example(f"r{n}", form.format(p=PASSAGE, q=q), "yes") for n, q in enumerate(asked)]
+    assert dropped(rows[:3], rows[3:]) == [] and not near_repeats([row.prompt for row in rows])
+    again = Example("again", form.format(p=PASSAGE, q="where did the oaks come from?"), "yes")
+    edited = Example("edited", form.format(p=PASSAGE.replace("pale", "white").replace("bells", "bell"), q=asked[3]), "")
+    assert dropped([*rows[:3], again, edited], rows[3:]) == ["again", "edited"]
+
+
+def test_a_near_repeat_with_another_answer_gives_nothing_away():
+    held = [Example("t", f"{PASSAGE} Hypothesis: the mayor rings the bell.", "entailment")]
+    told = f"{PASSAGE} Hypothesis: no mayor rings the bell."
+    assert dropped([Example("a", told, "contradiction")], held) == []
+    assert dropped([Example("a", told, "Entailment")], held) == ["a"]
+    assert dropped([Example("a", told, "")], held) == ["a"]
+    assert dropped([Example("a", held[0].prompt.upper(), "contradiction")], held) == ["a"]

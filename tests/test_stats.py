@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from whet.metrics import Outcome, get
-from whet.stats import bootstrap_interval, compare, holm, not_worse, wilson
+from whet.stats import alike, bootstrap_interval, compare, holm, not_worse, wilson
 
 ACCURACY, F1, BLEU, PPL = get("accuracy"), get("token_f1"), get("bleu"), get("perplexity")
 
@@ -177,6 +177,29 @@ def test_figures_that_are_no_means_are_permuted_by_swapping_answers():
     result = compare(a, b, metric)
     assert result.difference == pytest.approx(observed)
     assert result.p_value == pytest.approx(np.mean([abs(v) >= abs(observed) - 1e-9 for v in values]))
+
+
+def test_several_runs_alike_is_cochrans_q():
+    """The permutation's p-value against the closed form of Cochran's Q (1950), for large n."""
+    table = (np.random.default_rng(0).random((200, 3)) < [0.5, 0.55, 0.62]).astype(float)
+    k, columns, rows = 3, table.sum(axis=0), table.sum(axis=1)
+    q = (k - 1) * (k * (columns**2).sum() - columns.sum() ** 2) / (k * rows.sum() - (rows**2).sum())
+    found = alike([scored(column) for column in table.T], ACCURACY)
+    assert found == pytest.approx(scipy_stats.chi2.sf(q, k - 1), abs=0.02)
+    whole = alike([scored(np.repeat(column, 3), groups=[f"g{n // 3}" for n in range(600)]) for column in table.T], F1)
+    assert whole == pytest.approx(found, abs=0.02)  # a group of copies tells no more than one of them
+    with pytest.raises(ValueError, match="ids differ"):
+        alike([scored([1, 0]), scored([1])], ACCURACY)
+
+
+def test_several_runs_are_told_apart_by_the_metrics_own_figure():
+    """Of imbalanced labels two runs may be right equally often, and one of them never on the rare label."""
+    wanted = ["rare" if n % 8 == 0 else "often" for n in range(64)]
+    never = ["often"] * 64
+    balanced = ["rare" if n % 8 == 0 or n % 8 == 1 else "often" for n in range(64)]
+    runs = [labelled(said, wanted) for said in (never, balanced)]
+    assert sum(o.score for o in runs[0]) == sum(o.score for o in runs[1]) == 56
+    assert alike(runs, ACCURACY) == 1 and alike(runs, get("macro_f1")) < 0.05
 
 
 def test_bleu_is_compared_as_a_corpus():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import shutil
@@ -14,9 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from whet import metrics
 from whet.errors import TaskError
 from whet.splits import cut, near_repeats
-from whet.task import Example, Learnable, Limits, Task, inside, load, places, rows_hash
+from whet.task import Example, Extra, Learnable, Limits, Task, inside, load, places, rows_hash
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "tasks"
 ROW = {"prompt": "one plus one is what", "completion": "two"}
@@ -81,7 +83,8 @@ limits: {size: 100MB, memory: 1.5GB, latency: 0.2s, forgetting: 1}
     (path / "glossary.tsv").write_text("a\tb\n")
     loaded = load(path)
     assert (loaded.name, loaded.labels, loaded.closed) == ("whole", ("yes", "no"), True)
-    row = Example("7", "is it?", "yes", ("yes",), group="3", evidence=(("d1", 1.0), ("d2", 1.0)))
+    row = Example("7", "is it?", "yes", ("yes",), group="3", evidence=(("d1", 1.0), ("d2", 1.0)),
+                  extra=Extra('{"spare": 1}'))  # fmt: skip
     assert loaded.train == (row,)
     assert loaded.test[0].id == "test-1" and loaded.test[0].evidence == (("d1", 2.0),)
     assert loaded.limits == Limits(100_000_000, 1_500_000_000, 200.0, 1.0)
@@ -224,7 +227,9 @@ def test_missing_folder_and_files(tmp_path):
         ("metric: accuracy\nlimits: {memory: 0}", ("limits.memory",)),
         ("metric: accuracy\nlimits: 100MB", ("limits is not a mapping",)),
         ("metric: accuracy\ncolumns: [a, b]", ("columns cannot be read", "{prompt: review")),
-        ("metric: accuracy\ncolumns: {prompt: a}", ("columns cannot be read",)),
+        ("metric: accuracy\ncolumns: {promt: a}", ("'promt' is no field of a row", "'prompt'")),
+        ("metric: accuracy\nmax_tokens: many", ("max_tokens cannot be read", "512", "'many'")),
+        ("metric: accuracy\nmax_tokens: 0", ("max_tokens cannot be read",)),
         ('metric: accuracy\ncolumns: {prompt: "<|im_end|>", completion: b}', ("column's name", "<|im_end|>")),
         ("metric: accuracy\ncolumns: {prompt: a, completion: }", ("column's name",)),
         ("metric: accuracy\nname: ../../evil", ("name",)),
@@ -263,7 +268,6 @@ def test_a_header_that_grows_is_refused_at_once(tmp_path):
         (b" \n\n", ("train.jsonl is empty",)),
         (b'{"prompt": "a", "completion": "b"}\n{"prompt": "c", "comp', ("train.jsonl line 2", "truncated")),
         (b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xff"}\n', ("train.jsonl line 2", "byte offset 47", "0xff")),
-        ("\ufeff{}".encode("utf-16-le"), ("train.jsonl line 1", "UTF-16")),
         (b'{"prompt": "a", "completion": "b"}\nhello\n', ("train.jsonl line 2 is not JSON",)),
         (b'{"prompt": "a", "completion": "b"}\n[1, 2]\n', ("train.jsonl line 2 is not an object", "[1, 2]")),
         (b"[" * 100_000 + b"\n", ("train.jsonl line 1",)),
@@ -275,7 +279,7 @@ def test_a_header_that_grows_is_refused_at_once(tmp_path):
         (b'{"prompt": "a", "completion": null}', ("line 1: the completion is null",)),
         (b'{"prompt": "a", "completion": NaN}', ("line 1: the completion is null",)),
         (b'{"prompt": "a"}', ("line 1: the completion is missing",)),
-        (b'{"prompt": "a", "completion": ""}', ("line 1: the completion is empty",)),
+        (b'{"prompt": "a", "completion": "", "choices": ["b", "c"]}', ("line 1: the completion is empty",)),
         (b'{"prompt": "a", "completion": ["b"]}', ("line 1", "completion", "not an object")),
         (b'{"prompt": {"a": 1}, "completion": "b"}', ("line 1: prompt is not text",)),
         (b'{"prompt": "\\ud800", "completion": "b"}', ("line 1: prompt holds half a character",)),
@@ -284,10 +288,6 @@ def test_a_header_that_grows_is_refused_at_once(tmp_path):
         (b'{"prompt": "a", "completion": "b", "choices": "b"}', ("line 1: choices is not a list",)),
         (b'{"prompt": "a", "completion": "b", "evidence": {"d": "x"}}', ("line 1: evidence",)),
         (b'{"prompt": "a", "completion": "b", "evidence": {"d": -1}}', ("line 1: evidence",)),
-        (
-            b'{"id": 1, "prompt": "a", "completion": "b"}\n{"id": "1", "prompt": "c", "completion": "b"}',
-            ("train.jsonl line 2", "id '1'", "train.jsonl line 1"),
-        ),
     ],
 )
 def test_bad_rows(tmp_path, content, words):
@@ -348,6 +348,146 @@ def test_no_path_leads_out(tmp_path_factory, written):
     except TaskError:
         return
     assert found.resolve().is_relative_to(root)
+
+
+# ------------------------------------------------------------------------------------------------ rows as they come
+
+
+def test_lists_in_cells_are_read_as_json_or_python_writes_them(tmp_path):
+    cells = "prompt,answers,evidence\n" + "a,\"['Paris', 'paris']\",\"['d1', 'd2']\"\n" + 'b,"[""x""]",d3\n'
+    first, second = load(folder(tmp_path, train__csv=cells)).train
+    assert first.answers == ("Paris", "paris") and second.answers == ("x",)
+    assert first.evidence == (("d1", 1.0), ("d2", 1.0)) and second.evidence == (("d3", 1.0),)
+    for broken in ("['a' 'b']", "['a', 'b]"):
+        path = folder(tmp_path, name="broken", train__csv=f'prompt,answers\na,"{broken}"\n')
+        refused(path, "train.csv line 2: answers looks like a list", "JSON")
+
+
+@pytest.mark.parametrize("name", ["test.ndjson", "test.jsonl.gz", "Test.jsonl", "TEST.NDJSON.GZ"])
+def test_files_of_rows_are_found_by_other_names(tmp_path, name):
+    path = folder(tmp_path)
+    body = (json.dumps({"prompt": "other", "completion": "x"}) + "\n").encode()
+    (path / name).write_bytes(gzip.compress(body) if name.lower().endswith("gz") else body)
+    loaded = load(path)
+    assert [row.prompt for row in loaded.test] == ["other"] and loaded.test[0].id.lower() == "test-1"
+    folder(tmp_path, {"metric": "exact_match", "documents": name})
+    refused(path, "held-out")
+    (path / "test.csv").write_text("prompt,completion\na,b\n")
+    (path / "task.yaml").write_text("metric: exact_match")
+    refused(path, "remove the other")
+
+
+def test_eval_is_dev_and_what_looks_like_a_split_is_named(tmp_path):
+    path = folder(tmp_path, train=[ROW], eval=[{"prompt": "b", "completion": "x"}], test_data__csv="prompt\na\n")
+    loaded = load(path)
+    assert [row.prompt for row in loaded.dev] == ["b"]
+    assert loaded.notes == ("test_data.csv is not read: test rows lie in test.csv",)
+    folder(tmp_path, {"metric": "exact_match", "documents": "test_data.csv"}, train=[ROW])
+    assert load(path).notes == ()
+
+
+def test_broken_rows_of_train_are_left_out_and_named(tmp_path):
+    rows = [f"p{n},c{n}" for n in range(96)]
+    rows[9:9] = ["a,b,c", ",x", "y,"]
+    loaded = load(folder(tmp_path, train__csv="\n".join(["prompt,completion", *rows])))
+    assert len(loaded.train) == 96
+    [note] = loaded.notes
+    assert note.startswith("train.csv: 3 of 99 rows left out: line 11: wrong number of cells")
+    assert "line 12: the prompt is null" in note and "line 13: the completion is null" in note
+    many = folder(tmp_path, name="many", train__csv="\n".join(["prompt,completion", *rows[:40]]))
+    refused(many, "train.csv: 3 of 40 rows cannot be used", "line 11", "line 13", "mend or remove them")
+    lines = [json.dumps({"prompt": f"p{n}", "completion": "x"}) for n in range(99)] + ["{"]
+    whole = folder(tmp_path, name="test", test__jsonl="\n".join([*lines, '{"prompt": "a"}']))
+    refused(whole, "test.jsonl: 2 of 101 rows cannot be used", "line 100 is not JSON", "line 101: the completion")
+
+
+def test_labels_are_told_as_accuracy_compares_them(tmp_path):
+    rows = [{"prompt": "a", "completion": " Spam."}, {"prompt": "b", "completion": "ham"}]
+    loaded = load(folder(tmp_path, "metric: accuracy\nlabels: [spam, ham]", train=rows))
+    assert [row.completion for row in loaded.train] == ["spam", "ham"] and loaded.train[0].answers == ("spam",)
+    floats = [{"prompt": "a", "completion": 1.0}, {"prompt": "b", "completion": 0.0}]
+    loaded = load(folder(tmp_path, "metric: accuracy\nlabels: [0, 1]", "f", train=floats))
+    assert [row.completion for row in loaded.train] == ["1", "0"]
+    refused(folder(tmp_path, "metric: accuracy\nlabels: [spam, ham]", "n", train=[ROW]), "'two' is not one of the")
+    own = [{"prompt": "a", "completion": "yes ", "choices": ["Yes", "No"]}]
+    assert load(folder(tmp_path, "metric: accuracy", "own", train=own)).train[0].completion == "Yes"
+
+
+def test_ids_that_repeat_are_told_apart(tmp_path):
+    loaded = load(folder(tmp_path, train=[{**ROW, "id": name} for name in ("1", "1", "1~2", "1")]))
+    assert [row.id for row in loaded.train] == ["1", "1~2", "1~2~2", "1~3"]
+    assert loaded.notes == ("train.jsonl: 3 ids stand more than once ('1'); rows are told apart by ~2 …",)
+
+
+def test_an_answer_may_be_to_say_nothing(tmp_path):
+    rows = [{"prompt": "a", "completion": ""}, {"prompt": "b", "answers": []}, {"prompt": "c", "completion": "x"},
+            {"prompt": "d", "answers": {"text": [], "answer_start": []}}]  # fmt: skip
+    loaded = load(folder(tmp_path, "metric: token_f1", test=rows))
+    assert [row.answers for row in loaded.test] == [("",), ("",), ("x",), ("",)]
+    assert [row.answered for row in loaded.test] == [True] * 4 and "3 rows whose answer is empty" in loaded.notes[0]
+    refused(folder(tmp_path, "metric: token_f1", "n", test=[{"prompt": "a", "completion": None}]), "completion is null")
+    refused(folder(tmp_path, "metric: accuracy\nlabels: [a, b]", "l", test=rows[:1]), "completion is empty")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-8-sig", "cp1252"])
+def test_tables_in_other_encodings_and_with_nameless_columns(tmp_path, encoding):
+    text = "completion,prompt,,,\nspam,Gewinne £1000 für die Müllers,,,\nham,Grüße aus Köln,x,,\n"
+    loaded = load(folder(tmp_path, train__csv=text.encode(encoding)))
+    assert [row.prompt for row in loaded.train] == ["Gewinne £1000 für die Müllers", "Grüße aus Köln"]
+    assert bool(loaded.notes) == (encoding != "utf-8-sig")
+
+
+def test_further_fields_reach_a_metric_of_the_task(tmp_path):
+    code = "def mine(answer, example): return float(answer == example.extra['tests'][0])\n"
+    rows = [{"prompt": "a", "tests": ["one", "two"], "entry_point": "f", "none": None}]
+    path = folder(tmp_path, "metric: score.py:mine", test=rows, score__py=code)
+    loaded = load(path, trust=True)
+    [row] = loaded.test
+    assert dict(row.extra) == {"tests": ["one", "two"], "entry_point": "f"} and loaded.notes == ()
+    assert row.answers == () and hash(row) == hash(load(path, trust=True).test[0])
+    assert metrics.get(loaded.metric, path, True).score("one", row) == 1
+    before = loaded.fingerprint
+    (path / "test.jsonl").write_text(json.dumps({**rows[0], "tests": ["one"]}))
+    assert load(path, trust=True).fingerprint != before
+    assert rows_hash([Example("a", "b")]) == rows_hash([replace(row, id="a", prompt="b", extra=Extra())])
+
+
+def test_columns_map_the_fields_of_rows(tmp_path):
+    header = "metric: accuracy\ncolumns: {prompt: review, completion: sentiment}"
+    test = [{"prompt": "p", "completion": "c"}]
+    path = folder(tmp_path, header, train__csv="review,sentiment\nfine,good\n", test=test)
+    loaded = load(path)
+    assert [(row.prompt, row.completion) for row in (*loaded.train, *loaded.test)] == [("fine", "good"), ("p", "c")]
+    assert loaded.columns == ("review", "sentiment") and loaded.notes == ()
+    other = folder(tmp_path, "metric: accuracy\ncolumns: {completion: topic}", "o", train__csv="prompt,topic\na,b\n")
+    assert load(other).train[0].completion == "b" and load(other).columns == ()
+    gone = folder(tmp_path, header, "gone", train__csv="body,class\na,b\n")
+    refused(gone, "fields body, class", "columns: {prompt:")
+
+
+def test_choices_that_all_rows_share_are_labels(tmp_path):
+    rows = [{"prompt": f"p{n}", "completion": "AB"[n % 2], "choices": ["A", "B"][:: 1 - 2 * (n % 2)]} for n in range(4)]
+    loaded = load(folder(tmp_path, "metric: accuracy", train=rows, test=[{**rows[0], "prompt": "other"}]))
+    assert loaded.labels == ("A", "B") and all(row.choices == () for row in (*loaded.train, *loaded.test))
+    own = [*rows, {"prompt": "q", "completion": "C", "choices": ["A", "C"]}]
+    loaded = load(folder(tmp_path, "metric: accuracy", "own", train=own))
+    assert loaded.labels == () and all(row.choices for row in loaded.train)
+
+
+def test_max_tokens_is_of_the_task(tmp_path):
+    plain = load(folder(tmp_path))
+    told = load(folder(tmp_path, "metric: exact_match\nmax_tokens: 512", "told"))
+    assert (plain.max_tokens, told.max_tokens, told.split().learnable.max_tokens) == (None, 512, 512)
+    assert plain.fingerprint != told.fingerprint
+
+
+def test_feedback_alone_is_a_task_of_win_rate(tmp_path):
+    pairs = [{"prompt": example(n).prompt, "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(40)]
+    header = {"metric": "win_rate", "feedback": "feedback.jsonl"}
+    splits = load(folder(tmp_path, header, feedback=pairs)).split()
+    assert splits.select and splits.learnable.train and not splits.confirm and splits.judging
+    assert not {row.prompt for row in splits.select} & {row.prompt for row in splits.learnable.judged}
+    refused(folder(tmp_path, {**header, "metric": "rouge_l"}, "other", feedback=pairs), "feedback alone", "win_rate")
 
 
 # ------------------------------------------------------------------------------------------------------ fingerprints

@@ -642,6 +642,53 @@ def test_a_loss_that_explodes() -> None:
         train(model, steps(learnable(0), 6, 0), Exploding(), Settings(Schedule(1e-3, 20)))
 
 
+@pytest.mark.parametrize(
+    ("losses", "explodes"),
+    [
+        ([6.4, 5.0, 3.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 10.8, 10.8, 10.8], True),  # chance is ln V, and no more
+        ([6.4, 5.0, 3.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 10.8, 10.8, 0.6], False),  # twice may be two odd steps
+        ([6.4, 5.0, 3.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 6.0, 6.0, 6.0], False),  # no worse than at the start
+        ([2.0, 2.1, 1.9, 2.0, 2.0, 2.2, 2.3, 2.6, 2.7, 2.8, 2.9], False),
+        ([-3.0, 2.0, -4.0, 1.0, -2.0, 4.5, 5.0, 6.0, 4.5, 7.0], False),  # of samples and their advantages
+        ([-3.0, 2.0, -4.0, 1.0, -2.0, 44.5, 45.0, 46.0, 44.5, 47.0], True),
+    ],
+)
+def test_when_a_loss_explodes(losses: list[float], explodes: bool) -> None:
+    curve = [(n, value) for n, value in enumerate(losses)]
+    assert any(loop._explodes(curve[:n], value) for n, (_, value) in enumerate(curve)) == explodes
+
+
+@pytest.mark.parametrize(
+    ("kind", "where"), [("full", "whet.train.loop.Masters.snapshot"), ("lora", "torch.optim.AdamW.step")]
+)
+def test_too_little_memory_outside_the_passes(
+    system: System, data: Learnable, home: Path, monkeypatch: pytest.MonkeyPatch, kind: str, where: str
+) -> None:
+    def short(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    monkeypatch.setattr(where, short)
+    mend = "set adapter=lora" if kind == "full" else "recompute=true"
+    with pytest.raises(MethodError, match=f"too little memory to train; .*Tried to allocate 2 GiB; .*{mend}"):
+        FineTune(adapter=kind, epochs=1, batch=8, rank=4).apply(system, data, Run(Store(home)))
+
+
+def test_several_processes_have_as_many_peaks() -> None:
+    class Two(Alone):
+        size = 2
+
+        def sum(self, value: float) -> float:
+            return value
+
+    shares = []
+    for team in (Alone(), Two()):
+        told: list[Any] = []
+        settings = Settings(Schedule(1e-3, 2), peak=1e6)
+        train(make_model("llama"), steps(learnable(0), 6, 0), NextToken(), settings, beat=told.append, team=team)
+        shares.append([b.share * b.seconds / b.tokens for b in told])
+    assert shares[0] == pytest.approx([2 * s for s in shares[1]])
+
+
 def test_short_memory_only_makes_packs_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, wanted = fit(0, validate=False)
     seen: list[int] = []
@@ -755,7 +802,7 @@ def test_all_processes_train_by_the_rate_of_the_first(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, home: Path, model_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Second(Alone):
-        """Beside a first process that may train 777 tokens."""
+        """Beside a first process that trains 777 tokens a second."""
 
         first = False
 
@@ -771,7 +818,7 @@ def test_all_processes_train_by_the_rate_of_the_first(
     folder = str(write_task(tmp_path / "toy", train=120, test=40))
     _, _, err = whet(capsys, "apply", "finetune", folder, "--system", model_folder, "--set", "learning_rate=0.001",
                      "--budget", "10m", "--out", str(tmp_path / "out"))  # fmt: skip
-    assert "777 tokens" in err
+    assert f"{600 * 777} tokens" in err
 
 
 def test_what_reads_whole_weights_is_refused_in_shards(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -856,6 +903,8 @@ def curves_of(training: list[float], checks: list[float]) -> Curves:
         ([2.0, 1.5, 1.2, 1.0, 0.95, 0.94, 0.93, 0.93], [2.0, 1.3, 1.05, 1.0, 1.0], "well fitted"),
         ([2.0, 1.5, 1.2, 1.0, 0.9, 0.8, 0.7, 0.6], [2.0, 1.3, 1.02, 1.0, 1.04], "well fitted"),  # rose, but by 4 %
         ([2.0, 1.5, 1.2, 1.0, 0.9, 0.9, 1.2, 1.4], [2.0, 1.3, 1.0, 1.1, 1.3], "well fitted"),  # train rose, too
+        ([6.4, 3.0, 1.0, 0.5, 10.8, 10.8, 10.8, 10.8], [6.4, 1.0, 10.8, 10.8, 10.8], "diverged"),
+        ([2.0, 1.5, 1.2, 1.0, 0.8, 0.6, 0.4, 0.2], [1.0, 0.9, 1.1, 1.3, 1.5], "overfitting"),  # train fell
         ([2.0, 1.5, 1.2, 1.0], [2.0, 1.0], "too short to tell"),
         ([2.0, 1.0, 0.5], [2.0, 1.0, 0.5], "too short to tell"),
         ([2.0, 1.0, 0.5, 0.4], [], "too short to tell"),
@@ -1074,7 +1123,7 @@ def test_rows_are_rendered_as_the_system_renders_them(system: System, home: Path
     [row, raw], cut = render_rows(system, [long, Example("y", "no completion"), Example("z", "", text="raw")], session)
     assert cut == 1
     # Plain text stands outside the template, behind the token that begins a text; no turn ends behind it.
-    assert raw == Row(session.encode([""])[0], (session.encode_answer("raw", end=False, raw=True),))
+    assert replace(raw, facts=()) == Row(session.encode([""])[0], (session.encode_answer("raw", end=False, raw=True),))
     assert len(row.prompt) + len(row.continuations[0]) <= session.context
     # An answer that is longer than the window loses its end, so that the prompt keeps half of it.
     wordy = Example("w", "movie " * 400, "film " * 400)
@@ -1160,6 +1209,30 @@ def test_learning_rates_are_raced(system: System, data: Learnable, home: Path) -
     bad = [replace(METHOD, learning_rate=1e30)]
     with pytest.raises(MethodError, match="every setting failed"):
         tune.race(bad, system, data, Run(Store(home)))
+
+
+def test_other_numbers_are_raced_in_what_is_left(system: System, data: Learnable, home: Path) -> None:
+    own, run = Few(learning_rate=1e-2, epochs=2.0, batch=12, rank=4), Run(Store(home), seed=1)
+    _, ended = tune.search(own, system, data, run, 1e9, lambda s: float(s.trained_tokens))
+    tried = {(arm.method.learning_rate, arm.method.rank) for arm in ended}
+    assert {rate for rate, _ in tried} == {1e-3, 1e-2} and {rank for _, rank in tried} == {2, 4}
+    assert len(tried) == len(ended) == 3  # one after the other, around the better rate
+    assert ended[0].fidelity == 1 and ended[0].loss == min(arm.loss for arm in ended if arm.fidelity == 1)
+    alone = Run(Store(home / "b"), seed=1)
+    assert ended[0].loss == pytest.approx(min(v for _, v in run.notes["curves"]["validation"][1:]))
+    _, first = tune.search(own, system, data, alone, 1.0, lambda s: float(s.trained_tokens))
+    assert {arm.method.rank for arm in first} == {4} and len(first) == 2
+    _, one = tune.search(own, system, data, Run(Store(home)), 1e9, lambda _: 0.0, {"learning_rate", "rank"})
+    assert [arm.method for arm in one] == [own]
+
+
+def test_without_rows_to_validate_on_nothing_is_raced(system: System, data: Learnable, home: Path) -> None:
+    few, said, run = replace(data, train=data.train[:5]), [], Run(Store(home))
+    arms = tune.candidates(Few(learning_rate=1e-2, epochs=2.0, batch=12, rank=4))
+    _, ended = tune.race(arms, system, few, run, said.append)
+    assert [(arm.method.learning_rate, arm.fidelity) for arm in ended] == [(1e-2, 1.0), (1e-3, 0.0)]
+    assert tune.UNRACED in ended[1].why and tune.UNRACED in said[0]
+    assert json.loads(json.dumps(tune.named(ended), allow_nan=False))[0]["loss"] is None
 
 
 def test_where_the_best_one_fails_in_the_end_the_next_takes_its_place(
@@ -1248,6 +1321,22 @@ def test_plain_text_is_learnt_beside_instructions(system: System, home: Path) ->
     only = Learnable("texts", "", "perplexity", (), texts)
     replace(METHOD, epochs=6).apply(replace(system, decoding=Decoding()), only, alone)
     assert alone.notes["curves"]["train"][-1][1] < 0.8 * alone.notes["curves"]["train"][0][1]
+
+
+def test_a_long_text_does_not_drown_the_answers(system: System, home: Path) -> None:
+    session = TorchSession(*models.load(system.model, home, dtype=torch.float32, device="cpu"))
+    text = Example("t", "", text="the film was great and funny. " * 8)
+    rows, _ = render_rows(system, [*task_rows(16), text], session)
+    answers, windows = rows[:16], rows[16:]
+    lengths = [sum(len(r.continuations[0]) for r in part) for part in (answers, windows)]
+    assert lengths[1] > lengths[0]  # of tokens, the text has most
+    loss, counts = NextToken(), [NextToken().count(part) for part in (answers, windows)]
+    assert counts == pytest.approx([16, len(windows)])  # of what is minimised, each row its share
+    alone = [mean_loss(session, part) for part in (answers, windows)]
+    assert mean_loss(session, rows) == pytest.approx((16 * alone[0] + len(windows) * alone[1]) / len(rows), rel=1e-5)
+    value, _ = step(session.module.requires_grad_(True), rows)
+    assert value == pytest.approx(mean_loss(session, rows), rel=1e-4) and loss.count(rows) == pytest.approx(len(rows))
+    assert all(not r.facts for some in (task_rows(4), [text]) for r in render_rows(system, some, session)[0])
 
 
 def test_a_long_text_is_as_many_rows_as_it_has_windows(system: System, home: Path) -> None:

@@ -61,7 +61,7 @@ def run(
         return _choices(examples, embed)
     if ranked:
         return (Baseline("bm25", _rankings(examples, documents)),) if documents else ()
-    found = _neighbour([e for e in train if e.completion], examples, embed)
+    found = _neighbour([e for e in train if e.answered], examples, embed)
     if documents and any(e.evidence for e in examples):
         found += (Baseline("bm25_span", _spans(examples, documents)),)
     return found

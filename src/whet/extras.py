@@ -36,3 +36,15 @@ def public(url: str) -> str:
             raise TaskError(f"{url} leads to a private address", expected="a public one", found=one,
                             do="save it as a file")  # fmt: skip
     return min(found, key=lambda one: ":" in one)  # IPv4 first: not every net has the other
+
+
+def pinned(url: str, address: str) -> dict[str, Any]:
+    """What httpx is to be called with so that the address that was checked is the one that is asked.
+
+    A name could lead elsewhere when it is looked up a second time.
+    """
+    import httpx
+
+    host = urlsplit(url)
+    return {"url": httpx.URL(url).copy_with(host=address), "headers": {"host": host.netloc.rpartition("@")[2]},
+            "extensions": {"sni_hostname": host.hostname} if host.scheme == "https" else {}}  # fmt: skip

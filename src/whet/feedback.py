@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -23,7 +24,7 @@ from whet.convert import as_text, standard
 from whet.engine import Sampling, Session
 from whet.errors import MethodError, TaskError, nearest
 from whet.metrics import Mean, Outcome, WinRate
-from whet.rows import Row, read, short
+from whet.rows import Broken, Row, read, short, sift
 from whet.splits import Leaks, mark, without
 from whet.task import Example, places
 
@@ -63,20 +64,17 @@ class Judged:
 def load(folder: Path, source: str) -> tuple[tuple[Judged, ...], tuple[str, ...]]:
     """The judgements of a task's feedback, and notes on what was converted or left out.
 
-    Raises TaskError, naming file and line, for sides that are equal or missing and judgements that cannot be read.
+    Judgements that cannot be read, and pairs of equal sides, are left out and noted; TaskError where they are many.
     """
     rows: list[Judged] = []
     notes: list[str] = []
     for place in places(folder, source):
         if not isinstance(place, Path) or place.is_dir():
             raise TaskError(f"feedback: {short(str(place))} cannot be read", expected="a file such as feedback.jsonl")
-        rated: list[tuple[Judged, float]] = []
-        for row in read(place):
-            found = _judged(row, f"{place.stem}-{row.number}")
-            if isinstance(found, tuple):
-                rated.append(found)
-            else:
-                rows.append(found)
+        broken: Broken = []
+        found = sift(place.name, read(place, broken, notes), partial(_judged, file=place.stem), broken, notes)
+        rows += [one for one in found if not isinstance(one, tuple)]
+        rated = [one for one in found if isinstance(one, tuple)]
         made = _of_ratings(rated)
         rows += made
         if rated:
@@ -85,7 +83,7 @@ def load(folder: Path, source: str) -> tuple[tuple[Judged, ...], tuple[str, ...]
     return tuple(rows), tuple(notes)
 
 
-def _judged(row: Row, name: str) -> Judged | tuple[Judged, float]:
+def _judged(row: Row, file: str) -> Judged | tuple[Judged, float]:
     """A row as a judgement, or as an answer with its rating."""
     where = row.where
     # A table has a cell for every column: what is null there (in a column of numbers, NaN) is not said at all.
@@ -98,7 +96,7 @@ def _judged(row: Row, name: str) -> Judged | tuple[Judged, float]:
     if not (values.get("prompt") or "").strip():
         raise refuse("a judgement without a prompt", "prompt")
     common: dict[str, Any] = {
-        "id": values.get("id", name), "prompt": values["prompt"], "group": values.get("group"),
+        "id": values.get("id", f"{file}-{row.number}"), "prompt": values["prompt"], "group": values.get("group"),
         "annotator": as_text(raw.get("annotator"), where, "annotator") or "",
         "time": as_text(raw.get("time"), where, "time") or "", "history": values.get("history", ()),
     }  # fmt: skip
@@ -148,7 +146,7 @@ def _of_ratings(rated: Sequence[tuple[Judged, float]]) -> list[Judged]:
         made += pairs
         for row, rating in group if not pairs else ():
             middle = statistics.fmean(scales[row.annotator])
-            if rating != middle:
+            if not math.isclose(rating, middle, abs_tol=1e-12):  # the mean of equal ratings may be off by a bit
                 made.append(row if rating > middle else replace(row, chosen=None, rejected=row.chosen))
     return made
 
@@ -333,6 +331,13 @@ def _mean(values: Iterable[float], groups: Sequence[str | None], seed: int) -> t
 # --- win rate ---------------------------------------------------------------------------------------------------------
 
 
+def words(text: str) -> int:
+    """How long an answer is, in words; of scripts without spaces each character is one."""
+    from whet.methods.calibrate import WORD
+
+    return len(WORD.findall(text))
+
+
 @dataclass(frozen=True)
 class Versus(Mean):
     """win_rate as a metric: answers against those of a base, by a judge; equal answers tie, and a tie counts half.
@@ -370,7 +375,7 @@ class Versus(Mean):
         made = []
         for example, mine, other in sides:
             gap = next(scores) - next(scores) if mine.strip() != other.strip() else 0.0
-            longer = float(len(mine.split()) - len(other.split()))
+            longer = float(words(mine) - words(other))
             made.append(Outcome(example.id, mine, 0.5 if gap == 0 else float(gap > 0), example.completion or other,
                                 example.group, weight=longer))  # fmt: skip
         return tuple(made)
@@ -440,7 +445,7 @@ def wins(
     """The figures of answers that are at hand."""
     outcomes = metric.outcomes(answers, rows)
     groups = [e.group for e in rows if e.rejected is not None]
-    length = statistics.fmean(len(a.split()) for a in answers)
+    length = statistics.fmean(map(words, answers))
     return Wins(
         len(rows),
         (metric.aggregate(outcomes), *stats.bootstrap_interval(outcomes, metric, seed)),
@@ -472,8 +477,12 @@ def collect(
 
     `ask` is given the prompt and both answers in the order they are shown, and says "1", "2", "s" (skip) or "q" (quit).
     That order is the seed's, and it is kept with the judgement, as are System, time and seed. Prompts that this
-    annotator judged in the file before are not asked again. Returns counts: judged, skipped, same, before.
+    annotator judged in the file before are not asked again. Returns counts: judged, skipped, same, before. Raises
+    TaskError for a file of another kind, before anything is asked.
     """
+    if out.suffix.lower() != ".jsonl":
+        raise TaskError(f"judgements cannot be appended to {out.name}", expected="a .jsonl file",
+                        found=out.suffix or "no suffix", do="say --out feedback.jsonl")  # fmt: skip
     judged = read(out) if out.exists() and out.stat().st_size else ()
     kept = [(standard(r)[0], r.values.get("annotator") or "") for r in judged]
     before = {(values.get("prompt"), values.get("history", ()), who) for values, who in kept}
@@ -492,12 +501,20 @@ def collect(
             "system": system.fingerprint[:16], "seed": seed, "temperature": temperature,
         }  # fmt: skip
         out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("a", encoding="utf-8") as file:  # only now: an empty file is no feedback
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        _append(out, json.dumps(row, ensure_ascii=False))  # only now: an empty file is no feedback
         counts["judged"] += 1
     return dict(counts)
+
+
+def _append(file: Path, line: str) -> None:
+    """Put a line at the end of a file for good, a last line that was left open being closed first."""
+    with file.open("ab+") as opened:
+        size = opened.seek(0, os.SEEK_END)
+        opened.seek(max(0, size - 1))
+        opening = "" if opened.read(1) in (b"", b"\n") else "\n"
+        opened.write(f"{opening}{line}\n".encode())
+        opened.flush()
+        os.fsync(opened.fileno())
 
 
 def _sampled(

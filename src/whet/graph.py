@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from whet.embed import PACKAGE, Embedder
+from whet.embed import Embedder, mark
 from whet.errors import ArtifactError
 from whet.model import aside
 from whet.triples import MEANS, Facts
@@ -22,6 +23,7 @@ Step = int  # a relation's number, or ~number where it is walked backwards
 Way = tuple[Step, ...]
 MOST_ENDS = 100  # neighbours that one step from a node leads to: a hub's others are left out
 MOST_EMBEDDED = 20_000  # names that can be found by meaning
+FOREIGN = re.compile(r"[^\W\d_\u0000-\u024f\u1e00-\u1eff]")  # a letter of another script than Latin
 VERBS = ("by", "in", "at", "to", "from", "with", "on", "of", "for", "as", "a", "an")
 
 
@@ -75,15 +77,20 @@ class Graph:
         """A step in words: backwards by the name of the inverse relation where there is one."""
         return self.relations[step if step >= 0 else self.inverses.get(~step, ~step)]
 
-    def sentence(self, node: int, path: Way, ends: Sequence[int]) -> str:
-        """What stands at the end of a path, as a sentence; a last step backwards is told forwards."""
-        told = " or ".join(self.nodes[n][0] for n in ends)
-        inner = self.nodes[node][0]
+    def sentence(self, node: int, path: Way, ends: Sequence[int], most: int = MOST_ENDS) -> str:
+        """What stands at the end of a path, as a sentence; a last step backwards is told forwards.
+
+        Of more than `most` ends the others are counted, as far as they are known.
+        """
+        told, inner = [self.nodes[n][0] for n in ends[:most]], self.nodes[node][0]
+        over = f" (and {len(ends) - most} more)" if len(ends) > most else ""
+        if len(ends) == MOST_ENDS > most:  # a hub's others were left out
+            over = " (and more)"
         for step in path[:-1]:
             inner = asked(inner, self.named(step), step < 0 and ~step not in self.inverses)
         if path[-1] < 0 and ~path[-1] not in self.inverses:
-            return _said(told, self.relations[~path[-1]], inner)
-        return _said(inner, self.named(path[-1]), told)
+            return _said(told, self.relations[~path[-1]], [inner], over)
+        return _said([inner], self.named(path[-1]), told, over)
 
     @cached_property
     def described(self) -> dict[int, str]:
@@ -100,17 +107,32 @@ def _verb(relation: str) -> str:
     return ("is " if first.endswith(("ed", "en")) else "") + relation if last in VERBS else ""
 
 
-def _said(subject: str, relation: str, objects: str) -> str:
+def _said(subjects: Sequence[str], relation: str, objects: Sequence[str], over: str = "") -> str:
+    """A fact as a sentence; one side may be several, `over` says how many of it were left out."""
+    left, right = over if len(subjects) > 1 else "", over if len(objects) > 1 or len(subjects) == 1 else ""
     if relation == MEANS:
-        return f"{subject}: {objects}"
-    verb = _verb(relation)
-    return f"{subject} {verb} {objects}." if verb else f"The {relation} of {subject} is {objects}."
+        return f"{_listed(subjects)}{left}: {'; '.join(objects)}{right}"
+    if any(map(FOREIGN.search, (relation, *subjects, *objects))):
+        return f"{', '.join(subjects)}{left} · {relation}: {', '.join(objects)}{right}"
+    verb, subject, object_ = _verb(relation), _listed(subjects) + left, _listed(objects) + right
+    if verb:
+        return f"{subject} {verb.replace('is ', 'are ', 1) if len(subjects) > 1 else verb} {object_}."
+    return f"The {relation} of {subject} {'are' if len(objects) > 1 else 'is'} {object_}."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def asked(subject: str, relation: str, backwards: bool) -> str:
-    """What a step leads to, in words that can stand in a sentence: "the colour of X", "what X is designed by"."""
+    """What a step leads to, in words that can stand in a sentence: "the colour of X", "what X is designed by".
+
+    English goes around English names alone: others stand beside their relation.
+    """
     if relation == MEANS:
         return f"the term for this: {subject}" if backwards else f"what {subject} means"
+    if FOREIGN.search(subject + relation):
+        return f"? · {relation}: {subject}" if backwards else f"{subject} · {relation}"
     verb = _verb(relation)
     if backwards:
         return f"what {verb} {subject}" if verb else f"what has the {relation} {subject}"
@@ -119,7 +141,7 @@ def asked(subject: str, relation: str, backwards: bool) -> str:
 
 def identity(graph: Graph, *more: Any) -> str:
     """What a graph is named by: its facts, whatever else it was built from, and the model that embeds names."""
-    body = json.dumps([PACKAGE, graph.nodes, graph.relations, sorted(graph.inverses.items()), more])
+    body = json.dumps([mark(), graph.nodes, graph.relations, sorted(graph.inverses.items()), more])
     return hashlib.sha256(body.encode() + graph.edges.tobytes()).hexdigest()
 
 
@@ -172,6 +194,6 @@ def read(folder: Path) -> Opened:
             raise ValueError("files that were changed")
         return Opened(graph, body["order"], vectors, body["hops"], body["learnt"], body.get("answered", ()))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ArtifactError(f"the graph in {folder} cannot be read", expected=f"what whet wrote with {PACKAGE}",
+        raise ArtifactError(f"the graph in {folder} cannot be read", expected=f"what whet wrote with {mark()}",
                             found=str(error)[:120], do="build it again with `whet apply knowledge`"
                             ) from error  # fmt: skip

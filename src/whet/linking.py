@@ -8,8 +8,9 @@ import random
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -20,6 +21,7 @@ from whet.extras import package
 from whet.graph import MOST_ENDS, Opened, Way, read
 from whet.retrieval import Found
 from whet.splits import UNSPACED
+from whet.task import Query
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,8 +38,9 @@ PRONOUNS = frozenset(WORD.findall("it its he his him she her they their them")) 
 STOP = frozenset(WORD.findall("what is the of s who name did do does a an in which from for to by was were that it and "
                               "at where when whom are on how"))  # fmt: skip
 MOST_WORDS = 20  # of a name that is looked for in a question
-MENTIONS, HOMONYMS, WALKED = 3, 5, 20  # of a question; nodes of one name, and those of them that are looked at
-TOLD, LACKED = 0.5, 0.95  # how sure two turns together are where the last one says a name, and where it does not
+MENTIONS = 6  # of a question, its options among them
+HOMONYMS, WALKED = 5, 20  # nodes of one name, and those of them that are looked at
+TOLD, LACKED = 0.5, 0.95  # how sure names of the turn before are where the last one says a name, and where it does not
 FUZZY, MEANT = 90.0, 3  # least partial ratio of a misspelt name; names taken by meaning
 ALIKE, LETTERS = 65.0, 4  # least ratio of a word to one of such a name; of a word that is misspelt beside whole names
 MOST_CACHED = 50_000  # vectors of words and ways that are kept between questions
@@ -47,7 +50,7 @@ BACKWARDS = 0.05  # what a step against its relation costs
 RATE, MARGIN, EPOCHS, MOST_LEARNT, RIVALS = 0.0075, 0.025, 4, 2000, 40  # of the perceptron; wrong ways of a question
 BATCH = 64  # questions that are read at once
 SAMPLED, MOST = 200, 0.95  # train rows that tell how many hops are needed; their share that is to be answered
-READER = 3  # counts the ways in which questions are read: nothing learnt or answered by one is taken for another's
+READER = 4  # counts the ways in which questions are read: nothing learnt or answered by one is taken for another's
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,12 @@ class Linker:
         self.learnt: Mapping[str, float] = opened.learnt
         self.names: dict[str, list[int]] = {}
         self.signs: dict[str, list[int]] = {}  # nodes whose name has neither letters nor digits
+        labels = [" ".join(words(names[0])) for names in self.graph.nodes]
+        for node, name in enumerate(labels):  # what is called so comes before what is called so as well
+            if name and name not in STOP and name.count(" ") < MOST_WORDS:
+                self.names.setdefault(name, []).append(node)
         for node, names in enumerate(self.graph.nodes):
-            for name in {" ".join(words(n)) for n in names} - STOP - {""}:
+            for name in {" ".join(words(n)) for n in names[1:]} - STOP - {"", labels[node]}:
                 if name.count(" ") < MOST_WORDS:
                     self.names.setdefault(name, []).append(node)
             for name in {_plain(n) for n in names if not words(n)} - RUNNING - {""}:
@@ -111,12 +118,36 @@ class Linker:
 
     # --- entities -------------------------------------------------------------------------------------------------
 
-    def _mentions(self, question: str) -> tuple[Mention, ...]:
-        """What a question mentions: whole names and, where a word is strange, misspelt ones, the longest first.
+    def _mentions(self, query: Query) -> tuple[Mention, ...]:
+        """What a question mentions, each name read by all words and, where there are several lines, by its own lines'.
 
-        The first line of several is the turn asked last: its names come first, and all are read by its words, too.
+        The turn before fills the places that are left. Its names are read by the words of both turns and, where the
+        question itself names nothing, in the place of its pronoun.
         """
-        text, now = _plain(question), len(words(question.strip().partition("\n")[0]))
+        (said, its), lines = self._linked(query.now), _lines(query.now)
+        made = [m for _, m in its]
+        for (first, last), m in its if len(lines) > 2 else ():
+            begin = max(n for n in lines[:-1] if n <= first)
+            end = min(n for n in lines[1:] if n >= max(last, begin + 1))
+            made.append(self._mention(m.nodes, m.sure, said[begin:end], first - begin, last - begin))
+        if query.before:
+            earlier, others = self._linked(query.before)
+            known, both = {m.nodes for m in made}, [*said, *earlier]
+            some = [(one, m) for one, m in others if m.nodes not in known][: MENTIONS - len(its)]
+            for (first, last), m in some:
+                sure = (TOLD if its else LACKED) * m.sure
+                made.append(self._mention(m.nodes, sure, both, len(said) + first, len(said) + last))
+            at = next((n for n, word in enumerate(said) if word in PRONOUNS), len(said))
+            for _, m in some if said and not its else ():
+                made.append(self._mention(m.nodes, m.sure, said, at, min(at + 1, len(said))))
+        return tuple(made)
+
+    def _linked(self, question: str) -> tuple[list[str], list[tuple[Span, Mention]]]:
+        """The words of a text, and the names among them: whole ones and, where a word is strange, misspelt ones.
+
+        The longest come first, at most MENTIONS.
+        """
+        text = _plain(question)
         places, at = [(m[0], m.start()) for m in WORD.finditer(text)], 0
         said = [word for word, _ in places]
         whole: list[tuple[Span, Mention]] = []
@@ -133,20 +164,7 @@ class Linker:
             near += [(one, m) for one, m in whole if not any(_within(one, other) for other, _ in near)]
             near.sort(key=lambda f: (f[0][0] - f[0][1], -f[1].sure))
         signs = self._signed(text, said)
-        near = sorted([*near[: MENTIONS - len(signs)], *signs], key=lambda f: f[0][1] > now)
-        return tuple(m for _, m in near) if now in (0, len(said)) else self._turns(near, said, now)
-
-    def _turns(self, near: Sequence[tuple[Span, Mention]], said: list[str], now: int) -> tuple[Mention, ...]:
-        """Mentions of two turns, the last of which is `now` words long, read by the words of both and of the last.
-
-        A name that the last one lacks is what its pronoun stands for. Lines of one turn look the same; there the words
-        of all of them say more than those of the first.
-        """
-        its = [(one, m) for one, m in near if one[1] <= now]
-        made = [replace(m, sure=(TOLD if its else LACKED) * m.sure) for _, m in near]
-        at = next((n for n, word in enumerate(said[:now]) if word in PRONOUNS), now)
-        read = its or [((at, min(at + 1, now)), m) for _, m in near if now]
-        return (*made, *(self._mention(m.nodes, m.sure, said[:now], first, last) for (first, last), m in read))
+        return said, [*near[: MENTIONS - len(signs)], *signs]
 
     def _named(self, said: Sequence[str]) -> list[int]:
         """The nodes that words name, the last one with or without Korean particles."""
@@ -238,15 +256,15 @@ class Linker:
 
     # --- ways -----------------------------------------------------------------------------------------------------
 
-    def candidates(self, questions: Sequence[str], hops: int) -> list[list[Candidate]]:
+    def candidates(self, questions: Sequence[Query], hops: int) -> list[list[Candidate]]:
         """For each question the ways from its entities that exist, best first; of one name the best nodes alone."""
         if len(self.vectors) > MOST_CACHED:
             self.vectors.clear()
         every: list[tuple[int, Mention]] = []
-        self._embed(questions)
+        self._embed([q.text for q in questions])
         for n, question in enumerate(questions):
-            named = self.mentions(question)
-            every += [(n, mention) for mention in (*named, *self._meant(question, self.vectors[question], not named))]
+            named, text = self.mentions(question), question.text
+            every += [(n, mention) for mention in (*named, *self._meant(text, self.vectors[text], not named))]
         walked = iter(self._ways([(m, node) for _, m in every for node in m.nodes], hops))
         made: list[dict[tuple[int, Way], Candidate]] = [{} for _ in questions]
         for n, m in every:
@@ -316,7 +334,7 @@ class Linker:
 
     # --- learning -------------------------------------------------------------------------------------------------
 
-    def learn(self, rows: Sequence[tuple[str, tuple[str, ...]]], hops: int, seed: int
+    def learn(self, rows: Sequence[tuple[Query, tuple[str, ...]]], hops: int, seed: int
               ) -> tuple[dict[str, float], tuple[int, int]]:  # fmt: skip
         """Weights of words and relations by an averaged perceptron over ways (Collins 2002), from answered questions.
 
@@ -348,7 +366,7 @@ class Linker:
                             drift[one] = drift.get(one, 0.0) + sign * seen
         return {one: round(w - drift[one] / seen, 6) for one, w in sorted(weights.items())}, (answered, tried)
 
-    def answered(self, rows: Sequence[tuple[str, tuple[str, ...]]], hops: int
+    def answered(self, rows: Sequence[tuple[Query, tuple[str, ...]]], hops: int
                  ) -> Iterator[tuple[Mention, Ways, set[Way]]]:  # fmt: skip
         """The longest name of each question, the ways from it, and those that lead to the answers, where there are.
 
@@ -371,7 +389,7 @@ class Linker:
         """The names of a node as they are compared."""
         return frozenset(" ".join(words(name)) for name in self.graph.nodes[node])
 
-    def needed(self, rows: Sequence[tuple[str, tuple[str, ...]]], most: int, seed: int = 0) -> int:
+    def needed(self, rows: Sequence[tuple[Query, tuple[str, ...]]], most: int, seed: int = 0) -> int:
         """The hops that answer 95 % of a sample of rows, else of those that `most` answer; 0 where none is answered.
 
         Longer ways are walked only where shorter ones do not suffice.
@@ -386,14 +404,14 @@ class Linker:
 
     # --- facts ----------------------------------------------------------------------------------------------------
 
-    def facts(self, questions: Sequence[str], hops: int, k: int) -> list[list[Found]]:
+    def facts(self, questions: Sequence[Query], hops: int, k: int) -> list[list[Found]]:
         """The k facts to show for each question: what its best way leads to, the way there, then the next best."""
         made = []
         for some in (c for part in _parts(questions) for c in self.candidates(part, hops)):
             told: dict[str, Found] = {}
             for number, one in enumerate(some[:k]):
                 for node, way, ends in ((one.node, one.way, one.ends), *(self._chain(one) if number == 0 else ())):
-                    text = self.graph.sentence(node, way, ends[:SHOWN])
+                    text = self.graph.sentence(node, way, ends, SHOWN)
                     told.setdefault(text, Found(Passage(self.graph.nodes[node][0], "", text, "", 0), one.score))
             made.append([*told.values()][:k])
         return made
@@ -405,6 +423,11 @@ class Linker:
             after = {n: ends for n in here[:CHAINED] if (ends := self.steps(n).get(step))}
             yield from ((n, (step,), ends) for n, ends in after.items())
             here = [*dict.fromkeys(end for ends in after.values() for end in ends)]
+
+
+def _lines(text: str) -> list[int]:
+    """Where each line of words begins that has any, counted in words, and where the last one ends."""
+    return [0, *accumulate(n for line in text.splitlines() if (n := len(words(line))))]
 
 
 def _within(one: Span, other: Span) -> bool:
@@ -454,12 +477,12 @@ class GraphSource:
         """The graph that answers, always the one it was made with, and how it is read."""
         return f"{READER}-{self.graph}"
 
-    def rank(self, questions: Sequence[str], home: Path, most: int) -> list[list[str]]:
+    def rank(self, questions: Sequence[Query], home: Path, most: int) -> list[list[str]]:
         """What the best facts for each question are about, best first."""
         found = self.find(questions, home, 3 * most)
         return [list(dict.fromkeys(f.passage.document for f in some))[:most] for some in found]
 
-    def find(self, questions: Sequence[str], home: Path, k: int | None = None) -> list[list[Found]]:
+    def find(self, questions: Sequence[Query], home: Path, k: int | None = None) -> list[list[Found]]:
         """The facts that each question is shown, best first. Raises ArtifactError where the graph is not at hand."""
         if self.folder is None or not self.folder.is_dir():
             raise ArtifactError(f"the graph {self.graph[:12]} is not at hand", expected="its folder",

@@ -51,7 +51,7 @@ class Known:
     @property
     def usable(self) -> tuple[Example, ...]:
         """Rows that there is something to learn from."""
-        return tuple(e for e in self.rows if e.completion or e.text)
+        return tuple(e for e in self.rows if e.answered or e.text)
 
     @property
     def key(self) -> str:
@@ -156,7 +156,7 @@ def replayed(tasks: Sequence[Known], system: System, data: Learnable) -> tuple[K
 
 def _measurable(rows: Sequence[Example]) -> tuple[Example, ...]:
     """Rows that say an answer: others score the same before and after, and a gate that cannot fail is none."""
-    return tuple(e for e in rows if e.completion or e.answers or e.text)
+    return tuple(e for e in rows if e.answered or e.text)
 
 
 def _kept(one: Known, data: Learnable) -> Known:
@@ -201,6 +201,7 @@ def remember(
 
 def _plain(example: Example) -> dict[str, Any]:
     body = asdict(example)
+    del body["extra"]  # for a metric that is code, and a System carries none
     return {key: value for key, value in body.items() if key in ("id", "prompt") or value not in (None, "", ())}
 
 

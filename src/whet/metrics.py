@@ -131,6 +131,11 @@ def references(example: Example) -> tuple[str, ...]:
     return tuple(example.answers) or (example.completion,)
 
 
+def _nothing(answer: str, example: Example) -> bool:
+    """Whether to say nothing is right, and nothing is said: there is no word to compare."""
+    return not answer.strip() and any(not r.strip() for r in references(example))
+
+
 def plain(text: str) -> str:
     """Text for comparing labels: NFC, stripped, casefolded, single spaces, no sentence punctuation at the end.
 
@@ -287,6 +292,30 @@ class Contains(Mean):
         return float(any(stands(*_both(answer, r)) for r in references(example)))
 
 
+@dataclass(frozen=True)
+class SetF1(Mean):
+    """F1 over sets of items, for several labels a row: scikit-learn's f1_score(average="samples").
+
+    Items are parted by commas, semicolons, bars or lines and compared after `plain`; their order and repeats do not
+    count. The best over the accepted answers; nothing is right where nothing is wanted.
+    """
+
+    name: ClassVar[str] = "set_f1"
+
+    def score(self, answer: str, example: Example) -> float:
+        """Harmonic mean of precision and recall over items, 0..1."""
+        given = _items(answer)
+        return max(self._f1(given, _items(r)) for r in references(example))
+
+    @staticmethod
+    def _f1(given: frozenset[str], wanted: frozenset[str]) -> float:
+        return 2 * len(given & wanted) / (len(given) + len(wanted)) if given or wanted else 1.0
+
+
+def _items(text: str) -> frozenset[str]:
+    return frozenset(plain(item) for item in re.split(r"[,;|\n、，；]", text) if item.strip())
+
+
 class _Words:
     """rouge-score's tokenizer without its loss of everything outside a-z and 0-9; of unspaced scripts each character.
 
@@ -316,6 +345,8 @@ class RougeL(Mean):
 
     def score(self, answer: str, example: Example) -> float:
         """F-measure of the longest common subsequence of words, 0..1."""
+        if _nothing(answer, example):
+            return 1.0
         return max(float(_rouge().score(r, answer)["rougeL"].fmeasure) for r in references(example))
 
 
@@ -345,6 +376,8 @@ class Bleu(Additive):
 
     def score(self, answer: str, example: Example) -> float:
         """Sentence BLEU / 100 with effective order."""
+        if _nothing(answer, example):
+            return 1.0
         return float(_bleu(answer, references(example)).score) / 100
 
     def statistics(self, outcomes: Sequence[Outcome]) -> Any:
@@ -371,6 +404,8 @@ class Chrf(Additive):
 
     def score(self, answer: str, example: Example) -> float:
         """Sentence chrF / 100."""
+        if _nothing(answer, example):
+            return 1.0
         return float(_sacrebleu("chrf").sentence_score(answer, list(references(example))).score) / 100
 
     def statistics(self, outcomes: Sequence[Outcome]) -> Any:
@@ -470,6 +505,23 @@ class Ndcg(Mean):
 
     def _dcg(self, gains: Sequence[float]) -> float:
         return math.fsum(g / math.log2(rank + 2) for rank, g in enumerate(gains[: self.k]))
+
+
+@dataclass(frozen=True)
+class Mrr(Mean):
+    """Mean reciprocal rank of the first relevant document among the first k (Voorhees, 1999)."""
+
+    k: int = 10
+
+    @property
+    def name(self) -> str:
+        """The name with its k."""
+        return f"mrr@{self.k}"
+
+    def score(self, answer: str, example: Example) -> float:
+        """1 over the rank, 0 where none is found; raises ValueError where the example names no evidence."""
+        wanted = grades(example)
+        return next((1 / rank for rank, d in enumerate(_ranked(answer)[: self.k], 1) if d in wanted), 0.0)
 
 
 def _ranked(answer: str) -> list[str]:

@@ -16,13 +16,17 @@ from whet.errors import ArtifactError
 from whet.task import Example
 
 PROMPTS = 8  # enough for a steady median at batch 1
+ASKED = ("id", "prompt", "completion", "choices", "history", "text")  # of an example, what answering looks at
 
 
-def probe(folder: Path, home: Path, examples: Sequence[Example]) -> tuple[float, int]:
-    """Median latency in ms and peak memory in bytes of the System in `folder`, answering a few examples singly."""
-    rows = [{"id": e.id, "prompt": e.prompt, "choices": e.choices, "history": e.history} for e in examples[:PROMPTS]]
+def probe(folder: Path, home: Path, examples: Sequence[Example], metric: str = "") -> tuple[float, int]:
+    """Median latency in ms and peak memory in bytes of the System in `folder`, answering a few examples singly.
+
+    By perplexity, where nothing is answered, scoring their texts.
+    """
+    rows = [{key: getattr(e, key) for key in ASKED} for e in examples[:PROMPTS]]
     done = subprocess.run(
-        [sys.executable, "-m", "whet.probe", str(folder)],
+        [sys.executable, "-m", "whet.probe", str(folder), metric],
         input=json.dumps(rows), capture_output=True, text=True, env={**os.environ, "WHET_HOME": str(home)},
         check=False,
     )  # fmt: skip
@@ -31,23 +35,26 @@ def probe(folder: Path, home: Path, examples: Sequence[Example]) -> tuple[float,
         return float(body["latency_ms"]), int(body["memory_bytes"])
     except (IndexError, ValueError, KeyError) as error:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise ArtifactError(f"cannot measure {folder}", expected="an answer", found=last[:200]) from error
+        raise ArtifactError(f"cannot measure {folder}", expected="an answer", found=last[:400]) from error
 
 
 def main() -> None:
-    """Answer the examples on stdin, one at a time; print latency and peak memory as JSON."""
+    """Answer the examples on stdin (or score their texts), one at a time; print latency and peak memory as JSON."""
+    from whet.scorecard import perplexed
     from whet.system import load
 
     system = load(sys.argv[1], trust=True)  # written by the process that called
-    rows = json.load(sys.stdin)
     examples = [
-        Example(r["id"], r["prompt"], choices=tuple(r["choices"]), history=tuple((a, b) for a, b in r["history"]))
-        for r in rows
+        Example(**{**r, "choices": tuple(r["choices"]), "history": tuple((a, b) for a, b in r["history"])})
+        for r in json.load(sys.stdin)
     ]
     times = []
     for example in [examples[0], *examples]:  # the first warms up
         begun = time.perf_counter()
-        system.answers([example])
+        if sys.argv[2] == "perplexity":
+            perplexed(system, [example], system.session)
+        else:
+            system.answers([example])
         times.append(time.perf_counter() - begun)
     print(json.dumps({"latency_ms": 1000 * statistics.median(times[1:]), "memory_bytes": peak_memory()}))
 

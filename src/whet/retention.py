@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -59,11 +59,43 @@ def retention(matrix: Sequence[Sequence[float]]) -> Retention:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """A System's updates in figures: [updates + 1, tasks] scores, at the start and after each; None: not measured then.
+
+    `average`: of all tasks at the end. Over those that were there before the last update, None where none was:
+    `forgetting`, the mean drop from their best, and `backward` transfer, the mean gain since they were first measured.
+    """
+
+    tasks: tuple[str, ...]
+    matrix: tuple[tuple[float | None, ...], ...]
+    average: float
+    forgetting: float | None
+    backward: float | None
+
+
+def stream(scores: Sequence[tuple[Mapping[str, float], Mapping[str, float]]]) -> Stream:
+    """The figures of one or more updates, oldest first, each as scores of its tasks before and after, by name.
+
+    What a task scored after one update is, on the rows that it is measured by later, what it scored before the next.
+    """
+    (start, _), *_ = scores
+    rows = [start, *(after for _, after in scores)]
+    rows = [{**row, **before} for row, before in zip(rows, [*(b for b, _ in scores), {}], strict=True)]
+    tasks = tuple(dict.fromkeys(name for row in rows for name in row))
+    ended = [(rows[-1][t], seen) for t in tasks if t in rows[-1] and (seen := [r[t] for r in rows[:-1] if t in r])]
+    return Stream(
+        tasks, tuple(tuple(row.get(t) for t in tasks) for row in rows), fmean(rows[-1].values()),
+        fmean(max(seen) - end for end, seen in ended) if ended else None,
+        fmean(end - seen[0] for end, seen in ended) if ended else None,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Lost:
     """What one earlier task lost, in points (hundredths of its metric; of perplexity, percent); negative: it gained.
 
     `low`..`high` is the paired 95 % interval. `ok` by `stats.not_worse`: the loss is within `allowed`, and its
-    one-sided bound within that plus what so many rows can show.
+    one-sided 95 % `bound` within `most`: that plus what so many rows can show.
     """
 
     task: str
@@ -74,13 +106,16 @@ class Lost:
     low: float
     high: float
     allowed: float
+    bound: float
+    most: float
     ok: bool
 
     def __str__(self) -> str:
         verb, sign = ("gains", -1) if self.lost < 0 else ("loses", 1)
         low, high = sorted((sign * self.low, sign * self.high))
         return (f"{self.task} {verb} {sign * self.lost:.1f} points [{low:.1f}, {high:.1f}] on {self.n} rows "
-                f"({self.before:.3g} to {self.after:.3g}); {self.allowed:g} allowed")  # fmt: skip
+                f"({self.before:.3g} to {self.after:.3g}); {self.allowed:g} allowed, "
+                f"one-sided bound {self.bound:.1f} of {self.most:.1f}")  # fmt: skip
 
 
 def loss(name: str, before: Scorecard, after: Scorecard, metric: Metric, allowed: float, seed: int = 0) -> Lost:
@@ -89,7 +124,7 @@ def loss(name: str, before: Scorecard, after: Scorecard, metric: Metric, allowed
     paired = stats.compare(before.outcomes, after.outcomes, metric, seed)
     kept = stats.not_worse(before.outcomes, after.outcomes, metric, allowed / unit, seed)
     return Lost(name, paired.n, before.score, after.score, -unit * paired.difference, -unit * paired.high,
-                -unit * paired.low, allowed, kept.ok)  # fmt: skip
+                -unit * paired.low, allowed, unit * kept.bound, unit * kept.allowed, kept.ok)  # fmt: skip
 
 
 def forgetting(

@@ -14,7 +14,7 @@ import re
 import shutil
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from whet.documents import HANGUL, PIECE, Document, Passage, passages
-from whet.embed import PACKAGE, Embedder
+from whet.embed import PACKAGE, Embedder, mark
 from whet.errors import ArtifactError, MethodError
 from whet.extras import package
 from whet.model import aside
 from whet.splits import UNSPACED
 from whet.store import write_text
+from whet.task import Query
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,7 +60,7 @@ class Found:
 
 def identity(pieces: Sequence[Passage]) -> str:
     """What a generation is named by: its passages, and how words and meanings are told from them."""
-    body = json.dumps([PACKAGE, "snowball, bigrams", [asdict(p) for p in pieces]], sort_keys=True)
+    body = json.dumps([mark(), "snowball, bigrams", [asdict(p) for p in pieces]], sort_keys=True)
     return hashlib.sha256(body.encode()).hexdigest()
 
 
@@ -95,7 +96,7 @@ def build(pieces: Sequence[Passage], folder: Path, embedder: Embedder, before: I
         (work / "passages.jsonl").write_bytes(b"".join(lines))
         np.save(work / "lines.npy", np.cumsum([0, *map(len, lines)], dtype=np.int64), allow_pickle=False)
         files = {str(p.relative_to(work)): _hash(p) for p in sorted(work.rglob("*")) if p.is_file()}
-        body = {"embedder": PACKAGE, "passages": len(pieces), "files": files}
+        body = {"embedder": mark(), "passages": len(pieces), "files": files}
         (work / "index.json").write_text(json.dumps(body, indent=1), encoding="utf-8")
     write_text(folder / "current", name)
     return name
@@ -239,6 +240,10 @@ class Corpus(ABC, Generic[Key]):
         """The ids of all documents."""
 
     @abstractmethod
+    def of(self, documents: Collection[str]) -> dict[str, list[Passage]]:
+        """The passages of these documents, in their order; without the documents that are not there."""
+
+    @abstractmethod
     def candidates(self, questions: Sequence[str], depth: int) -> Iterator[tuple[dict[Key, float], dict[Key, float]]]:
         """For each question the scores by words, where above zero, and the cosine similarity of all candidates.
 
@@ -255,16 +260,25 @@ class Corpus(ABC, Generic[Key]):
         return made
 
     def rank(self, questions: Sequence[str], most: int, mix: str = "both") -> list[list[str]]:
-        """The ids of the best documents for each question, best first; each counts by the best of its passages."""
-        made = []
-        for words, near in self.candidates(questions, max(DEPTH, most)):
-            name = {p: self[p].document for p in near}
-            best: list[dict[str, float]] = [{}, {}]
-            for scores, of in zip((words, near), best, strict=True):
-                for passage in scores:
-                    of[name[passage]] = max(scores[passage], of.get(name[passage], -1.0))
-            made.append(merged(best[0], best[1], mix)[:most])
-        return made
+        """The ids of the best documents for each question, best first; each counts by the best of its passages.
+
+        Where one long document fills the candidates, more are looked at, until `most` documents are among them.
+        """
+        made: dict[int, list[str]] = {}
+        depth, left = max(DEPTH, most), list(range(len(questions)))
+        while left:
+            short = []
+            for n, (words, near) in zip(left, self.candidates([questions[n] for n in left], depth), strict=True):
+                name = {p: self[p].document for p in near}
+                best: list[dict[str, float]] = [{}, {}]
+                for scores, of in zip((words, near), best, strict=True):
+                    for passage in scores:
+                        of[name[passage]] = max(scores[passage], of.get(name[passage], -1.0))
+                made[n] = merged(best[0], best[1], mix)[:most]
+                if len(made[n]) < most and len(words if mix == "words" else near) >= depth:  # else these were all
+                    short.append(n)
+            left, depth = short, 4 * depth
+        return [made[n] for n in range(len(questions))]
 
 
 class Index(Corpus[int]):
@@ -277,8 +291,8 @@ class Index(Corpus[int]):
         self.folder, self.name, self.embedder = folder, folder.name, embedder
         try:
             body = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-            if body["embedder"] != PACKAGE:
-                raise _refused(folder, "was made by another embedding model", PACKAGE, body["embedder"])
+            if body["embedder"] != mark():
+                raise _refused(folder, "was made by another embedding model", mark(), body["embedder"])
             for file, digest in body["files"].items():
                 if (found := _hash(folder / file)) != digest:
                     raise _refused(folder, f"was changed: {file}", digest[:12], found[:12])
@@ -298,7 +312,19 @@ class Index(Corpus[int]):
 
     def ids(self) -> list[str]:
         """The ids of all documents, in their order."""
-        return list(dict.fromkeys(p.document for p in self))
+        return list(self._numbers)
+
+    def of(self, documents: Collection[str]) -> dict[str, list[Passage]]:
+        """The passages of these documents, where they are there."""
+        return {name: [self[n] for n in self._numbers[name]] for name in documents if name in self._numbers}
+
+    @cached_property
+    def _numbers(self) -> dict[str, list[int]]:
+        """The numbers of each document's passages."""
+        made: dict[str, list[int]] = {}
+        for number, passage in enumerate(self):
+            made.setdefault(passage.document, []).append(number)
+        return made
 
     @cached_property
     def _text(self) -> Any:
@@ -385,6 +411,9 @@ def _cross_encoder(name: str) -> Callable[[list[tuple[str, str]]], Any]:
     except Exception as error:  # the hub and its files fail in many ways
         raise MethodError(f"the reranker {name!r} cannot be opened", expected="a cross-encoder's folder or Hub id",
                           found=str(error)[:120], do="name another, or none") from error  # fmt: skip
+    if (scores := model.model.config.num_labels) != 1:  # of entailment, say: none of its scores is relevance
+        raise MethodError(f"the reranker {name!r} ranks nothing", expected="a cross-encoder with one score",
+                          found=f"{scores} scores", do="name another, or none")  # fmt: skip
     return lambda rows: model.predict(rows, show_progress_bar=False)
 
 
@@ -460,18 +489,20 @@ class Source:
                                 found=str(self.folder), do="load the System from its own folder")  # fmt: skip
         return self.folder
 
-    def find(self, questions: Sequence[str], home: Path, k: int | None = None) -> list[list[Found]]:
+    def find(self, questions: Sequence[Query], home: Path, k: int | None = None) -> list[list[Found]]:
         """The passages that each question is shown, best first; ArtifactError where the index is not at hand."""
-        found = self.corpus(home).search(questions, k or self.k, self.mix, self.reranker)
+        found = self.corpus(home).search([q.text for q in questions], k or self.k, self.mix, self.reranker)
         near = [[f for f in some if f.similarity >= self.threshold or not self.threshold] for some in found]
         return [within(some, self.tokens) for some in near] if self.tokens and k is None else near
 
-    def rank(self, questions: Sequence[str], home: Path, most: int) -> list[list[str]]:
+    def rank(self, questions: Sequence[Query], home: Path, most: int) -> list[list[str]]:
         """The ids of the best documents for each question, best first."""
-        if self.reranker:
+        made = self.corpus(home).rank([q.text for q in questions], most, self.mix)
+        if self.reranker:  # what it did not read keeps its order, behind
             found = self.find(questions, home, 3 * most)
-            return [list(dict.fromkeys(f.passage.document for f in some))[:most] for some in found]
-        return self.corpus(home).rank(questions, most, self.mix)
+            read = [[f.passage.document for f in some] for some in found]
+            made = [[*dict.fromkeys([*first, *rest])][:most] for first, rest in zip(read, made, strict=True)]
+        return made
 
     def change(self, home: Path, put: Iterable[Document] = (), drop: Iterable[str] = ()) -> tuple[str, int]:
         """Put documents in and drop others, for the next question to see; as `retrieval.change`.

@@ -20,7 +20,7 @@ from whet.engine import Progress, Session, Spent
 from whet.errors import TaskError
 from whet.metrics import Metric, Outcome, get, score_all
 from whet.model import local_folder
-from whet.store import Scores, Store
+from whet.store import Scores, Store, code
 from whet.system import Answer, System
 from whet.task import Example, Task, rows_hash
 
@@ -76,9 +76,9 @@ def protocol(
 
 
 def _key(system: System, examples: Sequence[Example], metric: Metric, session: Session) -> str:
-    """Under which outcomes are kept; the split's name does not matter, its rows do."""
+    """Under which outcomes are kept; the split's name does not matter, its rows and the code do."""
     rules = {k: v for k, v in protocol(system, examples, metric, session, "").items() if k != "split"}
-    body = json.dumps([system.fingerprint, rows_hash(examples), rules], sort_keys=True)
+    body = json.dumps([system.fingerprint, rows_hash(examples), rules, code()], sort_keys=True)
     return hashlib.sha256(body.encode()).hexdigest()
 
 
@@ -157,7 +157,7 @@ def _answers(
     plain = uncalibrated(system)
     other = ("data", "metric", *getattr(metric, "rules", {}))
     rules = {k: v for k, v in protocol(system, [], metric, session, "").items() if k not in other}
-    key = hashlib.sha256(json.dumps([plain.fingerprint, rules], sort_keys=True).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([plain.fingerprint, rules, code()], sort_keys=True).encode()).hexdigest()
     names = [rows_hash([e]) for e in examples]
     kept = store.scores(key)
     fresh = [e for e, name in zip(examples, names, strict=True) if name not in kept]
@@ -172,7 +172,7 @@ def _outcomes(
     system: System, examples: Sequence[Example], metric: Metric, session: Session, store: Store | None,
     progress: Progress | None,
 ) -> tuple[tuple[Outcome, ...], int, Scores | None]:  # fmt: skip
-    if ranks := re.fullmatch(r"(?:recall|ndcg)@(\d+)", metric.name):
+    if ranks := re.fullmatch(r"(?:recall|ndcg|mrr)@(\d+)", metric.name):
         return score_all(metric, system.ranked(examples, int(ranks[1])), examples), 0, None
     if metric.name != "perplexity":
         scores = None
@@ -181,9 +181,16 @@ def _outcomes(
         else:
             answers = system.answers(examples, session, progress)
         outcomes = score_all(metric, [a.text for a in answers], examples)
-        silent = [system.decoding.closed and not a.text for a in answers]
+        silent = [bool(a.scores) and not a.text for a in answers]  # chosen among, and none could be
         told = (replace(o, score=0.0, error="no answer") if s else o for o, s in zip(outcomes, silent, strict=True))
         return tuple(told), sum(a.truncated for a in answers), scores
+    return (*perplexed(system, examples, session, progress), None)
+
+
+def perplexed(
+    system: System, examples: Sequence[Example], session: Session, progress: Progress | None = None
+) -> tuple[tuple[Outcome, ...], int]:
+    """How likely a System finds texts (or completions behind their prompts), and how many prompts were shortened."""
     texts = [e.text if e.text is not None else e.completion for e in examples]
     room = [n + 1 for n in session.count(texts)]
     prompts, cut = system.fitting(examples, session, room)
@@ -194,7 +201,7 @@ def _outcomes(
         made.append(
             Outcome(example.id, "", -row[0].mean, "", example.group, error, weight=float(max(1, row[0].tokens)))
         )
-    return tuple(made), sum(cut), None
+    return tuple(made), sum(cut)
 
 
 def size_bytes(system: System) -> int | None:
@@ -212,7 +219,7 @@ def measure(card: Scorecard, system: System, examples: Sequence[Example]) -> Sco
 
     with tempfile.TemporaryDirectory() as folder:
         system.save(Path(folder) / "system")
-        latency, memory = probe(Path(folder) / "system", system.home, examples)
+        latency, memory = probe(Path(folder) / "system", system.home, examples, card.metric)
     return replace(card, size_bytes=size_bytes(system), latency_ms=latency, memory_bytes=memory)
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from whet.retrieval import Found
 from whet.retrieval import Source as Documents
+from whet.task import Query
 
 
 class Source(Protocol):
@@ -36,11 +37,11 @@ class Source(Protocol):
     @property
     def settings(self) -> dict[str, Any]: ...
 
-    def find(self, questions: Sequence[str], home: Path, k: int | None = None) -> list[list[Found]]:
+    def find(self, questions: Sequence[Query], home: Path, k: int | None = None) -> list[list[Found]]:
         """At most k (or its own k) passages for each question, best first; never fewer lists than questions."""
         ...
 
-    def rank(self, questions: Sequence[str], home: Path, most: int) -> list[list[str]]:
+    def rank(self, questions: Sequence[Query], home: Path, most: int) -> list[list[str]]:
         """The ids of the best documents for each question, best first."""
         ...
 

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from whet.errors import TaskError
-from whet.extras import package, public
+from whet.extras import package, pinned, public
 from whet.triples import Triple, term_triples
 
 Row = tuple[Any, Any, Any]  # RDF terms
@@ -37,15 +37,13 @@ def snapshot(source: str, trusted: bool, home: Path, notes: list[str]) -> list[T
                         do="look at it, then add --trust")  # fmt: skip
     file = home / "snapshots" / f"{hashlib.sha256(json.dumps([url, query]).encode()).hexdigest()}.jsonl"
     if not file.exists() or time.time() - file.stat().st_mtime > FRESH:
-        if urlsplit(url).hostname not in HERE:
-            public(url)
         found = _pages(url, query)
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, aside = tempfile.mkstemp(dir=file.parent)
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in found)
         os.replace(aside, file)
-    made = [tuple(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+    made = [tuple(json.loads(line)) for line in file.read_text(encoding="utf-8").split("\n") if line]
     day = time.strftime("%Y-%m-%d %H:%M", time.gmtime(file.stat().st_mtime))
     cut = f"; only the first {MOST_ROWS} rows" if len(made) >= MOST_ROWS else ""
     if len(made) > PAGE and not _ends(query, r"(?:order\s+by|limit\s+\d+)"):
@@ -87,9 +85,11 @@ def _rows(url: str, query: str) -> list[Row]:
     rdf = package("pyoxigraph", "knowledge")
     deadline, body = time.monotonic() + SECONDS, bytearray()
     head = {"Accept": "application/sparql-results+json", "User-Agent": "whet"}
+    asked: dict[str, Any] = {"url": url} if urlsplit(url).hostname in HERE else pinned(url, public(url))
+    head |= asked.pop("headers", {})
     time_limit = httpx.Timeout(SECONDS, connect=CONNECT)
     try:
-        with httpx.stream("POST", url, data={"query": query}, headers=head, timeout=time_limit) as answer:
+        with httpx.stream("POST", **asked, data={"query": query}, headers=head, timeout=time_limit) as answer:
             for chunk in answer.iter_bytes():
                 body += chunk
                 if time.monotonic() > deadline:

@@ -26,6 +26,7 @@ Leaks = tuple[tuple[str, str], ...]  # (id of the row, why)
 Pairs = NDArray[np.uint64]  # hashes of neighbouring words, sorted, each once
 
 NEAR = 0.85  # Jaccard of character trigrams from which two prompts nearly repeat each other
+APART = 3  # words in one place, none of them the other's: another question on the same passage
 SHORTEST = 5  # words: below, prompts of different meaning differ in a few letters, so that only the same is a repeat
 PROBES = 6  # the rarest word pairs of a row that are looked up: two edits cost four of them
 MOST_HOLDERS = 100  # a word pair that more rows hold belongs to a template
@@ -91,7 +92,8 @@ def without(rows: tuple[Example, ...], held: tuple[Example, ...]) -> tuple[tuple
     same = dict(zip(reversed(held_keys), reversed(held), strict=True))
     groups = {row.group: row for row in reversed(held) if row.group is not None}
     left = [i for i, row in enumerate(rows) if keys[i] not in same and row.group not in groups]
-    near = dict(near_repeats([keys[i] for i in left], held_keys))
+    answers, theirs = [_said(rows[i]) for i in left], [_said(row) for row in held]
+    near = dict(near_repeats([keys[i] for i in left], held_keys, answers=(answers, theirs)))
     close = {i: near[n] for n, i in enumerate(left) if n in near}
     kept, dropped = [], []
     for i, row in enumerate(rows):
@@ -106,15 +108,25 @@ def without(rows: tuple[Example, ...], held: tuple[Example, ...]) -> tuple[tuple
     return tuple(kept), tuple(dropped)
 
 
+def _said(row: Example) -> str:
+    """The answer of a row without case, further spaces and punctuation at its end."""
+    return _LAST.sub("", " ".join(row.completion.casefold().split()))
+
+
 def near_repeats(
-    keys: Sequence[str], others: Sequence[str] | None = None, threshold: float = NEAR
+    keys: Sequence[str],
+    others: Sequence[str] | None = None,
+    threshold: float = NEAR,
+    answers: tuple[Sequence[str], Sequence[str]] | None = None,
 ) -> list[tuple[int, int]]:
     """Pairs (i, j) where keys[i] nearly repeats others[j], one for each i; without `others`, all j < i within keys.
 
     Nearly: Jaccard of character trigrams ≥ threshold (Broder, 1997), the same numbers, the same brackets left open (or
     none on one side), and at least 5 words. Text that many rows share (a template, an instruction) hardly counts: word
-    pairs are weighted by rarity. Candidates come from an inverted index of the rarest word pairs (the prefix filter of
-    Chaudhuri et al., 2006): the cost is near linear.
+    pairs are weighted by rarity. Another question on the same passage is none, nor are texts whose `answers` (those of
+    keys and of others), where both are known, have little in common: they give nothing away.
+    Candidates come from an inverted index of the rarest word pairs (the prefix filter of Chaudhuri et al., 2006): the
+    cost is near linear.
     """
     pool = keys if others is None else others
     held = _Postings([_pairs(key) for key in pool])
@@ -131,7 +143,9 @@ def near_repeats(
         for j in sorted(j for j, count in hits.items() if count >= min(2, len(rarest))):  # each edit costs two pairs
             if others is None and j >= i:
                 break
-            if _near(key, pool[j], threshold) and held.alike(pairs, held.of(j)):
+            if answers and _differ(answers[0][i], answers[1][j]):
+                continue
+            if _near(key, pool[j], threshold) and held.alike(pairs, held.of(j)) and not _asks_other(key, pool[j]):
                 found.append((i, j))
                 if others is not None:
                     break
@@ -213,6 +227,28 @@ def _near(a: str, b: str, threshold: float) -> bool:
     return shared >= threshold * (len(first) + len(second) - shared)
 
 
+def _differ(a: str, b: str) -> bool:
+    """Whether two answers are known and have little in common."""
+    if not a or not b or a in b or b in a:
+        return False
+    first, second = _trigrams(a), _trigrams(b)
+    shared = len(first & second)
+    return 2 * shared < len(first) + len(second) - shared
+
+
+def _asks_other(a: str, b: str) -> bool:
+    """Whether texts differ in one stretch alone, and there in most words: the question on a passage that they share."""
+    first, second = _TOKEN.findall(a), _TOKEN.findall(b)
+    begin = next((n for n, (x, y) in enumerate(zip(first, second, strict=False)) if x != y), None)
+    if begin is None:
+        return False
+    first, second = first[begin:][::-1], second[begin:][::-1]
+    end = next((n for n, (x, y) in enumerate(zip(first, second, strict=False)) if x != y), 0)
+    one, other = Counter(first[end:]), Counter(second[end:])
+    apart = min((one - other).total(), (other - one).total())
+    return apart >= APART and 2 * apart >= max(one.total(), other.total())
+
+
 def _clusters(rows: Sequence[Example], near: bool) -> list[list[int]]:
     """Rows that must not be parted: of one group, with one prompt, or (near) with nearly the same."""
     [keys] = _keys(rows)
@@ -230,7 +266,8 @@ def _clusters(rows: Sequence[Example], near: bool) -> list[list[int]]:
             parent[root(i)] = root(first.setdefault(mark, i))
     if near:
         distinct = sorted({first[("key", key)] for key in keys}, key=lambda i: keys[i])
-        for i, j in near_repeats([keys[i] for i in distinct]):
+        answers = [_said(rows[i]) for i in distinct]
+        for i, j in near_repeats([keys[i] for i in distinct], answers=(answers, answers)):
             parent[root(distinct[i])] = root(distinct[j])
     clusters: dict[int, list[int]] = defaultdict(list)
     for i in range(len(rows)):

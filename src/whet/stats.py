@@ -112,6 +112,29 @@ def not_worse(
     return NotWorse(loss, bound, allowed, loss <= margin + slack and bound <= allowed + slack, margin)
 
 
+def alike(
+    runs: Sequence[Sequence[Outcome]], metric: Metric, seed: int = 0, draws: int = 2000
+) -> float:
+    """P-value of several runs over the same examples scoring alike: the variance of their figures when they change
+    places within examples (or groups), on the metric's own figure, with +1 correction.
+
+    For scores of 0 and 1 it is Cochran's Q test (1950) by permutation. Raises ValueError if the ids differ.
+    """
+    count, first = len(runs[0]), [o.id for o in runs[0]]
+    if any([o.id for o in run] != first for run in runs):
+        raise ValueError("runs are compared on the same examples in the same order; their ids differ")
+    table, of = metric.statistics([o for run in runs for o in run]), _clusters(runs[0])
+    sums = [_dense(_sums(table[n * count : (n + 1) * count], of)) for n in range(len(runs))]
+    cells = np.stack(sums, axis=1)  # (clusters, runs, s)
+    random, rows = np.random.default_rng([seed, 2]), np.arange(len(cells))[:, None]
+    places = np.tile(np.arange(len(runs)), (len(cells), 1))
+    observed, beyond = float(np.var(metric.finish(cells.sum(axis=0)))), 0
+    for _ in range(draws):
+        moved = cells[rows, random.permuted(places, axis=1)]
+        beyond += bool(np.var(metric.finish(moved.sum(axis=0))) >= observed - 1e-12)
+    return (beyond + 1) / (draws + 1)
+
+
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     """P-values adjusted for their number, in the order given (Holm, 1979)."""
     p = np.asarray(p_values, dtype=float)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,19 @@ create table if not exists scores (
 
 
 Scores = tuple[str, dict[str, tuple[float, ...]]]  # their key, and by the hash of the row its uncalibrated scores
+
+
+@cache
+def code() -> str:
+    """The hash of this package's source, by which results are kept: while a version is made, its number tells less.
+
+    In a release, whose source does not change, it says as much as the number.
+    """
+    package = Path(__file__).parent
+    found = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        found.update(f"{file.relative_to(package).as_posix()} {file.stat().st_size} ".encode() + file.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def home_folder() -> Path:

@@ -11,18 +11,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from whet import __version__
-from whet.engine import Progress, Prompt, Sampling, Session, open_session
+from whet.engine import Generation, Progress, Prompt, Sampling, Session, open_session
 from whet.engine.replies import UNANSWERED
 from whet.errors import ArtifactError
 from whet.metrics import plain
 from whet.model import ModelRef, Transform, hash_files, local_folder, resolve
 from whet.prompt import SLOT, beside, framed, messages, shorten, to_text
 from whet.retrieval import BATCH, Found
+from whet.retrieval import Source as Documents
 from whet.sources import Source, revive_source
-from whet.task import Example
+from whet.task import Example, Query
 
 if TYPE_CHECKING:
     from whet.embed import Embedder
@@ -115,13 +116,15 @@ class Decoding:
 class Answer:
     """One answer; `scores` are the (calibrated) scores of the closed set, `truncated` says the prompt was shortened.
 
-    `passages` are those it was shown whole; which of them it stands in, `reading.cited` says.
+    `passages` are those it was shown whole; which of them it stands in, `reading.cited` says. `finish` is "stop",
+    "length" (cut off at the limit), or "unmarked": what it is to stand behind (`Decoding.after`) was not said.
     """
 
     text: str
     scores: tuple[float, ...] = ()
     truncated: bool = False
     passages: tuple[Found, ...] = ()
+    finish: Literal["stop", "length", "unmarked"] = "stop"
 
 
 def _greatest_of(values: Any, count: int) -> Any:
@@ -142,6 +145,13 @@ def _voted(texts: Sequence[str]) -> str:
     """The most frequent text, however it is cased and spaced; the first of equals."""
     most = Counter(map(plain, texts)).most_common(1)[0][0]
     return next(text for text in texts if plain(text) == most)
+
+
+def _read(made: Sequence[Generation], decoding: Decoding) -> Answer:
+    """The answer that samples give, and how the first that gives it ended."""
+    texts = [decoding.read(one.text) for one in made]
+    first = made[texts.index(voted := _voted(texts))]
+    return Answer(voted, finish=first.finish if decoding.after in first.text else "unmarked")
 
 
 def _greatest(choices: Sequence[str], scores: tuple[float, ...], truncated: bool) -> Answer:
@@ -223,7 +233,7 @@ class System:
         said, told = self.decoding.said, dict[str, tuple[Pair, ...]]()
         if brief := [s for s in self.sources if s.brief]:
             asked = sorted({q for demos in shown for q, _ in demos})
-            told = dict(zip(asked, map(_pairs, self.found(asked, sources=brief)), strict=True))
+            told = dict(zip(asked, map(_pairs, self.found([Query(q) for q in asked], sources=brief)), strict=True))
         return [
             "" if e.text is not None else
             messages(self.instruction, [(q, said(a)) for q, a in demos], e.prompt, e.history, _pairs(here), self.frame,
@@ -232,7 +242,7 @@ class System:
         ]  # fmt: skip
 
     def found(
-        self, questions: Sequence[str], k: int | None = None, sources: Sequence[Source] | None = None
+        self, questions: Sequence[Query], k: int | None = None, sources: Sequence[Source] | None = None
     ) -> list[list[Found]]:
         """The passages that each question is shown, out of all or these sources, best first; `k` of each, if given."""
         made: list[list[Found]] = [[] for _ in questions]
@@ -241,10 +251,19 @@ class System:
         return made
 
     def ranked(self, examples: Sequence[Example], most: int) -> list[str]:
-        """The ids of the documents found for each example, best first, one a line; empty without a source."""
-        if not self.sources:
+        """The ids of the documents found for each example, best first, one a line; empty without a source.
+
+        Documents are ranked where the System has any, else what its facts are about. Raises ArtifactError where none of
+        the documents that evidence names is there.
+        """
+        source = next(iter(sorted(self.sources, key=lambda s: s.kind != "documents")), None)
+        if source is None:
             return [""] * len(examples)
-        return ["\n".join(ids) for ids in self.sources[0].rank([e.query for e in examples], self.home, most)]
+        named = dict.fromkeys(name for e in examples for name, grade in e.evidence if grade > 0)
+        if named and isinstance(source, Documents) and not (corpus := source.corpus(self.home)).of(named):
+            raise ArtifactError("no document has an id that evidence names", expected=", ".join([*named][:3]),
+                                found=", ".join(corpus.ids()[:3]), do="give documents the same ids")  # fmt: skip
+        return ["\n".join(ids) for ids in source.rank([e.query for e in examples], self.home, most)]
 
     def fitting(
         self, examples: Sequence[Example], session: Session, room: Sequence[int], *, blind: bool = False,
@@ -360,7 +379,7 @@ class System:
         prompts, kept, cut = self._fitted(examples, session, [decoding.max_tokens] * len(examples), blind, found)
         sampling = Sampling(decoding.max_tokens, decoding.temperature, n=decoding.votes, stop=decoding.stop)
         made = session.generate(prompts, sampling, progress)
-        return [Answer(_voted([decoding.read(g.text) for g in one]), (), short, shown)
+        return [replace(_read(one, decoding), truncated=short, passages=shown)
                 for one, short, shown in zip(made, cut, kept, strict=True)]  # fmt: skip
 
     @property

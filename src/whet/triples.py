@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
+import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -23,10 +27,15 @@ from whet.task import Learnable, places
 Triple = tuple[str, str, str]
 MOST_TRIPLES = 1_000_000
 MOST_BYTES = 500_000_000  # of a JSON file, unpacked
+TAB = "\t"
+# How the columns of a table are called; its first line is no fact where all of it is of these.
+HEADS = ({"subject", "head", "source", "entity", "s", "h", "term", "word", "abbreviation", "acronym"},
+         {"relation", "predicate", "property", "relationship", "p", "r", "definition", "meaning", "description"},
+         {"object", "tail", "target", "value", "o", "t", "alias", "aliases", "synonyms"})  # fmt: skip
 MEANS = "means"  # the relation from a term to its description
 PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open}
 RDF = {".nt": "N_TRIPLES", ".ttl": "TURTLE", ".nq": "N_QUADS", ".trig": "TRIG", ".rdf": "RDF_XML", ".owl": "RDF_XML"}
-KINDS = (".tsv", ".json", *RDF)
+KINDS = (".tsv", ".csv", ".json", *RDF)
 # What names things, by the last part of the relation's id: rdfs, skos, foaf and schema.org agree well enough. A "label"
 # of other vocabularies is any label, such as a record label.
 NAMED = {"label": "label", "prefLabel": "label", "name": "label", "altLabel": "alias", "alias": "alias",
@@ -40,9 +49,15 @@ LOCAL = re.compile(r"[^/#]*[/#]?$")
 HUMPS = re.compile(r"(?<=[a-z])(?=[A-Z])")
 TIME = re.compile(r"(-?\d{4,}(?:-\d\d){0,2})(?:T00:00:00(?:\.0+)?)?(?:Z|[+-]\d\d:\d\d)?")
 DATES = ("date", "datetime", "datetimestamp", "gyear", "gyearmonth")
+DAY = re.compile(r"(\d{4})-(\d\d)(?:-(\d\d))?")
+MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+          "December")  # fmt: skip
+DAYS = ("{d} {month} {y}", "{month} {d} {y}", "{y}년 {m}월 {d}일", "{y}年{m}月{d}日")
+DAYS_OF_MONTHS = ("{month} {y}", "{y}년 {m}월", "{y}年{m}月")
 NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 # Wikidata's triples name a relation P31 by wdt:P31, p:P31 and others; labelled is the entity wd:P31.
 PROPERTY = re.compile(r"/prop/(?:[\w-]+/)*(?=P\d+>$)")
+OF_PROPERTIES = re.compile(r"(?:^<|/entity/)P\d+>$")
 
 
 @dataclass(frozen=True)
@@ -59,7 +74,7 @@ class Facts:
         if unit and one[:1] != "<":  # a quantity of Wikidata's
             return (f"{number} {self.named(one[len(number) + 2 :])[0]}",)
         own = self.names.get(one) or self.names.get(PROPERTY.sub("/entity/", one))
-        return own or (_local(one) if one[:1] == "<" else _spoken(one)[1],)
+        return own or ((_local(one),) if one[:1] == "<" else _written(_spoken(one)[1]))
 
 
 def text(value: str, language: str = "") -> str:
@@ -77,37 +92,62 @@ def _spoken(value: str) -> tuple[str, str]:
     return "en" if language.startswith("en-") else language, said
 
 
+def _written(value: str) -> tuple[str, ...]:
+    """A value, and how else people write it: a day by its month's name, or by its year alone; 1000000 with commas."""
+    if found := DAY.fullmatch(value):
+        year, month, day = (int(part or 0) for part in found.groups())
+        if 1 <= month <= 12:
+            known = {"y": year, "m": month, "d": day, "month": MONTHS[month - 1]}
+            return (value, *(form.format(**known).strip() for form in (DAYS if day else DAYS_OF_MONTHS)), str(year))
+    if found := re.match(r"-?\d{4,}(?![\d:/-])", value):
+        return value, f"{int(found[0]):,}{value[found.end() :]}"
+    return (value,)
+
+
 def load(data: Learnable, home: Path) -> tuple[Facts, list[str]]:
     """All facts that a task has, and notes; raises TaskError naming file and line for what cannot be read."""
     from whet.sparql import snapshot
 
     notes: list[str] = []
     found: list[Triple] = []
+    count = 0
     for source in (data.knowledge, data.glossary):
         for part in places(data.folder, source) if isinstance(source, str) else filter(None, (source,)):
             if isinstance(part, str):
                 found += snapshot(part, data.trusted, home, notes)
                 continue
             for file in sorted(p for p in part.rglob("*") if _kind(p)[0] in KINDS) if part.is_dir() else [part]:
-                found += islice(_file(file, glossary=source is data.glossary), MOST_TRIPLES + 1 - len(found))
-            if len(found) > MOST_TRIPLES:
+                for row in _file(file, glossary=source is data.glossary):
+                    found.append(row)
+                    count += _role(row[1]) == ""  # names in many languages do not count
+                    if count > MOST_TRIPLES:
+                        break
+            if count > MOST_TRIPLES:
                 raise TaskError(f"{part.name}: too many triples", expected=f"at most {MOST_TRIPLES}",
                                 found="more", do="take the part that the task asks about")  # fmt: skip
-    facts = gather(found)
+    facts = gather(found, {a for e in data.train for a in (e.answers or (e.completion,)) if a})
     if not facts.triples:
         raise TaskError("no facts in the task's knowledge", expected="triples or terms", found="none", do="add some")
     return facts, notes
 
 
-def gather(found: Iterable[Triple]) -> Facts:
+def gather(found: Iterable[Triple], answers: Collection[str] = ()) -> Facts:
     """Facts out of triples as they are written: labels, aliases, descriptions and inverses are told apart.
 
-    Of what is said in several languages English or none comes first, else the one that comes first in the file.
+    Of what is said in several languages that one comes first whose labels are most of `answers`, then English or none,
+    then the one that comes first in the file. What is said of Wikidata's properties is left out, but for their names.
     """
     rows = [(s, r, o, *_spoken(o)) for s, r, o in found]
+    wanted = {answer.casefold() for answer in answers}
+    hits = Counter(language for _, r, _, language, said in rows if _role(r) == "label" and said.casefold() in wanted)
+    first = tuple(dict.fromkeys((max(hits, key=lambda one: (hits[one], one in PLAIN), default="en"), *PLAIN)))
+
+    def rank(language: str) -> int:
+        return first.index(language) if language in first else len(first)
+
     spoken: dict[tuple[str, str], str] = {}
     for s, r, o, language, _ in rows:
-        if o[:1] != "<" and (language in PLAIN or (s, r) not in spoken):
+        if o[:1] != "<" and ((s, r) not in spoken or rank(language) < rank(spoken[s, r])):
             spoken[s, r] = language
     triples: dict[Triple, None] = {}
     labels: dict[str, list[tuple[int, str]]] = {}
@@ -115,15 +155,17 @@ def gather(found: Iterable[Triple]) -> Facts:
     inverses: dict[str, str] = {}
     for s, r, o, language, said in rows:
         role = _role(r)
+        if role in ("", MEANS) and OF_PROPERTIES.search(s):
+            continue
         if role == "inverse":
             inverses.update({s: o, o: s})
         elif o[:1] == "<":
             triples[s, r, o] = None
         elif role == "label":
-            labels.setdefault(s, []).append(((*PLAIN, language).index(language), said))
+            labels.setdefault(s, []).append((rank(language), said))
         elif role == "alias":
             aliases.setdefault(s, []).append(said)
-        elif s and r and said and (language in PLAIN or language == spoken[s, r]):
+        elif s and r and said and language in ("", spoken[s, r]):
             triples[s, MEANS if role == MEANS else r, text(said) if language else o] = None
     names: dict[str, tuple[str, ...]] = {}
     for one in {**labels, **aliases}:
@@ -135,6 +177,7 @@ def gather(found: Iterable[Triple]) -> Facts:
     return replace(known, triples=tuple(dict.fromkeys(_through(tuple(triples), known))))
 
 
+@lru_cache(10_000)
 def _role(relation: str) -> str:
     """What a relation says of names; "" for one that states a fact."""
     if relation[:1] != "<":
@@ -174,8 +217,8 @@ def _blank(one: str, known: Facts) -> bool:
 def _local(iri: str, humps: bool = True) -> str:
     """The readable end of an IRI: dbo:birthPlace is "birth place"; `humps` false leaves it as it is."""
     found = LOCAL.search(iri.strip("<>"))
-    end = unquote((found[0] if found else "").rstrip("/#")) or iri.strip("<>")
-    return HUMPS.sub(" ", end).replace("_", " ").lower() if humps and HUMPS.search(end) else end.replace("_", " ")
+    end = " ".join(unquote(found[0] if found else "").rstrip("/#").replace("_", " ").split()) or iri.strip("<>")
+    return HUMPS.sub(" ", end).lower() if humps and HUMPS.search(end) else end
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -192,36 +235,49 @@ def _file(file: Path, glossary: bool) -> Iterator[Triple]:
     if kind not in KINDS:
         raise TaskError(f"{file.name} is of no kind that can be read", expected=", ".join(KINDS),
                         found=kind or "no ending", do="convert it")  # fmt: skip
-    if kind == ".tsv":
-        yield from _terms(file) if glossary else _tsv(file)
-        return
     try:
+        if kind in (".tsv", ".csv"):
+            yield from _table(file, kind, glossary)
+            return
         with unpack(file, "rb") as stream:
             yield from _wikidata(file.name, stream) if kind == ".json" else _rdf(file.name, stream, RDF[kind])
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise TaskError(f"{file.name} cannot be read", expected="a whole file", found=str(error)[:80],
                         do="fetch it again") from error  # fmt: skip
 
 
-def _lines(file: Path, expected: str, counts: tuple[int, ...]) -> Iterator[list[str]]:
-    for number, line in enumerate(decode(file).split("\n"), 1):
-        cells = [text(cell) for cell in line.split("\t")]
-        if any(cells):
-            if len(cells) not in counts or not all(cells[: counts[0]]):
-                raise TaskError(f"{file.name} line {number}: not {expected}", expected="cells between tabs",
-                                found=short(line), do="correct it")  # fmt: skip
-            yield cells
+def _table(file: Path, kind: str, glossary: bool) -> Iterator[Triple]:
+    """Subject, relation, object; or, where it is a `glossary` or has two columns, a term, what it means, its aliases.
+
+    Aliases stand between semicolons. A first line of the names of columns is left out.
+    """
+    separator = TAB if kind == ".tsv" else ","
+    for number, (where, written) in enumerate(_cells(file, separator)):
+        cells = [text(cell) for cell in written]
+        if number == 0:
+            terms = glossary or len(cells) == 2
+            expected, counts = ("term, meaning (and aliases)", (2, 3)) if terms else ("subject, relation, object", (3,))
+            if all(cell.casefold() in names for cell, names in zip(cells, HEADS, strict=False)):
+                continue
+        if len(cells) not in counts or not all(cells[: counts[0]]):
+            raise TaskError(f"{file.name} line {where}: not {expected}",
+                            expected=f"cells between {'tabs' if separator == TAB else 'commas'}",
+                            found=short(separator.join(written)), do="correct it")  # fmt: skip
+        if not terms:
+            yield cells[0], cells[1], cells[2]
+            continue
+        yield cells[0], MEANS, cells[1]
+        yield from ((cells[0], "alias", text(one)) for one in ";".join(written[2:]).split(";") if one.strip())
 
 
-def _tsv(file: Path) -> Iterator[Triple]:
-    return ((s, r, o) for s, r, o in _lines(file, "subject, relation, object", (3,)))
-
-
-def _terms(file: Path) -> Iterator[Triple]:
-    """A term, what it means, and in a third column its aliases between semicolons."""
-    for term, meaning, *rest in _lines(file, "term, meaning (and aliases)", (2, 3)):
-        yield term, MEANS, meaning
-        yield from ((term, "alias", text(one)) for one in _spoken(";".join(rest))[1].split(";") if one.strip())
+def _cells(file: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """The lines of a table that hold anything, each with its number."""
+    if separator == TAB:  # quotes are part of what is written
+        rows = ((number, line.split(TAB)) for number, line in enumerate(decode(file).split("\n"), 1))
+    else:
+        read = csv.reader(io.StringIO(decode(file), newline=""))
+        rows = ((read.line_num, cells) for cells in read)
+    return ((number, cells) for number, cells in rows if any(cell.strip() for cell in cells))
 
 
 def _rdf(name: str, stream: IO[bytes], kind: str) -> Iterator[Triple]:
@@ -249,6 +305,8 @@ def term_triples(rdf: Any, s: Any, p: Any, o: Any) -> Iterator[Triple]:
 def literal(value: str, datatype: str, language: str = "") -> str:
     """A literal as people write it: a day without its midnight, a number with the unit that its type names."""
     value = " ".join(value.split())
+    if "XMLSchema" in datatype and NUMBER.fullmatch(value) and "e" in value.lower():
+        return f"{float(value):.15g}"
     if _local(datatype, humps=False).lower() in DATES and (found := TIME.fullmatch(value)):
         return found[1]
     if datatype and "XMLSchema" not in datatype and NUMBER.fullmatch(value):
@@ -266,10 +324,12 @@ def _wikidata(name: str, stream: IO[bytes]) -> Iterator[Triple]:
             me = f"<{one['id']}>"
             for key, tag in (("labels", "<#label>"), ("aliases", "<#altLabel>"), ("descriptions", "<#description>")):
                 said = one.get(key) or {}  # an empty map is written as a list
-                best = {k: said[k] for k in ("en", "mul") if k in said} or said
-                for language, texts in best.items():
-                    for found in texts if isinstance(texts, list) else [texts]:
-                        yield me, tag, text(found["value"], language.replace("mul", ""))
+                seen = set[str]()  # most languages write a name alike
+                for language in sorted(said, key=lambda code: code not in ("en", "mul")):
+                    for found in said[language] if isinstance(said[language], list) else [said[language]]:
+                        if found["value"] not in seen:
+                            yield me, tag, text(found["value"], language.replace("mul", ""))
+                        seen.add(found["value"])
             for relation, claims in (one.get("claims") or {}).items():
                 first = [c for c in claims if c.get("rank") == "preferred"]
                 for claim in first or [c for c in claims if c.get("rank") != "deprecated"]:

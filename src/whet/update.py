@@ -10,14 +10,15 @@ from typing import Any
 from whet import stats
 from whet.errors import MethodError
 from whet.feedback import load as load_feedback
-from whet.feedback import paired, weighted
+from whet.feedback import paired, weighted, words
 from whet.memory import Known, as_task, at_hand, carried, known, remember
 from whet.methods import Method, Run, make
 from whet.methods.calibrate import Calibrate
 from whet.methods.continual import BY_ROWS, Continual
 from whet.methods.reward import metric_of
 from whet.metrics import Metric, get
-from whet.retention import ALLOWED, Lost, drift, forgetting, loss, refused
+from whet.progress import figure
+from whet.retention import ALLOWED, Lost, Stream, drift, forgetting, loss, refused, stream
 from whet.scorecard import Scorecard, evaluate
 from whet.search.recipe import Recipe
 from whet.system import System
@@ -32,7 +33,8 @@ class Update:
     """A System that was taught more: what it gained on the task, and what the earlier ones lost.
 
     `paired` compares after with before on the task's held-out rows; `length` is words per answer, before and after;
-    `drift` the KL divergence from before, in nats per token; None where no held-out row has an answer to take it from.
+    `drift` the KL divergence from before, in nats per token, and `from_base` that from the model before all updates;
+    None where no held-out row has an answer to take it from. `stream`: all updates of the System so far.
     `dropped` are rows and judgements that leak, as (id, why); `unused` the judgements that dpo finds no pair for.
     `refused` says why it should not be used; empty: it may.
     """
@@ -45,6 +47,8 @@ class Update:
     unmeasured: tuple[str, ...]
     length: tuple[float, float]
     drift: float | None
+    from_base: float | None
+    stream: Stream
     dropped: tuple[tuple[str, str], ...]
     unused: tuple[str, ...]
     refused: str
@@ -56,16 +60,51 @@ class Update:
             "fingerprint": self.system.fingerprint, "metric": self.before.metric,
             "before": self.before.score, "after": self.after.score, **asdict(self.paired),
             "earlier": [asdict(one) for one in self.lost], "unmeasured": list(self.unmeasured),
-            "length": list(self.length), "drift": self.drift, "refused": self.refused,
+            "length": list(self.length), "drift": self.drift, "from_base": self.from_base,
+            "stream": asdict(self.stream), "refused": self.refused,
             "dropped": [{"id": name, "why": why} for name, why in self.dropped], "unused": list(self.unused),
             "recipe": self.system.card["recipe"], "notes": dict(self.notes),
         }  # fmt: skip
 
 
+def told(made: Update) -> list[str]:
+    """Drift, and the matrix of all updates with its figures, as lines."""
+    lines = ["drift not measured: no answers"]
+    if made.drift is not None:
+        lines = [f"drift {made.drift:.3f} nats a token, {made.from_base:.3f} from the base"]
+    found, width = made.stream, max(9, *map(len, made.stream.tasks)) + 2
+    if found.backward is None or found.forgetting is None:
+        return lines
+    lines.append("".join(f"{name:>{width}}" for name in ("scores", *found.tasks)))
+    for n, row in enumerate(found.matrix):
+        when = f"update {n}" if n else "start"
+        lines.append("".join(f"{cell:>{width}}" for cell in (when, *map(figure, row))))
+    lines.append(f"average {figure(found.average)}; of the earlier tasks, {100 * found.forgetting:.1f} points lost "
+                 f"from their best, backward transfer {100 * found.backward:+.1f}")  # fmt: skip
+    return lines
+
+
 def own(system: System, task: Task) -> bool:
-    """Whether a task is the one that a System answers already, by its name or by how it is asked."""
+    """Whether a task is the one that a System answers already, by its name or by how it is asked.
+
+    Tasks without instruction and labels are all asked alike: only their names tell them apart.
+    """
     asked = (system.instruction, system.decoding.labels)
-    return system.card.get("task") == task.name or asked == (task.instruction, task.labels)
+    return system.card.get("task") == task.name or any(asked) and asked == (task.instruction, task.labels)
+
+
+def check(method: Method, system: System, task: Task) -> None:
+    """Raise MethodError where a method would teach a System one task while it is asked as another.
+
+    That goes for methods that write how a task is answered; what only adds sources or makes the model smaller may.
+    """
+    name, parts = system.card.get("task"), {"prompt", "demonstrations", "decoding"} & set(method.writes)
+    if name and parts and not own(system, task) and task.name not in {one.name for one in carried(system)}:
+        raise MethodError(
+            f"the System is asked as {name}, not as {task.name}", expected="its own task, or a base model",
+            found=f"another instruction and labels ({', '.join(system.decoding.labels)[:60] or 'none'})",
+            do=f"teach it with whet update; where both are one task, write name: {name} in task.yaml",
+        )  # fmt: skip
 
 
 def begin(system: System, task: Task, run: Run) -> System:
@@ -132,27 +171,50 @@ def update(
     cards = _cards(given, after, rows, metric, run)
     itself = metric.name != "win_rate" and (feedback is not None or own(system, task))
     lost = _lost((start, given, after), task, tasks, (*cards, metric) if itself else None, run)
-    length = tuple(sum(len(o.answer.split()) for o in card.outcomes) / card.n for card in cards)
+    length = _length(cards[0]), _length(cards[1])
     moved = _drift(start, after, splits, run)
-    why = [refused(lost)]
+    memory = remember(after, splits.learnable, tasks, splits.select or rows, seed=run.seed)
+    found = [one for one in lost if one.task in {task.name, *(t.name for t in tasks)}]
+    scores = {e.task: e.before for e in found}, {e.task: e.after for e in found} | {task.name: cards[1].score}
+    card = _card(system, method, task, cards[1], memory, scores)
+    updates = stream([one["scores"] for one in card["taught"] if "scores" in one])
+    compared = stats.compare(cards[0].outcomes, cards[1].outcomes, metric, run.seed)
+    named = {one.task for one in lost}
+    why = _refused(cards, lost, metric, task, run)
+    why += _overdone(length, moved) if feedback is not None else []
+    return Update(
+        replace(after, card=card), *cards, compared, lost,
+        tuple(one.name for one in tasks if not one.held and one.name not in named), length, moved,
+        _from_base(start, after, splits, run, moved), updates, splits.dropped, unused, "; ".join(why),
+        {k: v for k, v in run.notes.items() if k != "curves"},
+    )  # fmt: skip
+
+
+def _length(card: Scorecard) -> float:
+    """Words per answer."""
+    return sum(words(o.answer) for o in card.outcomes) / card.n
+
+
+def _refused(
+    cards: tuple[Scorecard, Scorecard], lost: Sequence[Lost], metric: Metric, task: Task, run: Run
+) -> list[str]:
+    """Why the new System should not be used, by what was lost."""
+    why = [said] if (said := refused(lost)) else []
     if metric.name == "win_rate":
         margin = (ALLOWED if task.limits.forgetting is None else task.limits.forgetting) / 100
         if not stats.not_worse(cards[0].outcomes, cards[1].outcomes, metric, margin, run.seed).ok:
             why.append(f"the win rate fell from {100 * cards[0].score:.1f} to {100 * cards[1].score:.1f}")
-    if feedback is not None and length[1] > LONGER * length[0]:
+    return why
+
+
+def _overdone(length: tuple[float, float], moved: float | None) -> list[str]:
+    """Why a System should not be used that judgements made longer-winded, or moved too far."""
+    why = []
+    if length[1] > LONGER * length[0]:
         why.append(f"answers grew from {length[0]:.0f} to {length[1]:.0f} words")
-    if feedback is not None and moved is not None and moved > DRIFTED:
+    if moved is not None and moved > DRIFTED:
         why.append(f"answers drifted by {moved:.2f} nats a token; {DRIFTED:g} allowed")
-    memory = remember(after, splits.learnable, tasks, splits.select or rows, seed=run.seed)
-    card = _card(system, method, task, cards[1], memory)
-    compared = stats.compare(cards[0].outcomes, cards[1].outcomes, metric, run.seed)
-    told = {one.task for one in lost}
-    return Update(
-        replace(after, card=card), *cards, compared, lost,
-        tuple(one.name for one in tasks if not one.held and one.name not in told), (length[0], length[1]), moved,
-        splits.dropped, unused, "; ".join(filter(None, why)),
-        {k: v for k, v in run.notes.items() if k != "curves"},
-    )  # fmt: skip
+    return why
 
 
 def _method(
@@ -236,9 +298,23 @@ def _drift(before: System, after: System, splits: Splits, run: Run) -> float | N
     return drift(old, new, render_rows(before, rows, old)[0])
 
 
-def _card(old: System, method: Method, task: Task, card: Scorecard, memory: list[dict[str, Any]]) -> dict[str, Any]:
-    """Where the new System comes from, what it scored, and what it carries."""
+def _from_base(start: System, after: System, splits: Splits, run: Run, moved: float | None) -> float | None:
+    """The drift from the model before all that it was taught; `moved` is that from the start."""
+    whole = tuple(t for t in start.model.standing if t.kind == "model")  # a smaller model is what there is
+    base = replace(start, model=replace(start.model, transforms=whole))
+    if moved is None or base.model == start.model:
+        return moved
+    run.sessions.pop(start.model)  # two models at a time are enough
+    run.tidy()
+    return _drift(base, after, splits, run)
+
+
+def _card(
+    old: System, method: Method, task: Task, card: Scorecard, memory: list[dict[str, Any]],
+    scores: tuple[Mapping[str, float], Mapping[str, float]],
+) -> dict[str, Any]:  # fmt: skip
+    """Where the new System comes from, what it and its tasks scored, before and after, and what it carries."""
     recipe = Recipe((method,)).name
     taught = [*old.card.get("taught", ()), {"task": task.name, "data": task.fingerprint, "recipe": recipe,
-                                            "from": old.fingerprint}]  # fmt: skip
+                                            "from": old.fingerprint, "scores": list(scores)}]  # fmt: skip
     return {"task": task.name, "recipe": recipe, "scorecard": card.record(), "taught": taught, "memory": memory}

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from whet import stats
 from whet.engine import Progress, Session
 from whet.methods.calibrate import batch_prior
@@ -47,7 +45,7 @@ def templated(rows: Sequence[Example], most: int = TEMPLATE) -> set[str]:
 
 def learnable(system: System, data: Learnable, seed: int) -> list[Example]:
     """Train rows with answers, in one order: classes in turn, so that each beginning is balanced."""
-    rows = [e for e in data.train if e.completion and e.text is None]
+    rows = [e for e in data.train if e.answered and e.text is None]
     return shared_order(unseen(system, rows)[0], data.closed, seed)
 
 
@@ -96,16 +94,6 @@ class Contest:
         """The metric's figure on these rows, greater is better."""
         figure = self.metric.aggregate(self.outcomes(system, wanted))
         return figure if self.metric.higher_is_better else -figure
-
-    def alike(self, systems: Sequence[System], wanted: Sequence[int], seed: int, draws: int = 2000) -> float:
-        """P-value of all systems scoring alike: the variance of their means when scores change places within rows.
-
-        For scores of 0 and 1 it is Cochran's Q test (1950) by permutation.
-        """
-        table = np.array([[o.score for o in self.outcomes(s, wanted)] for s in systems]).T
-        random, observed = np.random.default_rng([seed, 2]), table.mean(axis=0).var()
-        beyond = sum(random.permuted(table, axis=1).mean(axis=0).var() >= observed - 1e-12 for _ in range(draws))
-        return float((beyond + 1) / (draws + 1))
 
     def best(self, systems: Sequence[System], most: int) -> tuple[System, list[dict[str, Any]]]:
         """The best by sequential halving (Karnin et al. 2013) on the first `most` rows, and what each rung saw.

@@ -83,7 +83,7 @@ def calibration(system: System, data: Learnable, run: Run, session: TorchSession
     Raises MethodError where there is no row that has or gets an answer.
     """
     some = random.Random(run.seed).sample(data.train, min(ROWS, len(data.train)))
-    if lacking := [e for e in some if not e.completion and e.text is None]:
+    if lacking := [e for e in some if not e.answered and e.text is None]:
         told = system.answers(lacking, session, run.progress("answering rows to calibrate by"))
         own = {e.id: replace(e, completion=a.text) for e, a in zip(lacking, told, strict=True)}
         some = [own.get(e.id, e) for e in some]

@@ -57,10 +57,14 @@ def _check(module: Any) -> None:
         told = AutoModelForCausalLM.from_config(module.config)
     shapes = [{n: t.shape for n, t in layers(m).state_dict().items()} for m in (module, told)]
     if shapes[0] != shapes[1]:
-        raise MethodError(
-            f"no rule for dropping layers of {family(module)}", expected="layers that its configuration can tell apart",
-            found="a pattern of layers", do="set layers=0",
-        )  # fmt: skip
+        raise _no_rule(module, "a pattern of layers")
+
+
+def _no_rule(module: Any, found: str) -> MethodError:
+    return MethodError(
+        f"no rule for dropping layers of {family(module)}", expected="layers that its configuration can tell apart",
+        found=found, do="set layers=0",
+    )  # fmt: skip
 
 
 def drop(
@@ -73,6 +77,8 @@ def drop(
     alike without which the rows' loss is least; then the rest is looked at anew. Raises MethodError for a family whose
     configuration cannot say which layers were kept.
     """
+    if getattr(session.module.config.get_text_config(), "hidden_size_per_layer_input", 0):  # Gemma 3n
+        raise _no_rule(session.module, "inputs of its own for each layer")
     kept, gone = list(range(len(layers(session.module)))), list[Dropped]()
     module, whole, tokenizer = session.module, len(kept), session.tokenizer
     while len(kept) > many:

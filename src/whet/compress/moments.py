@@ -34,12 +34,14 @@ class Moments:
     """Inputs of one layer: the sum of their products [in, in], the greatest of each column [in], and some of them.
 
     `drift` [in, in]: how far inputs were off what they would be if no layer had been changed, times the inputs, summed.
+    `tokens`: how many inputs there were.
     """
 
     second: Tensor
     most: Tensor
     some: Tensor
     drift: Tensor | None = None
+    tokens: int = 0
 
     @classmethod
     def of(cls, size: int) -> Moments:
@@ -49,6 +51,7 @@ class Moments:
     def add(self, x: Tensor, unchanged: Tensor | None = None) -> None:
         """Count inputs [.., in] in; `unchanged`: what they would be if no layer had been changed."""
         x = x.flatten(0, -2).float().cpu()
+        self.tokens += len(x)
         self.second.addmm_(x.T, x)
         if unchanged is not None:
             self.drift = torch.zeros_like(self.second) if self.drift is None else self.drift
@@ -68,8 +71,8 @@ def rows_of(
     from whet.train.lesson import render_rows
 
     some = random.Random(seed).sample(list(examples), min(most, len(examples)))
-    rows, _ = render_rows(system, [e for e in some if e.completion or e.text], session)
-    bare = [e for e in some if not e.completion and e.text is None]
+    rows, _ = render_rows(system, [e for e in some if e.answered or e.text], session)
+    bare = [e for e in some if not e.answered and e.text is None]
     prompts, _ = system.fitting(bare, session, [1] * len(bare))
     rows = rows + [Row(p, (session.encode_answer("", end=True),)) for p in session.encode(prompts)]
     random.Random(seed).shuffle(rows)  # kinds of rows stand apart until here

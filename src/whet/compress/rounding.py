@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,29 +12,31 @@ from whet.compress.packed import Int4, Int8, Pack, bytes_of
 HOW = ("nearest", "hqq", "gptq")
 PROPAGATED = 0.5  # of the drift of what goes in is made good for: all of it is learnt by heart (Arai & Ichikawa 2025)
 DAMP = 0.01  # of the mean of the Hessian's diagonal is added to it (Frantar et al. 2022)
+UNSEEN = 0.25  # times columns per input is added, too: in directions that few inputs leave unseen, errors would be free
 COLUMNS = 128  # of which GPTQ corrects the rest at once
 NARROWED = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # shares of a step that are tried
 SHRINK = (0.7, 10.0, 1.01, 20)  # HQQ: norm, beta, its growth, rounds (Badri & Shaji 2023)
 
 
-def pack8(weight: Tensor, activations: bool, hessian: Tensor | None = None) -> Int8:
-    """Weights [out, in] in 8 bits with one step per row; with the inputs' second moments [in, in], by GPTQ."""
+def pack8(weight: Tensor, activations: bool, hessian: Tensor | None = None, tokens: float = math.inf) -> Int8:
+    """Weights [out, in] in 8 bits, one step per row; with the second moments [in, in] of `tokens` inputs, by GPTQ."""
     weight = weight.float()
     scale = weight.abs().amax(1).clamp_min(1e-12) / 127
     if hessian is None:
         values = (weight / scale[:, None]).round()
     else:
-        values = gptq(weight, hessian, scale[:, None], torch.zeros_like(scale)[:, None], -127, 127)
+        values = gptq(weight, hessian, scale[:, None], torch.zeros_like(scale)[:, None], -127, 127, tokens)
     return Int8(values.to(torch.int8), scale, activations)
 
 
 def pack4(
-    weight: Tensor, group: int, how: str = "nearest", hessian: Tensor | None = None, zero: bool = False
-) -> Int4:
+    weight: Tensor, group: int, how: str = "nearest", hessian: Tensor | None = None, zero: bool = False,
+    tokens: float = math.inf,
+) -> Int4:  # fmt: skip
     """Weights [out, in] in 4 bits, each `group` columns with a step and, with `zero`, a zero of their own.
 
-    `how` is one of HOW; gptq needs the inputs' second moments [in, in]. Without a zero the weight that is farthest
-    from 0 is -8 steps, as in llama.cpp's Q4_0.
+    `how` is one of HOW; gptq needs the second moments [in, in] of `tokens` inputs. Without a zero the weight that is
+    farthest from 0 is -8 steps, as in llama.cpp's Q4_0.
     """
     each = weight.float().unflatten(1, (-1, group))
     scale, middle = _between(each) if zero else _around(each)
@@ -43,7 +47,7 @@ def pack4(
     scale, middle = scale.bfloat16().float(), middle.bfloat16().float()  # as they will be held
     if how == "gptq" and hessian is not None:
         wide = scale.repeat_interleave(group, 1), middle.repeat_interleave(group, 1)
-        values = gptq(weight.float(), hessian, wide[0], wide[1], -8, 7) + 8
+        values = gptq(weight.float(), hessian, wide[0], wide[1], -8, 7, tokens) + 8
     else:
         values = whole(each, scale, middle).flatten(1)
     steps = torch.stack([scale, middle][: 1 + zero], -1).transpose(0, 1).contiguous().bfloat16()
@@ -108,7 +112,21 @@ def hqq(each: Tensor, scale: Tensor, middle: Tensor, zero: bool = True) -> tuple
     return best
 
 
-def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, middle: Tensor, low: int, high: int) -> Tensor:
+def damped(second: Tensor, tokens: float) -> Tensor:
+    """The second moments [in, in] of `tokens` inputs in fp64, their diagonal raised, the more the fewer inputs.
+
+    A sum over fewer inputs than columns is singular; shrinking it towards a multiple of the identity (Ledoit & Wolf
+    2004) keeps errors out of the directions that happened not to be seen.
+    """
+    made = second.double().clone()
+    diagonal = made.diagonal()
+    diagonal += ((DAMP + UNSEEN * len(made) / tokens) * diagonal.mean()).clamp_min(1e-12)
+    return made
+
+
+def gptq(
+    weight: Tensor, hessian: Tensor, scale: Tensor, middle: Tensor, low: int, high: int, tokens: float = math.inf
+) -> Tensor:  # fmt: skip
     """Whole numbers [out, in] from `low` to `high`, each column's error made good by those not yet rounded.
 
     GPTQ (Frantar et al. 2022), columns in the order of their inputs' size; w = value · scale + middle, where scale and
@@ -116,11 +134,8 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, middle: Tensor, low: in
     """
     rows, size = weight.shape
     scale, middle = scale.expand(rows, size), middle.expand(rows, size)
-    hessian = hessian.double().clone()
-    diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1.0
-    diagonal += DAMP * diagonal.mean()
-    order = torch.argsort(diagonal, descending=True)
+    hessian = damped(hessian, tokens)
+    order = torch.argsort(hessian.diagonal(), descending=True)
     weight, scale, middle = weight[:, order].clone(), scale[:, order], middle[:, order]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
     upper = torch.linalg.cholesky(inverse, upper=True).float()
@@ -140,15 +155,14 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, middle: Tensor, low: in
     return values[:, torch.argsort(order)]
 
 
-def compensated(weight: Tensor, second: Tensor, drift: Tensor) -> Tensor:
+def compensated(weight: Tensor, second: Tensor, drift: Tensor, tokens: float = math.inf) -> Tensor:
     """Weights [out, in] that give, on inputs off by `drift`, more of what these weights gave before.
 
-    Quantization error propagation (QEP, Arai & Ichikawa 2025): `second` [in, in] are the products of the inputs as they
-    are, `drift` [in, in] those of how far they are off with them.
+    Quantization error propagation (QEP, Arai & Ichikawa 2025): `second` [in, in] are the products of `tokens` inputs as
+    they are, `drift` [in, in] those of how far they are off with them.
     """
-    damped = second.double()
-    damped = damped + (DAMP * damped.diagonal().mean()).clamp_min(1e-12) * torch.eye(len(damped), dtype=torch.double)
-    solved = torch.cholesky_solve((weight.double() @ drift.double()).T, torch.linalg.cholesky(damped)).T
+    lower = torch.linalg.cholesky(damped(second, tokens))
+    solved = torch.cholesky_solve((weight.double() @ drift.double()).T, lower).T
     return weight.float() + PROPAGATED * solved.float()
 
 

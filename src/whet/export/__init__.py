@@ -34,11 +34,17 @@ MARK = "export.json"
 REQUEST = "request.json"
 FILE = "model.gguf"
 MOST = 100.0  # that servers let be added to a logit
+UNCUT = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # whet draws from all tokens; engines would leave some out
+ROUNDED = ("q8_0", "q4_0")  # types of weights that are to differ
+COSTLY = ("retrieval", "demonstrations", "choice", "calibration", "words", "answer", "votes")  # in points of a task
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: `bytes` of weights, what the format could not carry, and the check (None: not asked for)."""
+    """What was written: `bytes` of weights, what the format could not carry, and the check (None: not asked for).
+
+    `kept` says whether the export, as it will answer, is not worse than the System; None where no task told.
+    """
 
     folder: Path
     format: str
@@ -48,13 +54,32 @@ class Exported:
     left_out: tuple[Left, ...]
     check: Check | None
 
+    @property
+    def kept(self) -> bool | None:
+        """Whether the export keeps what the System scores."""
+        return self.check.scores.kept if self.check and self.check.scores else None
+
+    @property
+    def why(self) -> str:
+        """What costs the points that the export loses: how it was written, or what is left out; empty where none are.
+        """
+        scores = self.check.scores if self.check else None
+        if scores is None or scores.kept:
+            return ""
+        if scores.own is not None and scores.own.ok:
+            parts = ", ".join(what for what, _ in self.left_out if what in COSTLY)
+            return f"what is left out ({parts}) costs too much: {scores.lost}"
+        how = f"rounding to {self.type}" if self.type in ROUNDED else "how it was written"
+        return f"{how} costs too much: {scores.own or scores.lost}"
+
     def record(self) -> dict[str, Any]:
         """As `whet export --json` prints it."""
         from whet.export.check import record
 
         left = [{"what": what, "why": why} for what, why in self.left_out]
         check = record(self.check) if self.check else None
-        return {**asdict(self), "folder": str(self.folder), "left_out": left, "check": check}
+        return {**asdict(self), "folder": str(self.folder), "left_out": left, "check": check, "kept": self.kept,
+                "why": self.why}  # fmt: skip
 
 
 def biases(system: System, tokenizer: Any, target: str) -> dict[str, float]:
@@ -117,6 +142,7 @@ def request(system: System, bias: dict[str, float], thinks: bool = False) -> dic
     return {
         "messages": [{"role": role, "content": content} for role, content in chat],
         "max_tokens": 1 if bias else decoding.max_tokens, "temperature": decoding.temperature,
+        **(UNCUT if decoding.temperature > 0 else {}),
         **({"stop": list(decoding.stop)} if decoding.stop else {}), **({"logit_bias": bias} if bias else {}),
         **({"chat_template_kwargs": {"enable_thinking": False}} if thinks else {}),
     }  # fmt: skip
@@ -134,7 +160,7 @@ def _hf(system: System, module: Any, tokenizer: Any, folder: Path) -> None:
     from transformers import GenerationConfig
 
     decoding, ends = system.decoding, _ends(module, tokenizer)
-    drawn = {"do_sample": True, "temperature": decoding.temperature} if decoding.temperature > 0 else {}
+    drawn = {"do_sample": True, "temperature": decoding.temperature, **UNCUT} if decoding.temperature > 0 else {}
     module.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=ends if len(ends) > 1 else ends[0],
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0],
@@ -153,7 +179,7 @@ def _readme(system: System, target: str, context: int, left: Sequence[Left]) -> 
         "hf": "`AutoModelForCausalLM.from_pretrained(folder)`, with its tokenizer's chat template",
         "vllm": f"```sh\n{serve(system, context)}\n```",
         "gguf": f"```sh\nllama-server -m {FILE} --jinja --temp {system.decoding.temperature:g} "
-                f"-n {system.decoding.max_tokens}\n```",
+                f"-n {system.decoding.max_tokens} --top-k 0 --top-p 1 --min-p 0\n```",
         "ollama": "```sh\nollama create my-model -f Modelfile\nollama run my-model\n```",
     }  # fmt: skip
     lines = [f"# {system.card.get('task', 'A System')}, exported by whet {__version__}", "", "## Run", "",
@@ -187,9 +213,9 @@ def _write(system: System, target: str, kind: str, work: Path) -> tuple[tuple[Le
     packs = compressed(module)
     packed = vllm.packs(module) if target == "vllm" and kind == "bf16" else vllm.Packs()
     left += packed.left
-    whole = _whole(module, packs) if kind in ("q8_0", "q4_0") else {}
+    whole = _whole(module, packs) if kind in ROUNDED else {}
     rest = [name for name in packs if name not in packed.layers]
-    if rest and not packed.left and kind not in ("q8_0", "q4_0"):
+    if rest and not packed.left and kind not in ROUNDED:
         left += (("packing", f"{len(rest)} layers that whet keeps smaller are written in full, as {kind}"),)
     for config, name in ((module.config.get_text_config(), "kept_layers"), (module.config, "made_of")):
         if hasattr(config, name):  # of interest to whoever heals it within whet only
@@ -225,9 +251,9 @@ def export(
     """Write a System for another engine, aside and then renamed; an older export in its place is replaced.
 
     `kind` is the type of the weights (GGUF: also q8_0 and q4_0). The check asks 50 prompts (the task's first, where one
-    is given, which is scored, too). Raises ArtifactError where the export does not answer like the System, unless its
-    type rounds more than bf16 does; MethodError or ModelError where the System has no weights or is of a kind that the
-    format does not know.
+    is given, which is scored, too: `Exported.kept`). Raises ArtifactError where the export does not answer like the
+    System, unless its type rounds more than bf16 does; MethodError or ModelError where the System has no weights or is
+    of a kind that the format does not know.
     """
     from whet.export.gguf import TYPES
 
@@ -272,14 +298,15 @@ def _check(
 
     rows = rows_of(task, "test" if task.test else "select") if task else ()
     examples = [*(e for e in rows if e.text is None), *checks.NEUTRAL][: checks.PROMPTS]
-    asked = askable(system, bool(biases(system, tokenizer, target)))
+    bound = bool(biases(system, tokenizer, target))
+    asked = askable(system, bound)
     with tempfile.TemporaryDirectory() as home:
         told = checks.told(asked, examples, rounded)
         other = checks.reopen(work, FILE if target in ("gguf", "ollama") else None, tokenizer, Path(home))
         if other is None:
             return None
         found = checks.compare(told, other, _progress(watch, "comparing answers"))
-        if not found.good and kind not in ("q8_0", "q4_0"):
+        if not found.good and kind not in ROUNDED:
             raise ArtifactError(
                 "the export does not answer like the System",
                 expected=f"{checks.ENOUGH:.0%} of its tokens and all prompts cut alike",
@@ -290,7 +317,7 @@ def _check(
         found = replace(found, unscored=checks.unscored(task))
         if task and not found.unscored:
             metric = get(task.metric, task.folder, task.trusted)
-            made = checks.score(system, asked, task.name, rows, metric, other, _progress(watch, "scoring"))
+            made = checks.score(system, asked, bound, task.name, rows, metric, other, _progress(watch, "scoring"))
             found = replace(found, scores=made)
         other.session.close()
     return found

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from whet import model as models
-from whet import scorecard, stats
+from whet import scorecard
 from whet.compress.folder import dense
 from whet.engine import Progress, Prompt, Sampling, Session
 from whet.engine.prefix import Row, Tokens
 from whet.engine.torch import TorchSession
 from whet.errors import WhetError
 from whet.metrics import Metric
+from whet.retention import ALLOWED, Lost, loss
 from whet.system import System
 from whet.task import Example, Task
 
@@ -39,22 +40,26 @@ NEUTRAL = tuple(Example(str(n), form.format(thing)) for n, (form, thing) in
 
 @dataclass(frozen=True)
 class Scores:
-    """What both score on the same rows; `generated` is the export's where it writes answers instead of choosing."""
+    """What a System scores on rows of a task, and what its export does, answering as it will when it is served.
+
+    Where the format does not bind an answer to the labels, it writes one; `choosing` is then what it would score if it
+    chose. `lost` compares the two; `own` does with the System asked as the export is (None: it always is): what that
+    loses is not for what is left out.
+    """
 
     task: str
     metric: str
     n: int
     system: float
     exported: float
-    difference: float
-    low: float
-    high: float
-    generated: float | None
+    choosing: float | None
+    lost: Lost
+    own: Lost | None
 
     @property
     def kept(self) -> bool:
-        """Whether the export is not clearly worse: 0 lies within the interval of the difference, or below it."""
-        return self.high >= 0
+        """Whether the export is not worse by more than `ALLOWED`, by `stats.not_worse`."""
+        return self.lost.ok
 
 
 @dataclass(frozen=True)
@@ -178,22 +183,29 @@ def compare(told: Told, other: Reopened, progress: Progress | None = None) -> Ch
 
 
 def score(
-    whole: System, asked: System, name: str, rows: Sequence[Example], metric: Metric, other: Reopened,
+    whole: System, asked: System, bound: bool, name: str, rows: Sequence[Example], metric: Metric, other: Reopened,
     progress: Progress | None = None,
 ) -> Scores:  # fmt: skip
-    """What the `whole` System scores on rows, and what the export does, asked as it can be (`asked`)."""
+    """What the `whole` System scores on rows, and what the export does, `asked` as it can be.
+
+    `bound`: a server that is asked so chooses among the labels; otherwise it writes its answer.
+    """
     rows, likely = rows[:ROWS], metric.name == "perplexity"
     if likely:
         rows = [_cut(e, other.session) for e in rows]
-    cards = [scorecard.evaluate(one, rows, metric, session=by, progress=progress)
-             for one, by in ((whole, whole.session), (asked, other.session))]  # fmt: skip
-    paired = stats.compare(cards[0].outcomes, cards[1].outcomes, metric)
-    generated = None
-    if asked.decoding.closed and not likely:
-        free = replace(asked, decoding=replace(asked.decoding, closed=False, temperature=0.0))
-        generated = scorecard.evaluate(free, rows, metric, session=other.session, progress=progress).score
-    return Scores(name, metric.name, len(rows), cards[0].score, cards[1].score, paired.difference, paired.low,
-                  paired.high, generated)  # fmt: skip
+
+    def card(system: System, session: Session) -> scorecard.Scorecard:
+        return scorecard.evaluate(system, rows, metric, session=session, progress=progress)
+
+    served, choosing = asked, None
+    if asked.decoding.closed and not (bound or likely):
+        served = replace(asked, decoding=replace(asked.decoding, closed=False, temperature=0.0))
+        choosing = card(asked, other.session).score
+    before, after = card(whole, whole.session), card(served, other.session)
+    alike = None if served == whole else card(served, whole.session)
+    own = loss(name, alike, after, metric, ALLOWED) if alike else None
+    return Scores(name, metric.name, len(rows), before.score, after.score, choosing,
+                  loss(name, before, after, metric, ALLOWED), own)  # fmt: skip
 
 
 def unscored(task: Task | None) -> str:

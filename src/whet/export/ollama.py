@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from whet.engine import Chat
 from whet.errors import ArtifactError
+from whet.export import UNCUT
 from whet.export.gguf import adds_start
 from whet.prompt import SLOT, framed, render, takes_system
 
@@ -117,7 +118,7 @@ def modelfile(system: System, tokenizer: Any, file: str, ends: Sequence[str], co
     settings: list[tuple[str, Any]] = [
         ("temperature", decoding.temperature), ("num_predict", decoding.max_tokens), ("num_ctx", min(context, CONTEXT)),
         # What Ollama does to probabilities by itself, undone.
-        ("repeat_penalty", 1.0), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0),
+        ("repeat_penalty", 1.0), *UNCUT.items(),
         *(("stop", quoted(end)) for end in (*ends, *decoding.stop)),
     ]  # fmt: skip
     return "\n".join([*lines, *(f"PARAMETER {name} {value}" for name, value in settings)]) + "\n", made is not None

@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from whet.export import UNCUT
+
 if TYPE_CHECKING:
     from whet.system import System
 
@@ -20,7 +22,7 @@ WHOLE = 0.02  # how far a zero may lie from a whole number, in steps: what bf16 
 
 def serve(system: System, context: int) -> str:
     """The command that serves a folder like the System answers."""
-    settings = {"temperature": system.decoding.temperature, "max_new_tokens": system.decoding.max_tokens}
+    settings = {"temperature": system.decoding.temperature, "max_new_tokens": system.decoding.max_tokens, **UNCUT}
     return f"vllm serve . --max-model-len {context} --override-generation-config '{json.dumps(settings)}'"
 
 

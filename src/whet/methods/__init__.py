@@ -171,7 +171,7 @@ def lacking(method: Method | type[Method], system: System, data: Learnable) -> s
         "documents": data.documents is not None,
         "knowledge": data.knowledge is not None or data.glossary is not None,
         "feedback": bool(data.judged),
-        "earlier": bool(data.earlier),
+        "earlier": bool(data.earlier or system.card.get("memory")),
         "limits": any(v is not None for v in vars(data.limits).values()),
         "closed set": data.closed,
         "labels": bool(data.labels) and data.closed,

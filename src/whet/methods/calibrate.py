@@ -17,7 +17,7 @@ from whet.task import Example, Learnable
 
 KINDS = ("batch", "contextual", "domain")
 _CHARACTER = f"[{UNSPACED}\u3001-\u303f\uff01-\uff65]"  # of scripts without spaces and their punctuation: a word each
-_WORD = re.compile(rf"{_CHARACTER}|(?:(?!{_CHARACTER})\S)+")
+WORD = re.compile(rf"{_CHARACTER}|(?:(?!{_CHARACTER})\S)+")
 _SPACED = re.compile(f"(?<={_CHARACTER}) | (?={_CHARACTER})")
 
 
@@ -45,7 +45,7 @@ def free_inputs(kind: str, rows: Sequence[Example], count: int, seed: int) -> li
     if kind == "contextual":
         texts = ["N/A", "", "[MASK]"]
     else:
-        draw, words = random.Random(seed), [word for row in rows for word in _WORD.findall(row.prompt)]
+        draw, words = random.Random(seed), [word for row in rows for word in WORD.findall(row.prompt)]
         size = max(1, len(words) // len(rows))
         texts = [_SPACED.sub("", " ".join(draw.choices(words or ["N/A"], k=size))) for _ in range(count)]
     return [Example(f"free-{n}", text) for n, text in enumerate(texts)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
@@ -60,6 +61,8 @@ class Continual(FineTune):
             raise ValueError("share lies between 0 and 1, and strength is not negative")
         if self.strategy in STRENGTH and self.adapter not in ("lora", "rslora"):
             raise ValueError(f"{self.strategy} goes with adapter=lora or rslora, not {self.adapter}")
+        if self.strategy not in BY_ROWS:  # the others know earlier tasks by the System's adapters, or not at all
+            object.__setattr__(self, "needs", FineTune.needs)
 
     def space(self) -> Mapping[str, Sequence[Any]]:
         """The settings worth trying; not the strategy: each is validated on other rows."""
@@ -107,7 +110,7 @@ class Continual(FineTune):
     ) -> Lesson:  # fmt: skip
         """The lesson of plain fine-tuning, with what protects the earlier tasks."""
         from whet.train import protect
-        from whet.train.lesson import mean_loss
+        from whet.train.lesson import mean_loss, weight
 
         plain, allowed = self, run.trained_tokens
         if self.strategy == "replay":
@@ -128,7 +131,8 @@ class Continual(FineTune):
             lesson = replace(lesson, validate=lambda: 0.5 * new() + 0.5 * fmean(mean_loss(live, c) for c in checks))
         lesson = replace(lesson, notes={**lesson.notes, "earlier": count})
         if self.strategy == "ewc":
-            looked = [rows[:INFORMED] for rows in earlier]
+            # Drawn, as rows often stand in the order of their answers.
+            looked = [random.Random(run.seed).sample(rows, min(INFORMED, len(rows))) for rows in earlier]
             parts = [protect.fisher(live.module, rows) for rows in looked]
             tokens = sum(len(row.prompt) + len(row.continuations[0]) for rows in looked for row in rows)
             live.spent += Spent(trained_tokens=tokens)
@@ -136,7 +140,7 @@ class Continual(FineTune):
             return replace(lesson, settings=replace(
                 lesson.settings, penalty=protect.elastic(live.module, total, strength)))  # fmt: skip
         many = max(1, round(lesson.notes["batch"] * self.share / (1 - self.share)))
-        taught = [len(row.continuations[0]) for n in range(4) for row in lesson.source(n)]
+        taught = [weight(row) * len(row.continuations[0]) for n in range(4) for row in lesson.source(n)]
         lesson = replace(lesson, source=protect.mixed(lesson.source, earlier, many, run.seed, fmean(taught)))
         return lesson if allowed is None else _within(lesson, run.fidelity * allowed, live.module)
 

@@ -45,11 +45,15 @@ WATCHED = 64  # of them, rows whose answers are compared with the teacher's
 
 @dataclass(frozen=True)
 class Said:
-    """What is to be learnt of a row: an answer and, of a closed set, how likely each choice is."""
+    """What is to be learnt of a row: an answer and, of a closed set, how likely each choice is.
+
+    An answer that is not `whole` was cut off at the teacher's limit: that it ends there is not learnt.
+    """
 
     text: str
     chances: tuple[float, ...] = ()
     gold: bool = False  # it is the row's own completion
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -336,8 +340,9 @@ class Distill:
     def _ask(
         self, teacher: System, student: System, rows: Sequence[Example], closed: bool, voice: Session, run: Run
     ) -> dict[Example, Said]:
-        """What the teacher says to each row; to plain text, nothing. Answers outside a closed set are left out.
+        """What the teacher says to each row; to plain text, nothing.
 
+        Answers outside a closed set are left out, and reasons that came to no answer (`Decoding.after`).
         Its answers are kept in the store: asking is what costs most, above all where it is a server.
         """
         from whet.engine.torch import TorchSession
@@ -355,12 +360,12 @@ class Distill:
         if decoding.votes <= student.decoding.votes:
             decoding = replace(decoding, votes=1, temperature=0.0)
         asked = replace(teacher, decoding=decoding)
-        place = run.store.artifact(key("answers", asked.state, scored, rows_hash(prompted), voice.protocol))
+        place = run.store.artifact(key("answers", "finish", asked.state, scored, rows_hash(prompted), voice.protocol))
         if not (place / "answers.json").exists():
             if scored:
                 found: list[Any] = asked.label_scores(prompted, voice, told, blind=True)[0]
             else:
-                found = [a.text for a in asked.answers(prompted, voice, told, blind=True)]
+                found = [(a.text, a.finish) for a in asked.answers(prompted, voice, told, blind=True)]
             with aside(place) as work:
                 (work / "answers.json").write_text(json.dumps(found), encoding="utf-8")
         found = json.loads((place / "answers.json").read_text(encoding="utf-8"))
@@ -369,11 +374,13 @@ class Distill:
             sharp = sharpness(list(scores.values()))
             return {e: Said(sets[e][one.index(max(one))], softmax(one, sharp)) for e, one in scores.items()}
         said = {e: Said("") for e in rows if e.text is not None and not closed}
-        for e, one in zip(prompted, found, strict=True):
+        for e, (one, finish) in zip(prompted, found, strict=True):
             near = [c for c in sets.get(e, ()) if metrics.plain(c) == metrics.plain(one)]
             meant = [c for c in near if c == one] or near
-            if meant or not closed:
-                said[e] = Said(meant[0], _only(meant[0], sets[e])) if closed else Said(one)
+            if meant:
+                said[e] = Said(meant[0], _only(meant[0], sets[e]))
+            elif not closed and finish != "unmarked" and student.decoding.after in one:
+                said[e] = Said(one, whole=finish == "stop")
         return said
 
 
@@ -502,11 +509,8 @@ def _saying(student: System, heard: Mapping[Example, Said], live: TorchSession) 
     from whet.engine.prefix import Row
     from whet.train.lesson import render_rows
 
-    asked, answers, most = [e for e in heard if e.text is None], [], student.decoding.max_tokens
-    for e in asked:
-        # An answer that was cut off at the limit does not end there.
-        whole = len(live.encode_answer(heard[e].text, end=False)) < most
-        answers.append(live.encode_answer(heard[e].text, end=whole or heard[e].gold))
+    asked = [e for e in heard if e.text is None]
+    answers = [live.encode_answer(heard[e].text, end=heard[e].whole) for e in asked]
     prompts, cut = _prompted(student, asked, live, list(map(len, answers)))
     none = ((-1.0, 0.0),)
     pairs = [(e, Row(p, (a,), none)) for e, p, a in zip(asked, prompts, answers, strict=True) if a]

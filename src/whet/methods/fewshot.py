@@ -115,8 +115,10 @@ class FewShot:
             raise ValueError("selection=fixed goes with ids, and ids with selection=fixed")
 
     def space(self) -> Mapping[str, Sequence[Any]]:
-        """The settings worth trying."""
-        return {"k": (4, 8, 16), "selection": ("random", "nearest", "diverse", "bootstrapped"), "draw": (0, 1, 2)}
+        """The settings worth trying; the nearest are the same whatever is drawn, and stand in their own order."""
+        selections = ("random", "nearest", "diverse", "coverage", "bootstrapped")
+        drawn = {"order": ("mixed", "raced"), "draw": (0, 1, 2)} if self.selection != "nearest" else {}
+        return {"k": (4, 8, 16), "selection": selections, **drawn}
 
     @property
     def prompts(self) -> int:
@@ -125,7 +127,7 @@ class FewShot:
 
     def apply(self, system: System, data: Learnable, run: Run) -> System:
         """The System with demonstrations from train; its calibration, if any, is dropped."""
-        asked = [e for e in data.train if e.completion and e.text is None]
+        asked = [e for e in data.train if e.answered and e.text is None]
         usable, left = showable(asked, data.closed)
         why = ": " + ", ".join(left) if left else ""
         if not usable:

@@ -153,7 +153,7 @@ class FineTune:
         from whet.train.loop import Schedule, Settings, validations
         from whet.train.losses import NextToken
 
-        usable, repeated = _each_once([e for e in data.train if e.completion or e.text])
+        usable, repeated = _each_once([e for e in data.train if e.answered or e.text])
         found: dict[str, Any] = {"duplicates": repeated}
         if self.clean:
             left = len(usable) - len(examined(_labelled(usable)))
@@ -206,7 +206,7 @@ def _each_once(rows: Sequence[Example]) -> tuple[list[Example], int]:
 
 def _labelled(rows: Sequence[Example]) -> list[Example]:
     """Rows with an answer that is no plain text."""
-    return [e for e in rows if e.completion and e.text is None]
+    return [e for e in rows if e.answered and e.text is None]
 
 
 def _lengths(rows: Sequence[Row]) -> dict[str, int]:

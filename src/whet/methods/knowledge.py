@@ -98,7 +98,8 @@ class Knowledge:
         from whet.linking import READER, GraphSource, Linker, opened
 
         rows = [(e.query, e.answers or (e.completion,)) for e in data.train if e.completion and not e.choices]
-        name = identity(graph, rows, self.hops, run.seed, READER)
+        said = [(q.now, q.before, answers) for q, answers in rows]
+        name = identity(graph, said, self.hops, run.seed, READER)
         folder, plain = run.store.artifact(name), run.store.artifact(identity(graph))
         if not (folder / "graph.json").exists():
             if run.tell is not None:
@@ -189,5 +190,5 @@ def facts_of(graph: Graph) -> list[Asked]:
         if not back or len(ends) <= FEW:
             phrase = asked(graph.nodes[node][0], graph.relations[~step if back else step], back)
             answers = tuple(graph.nodes[n][0] for n in ends[:MOST_ANSWERS])
-            made.append(Asked(phrase, answers, graph.sentence(node, way, ends[:MOST_ANSWERS])))
+            made.append(Asked(phrase, answers, graph.sentence(node, way, ends, MOST_ANSWERS)))
     return made

@@ -12,6 +12,7 @@ from itertools import product, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from whet import stats
 from whet.engine import Sampling
 from whet.errors import MethodError
 from whet.extras import package
@@ -126,7 +127,8 @@ class Prompting:
     ) -> tuple[System, dict[str, Any]]:
         """The winner of the pool; the given prompt, which stands first, where a probe finds no headroom."""
         rows, probed = range(min(PROBE_ROWS, most)), pool[:PROBED]
-        p_value = contest.alike(probed, rows, seed) if len(probed) > 1 else 1.0
+        runs = [contest.outcomes(s, rows) for s in probed]
+        p_value = stats.alike(runs, contest.metric, seed) if len(probed) > 1 else 1.0
         probe = {"p_value": p_value, "scores": [contest.merit(s, rows) for s in probed], "rows": len(rows)}
         if p_value >= DOUBT:
             return pool[0], {"probe": probe, "why": "no headroom: prompts of very different form score alike"}

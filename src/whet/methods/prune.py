@@ -27,7 +27,7 @@ class Prune:
     family: ClassVar[str] = "compression"
     needs: ClassVar[tuple[Need, ...]] = ("rows", "weights")
     writes: ClassVar[tuple[str, ...]] = ("model",)
-    invalidates: ClassVar[tuple[str, ...]] = ("calibration", "healing", "packing")
+    invalidates: ClassVar[tuple[str, ...]] = ("calibration", "healing", "packing", "sharing")
 
     layers: float = 0.0
     by: str = "loss"

@@ -36,9 +36,9 @@ class Quantize:
     kernels (dynamic, by token), and outliers are moved into the weights where that helps (SmoothQuant). 4 bits: a step
     for every `group` columns (0: the first of 32, 64, 128 that divides the width), and a `zero` if wanted, by
     `rounding`: nearest, hqq (Badri & Shaji 2023) or gptq (Frantar et al. 2022, on `rows` train rows; each layer makes
-    good for half of what those before it got wrong: QEP, Arai & Ichikawa 2025). `embedding` bits, 0: 8. Where the
-    task's `limits.size` allows, layers whose outputs suffer most for their bytes are kept in 8 bits, those that read
-    the same input together.
+    good for half of what those before it got wrong: QEP, Arai & Ichikawa 2025). `embedding` bits, 0: 8. A layer whose
+    width no group divides stays in 8 bits; where the task's `limits.size` allows, so do those whose outputs suffer most
+    for their bytes, those that read the same input together.
     """
 
     name: ClassVar[str] = "quantize"
@@ -60,8 +60,12 @@ class Quantize:
             raise ValueError(f"bits is {self.bits}, embedding {self.embedding}; 8 or 4")
         if self.rounding not in ("nearest", "hqq", "gptq"):
             raise ValueError(f"rounding is {self.rounding!r}; one of nearest, hqq, gptq")
-        if self.rows < 1 or self.group < 0:
-            raise ValueError("rows is at least 1, group at least 0")
+        if self.rows < 1 or self.group < 0 or self.group % 2:
+            raise ValueError("rows is at least 1, group even and at least 0: two values make a byte")
+        if self.bits == 8 and self.rounding == "hqq":
+            raise ValueError("hqq rounds to 4 bits; set bits=4, or rounding=nearest or gptq")
+        if 4 not in (self.bits, self.embedding) and (self.group or self.zero):
+            raise ValueError("group and zero are for 4 bits; set bits=4 or embedding=4, or leave them out")
 
     def space(self) -> Mapping[str, Sequence[Any]]:
         """The settings worth trying."""
@@ -77,16 +81,16 @@ class Quantize:
         from whet.compress.folder import compressed, finished, settle, settled
         from whet.compress.layers import Codebook
         from whet.compress.packed import GROUPS, PackedLinear
-        from whet.compress.rounding import PROPAGATED
+        from whet.compress.rounding import DAMP, PROPAGATED, UNSEEN
         from whet.engine.torch import TorchSession
         from whet.task import rows_hash
         from whet.train.lesson import key
 
         system = replace(system, decoding=replace(system.decoding, prior=()))
-        name = key("quantize", asdict(self), GROUPS, PROPAGATED, moments.MOST_TOKENS, system.state,
+        name = key("quantize", asdict(self), GROUPS, [PROPAGATED, DAMP, UNSEEN], moments.MOST_TOKENS, system.state,
                    rows_hash(data.train), run.seed, data.limits.size)  # fmt: skip
         if finished(run, name):
-            return settled(system, run, name)
+            return _within(settled(system, run, name), data, run)
         session = run.session(system.model)
         if not isinstance(session, TorchSession):
             raise MethodError("quantizing needs the weights", expected="a local model", found=system.model.base)
@@ -103,7 +107,8 @@ class Quantize:
             )  # fmt: skip
         with _swapping(session.module) as work:
             notes = self._pack(system, data, run, session, work)
-            return settle(system, run, session.module, session.tokenizer, name, {"quantized": notes})
+            made = settle(system, run, session.module, session.tokenizer, name, {"quantized": notes})
+        return _within(made, data, run)
 
     def _pack(self, system: System, data: Learnable, run: Run, session: Any, work: _Work) -> dict[str, Any]:
         from whet.compress.moments import rows_of
@@ -119,9 +124,13 @@ class Quantize:
         now = size(session.module)["bytes"]
         notes: dict[str, Any] = {"bytes": now, "was": was, "rows": len(rows), "smoothed": work.smoothed,
                  "layers": sorted(work.report.values(), key=lambda r: -r["error"])}  # fmt: skip
-        if most is not None:
-            notes |= {"limit": most, "kept_in_8": len(wide), "met": now <= most}
-        return notes
+        if self.bits == 4:
+            kept = {r["layer"] for r in work.report.values() if r["bits"] == 8}
+            odd = {n for n in kept if not self.columns(session.module.get_submodule(n).in_features)}
+            notes |= {"kept_in_8": len(kept), "odd_width": sorted(odd)}
+        elif self.activations and (kind := session.module.config.model_type) not in PLAIN_NORM:
+            notes["not_smoothed"] = f"no rule for {kind}'s norms: outliers stay in what is rounded"
+        return notes | ({"limit": most} if most is not None else {})
 
     def _spared(self, session: Any, rows: Any, most: int, run: Run) -> tuple[frozenset[int], int]:
         """The weights (ids) that stay in 8 bits within `most` bytes, and the bits of the embedding.
@@ -144,7 +153,7 @@ class Quantize:
         from whet.compress.moments import follow, walk
         from whet.compress.rounding import compensated
 
-        uses, whole = work.uses(), replace(self, bits=8, activations=False)
+        uses, whole = work.uses(), self._eight
 
         def visit(index: int, layer: nn.Module, moments: dict[str, Moments]) -> None:
             if self.bits == 8 and self.activations and session.module.config.model_type in PLAIN_NORM:
@@ -160,38 +169,60 @@ class Quantize:
                 parts = list(seen.values())
                 del work.seen[id(linear.weight)]  # a layer's moments are larger than its weights
                 second = sum((m.second for m in parts[1:]), parts[0].second)
+                tokens = sum(m.tokens for m in parts)
                 weight = linear.weight.data.cpu()
                 drifts = [m.drift for m in parts if m.drift is not None]
                 if drifts:
-                    weight = compensated(weight, second, sum(drifts[1:], drifts[0]))
+                    weight = compensated(weight, second, sum(drifts[1:], drifts[0]), tokens)
                 if wide is None:
-                    work.note(linear, weight, whole._packed(weight, second), second)
+                    work.note(linear, weight, whole._packed(weight, second, tokens), second)
                 how = whole if wide and id(linear.weight) in wide else self
-                work.pack(linear, how._packed(weight, second), second, how.bits, weight)
+                work.pack(linear, how._packed(weight, second, tokens), second, weight)
 
         # In 8 bits there is next to nothing to make good for, and what is smoothed lies in two parts of a layer.
         (follow if self.bits == 4 and self.rounding == "gptq" else walk)(session, rows, visit, progress)
 
-    def _packed(self, weight: Tensor, second: Tensor | None) -> Pack:
+    def _packed(self, weight: Tensor, second: Tensor, tokens: int) -> Pack:
         from whet.compress.rounding import pack4, pack8
 
         given = second if self.rounding == "gptq" else None
         if self.bits == 8:
-            return pack8(weight, self.activations, given)
-        return pack4(weight, self.columns(weight.shape[1]), self.rounding, given, self.zero)
+            return pack8(weight, self.activations, given, tokens)
+        if columns := self.columns(weight.shape[1]):
+            return pack4(weight, columns, self.rounding, given, self.zero, tokens)
+        return self._eight._packed(weight, second, tokens)
+
+    @property
+    def _eight(self) -> Quantize:
+        """How layers that stay in 8 bits are rounded."""
+        rounding = "gptq" if self.rounding == "gptq" else "nearest"
+        return replace(self, bits=8, activations=False, rounding=rounding, group=0, zero=False, embedding=0)
 
     def columns(self, size: int) -> int:
-        """How many columns share a step, in a layer of that width. Raises MethodError where none divides it."""
+        """How many columns share a step, in a layer of that width; 0: no group divides it.
+
+        Raises MethodError where the group that was asked for does not, and another does.
+        """
         from whet.compress.packed import GROUPS
 
         wanted = (self.group,) if self.group else GROUPS
-        found = next((g for g in wanted if size % g == 0), None)
-        if found is None:
+        found = next((g for g in wanted if size % g == 0 and size % 2 == 0), 0)
+        others = [g for g in (128, 96, 64, 48, 32, 16, 8) if size % g == 0]
+        if self.group and others and not found:
             raise MethodError(
-                f"groups of {wanted[0]} do not divide a layer of width {size}", expected="a divisor",
-                found=str(wanted[0]), do=f"set group to one of {[g for g in (96, 64, 48, 32, 16, 8) if size % g == 0]}",
+                f"groups of {self.group} do not divide a layer of width {size}", expected="a divisor",
+                found=str(self.group), do=f"set group to one of {others}",
             )  # fmt: skip
         return found
+
+
+def _within(made: System, data: Learnable, run: Run) -> System:
+    """The System, having noted whether its files keep within `limits.size`."""
+    from whet.scorecard import size_bytes
+
+    if data.limits.size is not None:
+        run.notes["quantized"]["met"] = (size_bytes(made) or 0) <= data.limits.size
+    return made
 
 
 @dataclass
@@ -232,7 +263,7 @@ class _Work:
 
         self.wide[id(linear.weight)] = pack.values.numel() // 2, output_error(plain, pack, second)
 
-    def pack(self, linear: Any, pack: Pack, second: Tensor, bits: int, plain: Tensor | None = None) -> None:
+    def pack(self, linear: Any, pack: Pack, second: Tensor, plain: Tensor | None = None) -> None:
         """Every layer over this weight becomes one over the pack; its error is that against `plain`."""
         from whet.compress.packed import PackedLinear
         from whet.compress.rounding import output_error
@@ -241,7 +272,7 @@ class _Work:
         # `_parameters`, not `weight`: packed layers would be unpacked to answer.
         places = [n for n, m in self.module.named_modules() if m._parameters.get("weight") is weight]
         plain = weight.data.cpu() if plain is None else plain
-        self.report[id(weight)] = {"layer": places[0], "bits": bits, "error": output_error(plain, pack, second)}
+        self.report[id(weight)] = {"layer": places[0], "bits": pack.bits, "error": output_error(plain, pack, second)}
         pack.to(weight.device)
         for name in places:
             one = self.module.get_submodule(name)
@@ -308,10 +339,12 @@ class _Work:
             if scale is None if layer is lookup else type(layer) is not nn.Linear:
                 continue
             if id(weight) not in packs:
-                how, columns = ("nearest" if method.rounding == "nearest" else "hqq"), method.columns(weight.shape[1])
+                how, columns = "nearest" if method.rounding == "nearest" else "hqq", 0
+                if bits == 4:
+                    columns = method.columns(weight.shape[1])
                 plain = weight.data.cpu()
-                packs[id(weight)] = (pack8(plain, method.activations) if bits == 8
-                                     else pack4(plain, columns, how, None, method.zero))  # fmt: skip
+                packs[id(weight)] = (pack4(plain, columns, how, None, method.zero) if columns
+                                     else pack8(plain, method.activations))  # fmt: skip
                 packs[id(weight)].to(weight.device)
             pack, sizes = packs[id(weight)], (weight.shape[1], weight.shape[0])
             current = self.module.get_input_embeddings() if layer is lookup else self.module.get_output_embeddings()
@@ -336,6 +369,8 @@ class _Work:
 
         groups: dict[tuple[str, ...], list[int]] = {}
         for key, entry in self.report.items():
+            if entry["bits"] == 8:
+                continue  # no group divides its width
             owner, _, leaf = entry["layer"].rpartition(".")
             groups.setdefault((owner, *next((s for s in SIBLINGS if leaf in s), (leaf,))), []).append(key)
 

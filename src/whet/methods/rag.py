@@ -63,6 +63,10 @@ class Rag:
         if folder is not None and not (folder / "current").exists():
             build(pieces, folder, Embedder(run.home))
         place = filled(self.store, name, pieces, run.home) if self.store else name
+        named = dict.fromkeys(name for e in data.train for name, grade in e.evidence if grade > 0)
+        if gone := [*(named.keys() - {text.id for text in texts})]:
+            notes = (*notes, f"evidence of train names {len(gone)} documents that are not there (of {len(named)}): "
+                             f"{', '.join(sorted(gone)[:3])}")  # fmt: skip
         run.notes.update(documents=len(texts), passages=len(pieces), left_out=list(notes))
         source = Source(self.k, self.mix, self.threshold, self.chunk, self.reranker, self.store, self.tokens, place,
                         folder)  # fmt: skip

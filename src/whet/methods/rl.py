@@ -137,7 +137,7 @@ class RL:
             asked = {(e.prompt, e.history): e for e in (*data.train, *(r.example for r in judged)) if e.text is None}
             return model, tuple(asked.values()), True
         metric = get(data.metric if kind == "metric" else kind, data.folder, data.trusted)
-        usable = tuple(e for e in data.train if e.completion)
+        usable = tuple(e for e in data.train if e.answered)
         if not usable:
             raise MethodError(f"nothing to score answers against with {metric.name}", found="none",
                               expected="train rows with completions, or feedback and reward=model")  # fmt: skip

@@ -29,6 +29,35 @@ def verdict(result: Record) -> str:
     return said + "."
 
 
+def read(folder: Path) -> dict[str, Any]:
+    """The result in a run's folder. Raises StoreError where there is none, or none that can be read."""
+    file = folder / "result.json"
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StoreError(f"{folder} holds no result", expected="result.json", found=error.strerror or str(error),
+                         do="run `whet improve`") from error  # fmt: skip
+    except ValueError as error:
+        raise StoreError(f"{file} cannot be read", expected="JSON as `whet improve` writes it", found=str(error),
+                         do="run `whet improve` again") from error  # fmt: skip
+    if not isinstance(result, dict) or not isinstance(result.get("trials"), list):
+        raise StoreError(f"{file} is no result", expected="an object with trials", found="none",
+                         do="run `whet improve` again")  # fmt: skip
+    return result
+
+
+def summary(result: Record) -> str:
+    """The verdict, and below it what select said of the finalist and what the sealed data says."""
+    return "\n".join(filter(None, (verdict(result), _shrunk(result, Scale.of(result)))))
+
+
+def board(result: Record) -> list[str]:
+    """The trials, a line each: name, score on select, status and why."""
+    scale = Scale.of(result)
+    return [f"{view.name_of(t):<44} {scale.score(view.score_of(t)):>6}  {line(t.get('status'))}  {line(t.get('why'))}"
+            .rstrip() for t in records(result.get("trials"))]
+
+
 def _confirmed(result: Record, confirm: Record, scale: Scale) -> str:
     base, chosen = (number(record(confirm.get(who)).get("score")) for who in ("base", "chosen"))
     difference, low, high = (number(confirm.get(key)) for key in ("difference", "low", "high"))
@@ -208,7 +237,8 @@ def _single(confirm: Record, scale: Scale) -> str:
 def _arm_row(arm: Arm, scale: Scale) -> dict[str, str]:
     trial = record(arm.trial)
     status = "" if arm.status in ("", "done") else arm.status
-    return {"name": arm.name, "kind": arm.kind, "score": scale.score(arm.score),
+    return {"name": arm.name, "kind": arm.kind, "n": view.count(number(trial.get("examples"))),
+            "score": scale.score(arm.score),
             "gain": "–" if arm.kind == "base" else scale.gain(arm.gain), "span": scale.span(arm.low, arm.high, True),
             "cost": view.duration(arm.seconds), "why": ": ".join(x for x in (status, arm.why) if x),
             "latency": _latency(trial), "size": view.size(number(trial.get("size_bytes")))}
@@ -284,25 +314,32 @@ def _handed(arms: Sequence[Arm]) -> list[tuple[str, str, str]]:
 
 def _words(result: Record, scale: Scale) -> list[str]:
     """The protocol's consequences in sentences: what n could show, and how far selection flattered."""
-    confirm, selection = record(result.get("confirm")), record(result.get("selection"))
+    confirm = record(result.get("confirm"))
     smallest, n = number(confirm.get("smallest_detectable")), number(confirm.get("n"))
     said = []
     if smallest is not None:
         examples = f"{view.count(n)} examples" if n else "this many examples"
         said.append(f"With {examples}, a true difference under {scale.score(smallest)}{scale.unit} "
                     "could not reliably have been shown (80 % power, 5 % level, two-sided).")
-    select, confirmed = number(selection.get("select")), number(selection.get("confirm"))
-    if select is not None and confirmed is not None:
-        shrinkage = number(selection.get("shrinkage"))
-        moved = "" if shrinkage is None else f": a shrinkage of {scale.score(shrinkage)}{scale.unit}"
-        said.append(f"The chosen system scored {scale.score(select)} where it was selected and "
-                    f"{scale.score(confirmed)} where it was confirmed{moved}.")
+    said += filter(None, [_shrunk(result, scale)])
     if record(confirm.get("base")):
         said.append("Base and chosen answered the same examples; intervals and tests are paired, and no method saw "
                     "these examples before.")
     else:
         said.append("There was no test split, so no figure here is confirmed on data that nobody tuned on.")
     return said
+
+
+def _shrunk(result: Record, scale: Scale) -> str:
+    """How far selection flattered, in a sentence; empty where nothing was tried on sealed data."""
+    selection = record(result.get("selection"))
+    select, confirmed, shrinkage = (number(selection.get(key)) for key in ("select", "confirm", "shrinkage"))
+    if select is None or confirmed is None:
+        return ""
+    who = "it" if view.handed(result) else "the best candidate"
+    less = shrinkage is not None and shrinkage > 0
+    moved = f": a shrinkage of {scale.score(shrinkage)}{scale.unit}" if less else ": no shrinkage"
+    return f"Select said {scale.score(select)} of {who}, sealed data says {scale.score(confirmed)}{moved}."
 
 
 def _dropped(result: Record) -> dict[str, Any]:

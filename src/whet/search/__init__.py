@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from whet import __version__, baselines, embed, stats
+from whet import baselines, embed, stats, triples
 from whet import task as tasks
 from whet.encoder import Encoder
 from whet.engine import Session, Spent
-from whet.errors import TaskError, WhetError
+from whet.errors import MethodError, TaskError, WhetError
 from whet.feedback import Versus, controlled, preference
 from whet.memory import Known, known
-from whet.methods import Run, names
+from whet.methods import Run, names, table
 from whet.methods.reward import metric_of
 from whet.metrics import Metric, Outcome, get, score_all
 from whet.model import DEFAULT, ModelRef, loaded_before, resolve
-from whet.progress import Silent, Watch
+from whet.progress import Silent, Watch, clock
 from whet.retention import forgetting, refused
 from whet.scorecard import Scorecard, evaluate, measure, versions
 from whet.search import limits, plan, training
@@ -31,14 +33,15 @@ from whet.search.budget import measure as measure_rates
 from whet.search.race import Race, Trial
 from whet.search.recipe import Recipe, parse, recipe
 from whet.splits import shared_order
-from whet.store import Store
+from whet.store import Store, code
 from whet.system import Decoding, System
 from whet.task import Example, Learnable, Splits, Task
 
 ENCODER_SPEED = 2.5  # MiniLM has a tenth of the weights, all of them trained, in small padded batches: LOG.md
 ELSEWHERE = 200.0  # trained tokens/s, about, where no model runs on this machine
 MOST_HELD = 200  # rows of an earlier task that forgetting is measured on
-ANSWER_TOKENS = (16, 256)  # bounds of how long a generated answer may be
+ANSWER_TOKENS = (16, 256)  # how long a generated answer may be: at the least, and where no row says how long they are
+REFINEMENTS = 2  # rounds of settings next to those of the best arm, where nothing is trained
 JUDGED = 0.2  # of the budget may go to training the judge of a win rate
 
 
@@ -93,13 +96,17 @@ class _Job:
 def base_system(ref: ModelRef, task: Task, data: Learnable, session: Session, home: Path) -> System:
     """The base: the model with the task's instruction as it stands, zero-shot.
 
-    Answers come from the closed set where there is one, else greedily, at most twice as long as train's long answers.
+    Answers come from the closed set where there is one (of the task or of the row), else greedily, with as many tokens
+    as the task's `max_tokens` says: by default half as many again as all but 1 % of train's answers have, at most half
+    of the window.
     """
-    longest = 64
-    answers = sorted(session.count([e.completion for e in data.train if e.completion][:500]))
-    if answers:
-        longest = min(max(2 * answers[int(0.95 * (len(answers) - 1))], ANSWER_TOKENS[0]), ANSWER_TOKENS[1])
-    closed = task.closed or data.closed
+    least, unknown = ANSWER_TOKENS
+    known = [e.completion for e in data.train or task.dev if e.completion]
+    answers = sorted(session.count(known[:: len(known) // 500 + 1]))
+    longest = max(3 * answers[math.ceil(0.99 * (len(answers) - 1))] // 2, least) if answers else unknown
+    longest = task.max_tokens or min(longest, max(session.context // 2, least))
+    rows = (*data.train, *task.train, *task.dev, *task.test)
+    closed = bool(task.labels) or any(e.choices for e in rows)
     decoding = Decoding(labels=task.labels, closed=closed, max_tokens=longest)
     return System(ref, task.instruction, decoding=decoding, card={"task": task.name}, home=home)
 
@@ -127,18 +134,19 @@ def improve(
     loaded = task if isinstance(task, Task) else tasks.load(task, trust=trust)
     models = (model,) if isinstance(model, str) else tuple(model)
     wish = Wish(models, seconds(budget), tuple(methods), recipe, seed, strict, self_contained)
-    job = _prepare(loaded, wish, Path(out) if out else Path("runs") / loaded.name, watch or Silent(), Store(home))
+    watch = watch or Silent()
     try:
+        job = _prepare(loaded, wish, Path(out) if out else Path("runs") / loaded.name, watch, Store(home))
         begun = time.monotonic()
         _race(job)
         finalist = limits.within(job, job.alone or _finalist(job))
         return _finish(job, finalist, begun)
     finally:
-        job.watch.close()
+        watch.close()
 
 
 def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -> _Job:
-    """Check everything that can be checked before anything is spent; open the models; make and print the plan."""
+    """Check everything that can be checked before anything is spent; open the models and share out the budget."""
     unknown = [m for m in wish.methods if m not in names()]
     if unknown:
         recipe(unknown[0])  # raises, with the nearest name
@@ -148,10 +156,14 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
     if not task.test and not splits.select:
         raise TaskError("nothing to measure on", expected="test.jsonl, dev.jsonl or 10 train rows", found="none")
     refs = [resolve(name) for name in wish.models]
+    if metric.name == "win_rate" and refs[0].remote:
+        raise MethodError("the judge of a win rate is made of the first model's weights", expected="a local --model",
+                          found=refs[0].base, do="name a local one first, or take another metric")  # fmt: skip
+    run = Run(store, wish.seed, tell=watch.tell)
+    _readable(task, wish, splits.learnable, run)
     asked = [task.fingerprint, [r.content for r in refs], wish.seed, wish.budget, wish.methods, wish.recipe]
-    key = hashlib.sha256(json.dumps([*asked, wish.strict, __version__, *files.values()]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([*asked, wish.strict, *files.values()]).encode()).hexdigest()
     output.claim(folder, key, task.name)
-    run = Run(store, wish.seed)
     watch.say(f"whet improve {task.name}: {len(splits.learnable.train)} train, {len(splits.select)} select, "
               f"{len(splits.confirm)} confirm; metric {metric.name}")  # fmt: skip
     bases = []
@@ -163,9 +175,11 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
     local = training.at_hand(bases)
     judge = Spent()
     if metric.name == "win_rate":
-        watch.say("training the judge of the win rate, on judgements that no method sees")
+        watch.say(f"before the plan: the judge of the win rate is trained, for {clock(JUDGED * wish.budget)} of the "
+                  f"{clock(wish.budget)} at most, on {len(splits.judging)} judgements that no method sees")  # fmt: skip
+        watch.arm("judge of the win rate", wish.budget)
         most = int(JUDGED * wish.budget * rates[bases[0].model.content].train)
-        alone = replace(run, tell=watch.tell, spent=Spent(), notes={}, trained_tokens=most)
+        alone = replace(run, spent=Spent(), notes={}, trained_tokens=most)
         metric = metric_of(task, bases[0], alone)
         judge = alone.spent
     judging = rates[bases[0].model.content].price(judge)
@@ -183,10 +197,30 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
     notes = [*task.notes, *parts.notes]
     if splits.dropped:
         notes.append(f"{len(splits.dropped)} rows dropped: they repeat or share a group with held-out rows")
-    race = Race(key, splits.learnable, list(parts.select), metric, store, rates, wish.seed, parts.search, watch, run,
-                live=_live(task))  # fmt: skip
+    race = Race(f"{key} {code()}", splits.learnable, list(parts.select), metric, store, rates, wish.seed,
+                parts.search, watch, run, live=_live(task))  # fmt: skip
     return _Job(task, wish, splits, metric, store, watch, key, folder, run, bases, parts.reserve, race, earlier,
                 shrinking=shrinking, judge=judge, notes=notes)  # fmt: skip
+
+
+def _readable(task: Task, wish: Wish, data: Learnable, run: Run) -> None:
+    """Read the files that methods will look things up in. Raises TaskError where a whole source cannot be read.
+
+    What lies elsewhere (pages, a database, an endpoint) may only be down for now: its arms are left out, saying why.
+    """
+    asked = [m.name for m in parse(wish.recipe).methods] if wish.recipe else wish.methods or names()
+    needs = {need for name in asked for need in table()[name].needs}
+
+    def files(*sources: str | None) -> bool:
+        found = [place for source in sources for place in tasks.places(task.folder, source)]
+        return bool(found) and all(isinstance(place, Path) for place in found)
+
+    with contextlib.suppress(MethodError):  # a package that is missing: the arms say so
+        if "documents" in needs and files(task.documents):
+            run.documents(data)
+    with contextlib.suppress(MethodError):
+        if "knowledge" in needs and files(task.knowledge, task.glossary):
+            triples.load(data, run.home)
 
 
 def _live(task: Task) -> bool:
@@ -225,8 +259,13 @@ def _race(job: _Job) -> None:
     if tries.wished is not None:
         if not any(t.recipe == tries.wished for t in race.trials):
             training.enter(job, tries.wished, local)
-    elif tries.tuned is not None and not training.race(job, tries.tuned) and (arms := plan.instead(job)):
-        race.halve([(a.recipe, a.base, a.label) for a in arms])
+    elif tries.tuned is None or not training.race(job, tries.tuned):
+        if tries.tuned is not None and (arms := plan.instead(job)):
+            race.halve([(a.recipe, a.base, a.label) for a in arms])
+        for _ in range(REFINEMENTS):
+            best, near = plan.refined(job)
+            if near:
+                race.halve([(a.recipe, a.base, a.label) for a in near], best)
 
 
 def _finalist(job: _Job) -> Trial | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -80,6 +81,18 @@ def prompting_recipes(data: Learnable) -> list[Recipe]:
     return found
 
 
+def neighbours(one: Recipe) -> list[Recipe]:
+    """The recipes that differ from this one in a single setting, by what its methods say is worth trying."""
+    found = []
+    for n, method in enumerate(one.methods):
+        changes = [{key: value} for key, values in method.space().items() for value in values]
+        for change in changes:
+            with contextlib.suppress(ValueError):  # settings that do not go together
+                made = replace(method, **change)  # type: ignore[type-var]
+                found += [Recipe((*one.methods[:n], made, *one.methods[n + 1 :]))] if made != method else []
+    return found
+
+
 def cheap_arms(
     wish: Wish,
     bases: Sequence[System],
@@ -89,12 +102,13 @@ def cheap_arms(
     rates: Mapping[str, Rates],
     run: Run,
     most: float,
+    among: Sequence[Recipe] = (),
 ) -> tuple[list[Arm], list[dict[str, str]]]:
-    """Arms without training that this task allows, each with its cost on all of select.
+    """Arms without training that this task allows (or those `among` some), each with its cost on all of select.
 
     Once the first rungs of those before it take `most` seconds, an arm is left out, with the reason.
     """
-    wanted = [parse(wish.recipe)] if wish.recipe else prompting_recipes(data)
+    wanted = [parse(wish.recipe)] if wish.recipe else among or prompting_recipes(data)
     wanted = [r for r in wanted if not any("weights" in m.needs for m in r.methods)]
     if wish.methods:
         wanted = [r for r in wanted if all(m.name in wish.methods for m in r.methods)]
@@ -104,9 +118,12 @@ def cheap_arms(
     skipped: list[dict[str, str]] = []
     models = list(zip(bases, labels, strict=True))
 
-    def tried(one: Recipe) -> list[tuple[Arm, float, str]]:
-        """The recipe on each model: its arm, the seconds of its first rung, and what it shows, as a fingerprint."""
-        found = []
+    def tried(one: Recipe) -> tuple[list[tuple[Arm, float, str]], list[dict[str, str]]]:
+        """The recipe on each model: its arm, the seconds of its first rung, and what it shows, as a fingerprint.
+
+        And where it cannot be had: what is left out, and why.
+        """
+        found, failed = list[tuple[Arm, float, str]](), list[dict[str, str]]()
         for base, label in models:
             if one.lacks(base, data) or not select:
                 continue
@@ -117,19 +134,20 @@ def cheap_arms(
             except WhetError as error:  # a package that is missing, documents that cannot be had: other arms go on
                 if wish.recipe:
                     raise
-                skipped.append({"method": f"{one.name}{label}", "why": str(error)})
+                failed.append({"method": f"{one.name}{label}", "why": str(error)})
                 continue
             # Calibrated arms read the scores of the same arm uncalibrated.
             mark = plain.fingerprint if plain is not None else ""
             known = mark in scored and plain is not None and reads_scores(plain, select, run.session(base.model))
             first = once + (0.0 if known else first_rung(len(select)) * whole)
             found.append((Arm(one, base, label, once, whole, known), first, mark))
-        return found
+        return found, failed
 
     for one in wanted:
-        found = tried(one)
+        found, failed = tried(one)
         while not wish.recipe and sum(a.once for a, *_ in found) > most - first_rungs and (less := _smaller(one)):
-            found, one = tried(less), less
+            (found, failed), one = tried(less), less
+        skipped += failed
         # An arm is tried on all models or on none, so that their order decides nothing.
         first = sum(seconds for _, seconds, _ in found)
         if not wish.recipe and first_rungs + first > most:

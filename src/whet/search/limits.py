@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from whet.engine import Spent
-from whet.errors import WhetError
+from whet.errors import MethodError, WhetError
 from whet.methods import Method
+from whet.retention import ALLOWED, loss
 from whet.scorecard import Scorecard, measure, size_bytes
 from whet.search.recipe import Recipe, parse
 from whet.system import System
@@ -69,10 +70,22 @@ def _steps(limits: Limits, system: System) -> tuple[str, ...]:
 def smaller(recipe: Recipe, step: Recipe) -> Recipe:
     """A recipe with the methods that make it smaller behind those that train, and calibration last: but a student
     that loses its context learns from a teacher that is calibrated.
+
+    What had made it smaller makes way where it cannot stand before the step.
     """
     first = step.methods[0].name == "distill"
     last = () if first else tuple(m for m in recipe.methods if m.name == "calibrate")
-    return Recipe((*(m for m in recipe.methods if m not in last), *step.methods, *last))
+    gone = tuple(m for m in recipe.methods if m.family == "compression" and not _before(m, step))
+    return Recipe((*(m for m in recipe.methods if m not in (*gone, *last)), *step.methods, *last))
+
+
+def _before(method: Method, step: Recipe) -> bool:
+    """Whether a method can stand before those of a step."""
+    try:
+        Recipe((method, *step.methods)).check()
+    except MethodError:
+        return False
+    return True
 
 
 def within(job: _Job, finalist: Trial | None) -> Trial | None:
@@ -103,12 +116,14 @@ def within(job: _Job, finalist: Trial | None) -> Trial | None:
         wished = tuple(m for m in whole if not job.wish.methods or m.name in job.wish.methods)
         if wished[:1] != whole[:1]:
             continue
+        if (recipe := smaller(start.recipe, Recipe(wished))) == start.recipe:
+            continue
         opened = set(job.run.sessions)
         if text != steps[-1] and (size := _expected(job, start, wished, packed)) > (limits.size or size):
             why = f"it would take about {size / 1e6:.1f} MB, {(limits.size or 0) / 1e6:.1f} allowed"
-            job.skipped.append({"method": smaller(start.recipe, Recipe(wished)).name, "why": why})
+            job.skipped.append({"method": recipe.name, "why": why})
             continue
-        trial = race.enter(smaller(start.recipe, Recipe(wished)), origin, tokens=tokens, label=start.label)
+        trial = race.enter(recipe, origin, tokens=tokens, label=start.label)
         if trial.card is not None:
             used = _measured(job, trial.system, trial.card)
             if text == PACKED and used.size_bytes and whole_size:
@@ -127,15 +142,20 @@ def within(job: _Job, finalist: Trial | None) -> Trial | None:
         job.run.tidy()
         if race.left <= 0:
             break
-    if (other := _other(job, finalist)) is not None:
-        return other
+    return _other(job, finalist) or _nearest(job, finalist, start, nearest)
+
+
+def _nearest(job: _Job, finalist: Trial | None, start: Trial, nearest: Trial) -> Trial | None:
+    """What is handed over where no arm keeps within the limits: the base if it does, else what comes nearest."""
     if not job.tight:
         job.notes.append(f"no candidate keeps within the limits, and the base does; the nearest was {nearest.name} "
                          f"({nearest.why})")  # fmt: skip
         return None
     job.notes.append(f"nothing that was tried keeps within the limits; the nearest is handed over: {nearest.name} "
                      f"({nearest.why})")  # fmt: skip
-    return nearest if nearest is not race.base else finalist
+    if nearest is not start:
+        job.notes.append(_cost(job, nearest, start))
+    return nearest if nearest is not job.race.base else finalist
 
 
 def _expected(job: _Job, start: Trial, wished: tuple[Method, ...], packed: float) -> float:
@@ -159,7 +179,20 @@ def _too_much(job: _Job, trial: Trial | None) -> bool:
 
 def _better(job: _Job, small: Trial, finalist: Trial | None) -> Trial:
     """The one that was made small enough, or another arm that scored more and keeps within the limits as it is."""
-    return _other(job, finalist, job.race.merit(small)) or small
+    if (other := _other(job, finalist, job.race.merit(small))) is not None:
+        return other
+    whole = finalist or job.race.base
+    if whole is not None:
+        job.notes.append(_cost(job, small, whole))
+    return small
+
+
+def _cost(job: _Job, small: Trial, whole: Trial) -> str:
+    """What being smaller costs on select, against the trial that it was made of, by `stats.not_worse`."""
+    if small.card is None or whole.card is None or small.examples != whole.examples:
+        return f"what {small.name} costs against {whole.name} was not measured on the same rows"
+    found = loss(small.name, whole.card, small.card, job.metric, ALLOWED, job.wish.seed)
+    return f"against {whole.name}, on select, {found}: {'not worse' if found.ok else 'worse'}"
 
 
 def _other(job: _Job, finalist: Trial | None, than: float | None = None) -> Trial | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from whet.methods import names, table
 from whet.progress import clock
 from whet.search import limits, training
-from whet.search.arms import Arm, cheap_arms, left_out
+from whet.search.arms import Arm, cheap_arms, left_out, neighbours
 from whet.search.budget import ENCODED, affordable
 from whet.search.recipe import Recipe, parse, recipe
 from whet.splits import shared_order
@@ -19,12 +19,15 @@ from whet.task import Example, Splits
 
 if TYPE_CHECKING:
     from whet.search import Wish, _Job
+    from whet.search.race import Trial
 
 CONFIRMING = 2.2  # passes over the sealed rows: the base, the finalist, at times the best single-family arm
 FIXED = 30.0  # seconds for loading, baselines and measuring latency, which no token count tells
 LEAST_SELECTED, SELECTED = 100, 0.1  # rows of select; of the search's time, what scoring them once may take
 LEAST_CONFIRMED, CONFIRMED = 200, 1.0  # sealed rows; of the budget, what confirming may take: half of it is set aside
+LEAST_TEXTS = 20  # of either, where rows are plain texts: each tells of hundreds of words
 CHEAP = 0.1  # of the search's time: what the first rungs of arms without training may take where there is training
+REFINED = 0.5  # of what is left: what a round of settings next to those of the best arm may take
 INDEXED = 0.1  # of the budget: what indexing takes beyond it is told
 
 
@@ -49,8 +52,9 @@ def apportion(
     """
     notes = []
     confirm, select = splits.confirm, tuple(shared_order(splits.select, closed, wish.seed))
+    texts = any(e.text is not None for e in confirm)
     whole = CONFIRMING * price(confirm)
-    sealed = affordable(len(confirm), whole, CONFIRMED * wish.budget, LEAST_CONFIRMED)
+    sealed = affordable(len(confirm), whole, CONFIRMED * wish.budget, LEAST_TEXTS if texts else LEAST_CONFIRMED)
     if sealed < len(confirm):
         notes.append(f"confirmed on {sealed} of the {len(confirm)} sealed rows, drawn by seed: all of them would take "
                      f"{clock(whole)}; --budget {math.ceil(whole / 60)}m takes them all")  # fmt: skip
@@ -62,7 +66,7 @@ def apportion(
         notes.append(f"confirming takes about {clock(needed)}, of which the budget holds {clock(reserve)}: "
                      "it will take longer than the budget says")  # fmt: skip
     search, once = max(0.0, wish.budget - reserve - aside), price(select)
-    compared = affordable(len(select), once, SELECTED * search, LEAST_SELECTED)
+    compared = affordable(len(select), once, SELECTED * search, LEAST_TEXTS if texts else LEAST_SELECTED)
     if compared < len(select):
         notes.append(f"arms are compared on {compared} of the {len(select)} select rows: scoring all of them once "
                      f"would take {clock(once)} of the search's {clock(search)}")  # fmt: skip
@@ -99,7 +103,9 @@ def planned(job: _Job) -> Tries:
             why = f"scoring takes {clock(needed)} of the search's {clock(left)}: too little is left to train in"
             job.skipped.append({"method": tuned.name, "why": why})
             tuned = None
-    job.watch.say("estimating what each arm takes")
+    looked = " (documents and facts are indexed for it, once)" if data.documents or data.knowledge else ""
+    job.watch.say(f"before the plan: estimating what each arm takes{looked}")
+    job.watch.arm("the plan", job.wish.budget)
     # Where training is possible it needs most of the budget; without it the cheap arms may have it.
     most = (CHEAP if tuned else 0.5) * race.seconds
     begun = time.monotonic()
@@ -125,6 +131,9 @@ def planned(job: _Job) -> Tries:
         trained = training.trains(last)
         cost = race.seconds - sum(alone) - sum(a.cost for a in arms) if trained else behind
         job.plan.append({"arm": last.name, "minutes": max(0.0, cost) / 60} | ({"most": True} if trained else {}))
+    elif arms and not wished:
+        rest = max(0.0, race.seconds - sum(costs.values()))
+        job.plan.append({"arm": "settings next to the best arm's", "minutes": rest / 60, "most": True})
     tries = Tries(arms, wished, tuned) if race.select else _unselected(job, tuned)
     job.plan.append({"arm": "confirm on sealed data", "minutes": job.reserve / 60})
     return tries
@@ -137,6 +146,25 @@ def instead(job: _Job) -> list[Arm]:
     arms = {f"{a.recipe.name}{a.label}": a for a in found}
     job.skipped[:] = [d for d in job.skipped if d["method"] not in arms]
     return [a for name, a in arms.items() if name not in tried]
+
+
+def refined(job: _Job) -> tuple[Trial | None, list[Arm]]:
+    """The best arm without training, and arms a single setting apart: the cheapest, for half of what is left."""
+    race = job.race
+    whole = [t for t in race.trials if t.card and t.recipe.methods and t.examples == len(race.select)]
+    best = max((t for t in whole if not training.trains(t.recipe)), key=race.merit, default=None)
+    if best is None:
+        return None, []
+    tried = {t.name for t in race.trials}
+    among = [r for r in neighbours(best.recipe) if f"{r.name}{best.label}" not in tried]
+    base = next(b for b, label in zip(job.bases, labels(job), strict=True) if label == best.label)
+    found, _ = cheap_arms(job.wish, [base], [best.label], race.data, race.select, race.rates, job.run, math.inf,
+                          among) if among else ([], [])  # fmt: skip
+    arms, left = list[Arm](), REFINED * race.left
+    for arm in sorted(found, key=lambda a: a.cost):
+        if arm.cost <= left:
+            arms, left = [*arms, arm], left - arm.cost
+    return best, arms
 
 
 def _dearer(job: _Job, dearest: float, base: float) -> float:

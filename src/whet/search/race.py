@@ -138,6 +138,7 @@ class Race:
             # What it has cost is spent; that it failed is not kept, since what was missing may be there next time.
             system, spent, notes, card = start, session.spent - before + run.spent, {}, None
             status, why = "failed", str(error)
+            self.watch.say(f"{recipe.name}{label} failed: {why}")
         if kept is None and status == "done":
             body = {"settings": system.settings, "folders": _folders(system), "spent": asdict(spent), "notes": notes,
                     "status": status, "why": why}  # fmt: skip
@@ -200,9 +201,10 @@ class Race:
     def _show(self) -> None:
         self.watch.board([t.standing(self.metric.higher_is_better) for t in self.trials])
 
-    def halve(self, arms: Sequence[tuple[Recipe, System, str]]) -> list[Trial]:
+    def halve(self, arms: Sequence[tuple[Recipe, System, str]], ahead: Trial | None = None) -> list[Trial]:
         """Successive halving (Jamieson & Talwalkar 2016) on paired differences: the better half goes on, less those
-        that the paired interval already shows to be behind the best. Returns the trials of the last rung.
+        that the paired interval already shows to be behind the best of them, or of them and the one that is `ahead`,
+        scored on all of select before. Returns the trials of the last rung.
         """
         going, trials = list(arms), list[Trial]()
         whole = len(self.select)
@@ -213,7 +215,8 @@ class Race:
             # Where the clock has stopped some, they stand on fewer rows than others: there is nothing to compare.
             if not scored or count == whole or any(t.status == "truncated" for t in scored):
                 return scored
-            best = max(scored, key=self.merit)
+            rival = [replace(ahead, card=self._score(ahead.system, count))] if ahead else []
+            best = max([*scored, *rival], key=self.merit)
             keep = sorted(scored, key=self.merit, reverse=True)[: max(1, len(scored) // 2)]
             going = []
             for trial in scored:
@@ -223,15 +226,16 @@ class Race:
                     origin = next(a for a in arms if f"{a[0].name}{a[2]}" == trial.name)
                     going.append(origin)
                 else:
-                    why = f"behind {best.name} by {self._apart(paired)} on {count} examples"
+                    why = f"{self._behind(best, paired)} on {count} examples"
                     self.mark(trial, status="dropped", why=why)
         return [t for t in trials if t.card]
 
-    def _apart(self, paired: stats.Paired) -> str:
-        """A difference in words, without its sign."""
-        if not self.metric.higher_is_better:
-            return f"{abs(paired.difference):.3g}"
-        return f"{100 * abs(paired.difference):.1f} points"
+    def _behind(self, best: Trial, paired: stats.Paired) -> str:
+        """How far a trial is behind the best one, in words."""
+        if not paired.difference:
+            return f"no better than {best.name}"
+        points, least = f"{100 * abs(paired.difference):.1f} points", f"{abs(paired.difference):.3g}"
+        return f"behind {best.name} by {points if self.metric.higher_is_better else least}"
 
     def merit(self, trial: Trial) -> float:
         """Its score on select, greater is better; minus infinity where it has none."""

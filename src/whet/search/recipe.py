@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,17 @@ from whet.system import System
 from whet.task import Learnable, contents
 
 # What a part written by one method is called when another says that it invalidates it.
-PART_OF = {"calibrate": "calibration", "distill": "healing", "quantize": "packing"}
+PART_OF = {"calibrate": "calibration", "distill": "healing", "quantize": "packing", "share": "sharing"}
+
+Sort = Callable[[Any], bool]
+# Settings that do not go together in this order: the earlier method, the later one, and what to do.
+CLASHES: tuple[tuple[Sort, Sort, str], ...] = (
+    (lambda a: a.name == "share" and a.values > 0, lambda b: b.name == "quantize", "leave share(values=…) out"),
+    (lambda a: a.name == "quantize", lambda b: getattr(b, "adapter", "") == "full",
+     "put quantize last, or set adapter=lora"),
+    (lambda a: a.name in ("quantize", "share"), lambda b: getattr(b, "adapter", "") == "dora",
+     "set adapter=lora, or train before it"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,7 @@ class Recipe:
         return {v: contents(Path(v)) for v in named}
 
     def check(self) -> None:
-        """Raise MethodError where the order makes no sense: a method twice, or one that undoes an earlier one."""
+        """Raise MethodError for an order that makes no sense: a method twice, undone by a later one, or in its way."""
         for i, method in enumerate(self.methods):
             for n, earlier in enumerate(self.methods[:i]):
                 if earlier.name == method.name:
@@ -57,6 +67,10 @@ class Recipe:
                         f"{method.name} undoes {earlier.name} in {self.name}",
                         expected=f"{earlier.name} after {method.name}", found="the reverse", do="swap them",
                     )  # fmt: skip
+
+                for sort, other, do in CLASHES:
+                    if sort(earlier) and other(method):
+                        raise MethodError(f"{_label(method)} cannot stand behind {_label(earlier)}", do=do)
 
     def lacks(self, system: System, data: Learnable) -> str:
         """What the recipe needs and the task or model lacks; empty where nothing is missing."""

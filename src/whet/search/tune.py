@@ -1,21 +1,23 @@
-"""Hyper-parameters of a method that trains, raced on its own validation: the learning rate first."""
+"""Hyper-parameters of a method that trains, raced on its own validation: the learning rate first, then the others."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from whet.engine import Spent
 from whet.errors import MethodError
 from whet.extras import package
 from whet.methods import Method, Run
+from whet.search.recipe import Recipe
 from whet.system import System
 from whet.task import Learnable
 
 RUNGS = (0.15, 0.4, 1.0)  # shares of the full training after which the better half goes on
 COST = 1.8  # trainings that a race of three costs: later rungs go on from the stable part of earlier ones
+UNRACED = "no row to validate on: settings are not compared"
 TRIAL_COST = 0.6  # of a whole training that one of many trials costs, those ended early included
 
 
@@ -36,48 +38,107 @@ def candidates(method: Method, name: str = "learning_rate") -> list[Method]:
     return [replace(method, **{name: value}) for value in values]  # type: ignore[type-var]
 
 
+@dataclass(frozen=True)
+class Rung:
+    """A training as far as it came: its System, best validation loss (infinite without validation), notes and cost."""
+
+    system: System
+    loss: float
+    notes: Mapping[str, Any]
+    spent: Spent
+
+
+Seen = dict[tuple[Method, float], Rung]  # by method and share of the full training
+
+
+def search(
+    method: Method, system: System, data: Learnable, run: Run, most: float, price: Callable[[Spent], float],
+    settled: Container[str] = (), say: Callable[[str], None] | None = None,
+) -> tuple[System, list[Arm]]:  # fmt: skip
+    """Race the learning rate, then every other number of `space()`, one after the other, around the best so far.
+
+    Those that are `settled` keep their values. The others are raced as long as what is spent, by its `price`, leaves
+    room for another race within `most`. Returns the best System and all arms, best first.
+    """
+    seen: Seen = {}
+    arms = [method] if "learning_rate" in settled else candidates(method)
+    _, ended = race(arms, system, data, run, say, seen)
+    compared = getattr(method, "validated", True) and math.isfinite(ended[0].loss)
+    for name in _numbers(method) if compared else ():
+        best = ended[0].method
+        if name in settled or name == "learning_rate":
+            continue
+        arms = candidates(best, name)
+        longer = max(getattr(arm, "epochs", 1.0) for arm in arms) / getattr(best, "epochs", 1.0)
+        if price(run.spent) + COST * longer * price(seen[best, RUNGS[-1]].spent) > most:
+            break
+        more = race(arms, system, data, run, say, seen)[1]
+        # The best so far may have been behind early on, and stand in both lists.
+        both = {(a.method, a.fidelity): a for a in (*ended, *more)}.values()
+        last = {a.method: a for a in sorted(both, key=lambda arm: arm.fidelity)}.values()
+        ended = sorted(last, key=lambda arm: (-arm.fidelity, arm.loss))
+    won = seen[ended[0].method, RUNGS[-1]]
+    run.notes |= won.notes
+    return won.system, ended
+
+
+def _numbers(method: Method) -> list[str]:
+    """The settings of a method's space that are numbers: words, like the kind of adapter, want rates of their own."""
+    return [name for name, (value, *_) in method.space().items() if not isinstance(value, str)]
+
+
 def race(
-    arms: Sequence[Method], system: System, data: Learnable, run: Run, say: Callable[[str], None] | None = None
-) -> tuple[System, list[Arm]]:
+    arms: Sequence[Method], system: System, data: Learnable, run: Run, say: Callable[[str], None] | None = None,
+    seen: Seen | None = None,
+) -> tuple[System, list[Arm]]:  # fmt: skip
     """Train the arms rung by rung, the better half each time; returns the winner's System and all arms, best first.
 
     Successive halving (Jamieson & Talwalkar 2016) on the loss over the validation that each training cuts from train.
-    A rung goes on from the arm's last one before its decay, so that nothing is trained twice. `run.trained_tokens`
-    bounds one whole training. An arm whose loss explodes is dropped, in the last rung for the next best one;
-    MethodError where all do.
+    A rung goes on from the arm's last one before its decay, so that nothing is trained twice; what was `seen` before
+    costs nothing. `run.trained_tokens` bounds one whole training. An arm whose loss explodes is dropped, in the last
+    rung for the next best one; MethodError where all do. Without rows to validate on only the first arm is trained.
     """
     if len(arms) > 1:
         _comparable(arms[0])
+    seen = {} if seen is None else seen
     going: list[tuple[float, Method, str | None]] = [(math.inf, arm, None) for arm in arms]
     begun: set[str] = set()
     ended: list[Arm] = []
-    made: dict[Method, System] = {}
     for fidelity in RUNGS if len(arms) > 1 else RUNGS[-1:]:
         scored: list[tuple[float, Method, str]] = []
         for before, method, previous in going:
-            if scored and fidelity == RUNGS[-1]:
-                ended.append(Arm(method, RUNGS[-2], before, f"behind {_name(scored[0][1], arms)}"))
+            behind = scored and f"behind {_name(scored[0][1], arms)}"
+            if behind and math.isinf(scored[0][0]):
+                ended.append(Arm(method, 0.0, math.inf, UNRACED))
+                continue
+            if behind and fidelity == RUNGS[-1] and (method, fidelity) not in seen:
+                ended.append(Arm(method, RUNGS[-2], before, behind))
                 continue
             try:
-                made[method], loss, artifact = _trained(method, fidelity, previous, system, data, run)
-                scored.append((loss, method, artifact))
-                begun.add(artifact)
+                if (method, fidelity) not in seen:
+                    seen[method, fidelity] = _trained(method, fidelity, previous, system, data, run)
             except MethodError as error:
                 ended.append(Arm(method, fidelity, math.inf, str(error)))
-            if say and scored and scored[-1][1] is method:
-                say(f"{_name(method, arms)} at {fidelity:.0%}: validation loss {scored[-1][0]:.4f}")
+                continue
+            made = seen[method, fidelity]
+            scored.append((made.loss, method, made.notes["artifact"]))
+            begun.add(made.notes["artifact"])
+            if say and len(arms) > 1:
+                said = UNRACED if math.isinf(made.loss) else f"validation loss {made.loss:.4f}"
+                say(f"{_name(method, arms)} at {fidelity:.0%}: {said}")
         if not scored:
             raise MethodError("every setting failed", expected="one whose loss falls", found=ended[-1].why)
         scored.sort(key=lambda item: item[0])
         # Those of the rung before the last stand by, should the training of the best one fail.
-        keep = len(scored) if fidelity >= RUNGS[-2] else max(1, math.ceil(len(scored) / 2))
+        half = max(1, math.ceil(len(scored) / 2))
+        keep = {RUNGS[-1]: 1, RUNGS[-2]: len(scored)}.get(fidelity, half)
         for loss, method, _ in scored[keep:]:
             ended.append(Arm(method, fidelity, loss, f"behind {_name(scored[0][1], arms)}"))
         going = [*scored[:keep]]
     _forget(begun, run)
     loss, winner, _ = scored[0]
     order = sorted(ended, key=lambda arm: (-arm.fidelity, arm.loss))
-    return made[winner], [Arm(winner, 1.0, loss), *order]
+    return seen[winner, RUNGS[-1]].system, [Arm(winner, 1.0, loss), *order]
 
 
 def sample(
@@ -91,18 +152,21 @@ def sample(
     _comparable(method)
     optuna = package("optuna", "tune")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    made: list[tuple[Arm, System | None]] = []
+    made: list[tuple[Arm, Rung | None]] = []
     begun: set[str] = set()
 
     def trained(trial: Any) -> float:
         arm, previous, loss = method if trial.number == 0 else _drawn(method, trial), None, math.inf
         for fidelity in RUNGS:
             try:
-                new, loss, previous = _trained(arm, fidelity, previous, system, data, run)
+                new = _trained(arm, fidelity, previous, system, data, run)
             except MethodError as error:
                 made.append((Arm(arm, fidelity, math.inf, str(error)), None))
                 raise optuna.TrialPruned from error
+            loss, previous = new.loss, str(new.notes["artifact"])
             begun.add(previous)
+            if math.isinf(loss):  # without validation nothing tells the next trial from this one
+                trial.study.stop()
             trial.report(loss, round(100 * fidelity))
             if fidelity < 1 and trial.should_prune():
                 made.append((Arm(arm, fidelity, loss, "behind the median"), None))
@@ -120,7 +184,8 @@ def sample(
     best = made[0][1]
     if best is None:
         raise MethodError("every setting failed", expected="one whose loss falls", found=made[0][0].why)
-    return best, [arm for arm, _ in made]
+    run.notes |= best.notes
+    return best.system, [arm for arm, _ in made]
 
 
 def _comparable(method: Method) -> None:
@@ -142,19 +207,17 @@ def _drawn(method: Method, trial: Any) -> Method:
     return method
 
 
-def _trained(
-    method: Method, fidelity: float, previous: str | None, system: System, data: Learnable, run: Run
-) -> tuple[System, float, str]:
-    """The System after one rung, its best validation loss and its artifact; what it spent and noted goes to the run."""
+def _trained(method: Method, fidelity: float, previous: str | None, system: System, data: Learnable, run: Run) -> Rung:
+    """One rung; what it spent and noted goes to the run."""
     part = replace(run, fidelity=fidelity, previous=previous, spent=Spent(), notes={})
     try:
-        made = method.apply(system, data, part)
+        made = Recipe((method,)).run(system, data, part)  # which says what is lacking
     finally:
         run.spent += part.spent
         run.notes |= part.notes
     # Without rows to validate on, a training can be run and not compared.
-    losses = [value for _, value in part.notes["curves"]["validation"][1:]]
-    return made, min(losses, default=math.inf), part.notes["artifact"]
+    losses = [value for _, value in part.notes.get("curves", {"validation": ()})["validation"][1:]]
+    return Rung(made, min(losses, default=math.inf), part.notes, part.spent)
 
 
 def _forget(artifacts: set[str], run: Run) -> None:
@@ -172,10 +235,11 @@ def _name(method: Method, arms: Sequence[Method]) -> str:
 
 
 def _settings(method: Method) -> dict[str, Any]:
-    return dict(vars(method))
+    return {f.name: getattr(method, f.name) for f in fields(method)}  # type: ignore[arg-type]
 
 
 def named(arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """The arms as plain data, for notes and `--json`."""
+    """The arms as plain data, for notes and `--json`; the loss is None where there is none."""
     methods = [arm.method for arm in arms]
-    return [{"arm": _name(a.method, methods), "share": a.fidelity, "loss": a.loss, "why": a.why} for a in arms]
+    return [{"arm": _name(a.method, methods), "share": a.fidelity, "loss": a.loss if math.isfinite(a.loss) else None,
+             "why": a.why} for a in arms]  # fmt: skip

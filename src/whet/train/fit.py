@@ -15,7 +15,7 @@ RESAMPLED = 40
 class Fit:
     """A verdict and the figures it rests on, in nats per target."""
 
-    verdict: str  # overfitting | underfitting | well fitted | too short to tell
+    verdict: str  # diverged | overfitting | underfitting | well fitted | too short to tell
     best: float | None = None
     last: float | None = None
     train_before: float | None = None  # mean over the last but one quarter of the steps
@@ -25,8 +25,9 @@ class Fit:
 def verdict(curves: Curves) -> Fit:
     """How a training fitted, drawn from the two curves.
 
-    Overfitting: validation rose at least 5 % above its best while training still fell. Underfitting: over the last
-    quarter of the tokens both curves still fell, validation by at least 5 %, and the last validation is the best.
+    Diverged: both ended above where they began, validation by at least 5 %. Overfitting: validation rose at least 5 %
+    above its best while training still fell. Underfitting: over the last quarter of the tokens both curves still fell,
+    validation by at least 5 %, and the last validation is the best.
     """
     checks, train = curves.validation, curves.train
     if len(checks) < 3 or len(train) < 4:
@@ -35,8 +36,11 @@ def verdict(curves: Curves) -> Fit:
     quarter = max(1, len(train) // 4)
     before = sum(loss for _, loss in train[-2 * quarter : -quarter]) / quarter
     after = sum(loss for _, loss in train[-quarter:]) / quarter
+    start = sum(loss for _, loss in train[:quarter]) / quarter
     found = "well fitted"
-    if last > 1.05 * best and after < before:
+    if last > 1.05 * checks[0][1] and after > start:
+        found = "diverged"
+    elif last > 1.05 * best and after < before:
         found = "overfitting"
     elif last == best and last < 0.95 * checks[-2][1] and after < 0.95 * before:
         found = "underfitting"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from whet.engine import Spent
@@ -21,15 +22,16 @@ from whet.system import System
 from whet.task import Example
 from whet.train.adapters import Adapter, adapted, merged
 from whet.train.head import save_head
-from whet.train.loop import Beat, Curves, Settings, Source, train
+from whet.train.loop import Beat, Curves, Settings, Source, out_of_memory, train
 from whet.train.losses import Loss
 from whet.train.peak import matmul_peak
 from whet.train.team import team
 from whet.train.trackers import trackers
 
+STATE_BYTES = 20  # of a trained weight: itself, its best, its fp32 master and gradient, AdamW's two moments
 NEXT = 7919  # between the seeds of adapters that stand upon one another
 TEXT_TOKENS = 1024  # plain text is trained in windows of at most this many tokens
-RULES = 2  # by which rows become steps; raised where the same settings come to other weights than before
+RULES = 3  # by which rows become steps; raised where the same settings come to other weights than before
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ def teach(
         checkpoint = run.home / "checkpoints" / name
         before = checkpoint.with_name(f"{run.previous}.stable") if run.previous else None
         # Another start for each adapter upon others: from the same one it would lie along what was learnt before.
-        with adapted(session.module, adapter, run.seed + NEXT * len(system.model.transforms)) as tuned:
+        seed = run.seed + NEXT * len(system.model.transforms)
+        with _fitting(session.module, adapter), adapted(session.module, adapter, seed) as tuned:
             live = TorchSession(tuned, session.tokenizer)
             lesson = prepare(live)
             schedule = replace(lesson.settings.schedule, whole=round(lesson.settings.schedule.steps / run.fidelity))
@@ -109,6 +112,23 @@ def teach(
             run.sessions.pop(system.model)
         give_back_memory()
     return kept(system, run, name)
+
+
+@contextmanager
+def _fitting(module: Any, adapter: Adapter) -> Iterator[None]:
+    """Within it, memory that does not suffice raises MethodError: for copies, the optimizer's state or a validation."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        full = adapter.kind == "full"
+        needs = f"about {STATE_BYTES * module.num_parameters() / 1e9:.2g} GB beside the activations"
+        raise MethodError(
+            "too little memory to train", expected=needs if full else "room for an adapter and what it is trained on",
+            found=str(error).split("\n")[0][:120] or type(error).__name__,
+            do="set adapter=lora" if full else "set recompute=true, bits=4 or a lower rank, where they are settings",
+        ) from error  # fmt: skip
 
 
 def _forget(checkpoint: Path) -> None:
@@ -191,10 +211,11 @@ def render_rows(
     """Training rows as the System renders its prompts, the completion and the end of turn behind them.
 
     `raft`, as (absent, seed), says how the passages of a System with documents are arranged for learning
-    (`reading.taught`); without, they are as found. Plain text becomes rows of its own, in windows. Returns the rows
-    and how many had to be shortened to fit the context window; an answer leaves the prompt half of it.
+    (`reading.taught`); without, they are as found. Plain text becomes rows of its own, in windows; beside answers they
+    are weighted, so that a row of either counts alike. Returns the rows and how many had to be shortened to fit the
+    context window; an answer leaves the prompt half of it.
     """
-    usable = [e for e in examples if e.completion and e.text is None]
+    usable = [e for e in examples if e.answered and e.text is None]
     said = system.decoding.said
     answers = [session.encode_answer(e.completion if e.choices else said(e.completion), end=True) for e in usable]
     # Demonstrations may come from the same rows: whoever sees its own answer only learns to copy.
@@ -208,8 +229,24 @@ def render_rows(
     cut = sum(s or r.continuations != (a,) for s, r, a in zip(shorter, rows, answers, strict=True))
     texts = [session.encode_answer(e.text, end=False, raw=True) for e in examples if e.text]
     [start] = session.encode([""]) if texts else [()]
-    rows += [piece for text in texts if text for piece in session.windows(start, text, TEXT_TOKENS)]
-    return rows, cut
+    windows = [piece for text in texts if text for piece in session.windows(start, text, TEXT_TOKENS)]
+    if rows and windows:
+        return [*even(rows, 1.0), *even(windows, 1.0)], cut
+    return rows + windows, cut
+
+
+def even(rows: Sequence[Row], length: float) -> list[Row]:
+    """Rows weighted so that they count, on average, as if their targets were `length` tokens long.
+
+    A loss over tokens would hardly see a label beside a page. Weights that rows have already stay in proportion.
+    """
+    each = length / fmean(weight(r) * len(r.continuations[0]) for r in rows)
+    return [replace(r, facts=((each * weight(r),),)) for r in rows]
+
+
+def weight(row: Row) -> float:
+    """How much each target of a row of one answer counts."""
+    return row.facts[0][0] if row.facts else 1.0
 
 
 def within(answer: Tokens, room: int, last: int = 0) -> Tokens:
@@ -218,6 +255,6 @@ def within(answer: Tokens, room: int, last: int = 0) -> Tokens:
 
 
 def mean_loss(live: TorchSession, rows: Sequence[Row]) -> float:
-    """Mean negative log-likelihood per target token, in nats."""
-    values = [v for row in live.score_rows(rows) for continuation in row for v in continuation]
-    return -sum(values) / len(values)
+    """Mean negative log-likelihood per target token, in nats, by the weights of the rows."""
+    values = [(weight(row), v) for row, [found] in zip(rows, live.score_rows(rows), strict=True) for v in found]
+    return -sum(w * v for w, v in values) / sum(w for w, _ in values)

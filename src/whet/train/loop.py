@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ class Settings:
     """How a module is trained. `patience` validations without a new best end the training early.
 
     `recompute` keeps one activation per layer and computes the rest again (gradient checkpointing, Chen et al. 2016).
-    `peak` is the machine's matmul peak in operations per second, to tell what share of it is reached; 0: unknown.
+    `peak` is one process's matmul peak in operations per second, to tell what share of it is reached; 0: unknown.
     `penalty` is a scalar of the weights, minimised together with the loss; once per step, and not told as part of it.
     It reads whole weights, so that it goes with DDP; with FSDP it raises MethodError.
     """
@@ -214,7 +215,7 @@ def train(
         state.train.append((state.tokens, value))
         state.seconds = before + time.monotonic() - begun
         if beat:
-            share = state.tokens * per_token / state.seconds / settings.peak if settings.peak else 0.0
+            share = state.tokens * per_token / state.seconds / (settings.peak * team.size) if settings.peak else 0.0
             rate = schedule.at(state.step - 1)
             beat(Beat(state.step, schedule.steps, value, rate, state.tokens, state.seconds, share))
         if validate and state.step in due:
@@ -238,11 +239,14 @@ def _tired(state: _State, settings: Settings) -> bool:
 
 
 def _explodes(curve: Sequence[tuple[int, float]], value: float) -> bool:
-    """Whether this loss and the two before it lie far above all that the first five steps have shown."""
-    if len(curve) < 7:
+    """Whether this loss and the two before it lie above the first five, and far above the best five in a row."""
+    losses = [v for _, v in curve]
+    first = max(map(abs, losses[:5]), default=math.inf)
+    if len(losses) < 7 or (lowest := min(value, *losses[-2:])) <= first:
         return False
-    most = 3 * max(abs(v) for _, v in curve[:5]) + 3
-    return min(value, curve[-1][1], curve[-2][1]) > most
+    # A loss that may be negative has no floor: its best says nothing, and what came first stands for it.
+    best = first if min(losses) < 0 else min(fmean(losses[n : n + 5]) for n in range(len(losses) - 4))
+    return lowest > 3 * best + 3
 
 
 def _diverged(step: int, value: float, learning_rate: float, saved: Path | None) -> MethodError:
@@ -266,7 +270,8 @@ def operations(module: torch.nn.Module) -> float:
     return sum(p.numel() * (6 if p.requires_grad else 4) for p in weights)
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice."""
     words = ("not enough memory", "can't allocate memory", "out of memory")
     named = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return named or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
@@ -286,7 +291,7 @@ def _fitting_step(
                 module, wrapped, rows, loss, state.pack_tokens, settings.recompute, team, settings.penalty
             )
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             short = error
             value, used = 0.0, 0

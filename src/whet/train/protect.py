@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from whet.engine.torch import using_tree
 from whet.errors import MethodError
 from whet.model import Transform, check_transform
 from whet.train.batches import packs, padded, steps
+from whet.train.lesson import even, weight
 from whet.train.loop import Source, _logits
 from whet.train.losses import NextToken
 
@@ -29,16 +29,14 @@ Weights = Mapping[str, Tensor]
 def mixed(new: Source, earlier: Sequence[Sequence[Row]], many: int, seed: int, length: float) -> Source:
     """Steps of new rows with `many` earlier ones each; the earlier tasks take turns, whatever their sizes.
 
-    Experience replay (Chaudhry et al. 2019). `length` is the mean target length of the new rows: an earlier task's
-    rows are weighted so that theirs are as long, since a loss over tokens would hardly see a task of short answers.
+    Experience replay (Chaudhry et al. 2019). `length` is the mean weighted target length of the new rows: an earlier
+    task's rows are weighted so that theirs are as long, since a loss over tokens would hardly see one of short answers.
     """
-    weighted = [[replace(r, facts=((length / fmean(len(r.continuations[0]) for r in rows),),)) for r in rows]
-                for rows in earlier]  # fmt: skip
-    streams = [steps(rows, 1, seed) for rows in weighted]
+    streams = [steps(even(rows, length), 1, seed) for rows in earlier]
 
     def step(number: int) -> list[Row]:
         turns = range(number * many, (number + 1) * many)
-        mine = [replace(row, facts=((1.0,),)) for row in new(number)]
+        mine = [replace(row, facts=((weight(row),),)) for row in new(number)]
         return [*mine, *(row for t in turns for row in streams[t % len(streams)](t // len(streams)))]
 
     return step
@@ -81,6 +79,7 @@ def fisher(module: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
             stack.callback(layer.register_forward_hook(partial(watch, name)).remove)
         for row in rows:
             # A row is one pass: its gradient is to be squared as a whole.
+            row = replace(row, facts=())
             [pack] = packs([row], module.dtype, module.device) if shared else padded([row], module.device)
             with using_tree(module, train=True, shared=shared):
                 loss(_logits(module, pack), pack).backward()

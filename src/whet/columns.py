@@ -1,0 +1,364 @@
+"""What the columns of a table are: prompt, answer and choices, told by their names and by what stands in them."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from whet.convert import as_text
+from whet.errors import TaskError, nearest
+from whet.rows import Row, literal, short, suffix_of
+
+# What columns are called in public data, as `_name` writes it. The first name that a file has is taken: a label before
+# an answer (where both stand there, the answer is what is labelled), an answer before a mere class of the question.
+MANY = "labels"  # several a row, where its cells are lists
+LABELS = ("gold_label", "label", "label_text", MANY, "라벨", "레이블")
+ANSWERS = ("completion", "answer", "answers", "answerkey", "answer_key", "correct_answer", "best_answer",
+           "correct_option", "correct", "cop", "gold", "target", "output", "response", "summary", "highlights",
+           "translation", "canonical_solution", "solution", "code", "result", "reply", "정답", "답변", "답", "응답",
+           "요약")  # fmt: skip
+CLASSES = ("sentiment", "emotion", "polarity", "intent", "class", "category", "topic", "stars", "rating",
+           "score", "감정", "의도", "분류")  # fmt: skip
+COMPLETIONS = (*LABELS, *ANSWERS, *CLASSES)
+CONTEXTS = ("context", "passage", "paragraph", "support", "지문", "본문", "문맥")
+PROMPTS = ("prompt", "question", "question_stem", "query", "instruction", "review", "sentence", "utterance", "text",
+           "input", "message", "article", "document", "dialogue", "premise", "hypothesis", "problem", "goal", "aspect",
+           "질문", "문제", "문장", "리뷰", "전제", "가설")  # fmt: skip
+# Never part of a prompt unless asked for: what names the row, and what gives its answer away.
+ASIDE = re.compile(r"(.*_)?(id|ids|idx|index|ind|uuid|url|link|date|time|timestamp|user|author|license|parse|tests?|"
+                   r"explanation|rationale|reasoning|exp|cot|cot_content|번호|날짜|작성자)")  # fmt: skip
+OPTIONS = ("choices", "options", "endings", "candidates", "distractors", "incorrect_answers")
+OPTION = re.compile(r"(|choice|option|opt?|ending|sol|solution|answer|candidate|distractor|incorrect_answer|보기|"
+                    r"선택지)_?([a-j]|\d)")  # fmt: skip
+WRONG = ("distractor", "incorrect_answer")  # options that the right answer is not among
+SYSTEM = ("system", "system_prompt")
+KEPT = frozenset(("id", "group", "evidence"))
+READINGS: Mapping[str, Callable[[str, int, str, str], bool]] = {  # how (answer, place, label, text) of an option agree
+    "its text": lambda answer, place, label, text: answer == text,
+    "its letter": lambda answer, place, label, text: answer.strip(" ().").casefold() == label.casefold(),
+    "its place, from 0": lambda answer, place, label, text: answer.removesuffix(".0") == str(place),
+    "its place, from 1": lambda answer, place, label, text: answer.removesuffix(".0") == str(place + 1),
+}
+NUMBER = re.compile(r"-?\$?\d[\d,]*(\.\d+)?%?")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table are what; "" and () where there is none."""
+
+    prompt: tuple[str, ...]
+    completion: str
+    choices: tuple[str, ...] = ()
+    reading: str = ""  # of READINGS: how the completion names one of the choices; "" adds it to them
+
+
+# ------------------------------------------------------------------------------------------------- nested cells
+
+
+def unfolded(data: Path, rows: list[Row]) -> list[Row]:
+    """Rows with nested cells spread: SQuAD's files, objects as columns `outer.inner`, lists that a CSV cell holds."""
+    names = _class_names(data)
+    found = []
+    for row in rows:
+        parts = [row.values]
+        if isinstance(row.values.get("paragraphs"), list):
+            parts = [
+                {"context": part.get("context"), **asked} for part in row.values["paragraphs"] for asked in part["qas"]
+            ]
+        for values in parts:
+            flat = _flat(values)
+            for key, cell in flat.items():
+                if isinstance(cell, list) and key_of(key) == MANY:
+                    flat[key] = ", ".join(str(_named(names.get(key), item)) for item in cell)
+                elif key in names:
+                    flat[key] = _named(names[key], cell)
+            found.append(Row(row.where, row.number, flat))
+    return found
+
+
+def _named(names: Sequence[str] | None, cell: Any) -> Any:
+    """A numbered label by its name; None for a number without one, such as the -1 of a test file."""
+    if names is None or not isinstance(cell, int):
+        return cell
+    return names[cell] if 0 <= cell < len(names) else None
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, str) and value[:1] in ("[", "{") and key_of(key) in (*OPTIONS, "answers"):
+            value = value if (found := literal(value)) is None else found
+        if isinstance(value, dict) and key not in KEPT and not {"text", "aliases"} & value.keys():
+            flat |= {f"{key}.{inner}": cell for inner, cell in _flat(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def _class_names(data: Path) -> dict[str, list[str]]:
+    """The names of numbered labels that `datasets` writes into the head of a Parquet file."""
+    if suffix_of(data.name) != ".parquet":
+        return {}
+    from pyarrow import parquet  # there, since the rows have been read
+
+    try:
+        head = json.loads((parquet.read_schema(data).metadata or {}).get(b"huggingface", b"{}"))
+        features = head.get("info", {}).get("features", {})
+        kinds = {key: kind.get("feature", kind) for key, kind in features.items()}  # of a list, that of its items
+        return {key: list(kind["names"]) for key, kind in kinds.items() if kind.get("_type") == "ClassLabel"}
+    except (ValueError, AttributeError, KeyError, TypeError):
+        return {}
+
+
+def key_of(column: str) -> str:
+    """A column's name for looking it up: `Sentence 1` and `data.sentence1` are sentence."""
+    return re.sub(r"_?\d+$", "", _plain_name(column)) or column
+
+
+def _plain_name(column: str) -> str:
+    return re.sub(r"[\s_-]+", "_", column.rsplit(".", 1)[-1].strip().lower())
+
+
+# ------------------------------------------------------------------------------------------------------ the guess
+
+
+def find(
+    data: Path, table: Mapping[str, list[Any]], prompt: tuple[str, ...], completion: str | None, lines: list[str]
+) -> Columns:
+    """What each column is: by its name, else by what stands in it; `prompt` and `completion` are taken as given."""
+    for key in (*prompt, *((completion,) if completion else ())):
+        if key not in table:
+            raise TaskError(f"{data.name} has no column {short(key)}", do=nearest(key, table))
+    table_like = suffix_of(data.name) in (".csv", ".tsv")
+    for key, cells in table.items() if table_like else ():
+        if cells.count(key) >= 2:
+            raise TaskError(
+                f"{data.name} line 1 looks like data",
+                expected="column names",
+                found=f"{short(key)}, also a value below",
+                do="add a header line such as prompt,completion",
+            )
+    named = {*prompt, completion}
+    usable = {key: found for key in table if (found := _usable(key, table[key], key in named))}
+    choices = _options_of(table)
+    free = [key for key in usable if key not in choices and key_of(key) not in SYSTEM]
+    answer, why = (completion, "as you say") if completion else _answer_of(free, usable)
+    reading = _reading(table, answer, choices) if answer and choices else None
+    if reading is None:
+        free, choices = [key for key in usable if key_of(key) not in SYSTEM], ()
+    inputs = prompt or _inputs([key for key in free if key != answer], usable, answer)
+    if not answer or not inputs:
+        raise TaskError(
+            f"{data.name} gives no task",
+            expected="a column of prompts and one of answers",
+            found=f"columns {', '.join(sorted(table)) or 'none'}",
+            do="name them: --prompt COLUMN --completion COLUMN",
+        )
+    known = {*PROMPTS, *CONTEXTS}
+    how = "as you say" if prompt else "by its name" if {key_of(key) for key in inputs} <= known else "text"
+    if len(inputs) > 1:
+        said = ", ".join(map(repr, inputs))
+        lines.append(f"columns {said} read as the prompt, one a line behind its name ({how.replace('its', 'their')})")
+    else:
+        lines.append(f"column {inputs[0]!r} read as the prompt ({how})")
+    lines.append(f"column {answer!r} read as the answer ({why})")
+    if choices:
+        how = f"the answer is {reading}" if reading else "the answer is added to them"
+        lines.append(f"column{'s' * (len(choices) > 1)} {', '.join(choices)} read as the row's choices; {how}")
+    if table_like and not {key_of(key) for key in table} & {*known, *COMPLETIONS}:
+        lines.append(f"no column has a name that is known: is line 1 of {data.name} a header?")
+    return Columns(tuple(inputs), answer, choices, reading or "")
+
+
+def _usable(key: str, cells: Sequence[Any], named: bool) -> list[str]:
+    """The texts of a column that may be prompt or answer, else []: half filled or known by name; lists for answers."""
+    name = key_of(key)
+    if not named and (key in KEPT or (name not in ANSWERS and any(isinstance(cell, (list, dict)) for cell in cells))):
+        return []
+    found = texts(cells)
+    return found if named or 2 * len(found) >= len(cells) or name in (*PROMPTS, *CONTEXTS) else []
+
+
+def texts(cells: Iterable[Any]) -> list[str]:
+    """What stands in a column, as texts: scalars, and the first of several accepted answers."""
+    return [found[0] for cell in cells if (found := _accepted(cell))]
+
+
+def _accepted(cell: Any) -> tuple[str, ...]:
+    """The answers that a cell accepts: of a scalar, of a list, of SQuAD's {text: […]}, TriviaQA's {value, aliases}."""
+    if isinstance(cell, dict):
+        cell = cell.get("text") or [cell.get("value"), *(cell.get("aliases") or [])]
+    listed = cell if isinstance(cell, (list, tuple)) else [cell]
+    listed = [item.get("text") if isinstance(item, dict) else item for item in listed]  # SQuAD's own file
+    plain = (item for item in listed if isinstance(item, (str, int, float)) and item == item)  # NaN does not
+    found = (json.dumps(item) if isinstance(item, bool) else str(item) for item in plain)
+    return tuple(dict.fromkeys(text for text in found if text.strip()))
+
+
+def _answer_of(free: Sequence[str], usable: Mapping[str, list[str]]) -> tuple[str, str]:
+    """The column of answers ("" for none), and why: by name, else few different values, else the last that is left."""
+    named: dict[str, str] = {}
+    for key in free:
+        named.setdefault(_plain_name(key), key)
+    for key in free:
+        named.setdefault(key_of(key), key)
+    if answer := next((named[name] for name in COMPLETIONS if name in named), None):
+        twin = _spoken(answer, free, usable)
+        return (twin, f"the names of {answer}") if twin else (answer, "by its name")
+    known = {*PROMPTS, *CONTEXTS}
+    rest = [
+        key
+        for key in free
+        if key_of(key) not in known and not ASIDE.fullmatch(key_of(key)) and len(set(usable[key])) > 1
+    ]
+    labels = [key for key in rest if closed(usable[key])]
+    if labels and len(free) > 1:
+        return min(labels, key=lambda key: len(set(usable[key]))), "few different values"
+    return next(reversed(rest), ""), "the last column that is left"
+
+
+def _spoken(answer: str, free: Sequence[str], usable: Mapping[str, list[str]]) -> str | None:
+    """The column that gives numbered labels their names, one each."""
+    numbers = usable[answer]
+    known = {*PROMPTS, *CONTEXTS}
+    for key in (key for key in free if key_of(key) not in known) if all(cell.isdigit() for cell in numbers) else ():
+        names = usable[key]
+        if len(names) != len(numbers) or not closed(names) or any(cell.isdigit() for cell in names):
+            continue
+        if len(set(zip(numbers, names, strict=True))) == len(set(names)) == len(set(numbers)):
+            return key
+    return None
+
+
+def _inputs(free: Sequence[str], usable: Mapping[str, list[str]], answer: str) -> list[str]:
+    """The columns that make the prompt: those of a known name and those of running text, contexts first."""
+    ruled = LABELS if key_of(answer) in LABELS else COMPLETIONS  # what is labelled may itself be an answer
+    found = [
+        key
+        for key in free
+        if (key_of(key) in (*PROMPTS, *CONTEXTS) or statistics.median(map(count_words, usable[key])) >= 3)
+        and key_of(key) not in ruled
+        and not ASIDE.fullmatch(key_of(key))
+    ]
+
+    def within(part: str, whole: str) -> bool:
+        pairs = list(zip(usable[part], usable[whole], strict=False))
+        return len(usable[part]) == len(usable[whole]) and all(a in b for a, b in pairs)
+
+    # The row written out once more (Alpaca's `text`), then what stands in a longer column (HellaSwag's `ctx_a`).
+    found = [key for key in found if not (any(within(o, key) for o in found if o != key) and within(answer, key))]
+    found = [
+        key
+        for n, key in enumerate(found)
+        if not any(within(key, o) and (m < n or not within(o, key)) for m, o in enumerate(found) if m != n)
+    ]
+    if not found and free:
+        rest = [key for key in free if not ASIDE.fullmatch(key_of(key))] or list(free)
+        found = [max(rest, key=lambda key: statistics.mean(map(len, usable[key])))]
+    return sorted(found, key=lambda key: key_of(key) not in CONTEXTS)
+
+
+def count_words(text: str) -> int:
+    from whet.splits import UNSPACED  # it reads its rows through this module
+
+    return len(re.findall(rf"[{UNSPACED}]|[^\s{UNSPACED}]+", text))
+
+
+# -- choices
+
+
+def _options_of(table: Mapping[str, list[Any]]) -> tuple[str, ...]:
+    """The columns that hold each row's choices: one of lists, or a family such as A, B, C, D."""
+    for key, cells in table.items():
+        if _plain_name(key) in OPTIONS and any(isinstance(cell, (list, dict)) for cell in cells):
+            return (key,)
+    families: dict[str, dict[str, str]] = {}
+    for key in table:
+        if found := OPTION.fullmatch(_plain_name(key)):
+            families.setdefault(found[1], {})[found[2]] = key
+    for family in families.values():
+        marks = sorted(family)
+        if len(marks) >= 2 and marks[0] in "a01" and ord(marks[-1]) - ord(marks[0]) == len(marks) - 1:
+            return tuple(family[mark] for mark in marks)
+    return ()
+
+
+def _options(values: Mapping[str, Any], columns: Sequence[str]) -> list[tuple[str, str]]:
+    """(label, text) of a row's choices; where they have no labels of their own, letters."""
+    cell = values.get(columns[0]) if len(columns) == 1 else [values.get(column) for column in columns]
+    if isinstance(cell, dict):  # ARC's {text: […], label: […]}
+        cell = [
+            {"text": text, "label": label}
+            for text, label in zip(cell.get("text") or (), cell.get("label") or (), strict=False)
+        ]
+    found = []
+    for letter, item in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", cell if isinstance(cell, list) else (), strict=False):
+        label, text = (item.get("label", letter), item.get("text")) if isinstance(item, dict) else (letter, item)
+        found += [(str(label), accepted) for accepted in _accepted(text)[:1]]
+    return found
+
+
+def _right(answer: str, options: Sequence[tuple[str, str]], reading: str) -> str | None:
+    agree = READINGS[reading]
+    return next((text for place, (label, text) in enumerate(options) if agree(answer, place, label, text)), None)
+
+
+def _reading(table: Mapping[str, list[Any]], answer: str, columns: tuple[str, ...]) -> str | None:
+    """How most answers name one of their row's choices; "" where it is added to them, None where no way fits."""
+    if key_of(re.sub(r"s$", "", key_of(columns[0]))) in WRONG:
+        return ""
+    rows = [dict(zip(table, cells, strict=True)) for cells in zip(*table.values(), strict=True)]
+    asked = [(said[0], _options(row, columns)) for row in rows if (said := _accepted(row.get(answer)))]
+    fits = {reading: sum(_right(said, options, reading) is not None for said, options in asked) for reading in READINGS}
+    best = max(fits, key=lambda reading: fits[reading], default="")
+    return best if asked and fits[best] >= 0.9 * len(asked) else None
+
+
+def renamed(row: Row, columns: Columns) -> dict[str, Any]:
+    """A row of a table in standard fields; several columns of a prompt stand one a line, each behind its name."""
+    values = row.values
+    kept: dict[str, Any] = {
+        key: values[key] for key in ("group", "evidence", "rejected") if values.get(key) is not None
+    }
+    parts = [(key, text) for key in columns.prompt if (text := as_text(values.get(key), row.where, key) or "").strip()]
+    prompt = (
+        "\n".join(f"{_title(key)}: {text}" for key, text in parts)
+        if len(columns.prompt) > 1
+        else "".join(t for _, t in parts)
+    )
+    answers = _accepted(values.get(columns.completion))
+    system = next((values[key] for key in values if key_of(key) in SYSTEM and key not in columns.prompt), None)
+    if prompt and isinstance(system, str) and system.strip():
+        turns = (("system", system), ("user", prompt))
+        kept["prompt"] = [{"role": role, "content": content} for role, content in turns]
+    found = {"prompt": prompt} | kept | {"completion": answers[0] if answers else None}
+    if columns.choices and answers:
+        options = _options(values, columns.choices)
+        right = _right(answers[0], options, columns.reading) if columns.reading else answers[0]
+        texts = dict.fromkeys(text for _, text in options)
+        # In the order of the alphabet: an answer that always stands last gives itself away.
+        listed = list(texts) if columns.reading else sorted({*texts, answers[0]})
+        return found | ({"completion": right, "choices": listed} if right and len(listed) > 1 else {"completion": None})
+    return found | ({"answers": list(answers)} if len(answers) > 1 else {})
+
+
+def _title(column: str) -> str:
+    said = re.sub(r"[\s_]+", " ", column.rsplit(".", 1)[-1]).strip()
+    return said[:1].upper() + said[1:]
+
+
+def closed(answers: Sequence[str]) -> bool:
+    """Whether answers are labels: short, so few that each returns; of many numbers, those that count through."""
+    counts = Counter(answers)
+    once = sum(count == 1 for count in counts.values())
+    if not (2 <= len(counts) <= len(answers) / 5 and 4 * once <= len(counts)):
+        return False
+    if len(counts) > 20 and all(NUMBER.fullmatch(answer) for answer in counts):
+        return all(answer.isdigit() for answer in counts) and int(max(counts, key=int)) < len(counts) + 1
+    return all(count_words(answer) <= 6 for answer in counts)

@@ -1,0 +1,362 @@
+"""`whet init`: a task folder of one data file, and what was guessed about it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from whet.columns import (
+    ASIDE,
+    CLASSES,
+    KEPT,
+    LABELS,
+    MANY,
+    NUMBER,
+    SYSTEM,
+    Columns,
+    closed,
+    count_words,
+    find,
+    key_of,
+    renamed,
+    texts,
+    unfolded,
+)
+from whet.convert import standard
+from whet.errors import TaskError
+from whet.rows import COLUMN, Broken, Row, read, short, sift, stem_of
+
+SAID = ("completion", "response", "output", "reply")  # what somebody's judgement is about
+JUDGED = ("label", "thumb", "thumbs", "feedback", "rating")
+# kind: the fields that tell it, and those read beside them
+SHAPES = {
+    "pairs": ({"chosen", "rejected"}, {"prompt", "system"}),
+    "messages": ({"messages"}, {"system"}),
+    "ShareGPT": ({"conversations"}, {"system"}),
+    "Alpaca": ({"instruction", "output"}, {"input", "system"}),
+    "prompt and completion": ({"prompt", "completion"}, {"answers", "choices"}),
+}
+WORKED = re.compile(r"####\s*-?\$?[\d,.]+\s*\Z")  # GSM8K: the working, then the number
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What `whet init` made of a file: the form of its rows, the columns it took, the metric, and lines that say so."""
+
+    kind: str  # "columns", "text", "thumbs" or one of SHAPES
+    columns: Columns | None
+    labels: tuple[str, ...]
+    rows: int
+    metric: str
+    lines: tuple[str, ...]
+    folder: Path
+
+
+def init(
+    data: Path, out: Path, *, name: str | None = None, prompt: Sequence[str] = (), completion: str | None = None
+) -> Guess:
+    """Makes a task folder of one data file: guesses columns and metric, splits 80/20 (seeded, stratified).
+
+    `prompt` and `completion` name columns instead of having them guessed. Raises TaskError where the data cannot be
+    read, a named column does not exist, or `out` already holds a task.
+    """
+    data, out = Path(data), Path(out)
+    if not data.is_file():
+        raise TaskError(
+            f"{data} cannot be read",
+            expected="a CSV, TSV, JSONL, JSON, Parquet or text file",
+            found="a folder" if data.is_dir() else "nothing",
+            do="check the path",
+        )
+    taken = [file for file in ("task.yaml", "train.jsonl", "test.jsonl", "feedback.jsonl") if (out / file).exists()]
+    if taken:
+        raise TaskError(f"{out} already holds {', '.join(taken)}", expected="a new folder", do="choose another --out")
+    broken: Broken = []
+    notes: list[str] = []
+    read_ = read(data, broken, notes)
+    if not read_:
+        raise broken[0][1]
+    guess, rows = _guess(data, unfolded(data, read_), out, tuple(prompt), completion, broken)
+    guess = replace(guess, lines=(*notes, *guess.lines))
+    name = name or re.sub(r"[^\w.-]+", "-", stem_of(data.name)).strip("-.") or "task"
+    header: dict[str, Any] = {"name": name, "instruction": _instruction(guess), "metric": guess.metric}
+    if guess.labels:
+        header["labels"] = list(guess.labels)
+    if telling := _telling(guess.columns):
+        header["columns"] = telling
+    kept, test = _halves(rows, bool(guess.labels))
+    files = {"feedback.jsonl" if guess.kind == "pairs" else "train.jsonl": kept, "test.jsonl": test}
+    if guess.kind == "thumbs":
+        files = {"feedback.jsonl": kept, "train.jsonl": _good(kept, rows), "test.jsonl": _good(test, rows)}
+    if "feedback.jsonl" in files:
+        header["feedback"] = "feedback.jsonl"
+    said = ", ".join(f"{len(part)} rows to {file}" for file, part in files.items())
+    guess = replace(guess, lines=(*guess.lines, f"{said}; rows with the same prompt stay together"))
+    _write(out, header, files)
+    return guess
+
+
+def _good(part: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The answers of a part that were judged good (of ratings: above the mean of all rows), without the judgement."""
+    middle = statistics.fmean(row.get("rating", 0) for row in rows)
+    good = (row for row in part if row.get("label", row.get("rating", 0) > middle))
+    return [{key: value for key, value in row.items() if key not in ("label", "rating")} for row in good]
+
+
+def _guess(
+    data: Path, rows: list[Row], out: Path, prompt: tuple[str, ...], completion: str | None, broken: Broken
+) -> tuple[Guess, list[dict[str, Any]]]:
+    table = _table(rows)
+    lines: list[str] = []
+    kind, left = ("columns", set()) if completion or (prompt and "chosen" not in table) else _shape(table)
+    judging = "" if completion else _judging(kind, table)
+    columns = None
+    if kind == "columns" or (kind == "pairs" and (prompt or "prompt" not in standard(rows[0])[0])):
+        beside = {judging, "rejected"} if kind == "pairs" else {judging}
+        if judging:
+            completion = next(key for name in SAID for key in table if key_of(key) == name)
+        asked = {key: cells for key, cells in table.items() if key not in beside}
+        columns = find(data, asked, prompt, "chosen" if kind == "pairs" else completion, lines)
+        left = asked.keys() - {*columns.prompt, columns.completion, *columns.choices} - KEPT
+        system = [key for key in left if key_of(key) in SYSTEM]
+        lines += [f"column {key!r} read as the system's turn" for key in system]
+        left = left.difference(system)
+    if judging:
+        kind = "thumbs"
+        lines.append(f"column {judging!r} read as a judgement of the answers, of which the good ones alone are "
+                     f"imitated; to predict it instead: --completion {judging}")  # fmt: skip
+    if left := left - {judging}:
+        lines.append(f"columns not used: {', '.join(sorted(left))}")
+    if columns or (kind == "text" and left):
+        lines.append("to say otherwise: --prompt COLUMN (again for each of several), --completion COLUMN")
+    if kind not in ("text", "columns"):
+        lines.insert(0, f"rows read as {kind}")
+    plain = _plain_rows(data, rows, kind, columns, judging, broken, lines)
+    answer = key_of(columns.completion) if columns else ""
+    metric, labels = _metric(kind, answer, _good(plain, plain) if kind == "thumbs" else plain, lines)
+    return Guess(kind, columns, labels, len(plain), metric, tuple(lines), out), plain
+
+
+def _table(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """Columns in the order in which they first occur, None where a row has no such field."""
+    keys = dict.fromkeys(key for row in rows for key in row.values)
+    return {key: [row.values.get(key) for row in rows] for key in keys}
+
+
+def _shape(table: Mapping[str, list[Any]]) -> tuple[str, set[str]]:
+    """The kind of a file by its fields, and the fields that are not read."""
+    keys = set(table)
+    for kind, (telling, beside) in SHAPES.items():
+        if telling <= keys:
+            return kind, keys - telling - beside - KEPT
+    if "text" in keys and all(key in ("text", "title") or key in KEPT or ASIDE.fullmatch(key_of(key)) for key in keys):
+        return "text", keys - {"text"} - KEPT
+    return "columns", set()
+
+
+def _judging(kind: str, table: Mapping[str, list[Any]]) -> str:
+    """The column that says which answers are good (thumbs or ratings); "" where nothing is judged."""
+    if kind in ("pairs", "text") or (kind == "columns" and not {key_of(key) for key in table} & set(SAID)):
+        return ""
+    return next((key for key in table if key_of(key) in JUDGED and _judgements(key, table[key])), "")
+
+
+def _judgements(key: str, cells: Sequence[Any]) -> list[bool | float | None]:
+    """Cells as thumbs (up is true), else as ratings, None where there is none; [] where they are neither."""
+    from whet.feedback import DOWN, UP
+
+    said = [next((cell.strip().lower().removesuffix(".0") for cell in texts([cell])), None) for cell in cells]
+    if {*said, None} <= {*UP, *DOWN, None}:
+        return [None if cell is None else cell in UP for cell in said]
+    if key_of(key) != "rating" or any(cell and not re.fullmatch(r"-?\d+(\.\d+)?", cell) for cell in said):
+        return []
+    return [None if cell is None else float(cell) for cell in said]
+
+
+def _plain_rows(
+    data: Path, rows: Sequence[Row], kind: str, columns: Columns | None, judging: str, broken: Broken, lines: list[str]
+) -> list[dict[str, Any]]:
+    """Rows as they are written to files; those that lack a part are skipped, and counted with the first reason.
+
+    Raises TaskError where more than a few cannot be read.
+    """
+
+    def make(row: Row) -> tuple[str, dict[str, Any]]:
+        return row.where, standard(replace(row, values=renamed(row, columns)) if columns else row)[0]
+
+    wanted = {"text": ("text",), "pairs": ("prompt", "completion", "rejected")}.get(kind, ("prompt", "completion"))
+    judged = _judgements(judging, [row.values.get(judging) for row in rows]) if judging else ()
+    said = dict(zip((row.where for row in rows), judged, strict=False))
+    plain: list[dict[str, Any]] = []
+    refused: list[str] = []
+    for where, values in sift(data.name, rows, make, broken, lines):
+        if missing := [field for field in wanted if not (values.get(field) or "").strip()]:
+            refused.append(f"{where} has no {missing[0].replace('completion', 'answer')}")
+        elif kind == "pairs" and values["completion"].strip() == values["rejected"].strip():
+            refused.append(f"both sides of {where} are equal")
+        elif judging and said[where] is None:
+            refused.append(f"{where} has no {judging}")
+        else:
+            plain.append(_written(values, kind))
+            if judging:
+                plain[-1]["label" if isinstance(said[where], bool) else "rating"] = said[where]
+    if len(plain) < 2:
+        parts = (
+            "texts, parted by blank lines or long enough to be cut"
+            if kind == "text"
+            else "rows with a prompt and an answer"
+        )
+        raise TaskError(
+            f"{data.name} gives no task",
+            expected=f"at least 2 {parts}",
+            found=f"{len(plain)}" + (f" ({refused[0]})" if refused else ""),
+            do="add more text" if kind == "text" else "fill them, or name columns: --prompt COLUMN --completion COLUMN",
+        )
+    if refused:
+        lines.append(f"{len(refused)} of {len(rows)} rows skipped; the first: {refused[0]}")
+    return plain
+
+
+def _written(values: dict[str, Any], kind: str) -> dict[str, Any]:
+    """A standard row as it is written to a file: a row with earlier turns goes as TRL's conversational prompt."""
+    if kind == "text":
+        return {key: values[key] for key in ("text", "group") if key in values}
+    row: dict[str, Any] = {"prompt": values["prompt"]}
+    if "history" in values:
+        chat = [*values["history"], ("user", values["prompt"])]
+        row["prompt"] = [{"role": role, "content": content} for role, content in chat]
+    if kind == "pairs":
+        row |= {"chosen": values["completion"], "rejected": values["rejected"]}
+    else:
+        row["completion"] = values["completion"]
+    return row | {key: values[key] for key in ("answers", "choices", "evidence", "group") if key in values}
+
+
+def _metric(kind: str, name: str, rows: list[dict[str, Any]], lines: list[str]) -> tuple[str, tuple[str, ...]]:
+    """The metric and the closed set; rows' labels that differ in case or spaces alone are spelt in one way."""
+    from whet.metrics import plain
+
+    if kind in ("text", "pairs"):
+        metric = "perplexity" if kind == "text" else "win_rate"
+        lines.append(
+            f"metric {metric}: " + ("plain text" if kind == "text" else "rows with a chosen and a rejected answer")
+        )
+        return metric, ()
+    if all("choices" in row for row in rows):
+        lines.append("metric accuracy: every row has its own choices")
+        return "accuracy", ()
+    answers = [row["completion"] for row in rows]
+    if name == MANY and any(", " in answer for answer in answers):
+        lines.append("metric set_f1: several labels a row")
+        return "set_f1", ()
+    spelt = {plain(answer): answer.strip() for answer, _ in reversed(Counter(answers).most_common())}
+    alike = [spelt[plain(answer)] for answer in answers]
+    if closed(alike):
+        for row, answer in zip(rows, alike, strict=True):
+            row["completion"] = answer
+            row.pop("answers", None)
+        labels = tuple(sorted(set(alike), key=lambda label: label.zfill(9) if label.isdigit() else label))
+        said = f"{len(labels)} labels ({short(', '.join(labels), 80)[1:-1]}), each short and repeated"
+        if len(labels) < len(set(answers)):
+            said += f"; {len(set(answers))} spellings of them made one each"
+        if all(label.isdigit() for label in labels):
+            said += "; a model knows more of words: write names for these numbers where you can"
+        lines.append(f"metric accuracy: {said}")
+        return "accuracy", labels
+    if all(NUMBER.fullmatch(answer.strip()) or WORKED.search(answer) for answer in answers):
+        if name in (*LABELS, *CLASSES):
+            lines.append("metric pearson: each answer is a grade")
+            return "pearson", ()
+        lines.append("metric number: each answer is a number, or ends in one")
+        return "number", ()
+    words = statistics.median(map(count_words, answers))
+    metric = "exact_match" if words <= 3 else "token_f1" if words <= 10 else "rouge_l"
+    lines.append(f"metric {metric}: free text, half of the answers have {words:g} words or fewer")
+    return metric, ()
+
+
+def _telling(columns: Columns | None) -> dict[str, str]:
+    """The names of prompt and answer for task.yaml, where they say more than that: prompts may be written with them."""
+    if columns is None or len(columns.prompt) > 1:
+        return {}
+    named = {"prompt": columns.prompt[0].strip(), "completion": columns.completion.strip()}
+    said = {name.lower() for name in named.values()}
+    usable = all(re.fullmatch(COLUMN, name) for name in named.values())
+    return named if usable and not said <= {"prompt", "completion", "input", "output", "chosen"} else {}
+
+
+def _instruction(guess: Guess) -> str:
+    if guess.kind == "text":
+        return ""
+    if guess.labels and len(guess.labels) <= 10:
+        return f"Answer with one of: {', '.join(guess.labels)}."
+    return (
+        "Name the label that fits."
+        if guess.labels
+        else "Follow the instruction."
+        if guess.kind == "pairs"
+        else "Answer the question."
+    )
+
+
+def _halves(rows: list[dict[str, Any]], closed: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    from whet.splits import cut  # both read their files through this module
+    from whet.task import Example
+
+    examples = []
+    for row in rows:
+        prompt = row.get("prompt", "")
+        chat = (
+            tuple((turn["role"], turn["content"]) for turn in prompt)
+            if isinstance(prompt, list)
+            else (("user", prompt),)
+        )
+        examples.append(
+            Example(
+                "",
+                chat[-1][1],
+                row.get("completion", ""),
+                group=row.get("group"),
+                history=chat[:-1],
+                text=row.get("text"),
+            )
+        )
+    kept, held = cut(examples, max(1, round(0.2 * len(rows))), seed=0, closed=closed)
+    return [rows[i] for i in kept], [rows[i] for i in held]
+
+
+def _write(out: Path, header: Mapping[str, Any], files: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+    """Writes aside, reads it back as a task, then renames; task.yaml last, so a half-written folder is never a task."""
+    import yaml
+
+    from whet.task import load
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out, prefix=".init-") as aside:
+            for file, rows in files.items():
+                _write_rows(Path(aside) / file, rows)
+            (Path(aside) / "task.yaml").write_text(
+                yaml.safe_dump(dict(header), sort_keys=False, allow_unicode=True), "utf-8"
+            )
+            load(aside)
+            for file in (*(name for name in files if (Path(aside) / name).exists()), "task.yaml"):
+                os.replace(Path(aside) / file, out / file)
+    except UnicodeEncodeError:
+        raise TaskError("the data hold half a character", expected="whole Unicode characters") from None
+    except OSError as error:
+        raise TaskError(f"{out} cannot be written: {error.strerror or error}", do="choose another --out") from None
+
+
+def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    if text:
+        path.write_text(text, "utf-8")

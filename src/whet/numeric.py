@@ -1,0 +1,134 @@
+"""Metrics of answers that are numbers: whether one is right, and how a whole run's go with the references."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from whet.metrics import Additive, Mean, Outcome, plain, references
+
+if TYPE_CHECKING:
+    from whet.task import Example
+
+# A number, and behind a slash what it is a share of; a hyphen is a sign only where no word stands before it.
+_NUMBER = re.compile(
+    r"((?:(?<![\w.])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?)(?:/(\d+(?:\.\d+)?))?"
+)
+_DECIMAL_COMMA = re.compile(r"(?<![\d,.])(\d+),(\d{1,2})(?![\d,.]\d|\d)")
+_SIGNS = {0x2212: "-", **dict.fromkeys(map(ord, "$€£¥₩"))}
+
+
+def number(text: str) -> float | None:
+    """The number that a text ends in: the last one, or the first behind GSM8K's `####`; None where there is none.
+
+    Read are signs, decimal points (a comma before one or two digits, too), commas between thousands, exponents and
+    fractions: -1,234.5, 2e-3, 3/4.
+    """
+    before, marked, behind = _DECIMAL_COMMA.sub(r"\1.\2", text.translate(_SIGNS)).rpartition("####")
+    last = [*_NUMBER.finditer(behind)][: 1 if marked else None] or [*_NUMBER.finditer(before)]
+    if not last:
+        return None
+    over, under = last[-1].groups()
+    below = float(under or 1)
+    value = float(over.replace(",", "")) / below if below else math.inf
+    return value if math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class Number(Mean):
+    """Share of answers that end in an accepted number (see `number`), as GSM8K is scored (Cobbe et al., 2021).
+
+    Numbers are equal within a millionth of the wanted one; a reference without a number is compared after `plain`.
+    """
+
+    name: ClassVar[str] = "number"
+
+    def score(self, answer: str, example: Example) -> float:
+        """1 if right, else 0."""
+        given = number(answer)
+        return float(any(self._same(answer, given, r) for r in references(example)))
+
+    @staticmethod
+    def _same(answer: str, given: float | None, reference: str) -> bool:
+        wanted = number(reference)
+        if wanted is None or given is None:
+            return wanted is None and plain(answer) == plain(reference)
+        return math.isclose(given, wanted, rel_tol=0.0, abs_tol=1e-6 * max(abs(wanted), 1e-6))
+
+
+@dataclass(frozen=True)
+class Pearson(Additive):
+    """Pearson's correlation of the numbers that answers and references end in, as STS-B is scored (Cer et al., 2017).
+
+    Answers without a number lower it in proportion: r of the others times their share. 0 where either side is constant.
+    """
+
+    name: ClassVar[str] = "pearson"
+
+    def score(self, answer: str, example: Example) -> float:
+        """1 / (1 + distance to the nearest accepted number), 0 without one; ValueError where no reference is one."""
+        wanted = [_wanted(r) for r in references(example)]
+        given = number(answer)
+        return 0.0 if given is None else 1 / (1 + min(abs(given - w) for w in wanted))
+
+    def statistics(self, outcomes: Sequence[Outcome]) -> Any:
+        """Rows of (1, 1 where a number was given, and of these x, y, x², y², xy)."""
+        given = np.array([math.nan if o.error or (n := number(o.answer)) is None else n for o in outcomes], dtype=float)
+        wanted = np.array([math.nan if (n := number(o.reference)) is None else n for o in outcomes], dtype=float)
+        read = np.isfinite(given) & np.isfinite(wanted)
+        for run in _runs(outcomes):
+            some = run[read[run]]
+            given[some], wanted[some] = self._scale(given[some]), self._scale(wanted[some])
+        x, y = (np.where(read, side, 0.0) for side in (given, wanted))
+        return np.stack([np.ones(len(outcomes)), read, x, y, x * x, y * y, x * y], axis=1)
+
+    def _scale(self, values: Any) -> Any:
+        """Values centred and scaled, which no correlation sees and sums of squares need."""
+        centred = values - values.mean() if len(values) else values
+        return centred / (np.abs(centred).max(initial=0.0) or 1.0)
+
+    def finish(self, totals: Any) -> Any:
+        """The correlation from summed rows."""
+        every, n, x, y, xx, yy, xy = np.moveaxis(np.asarray(totals, dtype=float), -1, 0)
+        spread = np.sqrt(np.maximum(n * xx - x * x, 0) * np.maximum(n * yy - y * y, 0))
+        flat = spread <= 1e-9 * np.maximum(n * n, 1)
+        r = np.where(flat, 0.0, (n * xy - x * y) / np.where(flat, 1.0, spread))
+        return np.clip(r, -1, 1) * n / np.maximum(every, 1)
+
+
+@dataclass(frozen=True)
+class Spearman(Pearson):
+    """Spearman's rank correlation of the numbers of answers and references: Pearson's of their ranks in the whole run.
+
+    Resampling keeps those ranks.
+    """
+
+    name: ClassVar[str] = "spearman"
+
+    def _scale(self, values: Any) -> Any:
+        from scipy.stats import rankdata
+
+        return super()._scale(rankdata(values))
+
+
+def _runs(outcomes: Sequence[Outcome]) -> list[Any]:
+    """The places of each run's outcomes where the outcomes of several runs stand in one list: an id a run."""
+    seen: Counter[str] = Counter()
+    which = []
+    for outcome in outcomes:
+        which.append(seen[outcome.id])
+        seen[outcome.id] += 1
+    return [np.flatnonzero(np.array(which) == run) for run in range(max(which, default=-1) + 1)]
+
+
+def _wanted(reference: str) -> float:
+    found = number(reference)
+    if found is None:
+        raise ValueError(f"the reference {reference[:40]!r} holds no number")
+    return found

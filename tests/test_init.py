@@ -1,0 +1,471 @@
+"""`whet init`: what it makes of the shapes that public data come in."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from whet.columns import Columns
+from whet.errors import TaskError
+from whet.init import Guess, init
+from whet.task import Example, Task, load
+
+REVIEWS = [(f"film number {n} was {'good' if n % 2 else 'bad'} to look at", ("neg", "pos")[n % 2]) for n in range(60)]
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def refused(call, *words: str) -> None:
+    with pytest.raises(TaskError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+def make_csv(path: Path, header: str, rows) -> Path:
+    text = io.StringIO()
+    csv.writer(text).writerows([header.split(","), *rows])
+    return write(path, text.getvalue())
+
+
+def test_init_of_a_table(tmp_path):
+    data = make_csv(
+        tmp_path / "my reviews.csv", "when,opinion,verdict", [(n, *cells) for n, cells in enumerate(REVIEWS)]
+    )
+    guess = init(data, tmp_path / "task")
+    assert guess.columns == Columns(("opinion",), "verdict") and guess.labels == ("neg", "pos")
+    assert (guess.kind, guess.rows, guess.metric) == ("columns", 60, "accuracy")
+    assert "column 'opinion' read as the prompt (text)" in guess.lines
+    assert any("'verdict'" in line and "few different values" in line for line in guess.lines)
+    assert "columns not used: when" in guess.lines
+    loaded = load(tmp_path / "task")
+    assert (loaded.name, loaded.metric, loaded.labels) == ("my-reviews", "accuracy", ("neg", "pos"))
+    assert loaded.columns == loaded.split().learnable.columns == ("opinion", "verdict")
+    assert (len(loaded.train), len(loaded.test)) == (48, 12)
+    assert sum(example.completion == "pos" for example in loaded.test) == 6
+    assert {(example.prompt, example.completion) for example in (*loaded.train, *loaded.test)} == set(REVIEWS)
+    assert sorted(path.name for path in (tmp_path / "task").iterdir()) == ["task.yaml", "test.jsonl", "train.jsonl"]
+    refused(lambda: init(data, tmp_path / "task"), "already holds task.yaml", "--out")
+    init(data, tmp_path / "again", name="other")
+    assert load(tmp_path / "again").name == "other"
+    assert (tmp_path / "again" / "test.jsonl").read_text() == (tmp_path / "task" / "test.jsonl").read_text()
+
+
+def test_init_by_names_and_context(tmp_path):
+    rows = [{"context": f"c{n}", "question": f"why {n}?", "answer": f"because of it {n}", "id": n} for n in range(10)]
+    guess = init(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))), tmp_path / "t")
+    assert guess.columns == Columns(("context", "question"), "answer")
+    assert guess.metric == "token_f1" and guess.labels == ()
+    assert load(tmp_path / "t").columns == ()  # a prompt of two columns has no name
+    assert "Context: c3\nQuestion: why 3?" in {
+        example.prompt for example in (*load(tmp_path / "t").train, *load(tmp_path / "t").test)
+    }
+
+
+def test_init_takes_labels_that_yaml_would_change(tmp_path):
+    rows = [(f"question number {n}", ("yes", "no")[n % 2]) for n in range(20)]
+    assert init(make_csv(tmp_path / "a.csv", "text,label", rows), tmp_path / "t").labels == ("no", "yes")
+    assert load(tmp_path / "t").labels == ("no", "yes")
+
+
+def test_init_of_known_forms(tmp_path):
+    chat = [[{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a {n}"}] for n in range(10)]
+    two = [[*turns, {"role": "user", "content": "more"}, {"role": "assistant", "content": "ok"}] for turns in chat]
+    share = [[{"from": "human", "value": f"q{n}"}, {"from": "gpt", "value": "word " * 30}] for n in range(10)]
+    forms = {
+        "messages": [{"messages": turns} for turns in two],
+        "ShareGPT": [{"conversations": turns} for turns in share],
+        "Alpaca": [{"instruction": f"q{n}", "input": "", "output": f"a{n}"} for n in range(10)],
+        "prompt and completion": [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(10)],
+        "text": [{"text": f"text {n}"} for n in range(10)],
+        "pairs": [{"prompt": f"q{n}", "chosen": "a", "rejected": "b"} for n in range(10)],
+    }
+    metrics = {"ShareGPT": "rouge_l", "text": "perplexity", "pairs": "win_rate"}
+    for kind, rows in forms.items():
+        out = tmp_path / kind
+        guess = init(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))), out)
+        assert (guess.kind, guess.rows) == (kind, 10)
+        assert guess.metric == metrics.get(kind, "exact_match")
+        assert len(load(out).test) == 2
+    assert load(tmp_path / "messages").test[0].history[-1][0] == "assistant"
+    assert load(tmp_path / "pairs").feedback == "feedback.jsonl" and load(tmp_path / "pairs").test[0].rejected == "b"
+
+
+def test_init_of_choices(tmp_path):
+    rows = [{"prompt": f"q{n}", "completion": f"a{n}", "choices": [f"a{n}", "b"]} for n in range(10)]
+    guess = init(write(tmp_path / "a.json", json.dumps(rows)), tmp_path / "t")
+    assert (guess.metric, guess.labels) == ("accuracy", ()) and load(tmp_path / "t").closed
+
+
+def test_init_skips_rows_without_an_answer(tmp_path):
+    rows = [*REVIEWS, ("no verdict here", ""), ("", "pos")]
+    guess = init(make_csv(tmp_path / "a.csv", "review,sentiment", rows), tmp_path / "t")
+    assert guess.rows == 60 and any(line.startswith("2 of 62 rows skipped") for line in guess.lines)
+
+
+def test_init_refuses_what_it_cannot_read(tmp_path):
+    out = tmp_path / "t"
+    refused(lambda: init(tmp_path / "none.csv", out), "none.csv", "nothing")
+    refused(lambda: init(tmp_path, out), "a folder")
+    refused(
+        lambda: init(make_csv(tmp_path / "a.csv", "a good film,pos", REVIEWS), out), "line 1 looks like data", "header"
+    )
+    refused(lambda: init(make_csv(tmp_path / "b.csv", "only", [("x",), ("y",)]), out), "b.csv", "columns only")
+    refused(lambda: init(make_csv(tmp_path / "c.csv", "prompt,completion", [("a", "b")]), out), "at least 2 rows")
+    refused(lambda: init(write(tmp_path / "d.csv", b"a,b\n\xff,x\n"), out), "d.csv line 2", "byte offset 4")
+    assert not out.exists()
+
+
+# --------------------------------------------------------------------------------------------------- public shapes
+
+
+def made(folder: Path, rows: list[dict[str, Any]], **given: Any) -> tuple[Guess, Task]:
+    """The task that `init` makes of rows in JSON lines."""
+    guess = init(write(folder / "a.jsonl", "\n".join(map(json.dumps, rows))), folder / "t", **given)
+    return guess, load(folder / "t")
+
+
+def every(task: Task) -> list[Example]:
+    return [*task.train, *task.test]
+
+
+WHO = re.findall("[A-Z][a-z]+", "AdaBeaCleoDoraEveFayGusHalIdaJanKimLeaMaxNedOlePiaQuinRobSueTom")
+FOUR = [[f"it is {who} {end}" for end in ("now", "then", "later", "never")] for who in WHO]
+
+
+def choice(n: int, key: str, form: Any, **more: Any) -> dict[str, Any]:
+    return {"question": f"What does {WHO[n]} say?", key: form(n)} | more
+
+
+# name: (a row for each n, the prompt's columns, the answer's, the prompt, the answer, the metric) for n = 3
+SHAPES: dict[str, tuple[Any, str, str, str, str, str]] = {
+    "SQuAD": (
+        lambda n: {"id": f"5733be{n}", "title": "Some_Title", "context": f"{WHO[n]} lives in the town {n}.",
+                   "question": f"Who lives in town {n}?", "answers": {"text": [WHO[n], f"old {WHO[n]}"],
+                   "answer_start": [0, 0]}},
+        "context question", "answers", "Context: Dora lives in the town 3.\nQuestion: Who lives in town 3?", "Dora",
+        "exact_match",
+    ),
+    "NLI": (
+        lambda n: {"premise": f"{WHO[n]} eats a red apple.", "hypothesis": f"{WHO[n]} is not hungry.",
+            "label": n % 3},
+        "premise hypothesis", "label", "Premise: Dora eats a red apple.\nHypothesis: Dora is not hungry.", "0",
+        "accuracy",
+    ),
+    "QQP": (
+        lambda n: {"id": n, "qid1": 2 * n, "qid2": 2 * n + 1, "question1": f"How old is {WHO[n]}?",
+                   "question2": f"What age has {WHO[n]}?", "is_duplicate": n % 2},
+        "question1 question2", "is_duplicate", "Question1: How old is Dora?\nQuestion2: What age has Dora?", "1",
+        "accuracy",
+    ),
+    "STS": (
+        lambda n: {"sentence1": f"{WHO[n]} sings a song.", "sentence2": f"A song by {WHO[n]}.", "score": 0.25 * n},
+        "sentence1 sentence2", "score", "Sentence1: Dora sings a song.\nSentence2: A song by Dora.", "0.75", "pearson",
+    ),
+    "HumanEval": (
+        lambda n: {"task_id": f"HumanEval/{n}", "prompt": f"def say{n}():\n    \"\"\"Say {n} aloud.\"\"\"\n",
+                   "canonical_solution": f"    return 'the number {n}'\n",
+                   "test": f"def check(c):\n    assert c() == {n}",
+                   "entry_point": f"say{n}"},
+        "prompt", "canonical_solution", "def say3():\n    \"\"\"Say 3 aloud.\"\"\"\n",
+        "    return 'the number 3'\n", "token_f1",
+    ),
+    "Dolly": (
+        lambda n: {"instruction": f"Say who {WHO[n]} is.", "context": "A book of names." if n == 3 else "",
+                   "response": f"{WHO[n]} is one of {len(WHO)} people on this list of names, namely number {n}.",
+                   "category": ("open_qa", "closed_qa")[n % 2]},
+        "context instruction", "response", "Context: A book of names.\nInstruction: Say who Dora is.",
+        "Dora is one of 20 people on this list of names, namely number 3.", "rouge_l",
+    ),
+    "Korean": (
+        lambda n: {"질문": f"{WHO[n]}는 어디에 사나요?", "지문": f"{WHO[n]}는 서울 {n}동에 산다.",
+            "정답": f"서울 {n}동"},
+        "지문 질문", "정답", "지문: Dora는 서울 3동에 산다.\n질문: Dora는 어디에 사나요?", "서울 3동", "exact_match",
+    ),
+    "GSM8K": (
+        lambda n: {"question": f"{WHO[n]} has {n} nuts and finds 2. How many?",
+            "answer": f"She has {n}+2=<<{n}+2={n + 2}>>.\n#### {n + 2}"},
+        "question", "answer", "Dora has 3 nuts and finds 2. How many?", "She has 3+2=<<3+2=5>>.\n#### 5", "number",
+    ),
+    "tweets": (
+        lambda n: {"text": f"{WHO[n]} saw a fire today", "target": n % 2},
+        "text", "target", "Dora saw a fire today", "1", "accuracy",
+    ),
+    "labels with names": (
+        lambda n: {"text": f"{WHO[n]} saw a fire today", "label": n % 2, "label_text": ("calm news",
+            "grave news")[n % 2]},
+        "text", "label_text", "Dora saw a fire today", "grave news", "accuracy",
+    ),
+    "bitext": (
+        lambda n: {"flags": "BQZ", "instruction": f"I want to cancel order {n}", "category": "ORDER",
+            "intent": ("a", "b")[n % 2],
+                   "response": f"We have cancelled your order {n}, and you will hear from us in a few days."},
+        "instruction", "response", "I want to cancel order 3",
+        "We have cancelled your order 3, and you will hear from us in a few days.", "rouge_l",
+    ),
+    "WikiQA": (
+        lambda n: {"question": f"Who is {WHO[n]}?", "answer": f"{WHO[n]} is a good friend.", "label": n % 2},
+        "question answer", "label", "Question: Who is Dora?\nAnswer: Dora is a good friend.", "1", "accuracy",
+    ),
+    "translation": (
+        lambda n: {"translation": {"en": f"{WHO[n]} is at home", "de": f"{WHO[n]} ist zu Hause"}},
+        "translation.en", "translation.de", "Dora is at home", "Dora ist zu Hause", "token_f1",
+    ),
+    "TriviaQA": (
+        lambda n: {"question": f"Who is number {n}?", "answer": {"value": WHO[n], "aliases": [WHO[n], WHO[n][:2]]}},
+        "question", "answer", "Who is number 3?", "Dora", "exact_match",
+    ),
+    "Alpaca's text": (
+        lambda n: {"instruction": f"Greet {WHO[n]} now.", "response": f"Hello, {WHO[n]}, on this day.",
+                   "text": f"### Instruction: Greet {WHO[n]} now. ### Response: Hello, {WHO[n]}, on this day."},
+        "instruction", "response", "Greet Dora now.", "Hello, Dora, on this day.", "token_f1",
+    ),
+    "MMLU": (
+        lambda n: choice(n, "answer", lambda n: "ABCD"[n % 4], subject="names", **dict(zip("ABCD", FOUR[n],
+            strict=True))),
+        "question", "answer", "What does Dora say?", "it is Dora never", "accuracy",
+    ),
+    "MMLU by place": (
+        lambda n: choice(n, "answer", lambda n: n % 4, subject="names", choices=FOUR[n]),
+        "question", "answer", "What does Dora say?", "it is Dora never", "accuracy",
+    ),
+    "places from 1": (
+        lambda n: choice(n, "label", lambda n: str(n % 4 + 1), **{f"answer{k + 1}": text for k,
+            text in enumerate(FOUR[n])}),
+        "question", "label", "What does Dora say?", "it is Dora never", "accuracy",
+    ),
+    "HellaSwag": (
+        lambda n: {"ind": n, "activity_label": "Talking", "ctx_a": f"{WHO[n]} goes out.", "ctx_b": "she",
+                   "ctx": f"{WHO[n]} goes out. she", "endings": FOUR[n], "source_id": "activitynet~v_1",
+                   "label": str(n % 4)},
+        "ctx", "label", "Dora goes out. she", "it is Dora never", "accuracy",
+    ),
+    "ARC": (
+        lambda n: choice(n, "answerKey", lambda n: "1234"[n % 4] if n % 2 else "ABCD"[n % 4],
+                         choices={"text": FOUR[n], "label": list("1234" if n % 2 else "ABCD")}),
+        "question", "answerKey", "What does Dora say?", "it is Dora never", "accuracy",
+    ),
+    "OpenBookQA's own": (
+        lambda n: {"question": {"stem": f"What does {WHO[n]} say?", "choices": [{"text": text, "label": label}
+                   for text, label in zip(FOUR[n], "ABCD", strict=True)]}, "answerKey": "ABCD"[n % 4]},
+        "question.stem", "answerKey", "What does Dora say?", "it is Dora never", "accuracy",
+    ),
+    "SciQ": (
+        lambda n: choice(n, "correct_answer", lambda n: FOUR[n][0], **{f"distractor{k}": FOUR[n][k] for k in (1, 2,
+            3)}),
+        "question", "correct_answer", "What does Dora say?", "it is Dora now", "accuracy",
+    ),
+    "WinoGrande": (
+        lambda n: {"sentence": f"{WHO[n]} met Tim, and _ smiled.", "option1": WHO[n], "option2": "Tim",
+            "answer": str(n % 2 + 1)},
+        "sentence", "answer", "Dora met Tim, and _ smiled.", "Tim", "accuracy",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+def test_public_shapes(tmp_path, shape, form):
+    make, prompt, completion, asked, said, metric = SHAPES[shape]
+    rows = [make(n) for n in range(len(WHO))]
+    nested = any(isinstance(cell, dict) for cell in rows[0].values())
+    if form == "csv":
+        if nested:
+            pytest.skip("objects are no cells")
+        data = make_csv(tmp_path / "a.csv", ",".join(rows[0]), [list(row.values()) for row in rows])
+    elif form == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        data = tmp_path / "a.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist(rows), data)
+    else:
+        data = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    guess = init(data, tmp_path / "t")
+    task = load(tmp_path / "t")
+    assert guess.columns is not None, guess.lines
+    assert (guess.columns.prompt, guess.columns.completion) == (tuple(prompt.split()), completion), guess.lines
+    assert (guess.metric, guess.rows, len(every(task))) == (metric, len(WHO), len(WHO)), guess.lines
+    [example] = [example for example in every(task) if example.prompt == asked]
+    assert example.completion == said
+    right = [text for text in example.choices if text == said]
+    assert bool(guess.columns.choices) == bool(right) == task.closed & (not task.labels)
+    told = "\n".join(guess.lines)
+    for key in rows[0]:  # each column is used or named
+        assert key == "id" or key in told or f"{key}." in told, (key, told)
+
+
+def test_several_answers(tmp_path):
+    _, task = made(tmp_path, [SHAPES["SQuAD"][0](n) for n in range(20)])
+    assert ("Dora", "old Dora") in {example.answers for example in every(task)}
+    asked = [
+        {"question": f"Who is {n}?", "answers": {"text": ["x"] if n else [], "answer_start": []}} for n in range(9)
+    ]
+    (tmp_path / "v2").mkdir()
+    guess, _ = made(tmp_path / "v2", asked)
+    assert guess.rows == 8 and any("a.jsonl line 1 has no answer" in line for line in guess.lines)
+
+
+def test_the_file_of_squad(tmp_path):
+    asked = [[{"id": f"{a}-{n}", "question": f"Who is {n} in {a}?", "answers": [{"text": f"w{n}", "answer_start": 0}]}
+              for n in range(5)] for a in range(4)]  # fmt: skip
+    whole = {"version": "1", "data": [{"title": f"t{a}", "paragraphs": [{"context": f"Text {a} of it.", "qas": qas}]}
+                                      for a, qas in enumerate(asked)]}  # fmt: skip
+    guess = init(write(tmp_path / "a.json", json.dumps(whole)), tmp_path / "t")
+    assert guess.rows == 20
+    assert "Context: Text 1 of it.\nQuestion: Who is 2 in 1?" in {e.prompt for e in every(load(tmp_path / "t"))}
+
+
+@pytest.mark.parametrize("answer", ["completion", "response"])
+@pytest.mark.parametrize("thumb", [(True, False), (1, 0), ("up", "down")])
+def test_thumbs(tmp_path, answer, thumb):
+    rows = [{"prompt": f"Who is {who}?", answer: f"{who} is {'a friend' if n % 2 else 'gone'}",
+    "label": thumb[n % 2 == 0]}
+            for n, who in enumerate(WHO)]  # fmt: skip
+    guess, task = made(tmp_path, rows)
+    assert (guess.kind, guess.rows) == ("thumbs", 20) and task.feedback == "feedback.jsonl"
+    assert all("friend" in example.completion for example in every(task)) and task.train and task.test
+    assert all("friend" in j.chosen if j.chosen else "gone" in j.rejected for j in task.judged)
+    assert any(j.rejected for j in task.judged)
+    assert not {j.prompt for j in task.judged} & {e.prompt for e in task.test}
+    assert any("'label' read as a judgement" in line and "--completion label" in line for line in guess.lines)
+    (tmp_path / "again").mkdir()
+    guess, task = made(tmp_path / "again", rows, completion="label")
+    assert guess.kind == "columns" and len(task.labels) == 2 and "gone" in every(task)[0].prompt + every(task)[1].prompt
+
+
+def test_ratings(tmp_path):
+    rows = [{"prompt": f"Who is {who}?", "completion": f"answer {n}", "rating": n % 5} for n, who in enumerate(WHO)]
+    guess, task = made(tmp_path, rows)
+    assert guess.kind == "thumbs" and len(every(task)) == 8  # 3 and 4 are above the mean
+    assert {int(example.completion[7:]) % 5 for example in every(task)} == {3, 4}
+
+
+def test_pairs_of_every_form(tmp_path):
+    def turns(n: int, *said: str) -> list[dict[str, str]]:
+        asked = [{"role": "user", "content": f"Who is {WHO[n]}?"}]
+        return [*asked, *({"role": "assistant", "content": text} for text in said)]
+
+    forms = {
+        "plain": [{"prompt": f"Who is {who}?", "chosen": "yes", "rejected": "no"} for who in WHO],
+        "Orca": [{"system_prompt": "Be kind.", "question": f"Who is {who}?", "chosen": "yes",
+        "rejected": "no"} for who in WHO],
+        "lists": [{"prompt": f"Who is {WHO[n]}?", "prompt_id": f"x{n}", "chosen": turns(n, "yes"),
+        "rejected": turns(n, "no")}
+                  for n in range(20)],
+        "implicit": [{"chosen": turns(n, "yes"), "rejected": turns(n, "no")} for n in range(20)],
+        "chats": [{"prompt": turns(n), "chosen": turns(n, "yes")[1:], "rejected": turns(n,
+        "no")[1:]} for n in range(20)],
+        "hh-rlhf": [{side: f"\n\nHuman: Who is {who}?\n\nAssistant: {said}" for side, said in (("chosen", "yes"),
+        ("rejected", "no"))}
+                    for who in WHO],
+    }  # fmt: skip
+    for form, rows in forms.items():
+        (tmp_path / form).mkdir()
+        guess, task = made(tmp_path / form, [*rows, rows[0] | {"rejected": rows[0]["chosen"]}])
+        assert (guess.kind, guess.metric, guess.rows) == ("pairs", "win_rate", 20), form
+        assert any("both sides" in line for line in guess.lines)
+        assert any("read as the system's turn" in line for line in guess.lines) == (form == "Orca")
+        assert {(j.prompt, j.chosen, j.rejected) for j in task.judged} < {
+            (f"Who is {who}?", "yes", "no") for who in WHO
+        }
+        assert task.judged[0].history == ((("system", "Be kind."),) if form == "Orca" else ())
+
+
+def test_many_labels_are_labels(tmp_path):
+    rows = [{"text": f"please do thing {n} for me", "intent": f"intent_{n % 150}"} for n in range(1500)]
+    guess, task = made(tmp_path, rows)
+    assert guess.metric == "accuracy" and len(task.labels) == 150
+    assert sorted(map(str, range(12)), key=int) == list(_labels(tmp_path, [n % 12 for n in range(120)]))
+    assert not _labels(tmp_path, [n % 25 * 7 for n in range(250)])  # quantities, not classes
+    assert not _labels(tmp_path, ["yes"] * 90 + [f"name {n}" for n in range(10)])  # a few common answers are no set
+    assert _labels(tmp_path, ["Good", "bad ", "good", "bad", "good"] * 12) == ("bad", "good")
+
+
+def _labels(folder: Path, answers: list[Any]) -> tuple[str, ...]:
+    place = folder / f"labels {len(list(folder.iterdir()))}"
+    place.mkdir()
+    return made(place, [{"question": f"What is number {n}?", "answer": answer} for n, answer in enumerate(answers)])[
+        0
+    ].labels
+
+
+def test_named_columns(tmp_path):
+    rows = [{"instruction": f"Say {who}.", "response": f"{who} it is, then.", "category": ("a", "b")[n % 2],
+    "note": "x y z"}
+            for n, who in enumerate(WHO)]  # fmt: skip
+    guess, task = made(tmp_path, rows, prompt=("instruction", "response"), completion="category")
+    assert task.labels == ("a", "b") and every(task)[0].prompt.startswith("Instruction: Say ")
+    assert "columns not used: note" in guess.lines
+    refused(lambda: made(tmp_path / "t", rows, completion="categry"), "no column 'categry'", "category")
+
+
+def test_names_in_the_head_of_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    head = {"info": {"features": {"label": {"names": ["neg", "pos"], "_type": "ClassLabel"}}}}
+    table = pyarrow.Table.from_pylist([{"text": text, "label": n % 2} for n, (text, _) in enumerate(REVIEWS)])
+    parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps(head)}), tmp_path / "a.parquet")
+    init(tmp_path / "a.parquet", tmp_path / "t")
+    assert {(e.prompt, e.completion) for e in every(load(tmp_path / "t"))} == set(REVIEWS)
+
+
+def test_several_labels_a_row(tmp_path):
+    rows = [
+        {"text": f"I am {who} today", "labels": [n % 3, 3] if n % 2 else [n % 3], "id": n} for n, who in enumerate(WHO)
+    ]
+    guess, task = made(tmp_path, rows)
+    assert guess.metric == "set_f1" and {example.completion for example in every(task)} >= {"0", "1, 3"}
+
+
+def test_numbered_labels_are_pointed_out(tmp_path):
+    guess, task = made(tmp_path, [{"text": text, "label": n % 2} for n, (text, _) in enumerate(REVIEWS)])
+    assert task.labels == ("0", "1") and any("write names for these numbers" in line for line in guess.lines)
+
+
+def test_plain_text_without_blank_lines(tmp_path):
+    lines = "".join(f"This is line {n} of a book without pauses.\n" for n in range(200))
+    guess = init(write(tmp_path / "a.txt", lines), tmp_path / "t")
+    task = load(tmp_path / "t")
+    assert (guess.kind, task.metric) == ("text", "perplexity") and len(every(task)) > 2 and task.test
+    assert sorted(lines.split("\n")) == sorted("".join(e.text or "" for e in every(task)).split("\n"))
+    refused(lambda: init(write(tmp_path / "b.txt", "one line"), tmp_path / "u"), "b.txt", "at least 2 texts", "found 1")
+    rows = [{"text": f"page {n}", "url": f"http://x/{n}", "timestamp": "2020"} for n in range(10)]
+    (tmp_path / "wiki").mkdir()
+    guess, _ = made(tmp_path / "wiki", [row | {"title": "A page"} for row in rows])
+    assert guess.kind == "text" and "columns not used: timestamp, title, url" in guess.lines
+
+
+def test_what_has_no_answers_or_no_header_is_refused_or_doubted(tmp_path):
+    refused(
+        lambda: made(tmp_path, [{"premise": f"a b {n}", "hypothesis": f"c d {n}"} for n in range(9)]), "--completion"
+    )
+    refused(lambda: made(tmp_path, [{"text": f"a b {n}", "tokens": ["a", "b"], "more": 1} for n in range(9)]), "tokens")
+    rows = "".join(f"{text}\t{label}\n" for text, label in REVIEWS)
+    refused(lambda: init(write(tmp_path / "a.tsv", rows), tmp_path / "t"), "line 1 looks like data", "header")
+    pairs = "".join(f"{who} is here\t{who} ist da\n" for who in WHO)
+    guess = init(write(tmp_path / "b.tsv", pairs), tmp_path / "t")
+    assert any("is line 1 of b.tsv a header?" in line for line in guess.lines)
+
+
+def test_chats_and_what_stands_beside_them(tmp_path):
+    chat = [
+        [{"role": "user", "content": f"Who is {who}?"}, {"role": "assistant", "content": "A friend."}] for who in WHO
+    ]
+    rows: list[dict[str, Any]] = [{"prompt": f"Who is {who}?", "prompt_id": who, "messages": turns}
+                                  for who, turns in zip(WHO, chat, strict=True)]  # fmt: skip
+    guess, task = made(tmp_path, [*rows, {"prompt": "x", "messages": [{"role": "wizard", "content": "y"}]}])
+    assert (guess.kind, guess.rows) == ("messages", 20) and {e.completion for e in every(task)} == {"A friend."}
+    assert "columns not used: prompt, prompt_id" in guess.lines
+    assert any("1 of 21 rows left out" in line and "'wizard'" in line for line in guess.lines)
