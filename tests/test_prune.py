@@ -146,9 +146,9 @@ def test_calibration_rows_end_with_the_answer(data: Learnable, tmp_path: Path, f
                    for r, n in zip(found.rows, found.sizes, strict=True))  # fmt: skip
     assert len({r.prompt for r in found.rows}) == 1 and len(found.rows[0].prompt) > 10
     # Where rows have no completion, the System's own answers stand for them.
-    bare = replace(rows, train=tuple(replace(e, completion="") for e in rows.train))
+    bare = replace(rows, train=tuple(replace(e, completion="", answers=()) for e in rows.train))
     own = system.answer(list(bare.train), live)
-    told = replace(rows, train=tuple(replace(e, completion=a) for e, a in zip(bare.train, own, strict=True)))
+    told = replace(rows, train=tuple(replace(e, completion=a, answers=(a,)) for e, a in zip(bare.train, own, strict=True)))
     assert calibration(system, bare, run, live) == calibration(system, told, run, live)
 
 

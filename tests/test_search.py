@@ -650,7 +650,7 @@ def test_where_scoring_all_takes_too_long_a_balanced_sample_is_scored(
 
 def test_of_long_texts_few_are_scored_where_all_take_too_long() -> None:
     rows = tuple(Example(str(i), "", text=f"text {i}") for i in range(500))
-    splits = Splits(Learnable(), rows, rows)
+    splits = Splits(Learnable("texts", "", "perplexity"), rows, rows)
     made = apportion(splits, False, Wish(budget=300.0), lambda some: 10.0 * len(some), 0.0, 0.0)
     assert len(made.select) == len(made.confirm) == 20
     assert "confirmed on 20 of the 500 sealed rows" in made.notes[0]

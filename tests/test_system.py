@@ -38,7 +38,7 @@ from whet.retrieval import Found
 from whet.scorecard import evaluate
 from whet.store import Store
 from whet.system import Decoding, Demonstrations, System
-from whet.task import Example, Learnable
+from whet.task import Example, Learnable, Query
 
 FAKE = ModelRef("fake:test", "fake:test")
 LABELS = ("positive", "negative")
@@ -578,16 +578,16 @@ def chat(system: System, question: str) -> Any:
 
 
 def test_what_was_said_before_is_looked_up_too(monkeypatch: pytest.MonkeyPatch, tiny: System) -> None:
-    seen: list[str] = []
+    seen: list[Query] = []
 
-    def found(_: System, questions: list[str], k: int | None = None) -> list[list[Any]]:
+    def found(_: System, questions: list[Query], k: int | None = None) -> list[list[Any]]:
         seen.extend(questions)
         return [[] for _ in questions]
 
     monkeypatch.setattr(System, "found", found)
     turns = (("user", "hello"), ("assistant", "yes?"), ("user", "my kettle leaks"), ("assistant", "sorry"))
     tiny.prompts([Example("1", "how long is its warranty?", history=turns), Example("2", "and a lamp?")])
-    assert seen == ["how long is its warranty?\nmy kettle leaks", "and a lamp?"]
+    assert seen == [Query("how long is its warranty?", "my kettle leaks"), Query("and a lamp?")]
 
 
 @pytest.mark.parametrize("normalise", ["mean", "sum"])

@@ -68,9 +68,11 @@ class Quantize:
             raise ValueError("group and zero are for 4 bits; set bits=4 or embedding=4, or leave them out")
 
     def space(self) -> Mapping[str, Sequence[Any]]:
-        """The settings worth trying."""
-        return {"bits": (8, 4), "rounding": ("gptq", "hqq"), "group": (32, 64), "zero": (False, True),
-                "activations": (True, False)}
+        """The settings worth trying at these bits: what rounds in groups is for 4, activations are for 8."""
+        own: dict[str, Sequence[Any]] = {"activations": (True, False)}
+        if self.bits == 4:
+            own = {"rounding": ("gptq", "hqq"), "group": (32, 64), "zero": (False, True)}
+        return {"bits": (8, 4), **own}
 
     def apply(self, system: System, data: Learnable, run: Run) -> System:
         """The System with packed weights as its whole model.
