@@ -148,7 +148,8 @@ def test_calibration_rows_end_with_the_answer(data: Learnable, tmp_path: Path, f
     # Where rows have no completion, the System's own answers stand for them.
     bare = replace(rows, train=tuple(replace(e, completion="", answers=()) for e in rows.train))
     own = system.answer(list(bare.train), live)
-    told = replace(rows, train=tuple(replace(e, completion=a, answers=(a,)) for e, a in zip(bare.train, own, strict=True)))
+    pairs = zip(bare.train, own, strict=True)
+    told = replace(rows, train=tuple(replace(e, completion=a, answers=(a,)) for e, a in pairs))
     assert calibration(system, bare, run, live) == calibration(system, told, run, live)
 
 
