@@ -709,7 +709,8 @@ def test_the_loop_goes_twice_round_on_the_help_desk(tmp_path: Path) -> None:
     helpdesk = Path(__file__).resolve().parents[1] / "examples" / "helpdesk" / "replies"
     folder, file = tmp_path / "replies", tmp_path / "judged.jsonl"
     folder.mkdir()
-    (folder / "task.yaml").write_text((helpdesk / "task.yaml").read_text().replace("feedback: feedback.jsonl\n", ""))
+    header = (helpdesk / "task.yaml").read_text().replace("feedback: feedback.jsonl\n", "max_tokens: 24\n")
+    (folder / "task.yaml").write_text(header)
     for name, count in (("feedback", 32), ("test", 8)):
         lines = (helpdesk / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
         (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")

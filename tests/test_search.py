@@ -784,6 +784,10 @@ def test_answers_are_as_long_as_the_task_s_own(tmp_path: Path) -> None:
 
     assert [cap("short", 4), cap("some", 200), cap("long", 900), cap("none", 0)] == [16, 300, 512, 256]
     assert [cap("told", 4, max_tokens=700), cap("told-none", 0, max_tokens=8)] == [700, 8]
+    task = load_task(tmp_path / "none")
+    judged = tuple(Judged(str(n), f"ask {n}", " ".join(["word"] * 100), "no") for n in range(40))
+    learnable = replace(task.split().learnable, train=(), judged=judged)
+    assert base_system(ref, task, learnable, session, run.home).decoding.max_tokens == 150
 
 
 def test_rows_with_choices_are_chosen_among_beside_free_ones(tmp_path: Path) -> None:

@@ -97,11 +97,11 @@ def base_system(ref: ModelRef, task: Task, data: Learnable, session: Session, ho
     """The base: the model with the task's instruction as it stands, zero-shot.
 
     Answers come from the closed set where there is one (of the task or of the row), else greedily, with as many tokens
-    as the task's `max_tokens` says: by default half as many again as all but 1 % of train's answers have, at most half
-    of the window.
+    as the task's `max_tokens` says: by default half as many again as all but 1 % of train's answers have (else dev's,
+    else those judged good), at most half of the window.
     """
     least, unknown = ANSWER_TOKENS
-    known = [e.completion for e in data.train or task.dev if e.completion]
+    known = [e.completion for e in data.train or task.dev or [one.example for one in data.judged] if e.completion]
     answers = sorted(session.count(known[:: len(known) // 500 + 1]))
     longest = max(3 * answers[math.ceil(0.99 * (len(answers) - 1))] // 2, least) if answers else unknown
     longest = task.max_tokens or min(longest, max(session.context // 2, least))
