@@ -322,17 +322,16 @@ def apply(
     """
     if trials and budget is None:
         raise click.UsageError("--trials needs --budget, which says how long they may take")
-    from dataclasses import asdict, astuple
+    from dataclasses import asdict
 
     from whet.errors import MethodError
     from whet.methods import Run, make
     from whet.progress import readable
     from whet.search import tune
-    from whet.search.budget import Rates, measure, seconds
+    from whet.search.budget import seconds
     from whet.search.recipe import Recipe
     from whet.store import Store
     from whet.task import load
-    from whet.train.team import team
     from whet.update import check
 
     settings = _settings((*pairs, *more))
@@ -353,16 +352,8 @@ def apply(
         if splits.dropped:
             run.notes["dropped"] = [{"id": name, "why": why} for name, why in splits.dropped]
         if budget is not None:
-            cost = 1.0 if "learning_rate" in settings else tune.COST
-            cost = max(1.0, tune.TRIAL_COST * trials) if trials else cost
-            own, crew = measure(start, session, run.store), team()
-            # Every process measures its own rates; what is trained, and its name, must be the same in all.
-            rates = Rates(*(crew.sum(rate if crew.first else 0.0) for rate in astuple(own)))
-            run.trained_tokens = int(seconds(budget) / cost * rates.train)
-        if trials:
-            new, ended = tune.sample(made, trials, start, data, run, watch.say)
-        elif budget is not None:
-            new, ended = tune.search(made, start, data, run, seconds(budget), rates.price, settings, watch.say)
+            limit = seconds(budget)
+            new, ended = tune.timed(made, start, data, run, limit, trials, settings, watch.say)
         else:
             new, ended = Recipe((made,)).run(start, data, run), []
         if len(ended) > 1:

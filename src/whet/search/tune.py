@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields, replace
 from typing import Any
 
 from whet.engine import Spent
 from whet.errors import MethodError
 from whet.extras import package
 from whet.methods import Method, Run
+from whet.search import budget
 from whet.search.recipe import Recipe
 from whet.system import System
 from whet.task import Learnable
@@ -29,6 +30,27 @@ class Arm:
     fidelity: float
     loss: float
     why: str = ""
+
+
+def timed(
+    method: Method, system: System, data: Learnable, run: Run, limit: float, trials: int, settled: Container[str],
+    say: Callable[[str], None],
+) -> tuple[System, list[Arm]]:  # fmt: skip
+    """Race the settings of a method within `limit` seconds, by `trials` of a sampler where there are any.
+
+    Returns the best System and all arms, best first.
+    """
+    from whet.train.team import team
+
+    cost = 1.0 if "learning_rate" in settled else COST
+    cost = max(1.0, TRIAL_COST * trials) if trials else cost
+    own, crew = budget.measure(system, run.session(system.model), run.store), team()
+    # Every process measures its own rates; what is trained, and its name, must be the same in all.
+    rates = budget.Rates(*(crew.sum(rate if crew.first else 0.0) for rate in astuple(own)))
+    run.trained_tokens = int(limit / cost * rates.train)
+    if trials:
+        return sample(method, trials, system, data, run, say)
+    return search(method, system, data, run, limit, rates.price, settled, say)
 
 
 def candidates(method: Method, name: str = "learning_rate") -> list[Method]:
