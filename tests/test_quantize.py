@@ -137,6 +137,24 @@ def test_without_integer_kernels_products_are_in_the_type_of_the_rows(
     assert types == {torch.bfloat16 if dtype == torch.bfloat16 else torch.float32}
 
 
+@pytest.mark.parametrize("width", [192, 97, 100])
+def test_seven_bits_of_rows_are_multiplied_exactly_and_part_by_part(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not packed.whole_numbers():
+        pytest.skip("this build of torch multiplies no whole numbers")
+    monkeypatch.setattr(packed, "whole_numbers", lambda: packed.SEVEN)
+    pack = packed.Int8(torch.full((48, width), 127, dtype=torch.int8), torch.ones(48), activations=True)
+    pack.assemble()
+    assert pack.ready and (len(pack.ready) > 1) == (width != 97)
+    greatest = torch.full((40, width), 63.0)  # two such products side by side leave 16 bits if they are signed
+    assert torch.equal(pack.times(greatest), torch.full((40, 48), 63.0 * 127 * width))
+    x, pack = weights(40, width, 1), rounding.pack8(weights(48, width), True)
+    wanted = x @ pack.dense().T
+    pack.assemble()
+    assert (pack.times(x) - wanted).norm() < 0.02 * wanted.norm()
+
+
 def test_siblings_are_multiplied_at_once_and_give_the_same() -> None:
     for kind in (lambda w: rounding.pack8(w, True), lambda w: rounding.pack4(w, 32),
                  lambda w: rounding.pack4(w, 32, zero=True)):  # fmt: skip

@@ -19,6 +19,8 @@ from whet.compress.layers import KINDS
 
 FEW = 8  # rows up to which the weight-only kernel of 8 bits is faster than unpacking
 FEW_ROUNDED = 3  # ... than rounding the rows and multiplying whole numbers
+EIGHT, SEVEN = (126, 0), (63, 64)  # bits of rounded rows: the greatest number, and what stands for 0
+PARTS = (3, 4, 2, 1)  # of columns that get a step of their own where rows have 7 bits: halves the error
 SOME = 128  # the same for 4 bits, whose unpacking is dearer
 WHOLE = 16  # bytes that the kernel of 8 bits reads at once, from such addresses only
 GROUPS = (32, 64, 128, 256)  # columns that share a step, in the order of preference: what torch's kernel takes
@@ -36,7 +38,6 @@ class Pack(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ready: Tensor | None = None  # in the layout that a kernel reads
         self.bundle: tuple[Bundle, slice] | None = None  # where it is multiplied together with its siblings
 
     def parts(self) -> dict[str, Any]:
@@ -72,7 +73,7 @@ class Pack(nn.Module):
 
 
 class Int8(Pack):
-    """One step per row, symmetric. With `activations`, what is multiplied is rounded to 8 bits row by row, too.
+    """One step per row, symmetric. With `activations`, what is multiplied is rounded row by row, too: to 8 bits, or 7.
 
     A few rows are multiplied as they are: reading the weights is what takes the time then.
     """
@@ -86,6 +87,7 @@ class Int8(Pack):
         self.register_buffer("values", values)  # int8 [out, in]
         self.register_buffer("scale", scale)  # fp32 [out]
         self.few = FEW_ROUNDED if activations else FEW
+        self.ready: list[Tensor] = []  # in the layout of the kernel for many rows, by parts of the columns
         self.narrow: Tensor | None = None  # the scale as the kernel for few rows reads it
 
     @classmethod
@@ -122,8 +124,9 @@ class Int8(Pack):
         """Add oneDNN's layout, which many rows are multiplied by; few are by the plain one."""
         if self.values.data_ptr() % WHOLE:  # as files have them
             self.values = self.values.clone()
-        if self.activations and self.ready is None and integer_kernels() and self.values.device.type == "cpu":
-            self.ready = torch.ops.onednn.qlinear_prepack(self.values, None)
+        if self.activations and not self.ready and whole_numbers() and self.values.device.type == "cpu":
+            parts = 1 if whole_numbers() == EIGHT else next(n for n in PARTS if self.values.shape[1] % n == 0)
+            self.ready = [torch.ops.onednn.qlinear_prepack(p.contiguous(), None) for p in self.values.chunk(parts, 1)]
 
     def product(self, x: Tensor) -> Tensor:
         """See Pack."""
@@ -133,13 +136,23 @@ class Int8(Pack):
             return torch._weight_int8pack_mm(x.bfloat16().contiguous(), self.values, self.narrow).to(x.dtype)
         if not self.activations:
             return linear(x, self.values.to(x.dtype)).mul_(self.scale.to(x.dtype))
+        if self.ready:
+            return self._whole(x, self.ready)
         values, step = rounded(x)
-        if self.ready is not None:
-            return _int8_product(values, self.ready, self.scale, x.dtype).mul_(step)
         # Whole numbers up to 127 are exact in bf16, too; in fp16 their sums would be out of range.
         wide = x.dtype if x.dtype == torch.bfloat16 else torch.float32
         made = linear(values.to(wide), self.values.to(wide))
         return (made.float() * step * self.scale).to(x.dtype)
+
+    def _whole(self, x: Tensor, ready: list[Tensor]) -> Tensor:
+        """The product of whole numbers, part by part of the columns."""
+        most, zero = whole_numbers() or EIGHT
+        values, step = rounded(x.unflatten(1, (len(ready), -1)), most)
+        whole = values.add_(zero).to(torch.uint8) if zero else values.to(torch.int8)
+        made = _int8_product(whole[:, 0], zero, ready[0], self.scale, x.dtype).mul_(step[:, 0])
+        for n, part in enumerate(ready[1:], 1):
+            made.addcmul_(_int8_product(whole[:, n], zero, part, self.scale, x.dtype), step[:, n])
+        return made
 
 
 class Int4(Pack):
@@ -153,6 +166,7 @@ class Int4(Pack):
         self.register_buffer("values", values)  # uint8 [out, in / 2]: low half the first of two columns
         self.register_buffer("steps", steps)  # bf16 [groups, out, 1 or 2]: scale, and what 8 stands for if not 0
         self.group, self.zero = 2 * values.shape[1] // len(steps), steps.shape[-1] == 2
+        self.ready: Tensor | None = None  # in the layout that the kernel reads
         self.both: Tensor | None = None  # scales and zeros as the kernel reads them
 
     @classmethod
@@ -232,19 +246,22 @@ def bytes_of(values: Tensor) -> Tensor:
     return made
 
 
-def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [rows, in] as 8-bit whole numbers, and the step [rows, 1] of each row, in the type of x."""
+def rounded(x: Tensor, most: int = 126) -> tuple[Tensor, Tensor]:
+    """x [rows, in] as whole numbers up to `most`, in the type of x, and the step [rows, 1] of each row.
+
+    By default not 127: rounded up in bf16, the greatest would be out of range.
+    """
     if x.dtype == torch.bfloat16:  # without the sign, bits of floats are ordered like the floats
-        most = (x.contiguous().view(torch.int16) & 0x7FFF).amax(-1, keepdim=True).view(torch.bfloat16)
+        greatest = (x.contiguous().view(torch.int16) & 0x7FFF).amax(-1, keepdim=True).view(torch.bfloat16)
     else:
-        most = x.abs().amax(-1, keepdim=True)
-    inverse = 126 / most.clamp_min(1e-30)  # not 127: rounded up in bf16, the greatest would be out of range
-    return (x * inverse).round_().to(torch.int8), 1 / inverse
+        greatest = x.abs().amax(-1, keepdim=True)
+    inverse = most / greatest.clamp_min(1e-30)
+    return (x * inverse).round_(), 1 / inverse
 
 
-def _int8_product(values: Tensor, ready: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _int8_product(values: Tensor, zero: int, ready: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return cast(Tensor, torch.ops.onednn.qlinear_pointwise(
-        values, 1.0, 0, ready, scale, _zeros(len(scale)), None, 1.0, 0, dtype, "none", [], "",
+        values, 1.0, zero, ready, scale, _zeros(len(scale)), None, 1.0, 0, dtype, "none", [], "",
     ))  # fmt: skip
 
 
@@ -254,15 +271,26 @@ def _zeros(size: int) -> Tensor:
 
 
 @cache
-def integer_kernels() -> bool:
-    """Whether this build of torch multiplies whole numbers, and does it right."""
+def whole_numbers() -> tuple[int, int] | None:
+    """The greatest whole number that kernels multiply right on this processor, and what stands for 0.
+
+    None where there are no such kernels. Instructions made for it (AMX, VNNI) multiply 8 bits by 8. AVX2's add two
+    products in 16 bits, which 7 bits from 0 on times 8 never leave; signed ones come out wrong there.
+    """
     w = (37 * torch.arange(16 * 32).view(16, 32) % 255 - 127).to(torch.int8)
-    x = (91 * torch.arange(3 * 32).view(3, 32) % 255 - 127).to(torch.int8)
-    try:
-        found = _int8_product(x, torch.ops.onednn.qlinear_prepack(w, None), torch.ones(16), torch.float32)
-    except (RuntimeError, AttributeError, NotImplementedError):
-        return False
-    return bool(torch.equal(found, x.float() @ w.float().T))
+    w[0] = 127
+    for most, zero in (EIGHT, SEVEN):
+        x = 91 * torch.arange(3 * 32).view(3, 32) % (2 * most + 1) - most
+        x[0] = most
+        try:
+            ready = torch.ops.onednn.qlinear_prepack(w, None)
+            whole = (x + zero).to(torch.uint8 if zero else torch.int8)
+            found = _int8_product(whole, zero, ready, torch.ones(16), torch.float32)
+        except (RuntimeError, AttributeError, NotImplementedError):
+            return None
+        if torch.equal(found, x.float() @ w.float().T):
+            return most, zero
+    return None
 
 
 @cache
