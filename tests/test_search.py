@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -20,16 +22,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whet import documents, embed, improve
+from whet import documents, embed, improve, probe
 from whet.engine import Spent
-from whet.errors import MethodError, StoreError, TaskError, WhetError
+from whet.errors import ArtifactError, EngineError, MethodError, StoreError, TaskError, WhetError
 from whet.feedback import Judged
 from whet.methods import Run, make
 from whet.methods.finetune import FineTune
-from whet.metrics import get
+from whet.metrics import Outcome, get
 from whet.model import resolve
 from whet.progress import Silent
 from whet.report import verdict
+from whet.scorecard import Scorecard, alike
 from whet.search import Wish, base_system, training
 from whet.search.arms import cheap_arms, neighbours, prompting_recipes
 from whet.search.budget import Rates, affordable, estimate, seconds
@@ -274,7 +277,7 @@ def test_nothing_that_helps_hands_over_the_base(tmp_path: Path) -> None:
                    home=tmp_path / "h")  # fmt: skip
     assert made.result["confirm"]["improved"] is False and made.result["chosen"]["recipe"] == []
     assert made.system.decoding.prior == ()
-    assert made.result["confirm"]["candidate"] is None
+    assert made.result["confirm"]["candidate"] is made.result["confirm"]["smallest_detectable"] is None
     assert "No candidate beat the base model on the select split" in verdict(made.result)
 
 
@@ -465,9 +468,9 @@ def test_the_base_is_measured_however_late_it_is(task: Path, tmp_path: Path, mon
     assert status.pop("base") == "done" and set(status.values()) == {"truncated"}
 
 
-@pytest.mark.parametrize("after", [0, 1])  # arms of the second rung that are still scored
+@pytest.mark.parametrize(("after", "test"), [(0, 80), (1, 80), (1, 0)])  # arms of the second rung, sealed rows
 def test_what_was_scored_before_the_clock_stopped_stands(
-    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    after: int, test: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = Race.enter
 
@@ -479,13 +482,101 @@ def test_what_was_scored_before_the_clock_stopped_stands(
 
     later: list[bool] = []
     monkeypatch.setattr(Race, "enter", enter)
-    made = improve(write_task(tmp_path / "wide", train=900), model="fake:keyword", budget="2m", out=tmp_path / "out",
-                   home=tmp_path / "home")  # fmt: skip
+    made = improve(write_task(tmp_path / "wide", train=900, test=test), model="fake:keyword", budget="2m",
+                   out=tmp_path / "out", home=tmp_path / "home")  # fmt: skip
     seen = {t["name"]: t for t in made.result["trials"] if t["status"] == "truncated"}
     assert seen and all(t["examples"] == 60 and t["select"] for t in seen.values())
     most = max(t["examples"] for t in made.result["trials"] if t["name"] != "base")
     chosen = next(t for t in made.result["trials"] if t["name"] == made.result["chosen"]["name"])
-    assert chosen["examples"] == most == (90 if after else 60) and made.result["confirm"]["improved"]
+    assert chosen["examples"] == most == (90 if after else 60)
+    assert made.result["confirm"]["improved"] if test else made.result["confirm"] is None
+
+
+def test_a_base_that_cannot_answer_ends_the_run(
+    task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object, **__: object) -> None:
+        raise EngineError("the server is gone")
+
+    monkeypatch.setattr("whet.search.race.evaluate", gone)
+    with pytest.raises(EngineError, match="gone"):
+        improve(task, model="fake:keyword", budget="2m", out=tmp_path / "out", home=tmp_path / "home")
+
+
+def test_a_run_whose_latency_cannot_be_measured_is_handed_over(
+    task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise ArtifactError("cannot measure it")
+
+    monkeypatch.setattr("whet.search.measure", killed)
+    made = improve(task, model="fake:keyword", budget="2m", out=tmp_path / "out", home=tmp_path / "home")
+    assert made.result["confirm"]["improved"] and load(tmp_path / "out" / "system", made.system.home)
+    assert any("latency and memory are not known" in note for note in made.result["notes"])
+
+
+@pytest.mark.embedder
+def test_texts_are_learnt_and_confirmed(tmp_path: Path, model_folder: str) -> None:
+    folder, draw = tmp_path / "texts", random.Random(0)
+    folder.mkdir()
+    (folder / "task.yaml").write_text("metric: perplexity\n")
+    for name, count in (("train", 300), ("test", 60)):
+        rows = [{"text": " ".join(draw.choice(THINGS) for _ in range(20)) + f" {name} {n}"} for n in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    made = improve(folder, model=model_folder, budget="40s", out=tmp_path / "out", home=tmp_path / "h")
+    confirm = made.result["confirm"]
+    assert confirm["improved"] and confirm["chosen"]["score"] < confirm["base"]["score"]
+    assert "finetune" in made.result["chosen"]["name"] and confirm["difference"] > 0
+
+
+def test_finished_trials_are_found_where_their_home_was_moved_and_made_anew_where_they_are_gone(
+    task: Path, tmp_path: Path, model_folder: str
+) -> None:
+    settings = {"model": model_folder, "budget": "2m", "recipe": "finetune"}
+    made = improve(task, out=tmp_path / "a", home=tmp_path / "h", **settings)  # type: ignore[arg-type]
+    (tmp_path / "h").rename(tmp_path / "moved")
+    again = improve(task, out=tmp_path / "b", home=tmp_path / "moved", **settings)  # type: ignore[arg-type]
+    assert timeless(again.result["trials"]) == timeless(made.result["trials"])
+    shutil.rmtree(tmp_path / "moved" / "artifacts")
+    anew = improve(task, out=tmp_path / "c", home=tmp_path / "moved", **settings)  # type: ignore[arg-type]
+    assert {t["name"]: t["status"] for t in anew.result["trials"]} == {"base": "done", "finetune": "done"}
+
+
+def test_a_recipe_that_cannot_run_is_refused_before_anything_is_spent(task: Path, tmp_path: Path) -> None:
+    class Closed(Silent):
+        times = 0
+
+        def close(self) -> None:
+            self.times += 1
+
+    watch = Closed()
+    with pytest.raises(MethodError, match="rag cannot run"):
+        improve(task, model="fake:keyword", recipe="rag", out=tmp_path / "out", home=tmp_path / "h", watch=watch)
+    with pytest.raises(TaskError):
+        improve(tmp_path / "typo", out=tmp_path / "out", home=tmp_path / "h", watch=watch)
+    assert watch.times == 2
+
+
+def test_the_latency_of_rankings_is_that_of_looking_up(
+    tmp_path: Path, model_folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    System(resolve(model_folder), home=tmp_path).save(tmp_path / "s")
+    monkeypatch.setattr(System, "answers", None)  # no model is asked
+    row = {"id": "a", "prompt": "Where?", "completion": "", "choices": [], "history": [], "text": None}
+    monkeypatch.setattr(sys, "argv", ["probe", str(tmp_path / "s"), "recall@5"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps([row])))
+    probe.main()
+    assert set(json.loads(capsys.readouterr().out)) == {"latency_ms", "memory_bytes"}
+
+
+def test_perplexities_are_compared_per_token_of_the_first_model() -> None:
+    def card(*tokens: float) -> Scorecard:
+        found = tuple(Outcome(str(n), "", 12 / t, "", weight=t) for n, t in enumerate(tokens))
+        return Scorecard(get("perplexity").aggregate(found), 0, 0, "perplexity", found, 0, 0, Spent(), {})
+
+    few, many = card(4, 6), card(8, 12)  # both find the texts as likely, one in more tokens
+    assert many.score < few.score == pytest.approx(alike(many, few, get("perplexity")).score)
+    assert alike(few, few, get("perplexity")) is few
 
 
 def test_no_arm_is_dropped_twice_by_the_same_rows(
@@ -727,10 +818,19 @@ def test_another_file_is_another_recipe(tmp_path: Path) -> None:
     file = tmp_path / "P.txt"
     file.write_text("Say it.\n---\n{question}\n")
     one = parse(f"prompting(file={file})")
-    before = one.files
+    before = one.files(Path())
     file.write_text("Judge it.\n---\n{question}\n")
-    assert list(before) == [str(file)] and before != one.files
-    assert parse("finetune(adapter=full)").files == {}
+    assert list(before) == [str(file)] and before != one.files(Path())
+    assert parse("finetune(adapter=full)").files(Path()) == {}
+
+
+def test_other_code_of_a_reward_or_another_teacher_is_another_recipe(tmp_path: Path, model_folder: str) -> None:
+    (tmp_path / "mine.py").write_text("def f(a, e): return 1.0\n")
+    taught = recipe(("rl", {"reward": "mine.py:f"}), ("distill", {"teacher": model_folder}))
+    before = taught.files(tmp_path)
+    (tmp_path / "mine.py").write_text("def f(a, e): return 0.0\n")
+    after = taught.files(tmp_path)
+    assert before["mine.py:f"] != after["mine.py:f"] and before[model_folder] == after[model_folder]
 
 
 def test_training_takes_part_and_is_paid_for_once(task: Path, tmp_path: Path, model_folder: str) -> None:

@@ -375,10 +375,11 @@ def _earlier(value: object, folder: Path) -> tuple[Path, ...]:
 
 
 def contents(path: Path, deep: bool = True) -> str:
-    """sha256 of a file, or of the files in a folder whatever their names; "" where it is gone."""
+    """sha256 of a file, or of the names and files in a folder; "" where it is gone."""
     if path.is_dir():
-        inner = sorted(contents(file) for file in path.glob("**/*" if deep else "*") if file.is_file())
-        return hashlib.sha256("".join(inner).encode()).hexdigest()
+        files = [file for file in path.glob("**/*" if deep else "*") if file.is_file()]
+        inner = sorted(f"{file.relative_to(path).as_posix()} {contents(file)}" for file in files)
+        return hashlib.sha256("\n".join(inner).encode()).hexdigest()
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:

@@ -22,7 +22,7 @@ ASKED = ("id", "prompt", "completion", "choices", "history", "text")  # of an ex
 def probe(folder: Path, home: Path, examples: Sequence[Example], metric: str = "") -> tuple[float, int]:
     """Median latency in ms and peak memory in bytes of the System in `folder`, answering a few examples singly.
 
-    By perplexity, where nothing is answered, scoring their texts.
+    By perplexity, where nothing is answered, scoring their texts; by a ranking metric, finding documents.
     """
     rows = [{key: getattr(e, key) for key in ASKED} for e in examples[:PROMPTS]]
     done = subprocess.run(
@@ -51,7 +51,9 @@ def main() -> None:
     times = []
     for example in [examples[0], *examples]:  # the first warms up
         begun = time.perf_counter()
-        if sys.argv[2] == "perplexity":
+        if "@" in sys.argv[2]:
+            system.ranked([example], int(sys.argv[2].partition("@")[2]))
+        elif sys.argv[2] == "perplexity":
             perplexed(system, [example], system.session)
         else:
             system.answers([example])

@@ -62,11 +62,13 @@ def protocol(
     system: System, examples: Sequence[Example], metric: Metric, session: Session, split: str
 ) -> dict[str, str]:
     """What a score depends on beside the System: data, metric, engine and versions."""
+    how = system.decoding
+    drawn = f"sampling, temperature {how.temperature:g}, votes {how.votes}" if how.temperature else "greedy generation"
     return {
         "data": rows_hash(examples)[:16],
         "split": split,
         "metric": metric.name,
-        "decoding": "closed set" if system.decoding.closed else "greedy generation",
+        "decoding": "closed set" if how.closed else drawn,
         "whet": __version__,
         "python": platform.python_version(),
         **({"corpus": "/".join(s.version[:16] for s in system.sources)} if system.sources else {}),
@@ -132,6 +134,19 @@ def join(first: Scorecard, second: Scorecard, metric: Metric, seed: int) -> Scor
         second, score=metric.aggregate(outcomes), low=low, high=high, outcomes=outcomes,
         truncated=first.truncated + second.truncated,
     )  # fmt: skip
+
+
+def alike(card: Scorecard, first: Scorecard, metric: Metric, seed: int = 0) -> Scorecard:
+    """The card with perplexities per token of another card's tokenizer on the same texts: per token of their own, those
+    of models with different vocabularies cannot be compared.
+    """
+    tokens = {o.id: o.weight for o in first.outcomes}
+    if metric.name != "perplexity" or all(o.weight == tokens.get(o.id, o.weight) for o in card.outcomes):
+        return card
+    outcomes = tuple(replace(o, score=o.score * o.weight / tokens[o.id], weight=tokens[o.id]) if o.id in tokens else o
+                     for o in card.outcomes)  # fmt: skip
+    low, high = stats.bootstrap_interval(outcomes, metric, seed)
+    return replace(card, score=metric.aggregate(outcomes), low=low, high=high, outcomes=outcomes)
 
 
 def reads_scores(system: System, examples: Sequence[Example], session: Session) -> bool:
@@ -214,13 +229,14 @@ def size_bytes(system: System) -> int | None:
 
 
 def measure(card: Scorecard, system: System, examples: Sequence[Example]) -> Scorecard:
-    """Add size, and latency and memory as measured in a process of its own."""
+    """Add size, and latency and memory as measured in a process of its own; a server's memory is not known."""
     from whet.probe import probe
 
     with tempfile.TemporaryDirectory() as folder:
         system.save(Path(folder) / "system")
         latency, memory = probe(Path(folder) / "system", system.home, examples, card.metric)
-    return replace(card, size_bytes=size_bytes(system), latency_ms=latency, memory_bytes=memory)
+    held = None if system.model.remote else memory
+    return replace(card, size_bytes=size_bytes(system), latency_ms=latency, memory_bytes=held)
 
 
 def compare(
@@ -243,6 +259,7 @@ def compare(
     cards = [
         evaluate(s, rows, metric, split=split, seed=seed, store=store, progress=progress) for s in (first, second)
     ]
+    cards[1] = alike(cards[1], cards[0], metric, seed)
     return cards[0], cards[1], stats.compare(cards[0].outcomes, cards[1].outcomes, metric, seed)
 
 

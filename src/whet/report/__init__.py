@@ -295,9 +295,11 @@ def _minutes(step: Record) -> float | None:
 
 def _spent(result: Record) -> list[tuple[str, str]]:
     spent = record(result.get("spent"))
+    wall, training = number(spent.get("wall_seconds", spent.get("seconds"))), number(spent.get("training_seconds"))
+    again = wall is not None and training is not None and training > wall  # trials of an earlier run were taken over
     rows = [("Budget", view.duration(number(result.get("budget_s")))),
-            ("Time taken", view.duration(number(spent.get("wall_seconds", spent.get("seconds"))))),
-            ("of which training", view.duration(number(spent.get("training_seconds")))),
+            ("Time taken this time" if again else "Time taken", view.duration(wall)),
+            ("Training, earlier runs included" if again else "of which training", view.duration(training)),
             *((f"Tokens {kind}", view.count(number(spent.get(f"{kind}_tokens"))))
               for kind in ("trained", "prefilled", "generated"))]
     return [row for row in rows if row[1] != "–"]

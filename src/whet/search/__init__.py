@@ -25,7 +25,7 @@ from whet.metrics import Metric, Outcome, get, score_all
 from whet.model import DEFAULT, ModelRef, loaded_before, resolve
 from whet.progress import Silent, Watch, clock
 from whet.retention import forgetting, refused
-from whet.scorecard import Scorecard, evaluate, measure, versions
+from whet.scorecard import Scorecard, alike, evaluate, measure, versions
 from whet.search import limits, plan, training
 from whet.search import out as output
 from whet.search.budget import ENCODED, estimate, seconds
@@ -131,13 +131,12 @@ def improve(
     `budget` is "90s", "10m", "2h" or seconds. Finished trials of the same call are taken from the store. Raises a
     WhetError for bad input before anything is spent.
     """
-    loaded = task if isinstance(task, Task) else tasks.load(task, trust=trust)
-    models = (model,) if isinstance(model, str) else tuple(model)
-    wish = Wish(models, seconds(budget), tuple(methods), recipe, seed, strict, self_contained)
-    watch = watch or Silent()
+    watch, begun = watch or Silent(), time.monotonic()
     try:
+        loaded = task if isinstance(task, Task) else tasks.load(task, trust=trust)
+        models = (model,) if isinstance(model, str) else tuple(model)
+        wish = Wish(models, seconds(budget), tuple(methods), recipe, seed, strict, self_contained)
         job = _prepare(loaded, wish, Path(out) if out else Path("runs") / loaded.name, watch, Store(home))
-        begun = time.monotonic()
         _race(job)
         finalist = limits.within(job, job.alone or _finalist(job))
         return _finish(job, finalist, begun)
@@ -150,7 +149,7 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
     unknown = [m for m in wish.methods if m not in names()]
     if unknown:
         recipe(unknown[0])  # raises, with the nearest name
-    files = parse(wish.recipe).files if wish.recipe else {}
+    files = parse(wish.recipe).files(task.folder) if wish.recipe else {}
     splits = task.split(wish.seed, wish.strict)
     metric = get(task.metric, task.folder, task.trusted)
     if not task.test and not splits.select:
@@ -171,6 +170,8 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
         first = "" if loaded_before(ref, store.home) else " (the first time, its weights are unpacked: half a minute)"
         watch.say(f"opening {ref.base}{first}")
         bases.append(base_system(ref, task, splits.learnable, run.session(ref), store.home))
+    if wish.recipe:
+        parse(wish.recipe).possible(training.at_hand(bases), splits.learnable)
     rates = {b.model.content: measure_rates(b, run.session(b.model), store, watch.say) for b in bases}
     local = training.at_hand(bases)
     judge = Spent()
@@ -273,9 +274,8 @@ def _finalist(job: _Job) -> Trial | None:
     race = job.race
     arms = [t for t in race.trials if t.card and t is not race.base and t.status != "refused"]
     most = max((t.examples for t in arms), default=0)  # all of select, unless the clock has stopped the race before
-    sign = 1 if job.metric.higher_is_better else -1
     for trial in sorted((t for t in arms if t.examples == most), key=race.merit, reverse=True):
-        if trial.against_base is None or sign * trial.against_base.difference <= 0:
+        if trial.against_base is None or trial.against_base.difference <= 0:
             return None
         kept = _keeping(job, trial)
         if kept.status != "refused":
@@ -327,6 +327,7 @@ def _confirm(job: _Job, finalist: Trial | None) -> tuple[dict[str, Any] | None, 
             system, rows, job.metric, session=job.run.session(system.model), split="confirm", seed=job.wish.seed,
             store=job.store, progress=lambda done, of: job.watch.tell("scoring on sealed data", done, of),
         )  # fmt: skip
+        cards[name] = alike(cards[name], cards["base"], job.metric, job.wish.seed)
     body = _confirmed(job, cards, single) | {"candidate": finalist.name if finalist else None}
     if isinstance(job.metric, Versus) and finalist:
         body["feedback"] = _preferred(job, cards["chosen"], finalist.system, job.metric.judge.name)
@@ -347,7 +348,8 @@ def _confirmed(job: _Job, cards: dict[str, Scorecard], single: Trial | None) -> 
     body = {
         "n": base.n, "base": figures(base), "chosen": figures(chosen), "difference": against.difference,
         "low": against.low, "high": against.high, "p_value": against.p_value, "p_adjusted": adjusted[0],
-        "test": against.test, "improved": improved, "smallest_detectable": against.smallest_detectable,
+        "test": against.test, "improved": improved,
+        "smallest_detectable": against.smallest_detectable if "chosen" in cards else None,  # of two that differ
     }  # fmt: skip
     if "single" in cards and single:
         body["best_single"] = {
@@ -431,11 +433,12 @@ def _finish(job: _Job, finalist: Trial | None, begun: float) -> Improvement:
     measured: dict[str, Scorecard] = {}
     if card:
         job.watch.arm("measuring latency and memory", 0.0)
-        measured["chosen"] = measure(card, system, rows)
+        measured["chosen"] = _served(job, card, system, rows)
         if over := limits.beyond(job.task.limits, measured["chosen"]):
             job.notes.append(f"what is handed over goes beyond the limits: {over}")
         base_card = cards.get("base") or (job.race.base.card if job.race.base else None)
-        measured["base"] = measure(base_card, job.bases[0], rows) if handed and base_card else measured["chosen"]
+        own = _served(job, base_card, job.bases[0], rows) if handed and base_card else measured["chosen"]
+        measured["base"] = own
         record = measured["chosen"].record()
         system = replace(system, card={
             "task": job.task.name, "recipe": handed.recipe.name if handed else "base", "scorecard": record,
@@ -448,6 +451,15 @@ def _finish(job: _Job, finalist: Trial | None, begun: float) -> Improvement:
     details = output.details(job, confirmed, cards, handed)
     output.write(job.out, system, result, details, self_contained=job.wish.self_contained)
     return Improvement(system, result, job.out)
+
+
+def _served(job: _Job, card: Scorecard, system: System, rows: Sequence[Example]) -> Scorecard:
+    """The card with size, latency and memory; without them, and a note, where they cannot be measured."""
+    try:
+        return measure(card, system, rows)
+    except WhetError as error:  # all else is done and confirmed by now
+        job.notes.append(f"latency and memory are not known: {error}")
+        return card
 
 
 def record_of(trial: Trial, seed: int) -> dict[str, Any]:

@@ -216,4 +216,4 @@ def _measured(job: _Job, system: System, card: Scorecard) -> Scorecard:
     job.watch.arm("measuring against the limits", job.race.left)
     if limits.memory is None and limits.latency is None:
         return replace(card, size_bytes=size_bytes(system))
-    return measure(card, system, job.splits.confirm or job.race.select)
+    return measure(card, system, job.race.select or job.splits.confirm)

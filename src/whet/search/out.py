@@ -145,7 +145,7 @@ def details(
     if base and chosen:
         by_id: dict[str, Outcome] = {o.id: o for o in chosen.outcomes}
         first = {o.id: o for o in base.outcomes}
-        for row in rows:
+        for row in (r for r in rows if r.id in first and r.id in by_id):  # some, where the clock stopped the race
             a, b = first[row.id], by_id[row.id]
             examples.append({
                 "id": row.id, "prompt": row.prompt or (row.text or "")[:2000], "reference": row.completion,

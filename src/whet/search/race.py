@@ -15,7 +15,7 @@ from whet.errors import StoreError, WhetError
 from whet.methods import Run
 from whet.metrics import Metric
 from whet.progress import Standing, Watch
-from whet.scorecard import Scorecard, evaluate, join
+from whet.scorecard import Scorecard, alike, evaluate, join
 from whet.search.budget import Rates
 from whet.search.recipe import Recipe
 from whet.store import Store
@@ -113,9 +113,10 @@ class Race:
     ) -> Trial:  # fmt: skip
         """Run a recipe (or take its finished trial from the store) and score it on the first `examples` of select."""
         rows = self.select[:examples] if examples else self.select
-        key = json.dumps([recipe.record, recipe.files, start.fingerprint, rung, len(rows), tokens], sort_keys=True)
+        files = recipe.files(self.data.folder)
+        key = json.dumps([recipe.record, files, start.fingerprint, rung, len(rows), tokens], sort_keys=True)
         self.watch.arm(f"{recipe.name}{label}", self.left)
-        kept = None if self.live else self.store.trial(self.key, key)
+        kept = None if self.live else self._kept(key)
         if time.monotonic() > self.deadline and kept is None and recipe.methods:  # the base is always measured
             why = "the clock is far past the budget"
             old = next((t for t in self.trials if t.name == f"{recipe.name}{label}"), None)
@@ -123,25 +124,28 @@ class Race:
                 return self.mark(old, status="truncated", why=f"{why}: scored on {old.examples} examples")
             return self.record(Trial(recipe, start, rung, "truncated", why, 0, None, Spent(), 0.0, {}, None, label))
         run = replace(self.run, trained_tokens=tokens, spent=Spent(), notes={}, tell=self.watch.tell)
-        session = run.session(start.model)
-        before = session.spent
+        run.session(start.model)
+        before = _spent(run)
+        made = _made(recipe, files, start, tokens)
         try:
             if kept:
                 system, spent, notes, status, why = self._revive(kept, start)
             else:
-                system, spent, notes, status, why = self._apply(recipe, start, run)
-            self.made[_made(recipe, start, tokens)] = (system, notes)
+                system, spent, notes, status, why = self._apply(recipe, made, start, run)
+            self.made[made] = (system, notes)
             card = self._score(system, len(rows)) if status == "done" and rows else None
         except StoreError:
             raise  # a full disk is no property of the arm
         except WhetError as error:
+            if not recipe.methods and self.base is None:  # nothing could be compared with it
+                raise
             # What it has cost is spent; that it failed is not kept, since what was missing may be there next time.
-            system, spent, notes, card = start, session.spent - before + run.spent, {}, None
+            system, spent, notes, card = start, _since(run, before) + run.spent, {}, None
             status, why = "failed", str(error)
             self.watch.say(f"{recipe.name}{label} failed: {why}")
         if kept is None and status == "done":
-            body = {"settings": system.settings, "folders": _folders(system), "spent": asdict(spent), "notes": notes,
-                    "status": status, "why": why}  # fmt: skip
+            body = {"settings": system.settings, "folders": self._folders(system), "spent": asdict(spent),
+                    "notes": notes, "status": status, "why": why}  # fmt: skip
             self.store.keep_trial(self.key, key, body)
         self.run.tidy()
         total = spent - self._paid(spent, notes) + (card.spent if card else Spent())
@@ -159,17 +163,32 @@ class Race:
         mine = notes.get("trainings", {})
         return sum((Spent(**cost) for name, cost in mine.items() if name in before), Spent())
 
-    def _apply(self, recipe: Recipe, start: System, run: Run) -> tuple[System, Spent, dict[str, Any], str, str]:
-        before = self.made.get(_made(recipe, start, run.trained_tokens))
-        if before is not None:  # a later rung scores the same System on more examples
-            return before[0], Spent(), before[1], "done", ""
-        session = run.session(start.model)
-        spent = session.spent
+    def _apply(
+        self, recipe: Recipe, name: str, start: System, run: Run
+    ) -> tuple[System, Spent, dict[str, Any], str, str]:
+        made = self.made.get(name)
+        if made is not None:  # a later rung scores the same System on more examples
+            return made[0], Spent(), made[1], "done", ""
+        before = _spent(run)
         system = recipe.run(start, self.data, run)
-        return system, session.spent - spent + run.spent, run.notes, "done", ""
+        return system, _since(run, before) + run.spent, run.notes, "done", ""
+
+    def _kept(self, key: str) -> dict[str, Any] | None:
+        """A finished trial of the store; None where the weights or indexes that it made are gone."""
+        kept = self.store.trial(self.key, key)
+        if kept and not all((self.store.home / place).exists() for place in kept["folders"].values()):
+            return None
+        return kept
+
+    def _folders(self, system: System) -> dict[str, str]:
+        """Where what a System needs lies, by fingerprint: within the home, which may be moved, or elsewhere."""
+        home = self.store.home
+        made = [*system.model.transforms, *system.sources]
+        places = {one.fingerprint: Path(one.folder) for one in made if one.folder is not None}
+        return {k: str(p.relative_to(home) if p.is_relative_to(home) else p) for k, p in places.items()}
 
     def _revive(self, kept: dict[str, Any], start: System) -> tuple[System, Spent, dict[str, Any], str, str]:
-        folders = {k: Path(v) for k, v in kept["folders"].items()}
+        folders = {k: self.store.home / v for k, v in kept["folders"].items()}
         system = revive(kept["settings"], start.model.base, folders, start.card, self.store.home)
         return system, Spent(**kept["spent"]), kept["notes"], kept["status"], kept["why"]
 
@@ -186,6 +205,8 @@ class Race:
             system, fresh, self.metric, session=self.run.session(system.model), split="select", seed=self.seed,
             store=self.store, progress=lambda done, of: self.watch.tell("scoring on select", done, of),
         )  # fmt: skip
+        if self.base and self.base.card:
+            card = alike(card, self.base.card, self.metric, self.seed)
         self.scored[system.fingerprint] = join(before, card, self.metric, self.seed) if before else card
         return self.scored[system.fingerprint]
 
@@ -244,11 +265,16 @@ class Race:
         return trial.card.score if self.metric.higher_is_better else -trial.card.score
 
 
-def _made(recipe: Recipe, start: System, tokens: int | None) -> str:
+def _made(recipe: Recipe, files: Mapping[str, str], start: System, tokens: int | None) -> str:
     """Under which the System that a recipe made is remembered within a race."""
-    return json.dumps([recipe.record, recipe.files, start.fingerprint, tokens], sort_keys=True)
+    return json.dumps([recipe.record, files, start.fingerprint, tokens], sort_keys=True)
 
 
-def _folders(system: System) -> dict[str, str]:
-    transforms = {t.fingerprint: str(t.folder) for t in system.model.transforms}
-    return transforms | {s.fingerprint: str(s.folder) for s in system.sources}
+def _spent(run: Run) -> dict[Any, Spent]:
+    """What each opened model has spent so far."""
+    return {model: session.spent for model, session in run.sessions.items()}
+
+
+def _since(run: Run, before: Mapping[Any, Spent]) -> Spent:
+    """What all opened models have spent since then."""
+    return sum((now - before.get(model, Spent()) for model, now in _spent(run).items()), Spent())

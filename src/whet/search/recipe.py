@@ -9,6 +9,7 @@ from typing import Any
 
 from whet.errors import MethodError
 from whet.methods import Method, Run, lacking, make
+from whet.model import resolve
 from whet.system import System
 from whet.task import Learnable, contents
 
@@ -47,12 +48,19 @@ class Recipe:
         """The recipe as plain data: each method's name and all its settings."""
         return [{"method": m.name, **asdict(m)} for m in self.methods]  # type: ignore[call-overload]
 
-    @property
-    def files(self) -> dict[str, str]:
-        """What stands in the files and Systems that settings name, by its hash: with others it is another recipe."""
+    def files(self, folder: Path) -> dict[str, str]:
+        """What stands in the files, models and Systems that settings name, by its hash: with others it is another
+        recipe. Code (`file.py:function`) lies in the task's folder.
+        """
         said = {v for m in self.methods for v in asdict(m).values() if v and isinstance(v, str)}  # type: ignore[call-overload]
-        named = sorted(v for v in said if Path(v).is_file() or (Path(v) / "system.json").is_file())
-        return {v: contents(Path(v)) for v in named}
+        found = {}
+        for name in sorted(said):
+            path = folder / code[0] if (code := name.split(":"))[0].endswith(".py") else Path(name)
+            if path.is_file() or (path / "system.json").is_file():
+                found[name] = contents(path)
+            elif (path / "config.json").is_file():
+                found[name] = resolve(name).content
+        return found
 
     def check(self) -> None:
         """Raise MethodError for an order that makes no sense: a method twice, undone by a later one, or in its way."""
@@ -76,12 +84,15 @@ class Recipe:
         """What the recipe needs and the task or model lacks; empty where nothing is missing."""
         return "; ".join(found for m in self.methods if (found := lacking(m, system, data)))
 
-    def run(self, system: System, data: Learnable, run: Run) -> System:
-        """Apply the methods in order. Raises MethodError where the order is wrong or something is lacking."""
+    def possible(self, system: System, data: Learnable) -> None:
+        """Raise MethodError where the order is wrong or something is lacking."""
         self.check()
-        missing = self.lacks(system, data)
-        if missing:
+        if missing := self.lacks(system, data):
             raise MethodError(f"{self.name} cannot run", expected=missing, found="none", do="add it to the task")
+
+    def run(self, system: System, data: Learnable, run: Run) -> System:
+        """Apply the methods in order. Raises MethodError as `possible` does."""
+        self.possible(system, data)
         for method in self.methods:
             system = method.apply(system, data, run)
         return system
