@@ -8,11 +8,15 @@ joins its threads' requests to batches; while it optimizes, labels are decoded u
 answers and no parsing errors. Its programs are scored twice: by their own parsing of free generation, and by whet's
 scoring of the labels behind their prompts. Differences are paired, with 95 % intervals.
 
+A run that is stopped goes on where it was with `--home DIR`, which keeps what each side reached.
+
     .venv/bin/python benchmarks/context.py [--parts prompting,fewshot] [--task sst2 ...] [--rows 200] [--peers dspy]
+        [--home DIR]
 """
 
 from __future__ import annotations
 
+import json
 import queue
 import random
 import statistics
@@ -21,7 +25,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +61,7 @@ class Bench:
     metric: Any
     run: Any
     seed: int
+    folder: Path | None = None  # keeps what each side reached
 
     @property
     def session(self) -> Any:
@@ -65,6 +71,24 @@ class Bench:
         """Tokens that the model has read and written so far, shared beginnings once."""
         spent = self.session.spent
         return int(spent.prefilled_tokens + spent.generated_tokens)
+
+    def kept(self, name: str, make: Callable[[], list[Side]]) -> list[Side]:
+        """What a contestant reached, from an earlier run with the same rows, or now."""
+        from whet.metrics import Outcome
+        from whet.store import write_text
+
+        if not self.folder:
+            return make()
+        file = self.folder / f"{self.task.name}, {len(self.rows)} rows, seed {self.seed}, {name}.json"
+        if file.exists():
+            sides = [Side(**side) for side in json.loads(file.read_text(encoding="utf-8"))]
+            for side in sides:
+                side.outcomes = tuple(Outcome(**{**o, "others": tuple(o["others"])}) for o in side.outcomes)
+            return [self.done(side) for side in sides]
+        if sides := make():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps([asdict(side) for side in sides]))
+        return sides
 
     def whet(self, name: str, text: str) -> Side:
         """A recipe of whet's."""
@@ -217,7 +241,7 @@ def dspy_sides(bench: Bench, part: str, tokens: int) -> list[Side]:
     sides = []
     for name, compile in made.items():
         constrained.set()
-        sides += _dspy_scored(bench, name, compile, labels, constrained)
+        sides += bench.kept(name, partial(_dspy_scored, bench, name, compile, labels, constrained))
     return sides
 
 
@@ -325,15 +349,18 @@ WHET = {
 
 def sides(options: Any, bench: Bench) -> list[Side]:
     """All contestants on one task, zero-shot first."""
-    found = [bench.whet("zero-shot", "")]
+    def mine(name: str, text: str) -> list[Side]:
+        return bench.kept(name, lambda: [bench.whet(name, text)])
+
+    found = mine("zero-shot", "")
     parts = [p for p in options.parts.split(",") if p]
     for part in parts:
-        mine = [bench.whet(name, text) for name, text in WHET[part].items()]
-        found += mine
+        ours = [side for name, text in WHET[part].items() for side in mine(name, text)]
+        found += ours
         if "dspy" in options.peers.split(","):
-            found += dspy_sides(bench, part, max(s.tokens for s in mine))
+            found += dspy_sides(bench, part, max(s.tokens for s in ours))
         if part == "fewshot" and "lm-eval" in options.peers.split(","):
-            found.append(lm_eval_side(bench, options.shots))
+            found += bench.kept("lm-eval", lambda: [lm_eval_side(bench, options.shots)])
     if "fewshot" in parts:
         found.append(neighbour(bench))
     return found
@@ -365,7 +392,8 @@ def prepared(options: Any, name: str, folder: Path) -> Bench:
     ref = resolve(options.model)
     base = base_system(ref, task, splits.learnable, run.session(ref), store.home)
     rows = shared_order(splits.confirm, task.closed, options.seed)[: options.rows]
-    return Bench(task, splits.learnable, rows, replace(base, home=store.home), get(task.metric), run, options.seed)
+    return Bench(task, splits.learnable, rows, replace(base, home=store.home), get(task.metric), run, options.seed,
+                 options.home)  # fmt: skip
 
 
 def report(options: Any, bench: Bench, found: Sequence[Side]) -> list[dict[str, Any]]:
@@ -397,6 +425,7 @@ def arguments() -> Any:
     options.add_argument("--shots", type=int, default=16, help="of lm-evaluation-harness")
     options.add_argument("--peers", default="dspy,lm-eval")
     options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--home", type=Path, help="keep what each side reached here (default: nowhere)")
     return options.parse_args()
 
 
