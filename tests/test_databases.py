@@ -140,3 +140,9 @@ def test_a_store_that_cannot_be_used_is_named(home: Path) -> None:
             _ = databases.opened(url, made, home).version
     with pytest.raises(ArtifactError, match="have no name"):
         databases.opened("qdrant://localhost", "x; drop table y", home)
+
+
+def test_vowel_signs_are_part_of_words(home: Path) -> None:
+    pytest.importorskip("qdrant_client")
+    store = databases.Qdrant(f"qdrant:{home}", "whet_0", embed.Embedder(home))
+    assert len(store._sparse("हिन्दी, தமிழ்").indices) == 2

@@ -110,6 +110,16 @@ def test_blank_nodes_are_told_through(tmp_path: Path) -> None:
     assert told(facts) == {(me, "size value", "5"), (me, "size unit code", "cm"), (me, "maker", "Carvel"),
                            (me, "colours", "red"), (me, "colours", "blue"), ("Carvel", "city", "Garrow")}  # fmt: skip
     assert identity(Graph.of(facts)) == identity(Graph.of(load(tmp_path / "a.ttl", tmp_path)[0]))
+    for name in "xy":  # each file has a node of this name of its own
+        (tmp_path / f"{name}.nt").write_text(
+            f'<http://e/{name}> <http://e/size> _:b .\n_:b <http://e/value> "{name * 3}" .\n'
+        )
+    assert told(load("x.nt\ny.nt", tmp_path)[0]) == {("x", "size value", "xxx"), ("y", "size value", "yyy")}
+
+
+def test_things_are_called_as_they_are_written_and_relations_in_words() -> None:
+    graph = Graph.of(gather([("<http://e/YouTube>", "<http://e/parentCompany>", "<http://e/Alphabet_Inc.>")]))
+    assert graph.nodes == (("YouTube", "you tube"), ("Alphabet Inc.",)) and graph.relations == ("parent company",)
 
 
 def test_names_in_other_languages(tmp_path: Path) -> None:
@@ -199,6 +209,27 @@ def test_an_iri_without_a_readable_end_is_called_by_the_whole_of_it() -> None:
 def test_what_an_answer_leaves_unbound_is_no_fact() -> None:
     rdf = pytest.importorskip("pyoxigraph")
     assert list(triples.term_triples(rdf, rdf.NamedNode("http://a"), rdf.NamedNode("http://b"), None)) == []
+
+
+def test_literals_may_be_subjects_and_relations() -> None:
+    rdf = pytest.importorskip("pyoxigraph")
+    said = [rdf.Literal(text, language="en") for text in ("Germany", "capital", "Berlin", "1984")]
+    [one] = triples.term_triples(rdf, *said[:3])
+    assert one == ("Germany", "capital", triples.text("Berlin", "en"))
+    [two] = triples.term_triples(rdf, said[3], said[1], said[3])
+    assert two == ("1984", "capital", triples.text("1984", "en"))
+
+
+@pytest.mark.parametrize(
+    ("when", "precision", "names"),
+    [("+0476-00-00", 9, ("476",)), ("-0044-00-00", 9, ("44 BC", "-0044")), ("+1985-00-00", 8, ("1980s",)),
+     ("-0044-03-00", 10, ("March 44 BC", "44 BC", "-0044-03")), ("-0045-00-00", 8, ("40s BC",)),
+     ("-0044-03-15", 11, ("15 March 44 BC", "44 BC", "-0044-03-15")),
+     ("+0476-09-00", 10, ("0476-09", "September 476"))],
+)  # fmt: skip
+def test_old_years_are_written_as_people_do(when: str, precision: int, names: tuple[str, ...]) -> None:
+    made = triples._value({"type": "time", "value": {"time": f"{when}T00:00:00Z", "precision": precision}})
+    assert Facts(()).named(made)[: len(names)] == names
 
 
 def test_n_triples_and_wikidata_are_read(tmp_path: Path) -> None:
@@ -339,6 +370,13 @@ def test_a_page_that_came_back_short_is_not_the_last(tmp_path: Path, monkeypatch
     assert "order" not in notes[1]
     monkeypatch.setattr(sparql, "_rows", lambda *_: rows)  # heeds neither LIMIT nor OFFSET
     assert len(sparql._pages("", inner)) == 25 and len(sparql._pages("", f"{inner} LIMIT 25")) == 25
+
+
+def test_blank_nodes_of_two_pages_are_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    rdf = pytest.importorskip("pyoxigraph")
+    pages = iter([[(rdf.BlankNode("b0"), rdf.NamedNode("http://e/r"), rdf.Literal(name))] for name in "xy"])
+    monkeypatch.setattr(sparql, "_rows", lambda *_: next(pages, []))
+    assert len({s for s, _, _ in sparql._pages("", sparql.ALL)}) == 2
 
 
 def test_any_character_of_an_id_survives_a_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -518,6 +556,7 @@ def test_names_are_found_in_any_script() -> None:
     asked = {"서울의 인구는?": "서울", "size of cafe\u0301 nord": "Café Nord", "东京的人口是多少": "东京"}
     for question, name in asked.items():
         assert graph.nodes[linker.mentions(Query(question))[0].nodes[0]][0] == name
+    assert words("हिन्दी, தமிழ் की café") == ["हिन्दी", "தமிழ்", "की", "café"]
     [(_, found)] = linker._misspelt(words("bcdefg of marigolds"))  # short names, which stand in it, do not hide it
     assert graph.nodes[found.nodes[0]][0] == "marigold"
 
@@ -646,7 +685,7 @@ def test_questions_leave_no_files(home: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_misspelt_names_are_found_beside_whole_ones() -> None:
     rows = [*ROWS, ("Orla kettle", "is a", "kettle"), ("Marlok coffee grinder", "is a", "coffee grinder"),
-            ("Ann Lee", "is a", "designer")]  # fmt: skip
+            ("Ann Lee", "is a", "designer"), ("महाराष्ट्र", "is a", "state")]  # fmt: skip
     linker = Linker(in_memory(Graph.of(gather(rows))), Words())  # type: ignore[arg-type]
 
     def found(question: str) -> list[str]:
@@ -658,6 +697,7 @@ def test_misspelt_names_are_found_beside_whole_ones() -> None:
     assert found("Who designed the white kettle of Orla?") == ["kettle"]  # no name is nearly said
     assert found("Which colour is the Orla kettle?") == ["Orla kettle"]
     assert found("Orla kettel or Luma lamp?") == ["Luma lamp", "Orla kettle"]
+    assert found("Luma lamp, महाराष्ट्?") == ["Luma lamp", "महाराष्ट्र"]
 
 
 def test_facts_are_told_as_sentences() -> None:
@@ -760,6 +800,13 @@ def test_a_spoilt_graph_is_refused(data: Learnable, home: Path) -> None:
     made = Knowledge().apply(System(resolve("fake:hash"), home=home), data, Run(Store(home)))
     folder = made.sources[0].folder
     assert folder is not None
+    vectors = np.load(folder / "names.npy")
+    for change in (-1, 1):
+        np.save(folder / "names.npy", change * vectors)
+        if change < 0:
+            with pytest.raises(ArtifactError, match="were changed"):
+                read(folder)
+    assert read(folder)
     (folder / "nodes.jsonl").write_text((folder / "nodes.jsonl").read_text().replace("cream", "crimson"))
     with pytest.raises(ArtifactError, match="cannot be read"):
         read(folder)

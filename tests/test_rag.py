@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,11 @@ from whet.errors import ArtifactError, MethodError, TaskError
 from whet.methods import Run
 from whet.methods.rag import Rag
 from whet.model import resolve
-from whet.prompt import messages
+from whet.prompt import from_text, messages, to_text
 from whet.retrieval import Found, Index, Source, build
-from whet.scorecard import evaluate
+from whet.scorecard import evaluate, protocol
 from whet.store import Store
-from whet.system import Answer, System
+from whet.system import Answer, Decoding, System
 from whet.task import Example, Learnable, Query
 
 TEXTS = {
@@ -105,9 +106,52 @@ def test_a_pdf_is_read_page_by_page(tmp_path: Path) -> None:
     written.add_metadata({"/Title": "A manual"})
     written.write(tmp_path / "text.pdf")
     assert documents.load(tmp_path / "text.pdf")[0][0].title == "A manual"
+    body = (tmp_path / "text.pdf").read_bytes()  # some servers say a charset of everything
+    assert documents._document("http://a", "Application/PDF; charset=ISO-8859-1", body).title == "A manual"
     (tmp_path / "broken.pdf").write_bytes(b"no pdf at all")
     with pytest.raises(TaskError, match=r"broken.pdf cannot be read"):
         documents.load(tmp_path / "broken.pdf")
+
+
+def test_a_docx_is_read_whatever_stands_around_its_text(tmp_path: Path) -> None:
+    import docx
+    from docx.oxml import parse_xml
+    from docx.oxml.ns import nsdecls
+
+    def inside(xml: str) -> Any:
+        return parse_xml(xml.replace(">", f" {nsdecls('w')}>", 1))
+
+    def run(text: str, kind: str = "t") -> str:
+        return f"<w:r><w:{kind}>{text}</w:{kind}></w:r>"
+
+    made = docx.Document()
+    held = f"<w:sdt><w:sdtPr/><w:sdtContent><w:p>{run('in a control')}</w:p></w:sdtContent></w:sdt>"
+    made.element.body.insert(0, inside(held))
+    kept = made.add_paragraph("it is ")
+    kept._p.append(inside(f"<w:del>{run('not ', 'delText')}</w:del>"))
+    kept._p.append(inside(f"<w:ins>{run('new')}</w:ins>"))
+    outer = made.add_table(1, 2)
+    outer.cell(0, 0).text = "left"
+    inner = outer.cell(0, 1).add_table(1, 2)
+    inner.cell(0, 0).text, inner.cell(0, 1).text = "a", "b"
+    outer.rows[0]._tr.append(inside(f"<w:sdt><w:sdtContent><w:tc><w:p>{run('c')}</w:p></w:tc></w:sdtContent></w:sdt>"))
+    outer._tbl.tblGrid.add_gridCol()
+    made.save(str(tmp_path / "a.docx"))
+    [found], _ = documents.load(tmp_path / "a.docx")
+    assert " ".join(found.text.split()) == "in a control it is new left | a | b | c"
+
+
+def test_a_page_reads_as_its_blocks_stand(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text(
+        "<title>A x</title><header>site</header><main><header>own</header><h2>One <b>two</b><br>three</h2>"
+        "<p>5<!-- c -->%<b>b</b><span>c</span> d<ul><li>e<li>f <a>g</a></ul><pre>h\n<code>i</code></pre>j<br>k"
+        "<svg><title>l</title></svg><ruby>m<rt>n</rt></ruby><template>o</template></main>" + "<p>p" * 2000
+    )
+    [found], _ = documents.load(tmp_path / "a.html")
+    assert [line.strip() for line in found.text.splitlines() if line.strip()] == [
+        "# A x", "own", "### One two three", "5%bc d", "e", "f g", "```", "h", "i", "```", "j", "k", "l", "m",
+        *"p" * 2000,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -138,8 +182,8 @@ def test_a_folder_is_read_despite_bad_files(tmp_path: Path) -> None:
     for name in ("broken.pdf", "empty.jsonl", "photo.png"):
         (tmp_path / name).write_bytes(b"")
     found, notes = documents.load(tmp_path)
-    assert [d.id for d in found] == ["good.txt"]
-    assert [n.split(" ")[0] for n in notes[:3]] == ["a.html", "broken.pdf", "empty.jsonl"] and "photo.png" in notes[3]
+    assert [d.id for d in found] == ["a.html", "good.txt"] and found[0].text.strip() == "deep"
+    assert [n.split(" ")[0] for n in notes[:2]] == ["broken.pdf", "empty.jsonl"] and "photo.png" in notes[2]
     for name in ("empty.jsonl", "nowhere.txt"):
         with pytest.raises(TaskError):
             documents.load(tmp_path / name)
@@ -155,6 +199,29 @@ def test_ids_say_where_documents_lie(tmp_path: Path) -> None:
     assert [d.id for d in documents.load(tmp_path)[0]] == ids
     assert [d.id for d in documents.load(tmp_path / "m1" / "index.md", known=ids)[0]] == ids[:1]
     assert [d.id for d in documents.load(tmp_path / "m1" / "rows.csv", known=ids)[0]] == ids[1:3]
+
+
+def test_a_file_takes_no_id_of_another_path(tmp_path: Path) -> None:
+    more = tmp_path / "more"
+    (more / "sub").mkdir(parents=True)
+    for name in ("index.md", "sub/index.md"):
+        (more / name).write_text("text")
+    for known in (["index.md"], ["more/index.md", "more/sub/index.md"]):
+        ids = [d.id for d in documents.load(more, known=known)[0]]
+        assert ids == [known[0], known[-1] if len(known) > 1 else "sub/index.md"]
+    with pytest.raises(TaskError, match="2 documents have the id 'index.md'"):
+        documents.incoming([str(more / "index.md"), str(more / "sub" / "index.md")], [])
+
+
+def test_rows_that_a_table_no_longer_has_go(tmp_path: Path) -> None:
+    table, known = tmp_path / "prices.csv", ["prices.csv", "prices.csv:1", "prices.csv:2", "prices.csv:3", "b.csv:9"]
+    (tmp_path / "a.txt").write_text("text")
+    for body, gone in [
+        ("text\na\nb\n", known[3:4]), ("id,text\nx,a\n", known[1:4]), ("text,price\na,1\n,2\n", known[2:4]),
+        ("price\n1\n", []),
+    ]:  # fmt: skip
+        table.write_text(body)
+        assert documents.incoming([str(tmp_path)], known)[1] == gone
 
 
 def test_a_changed_file_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,6 +435,13 @@ def test_words_without_spaces_are_found(home: Path) -> None:
     assert len(index.search(["a"], 2)[0]) == 2 and index.search(["a"], 2, "words") == [[]]
 
 
+def test_vowel_signs_are_part_of_words() -> None:
+    from whet import retrieval
+
+    found = retrieval._stems(["हिन्दी में, தமிழ் বাংলা; kettles of steel"]).vocab
+    assert {"हिन्दी", "में", "தமிழ்", "বাংলা", "kettl", "steel"} == found.keys() - {""}
+
+
 @needs_embedder
 def test_a_long_document_leaves_room_for_others_in_a_ranking(home: Path) -> None:
     pieces = [Passage("A", "", f"the kettle kettle number {n}", "x", n) for n in range(150)]
@@ -456,6 +530,36 @@ def test_documents_change_beneath_a_system(data: Learnable, home: Path, tmp_path
     source.change(home, drop=["kettle", "returns", "toaster"])
     assert opened.found(asked) == [[]]
     assert made.found(asked)[0] and made.sources[0].version == before  # the store's own corpus is untouched
+
+
+@needs_embedder
+def test_the_command_puts_tables_and_queries(
+    data: Learnable, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sqlite3
+
+    from whet.cli import main
+
+    made = Rag(k=1).apply(System(resolve("fake:hash"), home=home), data, Run(Store(home)))
+    folder, table = str(made.save(tmp_path / "system")), tmp_path / "prices.csv"
+
+    def run(*given: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(["documents", folder, *given])
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    table.write_text("text\nA cup is 2 EUR.\nA lamp is 30 EUR.\n")
+    assert "5 documents" in run("--put", str(table))[1]
+    table.write_text("text\nA cup is 3 EUR.\n")
+    code, out, _ = run("--put", str(table))
+    assert code == 0 and "4 documents" in out and "no longer have them: prices.csv:2" in out
+    with sqlite3.connect(tmp_path / "x.db") as base:
+        base.execute("create table pages (id text, text text)")
+        base.execute("insert into pages values ('page', 'From a row.')")
+    monkeypatch.chdir(tmp_path)
+    query = "sqlite:///x.db SELECT id, text FROM pages"
+    assert run("--put", query)[0] == 2
+    assert "page" in json.loads(run("--put", query, "--trust", "--json")[1])["documents"]
 
 
 @needs_embedder
@@ -597,6 +701,15 @@ def test_a_redirect_to_a_private_address_is_refused(site: str, monkeypatch: pyte
     assert seen == [f"{site}/moved", f"{site}/page"]
 
 
+def test_redirects_share_one_deadline(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(documents, "public", lambda url: asked.append(url) or "127.0.0.1")
+    monkeypatch.setattr(documents, "time", SimpleNamespace(monotonic=lambda: 2 * documents.SECONDS * len(asked)))
+    with pytest.raises(TaskError, match="does not end"):
+        documents.load(f"{site}/moved")
+    assert asked == [f"{site}/moved"]
+
+
 def test_rows_of_a_database_are_read_where_it_is_trusted(tmp_path: Path) -> None:
     import sqlite3
 
@@ -606,6 +719,10 @@ def test_rows_of_a_database_are_read_where_it_is_trusted(tmp_path: Path) -> None
     query = "sqlite:///shop.db SELECT id, title, text FROM pages"
     [found], _ = documents.load(query, tmp_path, trusted=True)
     assert (found.id, found.title, found.text) == ("a", "A", "from a row")
+    assert documents.load(query.replace("sqlite:", "sqlite+pysqlite:"), tmp_path, trusted=True)[0] == [found]
+    for driver in ("sqlite", "sqlite+pysqlite", "SQLite+pysqlite"):
+        with pytest.raises(TaskError, match="not there"):
+            documents.load(f"{driver}:///{tmp_path}/shop.db SELECT id, text FROM pages", tmp_path / "task", True)
     for bad, trusted, said in [
         (query, False, "a task you trust"),
         ("sqlite:///../shop.db SELECT 1", True, "not there"),
@@ -721,3 +838,20 @@ def test_reading_is_measured_apart(data: Learnable, home: Path) -> None:
     assert got == reading.Reading(2, 50.0, 100.0, 0.0, 100.0, 0.0, 50.0, 50.0)
     [answer, _] = reader.answers(rows)
     assert [f.passage.document for f in answer.passages] == ["kettle"]
+
+
+# --- what is said of a System -----------------------------------------------------------------------------------------
+
+
+def test_the_protocol_says_how_answers_are_drawn(home: Path) -> None:
+    base = System(resolve("fake:hash"), home=home)
+    drawn = replace(base, decoding=Decoding(temperature=0.7, votes=5))
+    said = [protocol(s, [], metrics.get("exact_match"), s.session, "test")["decoding"] for s in (base, drawn)]
+    assert said == ["greedy generation", "sampling, temperature 0.7, votes 5"]
+
+
+def test_a_frame_needs_its_line() -> None:
+    with pytest.raises(ValueError, match="no line ---"):
+        from_text("Answer.\n--\n{question}\n")
+    assert from_text("Answer.\n---  \nQ: {question}\n") == ("Answer.", "Q: {question}", {})
+    assert from_text(to_text("a\n--- \nb")) == ("a\n--- \nb", "{question}", {})

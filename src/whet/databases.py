@@ -24,7 +24,7 @@ from whet.documents import Document, Passage, passages
 from whet.embed import DIMENSIONS, Embedder, mark
 from whet.errors import ArtifactError, MethodError
 from whet.extras import package
-from whet.retrieval import Corpus, paired, shown
+from whet.retrieval import WORD, Corpus, paired, shown
 
 Key = TypeVar("Key", int, str)
 BLOCK = 256  # passages written, and questions asked, at once
@@ -302,7 +302,7 @@ class Qdrant(Database):
     def _sparse(self, text: str) -> Any:
         """Stems by their hashes, weighted as BM25 weighs how often they occur (k1 1.2, without lengths)."""
         stem = package("Stemmer", "rag").Stemmer("english")
-        counts = Counter(stem.stemWords(re.findall(r"\w\w+", paired(text).lower())))
+        counts = Counter(stem.stemWords(re.findall(WORD, paired(text).lower())))
         weights: dict[int, float] = {}
         for word, times in counts.items():
             number = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=4).digest())

@@ -9,8 +9,9 @@ import os
 import re
 import tempfile
 import time
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +25,7 @@ from whet.rows import decoded, read, short
 QUERY = re.compile(r"\s*(?:(?:sqlite|postgres|postgresql|mysql)(?:\+\w+)?:|select\s|with\s)", re.IGNORECASE)
 WORDS, OVERLAP = 200, 30  # of a passage at most; of the one before that the next repeats
 IDS = ("id", "_id", "doc_id", "docid")
+ROW = re.compile(r"(.+):\d+")  # the id of a row that has none of its own: its table, and its number
 PIECES = 240  # about so many word pieces of WORDS words at most, their title among them: the embedder reads 256
 MOST_BYTES = 50_000_000  # of one file that is no table
 SECONDS = 60.0  # that a page may take, with all its redirects
@@ -32,6 +34,9 @@ FENCE = re.compile(r" {0,3}(`{3,}(?!.*`)|~{3,})")
 ENDS = ".!?。！？"
 SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])(?![」』”’）])\s*")
 HANGUL = "\uac00-\ud7a3"
+# Accents and the vowel signs of Indic scripts: part of the word that they stand in, though no letters.
+MARKS = "".join(chr(n) for n in (*range(0x300, 0x1E00), *range(0xA800, 0xAC00))
+                if unicodedata.category(chr(n))[0] == "M")  # fmt: skip
 # What stands behind a Korean noun in one word with it.
 PARTICLE = "(?:은|는|이|가|을|를|의|에|에서|에게|와|과|도|만|으?로|까지|부터|보다|이?나|이?란|이?라는|인|이다|입니다)"
 PIECE = re.compile(rf"[A-Za-z]{{1,7}}|\d\d?|(?<=[{HANGUL}])|\S")  # Hangul counts twice
@@ -39,15 +44,19 @@ PIECE = re.compile(rf"[A-Za-z]{{1,7}}|\d\d?|(?<=[{HANGUL}])|\S")  # Hangul count
 
 @dataclass(frozen=True)
 class Document:
-    """A text with its title; sections begin with Markdown headings. `where` names the file, or its line."""
+    """A text with its title; sections begin with Markdown headings.
+
+    `where` names the file, or its line; `table` the file whose row it is.
+    """
 
     id: str
     title: str
     text: str
     where: str
+    table: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("id", "title", "text", "where"):  # half a surrogate pair and NUL cannot be written everywhere
+        for name in ("id", "title", "text", "where", "table"):  # halves of surrogates and NUL cannot always be written
             clean = getattr(self, name).replace("\0", "").encode("utf-8", "replace").decode()
             object.__setattr__(self, name, clean)
 
@@ -69,8 +78,8 @@ def load(
     """Documents of a file or folder, of URLs (one a line) or of a database's query; and notes on what was left out.
 
     A query runs only where the task is `trusted`; `folder` is the task's, for a database in it. Files are named by
-    their path in `source`, in `folder` where it lists several; one whose path ends with an id that is `known` has that.
-    Raises TaskError for what cannot be read, or where nothing is found.
+    their path in `source`, in `folder` where it lists several; one whose path ends with an id that is `known`, and that
+    with this name, has that. Raises TaskError for what cannot be read, or where nothing is found.
     """
     names = tuple(sorted({n for k in known for n in (k, k.rpartition(":")[0]) if n}, key=lambda n: (-len(n), n)))
     found: list[Document] = []
@@ -90,10 +99,33 @@ def load(
         shown = source.name if isinstance(source, Path) else short(source)
         raise TaskError(f"no documents in {shown}", expected=f"text, in {', '.join((*TABLES, *READERS))}", found="none",
                         do="; ".join(notes) or "add some")  # fmt: skip
-    name, times = Counter(d.id for d in found).most_common(1)[0]
+    _told_apart(found)
+    return found, tuple(notes)
+
+
+def incoming(
+    sources: Iterable[str], known: Collection[str], trusted: bool = False
+) -> tuple[list[Document], list[str], list[str]]:
+    """What `load` reads of several sources for a corpus with these ids: documents, and notes on what was left out.
+
+    Between the two: the ids of rows that their tables, read again, no longer have. Raises TaskError as `load` does, and
+    for two sources with the same document.
+    """
+    found: list[Document] = []
+    notes: list[str] = []
+    for one in sources:
+        some, said = load(one if "://" in one else Path(one), trusted=trusted, known=known)
+        found, notes = [*found, *some], [*notes, *said]
+    _told_apart(found)
+    ids, tables = {d.id for d in found}, {d.table for d in found}
+    gone = [k for k in known if k not in ids and (row := ROW.fullmatch(k)) and row[1] in tables]
+    return found, gone, notes
+
+
+def _told_apart(found: Sequence[Document]) -> None:
+    name, times = Counter(d.id for d in found).most_common(1)[0] if found else ("", 0)
     if times > 1:
         raise TaskError(f"{times} documents have the id {name!r}", expected="ids that differ", do="rename them")
-    return found, tuple(notes)
 
 
 def _stamps(source: Path) -> tuple[tuple[Path, int, int], ...]:
@@ -122,8 +154,8 @@ def _files(
     notes: list[str] = []
     other: list[str] = []
     for file, _, size in stamps:
-        name = Path(os.path.relpath(file, root)).as_posix()
-        name = next((k for k in known if file.resolve().as_posix().endswith(f"/{k}")), name)
+        name, whole = Path(os.path.relpath(file, root)).as_posix(), file.resolve().as_posix()
+        name = next((k for k in known if whole.endswith(f"/{k}") and f"/{k}".endswith(f"/{name}")), name)
         if source.is_dir() and file.suffix.lower() not in (*TABLES, *READERS):
             other += [] if file.name.startswith(".") else [name]
             continue
@@ -144,7 +176,8 @@ def _file(file: Path, name: str, size: int) -> tuple[list[Document], list[str]]:
     """The documents of a file, and notes on what was left out."""
     kind = file.suffix.lower()
     if kind in TABLES:
-        rows = [_row(dict(row.values), f"{name}:{n}", row.where) for n, row in enumerate(read(file), 1)]
+        rows = [replace(_row(dict(row.values), f"{name}:{n}", row.where), table=name)
+                for n, row in enumerate(read(file), 1)]  # fmt: skip
         return ([d for d in rows if d.text.strip()],
                 [f"{d.where} was left out: no text in it" for d in rows if not d.text.strip()])  # fmt: skip
     if kind not in READERS:
@@ -156,9 +189,6 @@ def _file(file: Path, name: str, size: int) -> tuple[list[Document], list[str]]:
         text = READERS[kind](file)
     except OSError as error:
         raise _unread(file, error) from error
-    except RecursionError as error:
-        raise TaskError(f"{file.name} cannot be read", expected="tags within tags, a few hundred at most", found="more",
-                        do="save it anew") from error  # fmt: skip
     if not text.strip():
         return [], [f"{name} was left out: no text in it" + (" (scanned?)" if kind == ".pdf" else "")]
     first = next((line for level, line in _marked(text) if level), "")
@@ -184,11 +214,12 @@ def _query(source: str, folder: Path, trusted: bool) -> Iterator[Document]:
         raise TaskError("the query cannot be read", expected="a database's URL, a space, and a SELECT",
                         found=short(source), do="write sqlite:///a.db SELECT id, title, text FROM b")  # fmt: skip
     sql = package("sqlalchemy", "rag")
-    if place.startswith("sqlite:///"):
-        file = (folder / place.removeprefix("sqlite:///")).resolve()
+    kind, _, path = place.partition(":///")
+    if kind[:6].lower() == "sqlite":  # whatever its driver
+        file = (folder / path).resolve()
         if folder.resolve() not in file.parents or not file.is_file():
-            raise TaskError("the database is not there", expected="a file in the task's folder", found=file.name,
-                            do="copy it there")  # fmt: skip
+            raise TaskError("the database is not there", found=file.name, do="copy it there",
+                            expected="a file in the task's folder, or with --put in this one")  # fmt: skip
         place = f"sqlite:///file:{file}?mode=ro&uri=true"
     try:
         with sql.create_engine(place).connect() as connection:
@@ -210,10 +241,11 @@ def _page(url: str) -> Document:
     import httpx
 
     last, until = url, time.monotonic() + SECONDS
-    with httpx.Client(timeout=20, follow_redirects=False) as client:
+    with httpx.Client(follow_redirects=False) as client:
         for _ in range(6):
+            left = _left(url, until)
             try:
-                with client.stream("GET", **pinned(last, public(last))) as answer:
+                with client.stream("GET", **pinned(last, public(last)), timeout=min(20, left)) as answer:
                     if answer.is_redirect:
                         last = urljoin(last, answer.headers.get("location", ""))
                         continue
@@ -225,21 +257,28 @@ def _page(url: str) -> Document:
     raise TaskError(f"{url} cannot be fetched", expected="at most 5 redirects", found="more", do="name the last")
 
 
+def _left(url: str, until: float) -> float:
+    """The seconds that a page still has. Raises TaskError where it has none."""
+    if (left := until - time.monotonic()) <= 0:
+        raise TaskError(f"{url} does not end", expected=f"a page within {SECONDS:g} s", do="save it as a file")
+    return left
+
+
 def _body(answer: Any, url: str, until: float) -> bytes:
-    body = b""
+    body = bytearray()
     for piece in answer.iter_bytes():
         body += piece
         if len(body) > MOST_BYTES:
             raise TaskError(f"{url} is too large", expected=f"at most {MOST_BYTES / 1e6:.0f} MB", do="save a part")
-        if time.monotonic() > until:
-            raise TaskError(f"{url} does not end", expected=f"a page within {SECONDS:g} s", do="save it as a file")
-    return body
+        _left(url, until)
+    return bytes(body)
 
 
 def _document(url: str, kind: str, body: bytes) -> Document:
     """What was fetched, read as a file of its kind."""
-    endings = {"application/pdf": ".pdf", "text/plain": ".txt", "text/markdown": ".md"}
-    if charset := re.search(r"charset=[\"']?([\w.:-]+)", kind):
+    endings, kind = {"application/pdf": ".pdf", "text/plain": ".txt", "text/markdown": ".md"}, kind.strip().lower()
+    charset = re.search(r"charset=[\"']?([\w.:-]+)", kind)
+    if charset and kind.startswith(("text/", "application/xhtml")):  # of other kinds it is said by habit
         body = decoded(body, charset[1], url)[0].encode("utf-8-sig")  # the mark says so to whoever reads the file
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"page{endings.get(kind.partition(';')[0].strip(), '.html')}"
@@ -256,6 +295,10 @@ def _document(url: str, kind: str, body: bytes) -> Document:
 
 INLINE = ("a", "abbr", "b", "bdi", "bdo", "cite", "code", "data", "del", "dfn", "em", "font", "i", "ins", "kbd", "mark",
           "q", "s", "samp", "small", "span", "strong", "sub", "sup", "time", "tt", "u", "var", "wbr")  # fmt: skip
+ASIDE = ("script", "style", "nav", "header", "footer", "noscript", "template")
+WORD_XML = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
+UNSAID = ("del", "moveFrom", "sdtPr", "sdtEndPr")  # in Word's XML: what was deleted or moved away, and settings
+AROUND = ("ins", "moveTo", "sdt", "sdtContent", "customXml", "smartTag", "fldSimple")  # what stands around text
 
 
 def _text(file: Path) -> str:
@@ -267,20 +310,27 @@ def _html(file: Path) -> str:
     soup, data = package("bs4", "rag"), file.read_bytes()
     declared = soup.dammit.EncodingDetector.find_declared_encoding(data, is_html=True)
     page = soup.BeautifulSoup(decoded(data, declared or "", file.name)[0], "html.parser")
-    for part in page(["script", "style", "nav", "header", "footer", "noscript", "template"]):
-        if part.name != "header" or not part.find_parent(["article", "main", "section"]):
-            part.decompose()
-    title = page.title.extract().get_text().strip() if page.title else ""
-    for part in page(INLINE):  # else a line would end at each of them
-        part.unwrap()
-    page.smooth()
-    for part in page("pre"):
-        part.insert_before("\n```\n")
-        part.insert_after("\n```\n")
-    for part in page(re.compile("^h[1-6]$")):
-        level = min(6, int(part.name[1]) + 1)
-        part.replace_with(f"\n\n{'#' * level} {' '.join(part.get_text(' ').split())}\n\n")
-    return (f"# {title}\n\n" if title else "") + str(page.get_text("\n"))
+    head, kinds = page.title, (str, soup.NavigableString, soup.CData)  # and no comments
+    title = head.get_text().strip() if head else ""
+    made = [f"# {title}\n\n"] if title else []
+    todo: list[Any] = [page]
+    while todo:
+        part = todo.pop()
+        if isinstance(part, tuple):  # a heading's level, and where it began: it ends
+            level, begin = part
+            made[begin:] = [f"\n\n{'#' * level} {' '.join(''.join(made[begin:]).split())}\n\n"]
+        elif isinstance(part, str):
+            made += [part] if type(part) in kinds else []
+        elif part is head or (
+            part.name in ASIDE and not (part.name == "header" and part.find_parent(["article", "main", "section"]))
+        ):
+            continue
+        elif re.fullmatch("h[1-6]", part.name):
+            todo += [(min(6, int(part.name[1]) + 1), len(made)), *reversed(part.contents)]
+        else:
+            edge = "\n```\n" if part.name == "pre" else "" if part.name in INLINE else "\n"
+            todo += [edge, *reversed(part.contents), edge]
+    return "".join(made)
 
 
 def _pdf(file: Path) -> str:
@@ -298,12 +348,15 @@ def _pdf(file: Path) -> str:
 
 
 def _docx(file: Path) -> str:
-    """Paragraphs and table rows as they come; headings by their style."""
-    lines = []
+    """Paragraphs and table rows as they come, tracked changes accepted; headings by their style."""
+    lines: list[str] = []
     try:
-        for block in package("docx", "rag").Document(str(file)).iter_inner_content():
+        opened, xml = package("docx", "rag").Document(str(file)), package("lxml.etree", "rag")
+        xml.strip_elements(opened.element.body, *(WORD_XML + tag for tag in UNSAID), with_tail=False)
+        xml.strip_tags(opened.element.body, *(WORD_XML + tag for tag in AROUND))
+        for block in opened.iter_inner_content():
             if hasattr(block, "rows"):
-                lines += [" | ".join(cell.text for cell in row.cells) for row in block.rows]
+                lines += _lines(block)
             elif block.text.strip():
                 head = re.match(r"Title|Heading (\d)", block.style.name)
                 level = min(6, int(head[1] or 0) + 1) if head else 0
@@ -314,6 +367,13 @@ def _docx(file: Path) -> str:
         raise TaskError(f"{file.name} cannot be read", expected="a DOCX", found=str(error)[:120], do="save it anew"
                         ) from error  # fmt: skip
     return "\n\n".join(lines)
+
+
+def _lines(table: Any) -> list[str]:
+    """The rows of a DOCX's table; a table within a cell stands in its row."""
+    return [" | ".join("\n".join("\n".join(_lines(block)) if hasattr(block, "rows") else block.text
+                                 for block in cell.iter_inner_content()) for cell in row.cells)
+            for row in table.rows]  # fmt: skip
 
 
 TABLES = (".jsonl", ".csv", ".parquet")

@@ -49,7 +49,7 @@ class Graph:
         called = (facts.named(r)[0] for r in relations)
         told = tuple(" ".join(name.replace("_", " ").split()) or name for name in called)
         edges = np.array(sorted(rows), np.int64).reshape(-1, 3)
-        return cls(tuple(facts.named(n) for n in nodes), told, edges, inverses)
+        return cls(tuple(facts.named(n, humps=False) for n in nodes), told, edges, inverses)
 
     @cached_property
     def _backwards(self) -> np.ndarray[Any, Any]:
@@ -157,11 +157,16 @@ def build(graph: Graph, folder: Path, embedder: Embedder, hops: int = 1, learnt:
         # Those that are described are found by their description first of all.
         order = sorted(range(len(graph.nodes)), key=lambda n: n not in graph.described)[:MOST_EMBEDDED]
         texts = [": ".join([graph.nodes[n][0], *([graph.described[n]] if n in graph.described else [])]) for n in order]
-        np.save(work / "names.npy", embedder(texts), allow_pickle=False)
-        body = {"relations": graph.relations, "inverses": [*graph.inverses.items()], "order": order,
-                "hops": hops, "learnt": dict(learnt or {}), "answered": answered}  # fmt: skip
+        vectors = np.asarray(embedder(texts))
+        np.save(work / "names.npy", vectors, allow_pickle=False)
+        body = {"relations": graph.relations, "inverses": [*graph.inverses.items()], "order": order, "hops": hops,
+                "learnt": dict(learnt or {}), "answered": answered, "names": _hash(vectors)}  # fmt: skip
         body["content"] = identity(graph, order, hops, body["learnt"])
         (work / "graph.json").write_text(json.dumps(body, ensure_ascii=False), encoding="utf-8")
+
+
+def _hash(vectors: np.ndarray[Any, Any]) -> str:
+    return hashlib.sha256(vectors.tobytes()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,7 +195,8 @@ def read(folder: Path) -> Opened:
         nodes = tuple(tuple(json.loads(line)) for line in lines)
         graph = Graph(nodes, tuple(body["relations"]), edges, dict(body["inverses"]))
         content = identity(graph, body["order"], body["hops"], body["learnt"])
-        if content != body["content"] or len(vectors) != len(body["order"]):
+        same = body.get("names", "") in ("", _hash(vectors))
+        if content != body["content"] or len(vectors) != len(body["order"]) or not same:
             raise ValueError("files that were changed")
         return Opened(graph, body["order"], vectors, body["hops"], body["learnt"], body.get("answered", ()))
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -14,7 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from whet.documents import HANGUL, PARTICLE, Passage
+from whet.documents import HANGUL, MARKS, PARTICLE, Passage
 from whet.embed import Embedder
 from whet.errors import ArtifactError
 from whet.extras import package
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Ways = dict[Way, tuple[int, ...]]  # and where each leads
 Span = tuple[int, int]  # of words in a question
-WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")  # a character where words have no spaces between them
+# A character where words have no spaces between them; a vowel sign or an accent is part of its word.
+WORD = re.compile(rf"[{UNSPACED}]|(?:[^\W_{UNSPACED}][{MARKS}]*)+")
 PARTICLES = re.compile(f"{PARTICLE}{{1,2}}")  # two are stacked
 BEHIND = rf"(?=$|[\s.,;:?!'’{HANGUL}])"  # what may follow a name of signs
 RUNNING = frozenset("!\"#%&'()*+,-./:;<=>?@[]_|~–—…·")  # signs of any text, alone the name of nothing
@@ -50,7 +51,7 @@ BACKWARDS = 0.05  # what a step against its relation costs
 RATE, MARGIN, EPOCHS, MOST_LEARNT, RIVALS = 0.0075, 0.025, 4, 2000, 40  # of the perceptron; wrong ways of a question
 BATCH = 64  # questions that are read at once
 SAMPLED, MOST = 200, 0.95  # train rows that tell how many hops are needed; their share that is to be answered
-READER = 4  # counts the ways in which questions are read: nothing learnt or answered by one is taken for another's
+READER = 5  # counts the ways in which questions are read: nothing learnt or answered by one is taken for another's
 
 
 @dataclass(frozen=True)
@@ -201,8 +202,8 @@ class Linker:
         Beside whole names only those that hold a word of no name, are like whole words, and cut no other name.
         """
         strange = [n for n, word in enumerate(said)
-                   if len(word) >= LETTERS and word.isalpha() and word not in self.holding and word not in STOP
-                   and not any(_within((n, n + 1), one) for one in whole)]  # fmt: skip
+                   if len(word) >= LETTERS and not any(map(str.isnumeric, word)) and word not in self.holding
+                   and word not in STOP and not any(_within((n, n + 1), one) for one in whole)]  # fmt: skip
         tried = [said[n] for n in strange] if whole else [word for word in said if word not in STOP]
         if not tried:
             return []

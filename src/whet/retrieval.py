@@ -22,7 +22,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from whet.documents import HANGUL, PIECE, Document, Passage, passages
+from whet.documents import HANGUL, MARKS, PIECE, Document, Passage, passages
 from whet.embed import PACKAGE, Embedder, mark
 from whet.errors import ArtifactError, MethodError
 from whet.extras import package
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     Vectors = np.ndarray[Any, Any]
 
 RUN = re.compile(f"[{UNSPACED}{HANGUL}]{{2,}}")
+WORD = rf"[\w{MARKS}]{{2,}}"
 MIXES = ("both", "ranks", "words", "meaning")
 Key = TypeVar("Key", int, str)
 DEPTH = 100  # passages of each ranking that are merged
@@ -60,7 +61,7 @@ class Found:
 
 def identity(pieces: Sequence[Passage]) -> str:
     """What a generation is named by: its passages, and how words and meanings are told from them."""
-    body = json.dumps([mark(), "snowball, bigrams", [asdict(p) for p in pieces]], sort_keys=True)
+    body = json.dumps([mark(), "snowball, bigrams, marks", [asdict(p) for p in pieces]], sort_keys=True)
     return hashlib.sha256(body.encode()).hexdigest()
 
 
@@ -119,7 +120,8 @@ def _stems(texts: Sequence[str]) -> Any:
     """The words of texts as BM25 counts them: without English stop words, as Snowball's stems."""
     stemmer = package("Stemmer", "rag").Stemmer("english")
     every = [paired(text) for text in texts]
-    return package("bm25s", "rag").tokenize(every, stopwords="en", stemmer=stemmer, show_progress=False)
+    return package("bm25s", "rag").tokenize(every, token_pattern=WORD, stopwords="en", stemmer=stemmer,
+                                            show_progress=False)  # fmt: skip
 
 
 def paired(text: str) -> str:

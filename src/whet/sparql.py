@@ -57,20 +57,23 @@ def _pages(url: str, query: str) -> list[Triple]:
 
     A server may give fewer rows than it is asked for, so that only an empty page is the end, or one that begins as the
     last did. What is short of a page is asked for up to its end, since some sort no more rows than those of a page.
+    Blank nodes are told apart by page: what each answer calls them holds within it alone.
     """
     rdf = package("pyoxigraph", "knowledge")
-    rows: list[Row] = []
+    made: list[Triple] = []
     page: list[Row] = []
-    once = _ends(query, r"limit\s+\d+")
-    while len(rows) < MOST_ROWS:
-        some = f"{query}\nLIMIT {PAGE - len(rows) % PAGE} OFFSET {len(rows)}"
+    once, at = _ends(query, r"limit\s+\d+"), 0
+    while at < MOST_ROWS:
+        some = f"{query}\nLIMIT {PAGE - at % PAGE} OFFSET {at}"
         last, page = page, _rows(url, query if once else some)
         if not page or page[:1] == last[:1]:
             break
-        rows += page
+        for row in page[: MOST_ROWS - at]:
+            made += term_triples(rdf, *row, f"{at}-{{}}".format)
+        at += len(page)
         if once:
             break
-    return [triple for row in rows[:MOST_ROWS] for triple in term_triples(rdf, *row)]
+    return made
 
 
 def _ends(query: str, clause: str) -> bool:

@@ -54,6 +54,7 @@ MONTHS = ("January", "February", "March", "April", "May", "June", "July", "Augus
           "December")  # fmt: skip
 DAYS = ("{d} {month} {y}", "{month} {d} {y}", "{y}년 {m}월 {d}일", "{y}年{m}月{d}日")
 DAYS_OF_MONTHS = ("{month} {y}", "{y}년 {m}월", "{y}年{m}月")
+BC = re.compile(rf"(?:(?:(\d+) )?({'|'.join(MONTHS)}) )?(\d+) BC")
 NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 # Wikidata's triples name a relation P31 by wdt:P31, p:P31 and others; labelled is the entity wd:P31.
 PROPERTY = re.compile(r"/prop/(?:[\w-]+/)*(?=P\d+>$)")
@@ -68,13 +69,18 @@ class Facts:
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     inverses: Mapping[str, str] = field(default_factory=dict)
 
-    def named(self, one: str) -> tuple[str, ...]:
-        """The names of an id, the label first; one without a label is called by the end of its IRI."""
+    def named(self, one: str, humps: bool = True) -> tuple[str, ...]:
+        """The names of an id, the label first; one without a label is called by the end of its IRI.
+
+        `humps` false is for things: a name such as YouTube is theirs as it is written, and in words besides.
+        """
         number, unit, _ = one.partition("  <")
         if unit and one[:1] != "<":  # a quantity of Wikidata's
             return (f"{number} {self.named(one[len(number) + 2 :])[0]}",)
         own = self.names.get(one) or self.names.get(PROPERTY.sub("/entity/", one))
-        return own or ((_local(one),) if one[:1] == "<" else _written(_spoken(one)[1]))
+        if own or one[:1] != "<":
+            return own or _written(_spoken(one)[1])
+        return tuple(dict.fromkeys((_local(one, humps), _local(one))))
 
 
 def text(value: str, language: str = "") -> str:
@@ -99,6 +105,9 @@ def _written(value: str) -> tuple[str, ...]:
         if 1 <= month <= 12:
             known = {"y": year, "m": month, "d": day, "month": MONTHS[month - 1]}
             return (value, *(form.format(**known).strip() for form in (DAYS if day else DAYS_OF_MONTHS)), str(year))
+    if found := BC.fullmatch(value):
+        raw = f"-{int(found[3]):04d}-{MONTHS.index(found[2]) + 1 if found[2] else 0:02d}-{int(found[1] or 0):02d}"
+        return tuple(dict.fromkeys((value, f"{found[3]} BC", raw.removesuffix("-00").removesuffix("-00"))))
     if found := re.match(r"-?\d{4,}(?![\d:/-])", value):
         return value, f"{int(found[0]):,}{value[found.end() :]}"
     return (value,)
@@ -281,25 +290,34 @@ def _cells(file: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _rdf(name: str, stream: IO[bytes], kind: str) -> Iterator[Triple]:
-    rdf = package("pyoxigraph", "knowledge")
+    rdf, numbers = package("pyoxigraph", "knowledge"), dict[str, int]()  # of blank nodes: some are called at random
+
+    def blank(label: str) -> str:
+        return f"{name}:{numbers.setdefault(label, len(numbers))}"
+
     try:
         for quad in rdf.parse(input=stream, format=getattr(rdf.RdfFormat, kind)):
-            yield from term_triples(rdf, quad.subject, quad.predicate, quad.object)
+            yield from term_triples(rdf, quad.subject, quad.predicate, quad.object, blank)
     except SyntaxError as error:
         where = f"{name} line {error.lineno}" if error.lineno else name
         raise TaskError(f"{where} is not {kind.replace('_', '-').title()}", expected="triples",
                         found=short(str(error.msg), 120), do="correct it") from error  # fmt: skip
 
 
-def term_triples(rdf: Any, s: Any, p: Any, o: Any) -> Iterator[Triple]:
-    """A triple of RDF terms as ids and values; nothing where an answer leaves one of them unbound."""
-    if s is None or p is None or o is None:
-        return
-    subject, relation = (f"<{one}>" if isinstance(one, rdf.BlankNode) else str(one) for one in (s, p))
-    if isinstance(o, rdf.Literal):
-        yield subject, relation, literal(o.value, o.datatype.value, (o.language or "").lower())
-    else:
-        yield subject, relation, f"<{o}>" if isinstance(o, rdf.BlankNode) else str(o)
+def term_triples(rdf: Any, s: Any, p: Any, o: Any, blank: Callable[[str], str] = str) -> Iterator[Triple]:
+    """A triple of RDF terms as ids and values; nothing where an answer leaves one of them unbound.
+
+    `blank` tells blank nodes apart by their labels: what another file or answer calls the same is another one. A
+    literal that is a subject or a relation is its text, whatever its language.
+    """
+
+    def term(one: Any, language: str = "") -> str:
+        if isinstance(one, rdf.Literal):
+            return literal(one.value, one.datatype.value, language)
+        return f"<_:{blank(one.value)}>" if isinstance(one, rdf.BlankNode) else str(one)
+
+    if s is not None and p is not None and o is not None:
+        yield term(s), term(p), term(o, (getattr(o, "language", "") or "").lower())
 
 
 def literal(value: str, datatype: str, language: str = "") -> str:
@@ -309,7 +327,7 @@ def literal(value: str, datatype: str, language: str = "") -> str:
         return f"{float(value):.15g}"
     if _local(datatype, humps=False).lower() in DATES and (found := TIME.fullmatch(value)):
         return found[1]
-    if datatype and "XMLSchema" not in datatype and NUMBER.fullmatch(value):
+    if datatype and not re.search("XMLSchema|rdf-syntax-ns", datatype) and NUMBER.fullmatch(value):
         return f"{float(value):.15g} {_local(datatype)}"
     return text(value, language)
 
@@ -349,10 +367,15 @@ def _value(found: Any) -> str:
     if kind == "wikibase-entityid":
         return f"<{value['id']}>"
     if kind == "time":
-        day, precision = value["time"].lstrip("+").split("T")[0], value.get("precision", 11)
-        if precision < 9:  # a decade; what is vaguer cannot be told from its first or last year
-            return f"{day[:-6]}s" if precision == 8 else ""
-        return str(day[: {9: -6, 10: -3}.get(precision, len(day))])
+        era, precision = " BC" if value["time"][:1] == "-" else "", value.get("precision", 11)
+        year, month, day = map(int, value["time"].lstrip("+-").split("T")[0].split("-"))
+        if precision < 8:  # what is vaguer than a decade cannot be told from its first or last year
+            return ""
+        if precision < 10 or not 1 <= month <= 12:
+            return f"{f'{year // 10 * 10}s' if precision == 8 else year}{era}"
+        if era:
+            return f"{f'{day} ' if precision > 10 else ''}{MONTHS[month - 1]} {year}{era}"
+        return f"{year:04d}-{month:02d}" + (f"-{day:02d}" if precision > 10 else "")
     if kind == "quantity":
         unit = value.get("unit", "1")
         return str(value["amount"]).lstrip("+") + ("" if unit == "1" else f"  <{_local(unit, humps=False)}>")
