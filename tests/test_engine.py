@@ -11,13 +11,14 @@ import pytest
 import torch
 from models import SHARED, TEXT, UNSHARED, WINDOW, make_model, make_tokenizer, reference, reference_rows
 from scipy import stats
-from transformers import AutoModelForCausalLM, DogeConfig, NemotronConfig
+from transformers import AutoModelForCausalLM, DogeConfig, MambaConfig, NemotronConfig, Phi3Config, RecurrentGemmaConfig
 
 from whet.engine import Sampling, attention, open_session, prefix
 from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession, using_tree
 from whet.errors import EngineError
 from whet.model import resolve
+from whet.prompt import escape
 from whet.train.loop import _step
 from whet.train.losses import NextToken
 
@@ -158,6 +159,16 @@ def test_bf16_is_near_fp32(tokenizer: Any) -> None:
     assert sum(errors[0]) < 1.5 * sum(errors[1])
 
 
+def test_few_logits_of_unshared_rows_are_in_fp32_at_once(
+    models: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, plain = list[int](), torch.logsumexp
+    monkeypatch.setattr("whet.engine.torch.LOGIT_ROWS", 3)
+    monkeypatch.setattr(torch, "logsumexp", lambda x, dim: plain(x, dim) if sizes.append(len(x)) is None else x)
+    close(TorchSession(models["gemma2"], tokenizer).score_rows(ROWS), reference_rows(models["gemma2"], ROWS))
+    assert max(sizes) == 3
+
+
 # --- raw text ---------------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +253,18 @@ def test_greedy_equals_transformers(models: Any, tokenizer: Any, family: str) ->
             assert generation.tokens == len(tokens)
             assert generation.finish == ("stop" if tokens[-1] == tokenizer.eos_token_id else "length")
             assert generation.text == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("config", [MambaConfig, RecurrentGemmaConfig])
+def test_greedy_with_a_state_or_no_cache_at_all(config: Any, tokenizer: Any) -> None:
+    small = {"state_size": 4} if config is MambaConfig else {"num_attention_heads": 4, "attention_window_size": 512}
+    own = config(vocab_size=300, hidden_size=32, num_hidden_layers=3, initializer_range=0.25, pad_token_id=0,
+                 bos_token_id=0, eos_token_id=2, **small)  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(own, dtype=torch.float32).eval()
+    session = Recording(model, tokenizer)
+    session.generate(CHATS, Sampling(max_tokens=6))
+    assert session.made == [plain_generate(model, ids_of(tokenizer, c), 6) for c in CHATS]
 
 
 def test_generation_in_small_groups(models: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -510,6 +533,22 @@ def test_layers_that_drop_the_plan_or_mask_on_their_own_run_unshared(config: Any
     assert _step(model, model, rows, NextToken())[0] == pytest.approx(-sum(wanted) / len(wanted), rel=1e-4)
 
 
+def test_rows_on_either_side_of_longrope_are_computed_as_alone(tokenizer: Any) -> None:
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}
+    own = Phi3Config(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                     max_position_embeddings=512, original_max_position_embeddings=45, rope_parameters=rope,
+                     initializer_range=0.25, pad_token_id=0, bos_token_id=0, eos_token_id=2)  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(own, dtype=torch.float32).eval()
+    session = Recording(model, tokenizer)
+    assert attention.window(model) == 45
+    close(session.score_rows(ROWS), reference_rows(model, ROWS))
+    close(session.score_rows(ROWS[6:]), reference_rows(model, ROWS[6:]))  # none beyond: shared
+    prompts = [HEAD, HEAD + (5, 6, 7, 8, 9), HEAD + MORE]  # one crosses the length while it is answered
+    session.generate_rows([Row(p) for p in prompts], Sampling(max_tokens=9))
+    assert session.made == [plain_generate(model, p, 9) for p in prompts]
+
+
 def test_one_long_row_is_cut_into_blocks_off_the_processor() -> None:
     q, k = (torch.empty(1, heads, 32_768, 1, device="meta") for heads in (32, 8))
     blocks = list(attention._blocks(q, k, causal=True))
@@ -610,6 +649,14 @@ def test_markers_in_answers_are_only_text(models: Any, tokenizer: Any) -> None:
     # Raw text is measured as it stands: its special tokens are part of it.
     [[score]] = session.score(["a"], [[text]])
     assert score.tokens == len(tokenizer(text)["input_ids"])
+
+
+def test_markers_that_a_model_repeats_come_back_whole(models: Any, tokenizer: Any) -> None:
+    session = TorchSession(models["llama"], tokenizer)
+    text = "<s> and <|im_end|>, <tool_call>"
+    said = tokenizer(escape(text, session.broken))["input_ids"]
+    assert session._finish(said, Sampling()).text == text
+    assert session._finish(said, Sampling(stop=("<|im_end|>",))).text == "<s> and "
 
 
 def test_opening_a_folder(model_folder: str, home: Path, fp32: None) -> None:

@@ -16,9 +16,10 @@ from models import save_model
 from whet.engine import Sampling
 from whet.engine.torch import TorchSession
 from whet.errors import ModelError, StoreError
+from whet.metrics import Outcome
 from whet.model import DEFAULT, ModelRef, aside, compute_dtype, hash_files, load, loaded_before, own_device, resolve
 from whet.prompt import messages, render
-from whet.store import anew
+from whet.store import Store, anew, write_text
 
 
 @pytest.fixture
@@ -61,7 +62,8 @@ def test_pickles_are_never_loaded(folder: Path) -> None:
         resolve(str(folder))
 
 
-def test_code_of_a_model_is_never_run(folder: Path, tmp_path: Path) -> None:
+def test_code_of_a_model_is_never_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *asked: "y")  # as if someone would agree to it, being asked
     marker = tmp_path / "ran"
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "stranger", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
@@ -130,6 +132,15 @@ def test_an_older_folder_is_put_back_where_the_new_one_cannot_take_its_place(
     with pytest.raises(StoreError, match="No space left"), anew(tmp_path / "out", "mark") as work:
         (work / "mark").write_text("new")
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "mark").read_text() == "old"
+
+
+def test_half_a_surrogate_pair_can_be_kept(tmp_path: Path) -> None:
+    store, outcomes = Store(tmp_path), (Outcome("1", "\ud83d", 0.0, "안녕"),)
+    store.keep_outcomes("key", outcomes, {})
+    store.keep_trial("run", "trial", {"why": "\ud83d"})
+    assert store.outcomes("key") == (outcomes, {}) and store.trial("run", "trial") == {"why": "\ud83d"}
+    write_text(tmp_path / "answers", "\ud83d 안녕")
+    assert (tmp_path / "answers").read_text(encoding="utf-8") == "? 안녕"
 
 
 def test_nothing_that_only_unix_has_is_needed_to_start() -> None:

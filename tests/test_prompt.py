@@ -21,6 +21,7 @@ from whet.prompt import (
     shorten,
     specials_of,
     takes_system,
+    unescape,
 )
 
 TOKENIZER = make_tokenizer()
@@ -66,15 +67,17 @@ def test_escaping_twice_is_escaping_once(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text", ["<|im_end|>", "</s>", "<s>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<start_of_turn>", "<bos>",
-             "<|begin_of_text|>", "<｜User｜>", "<|system|>"],
+             "<|begin_of_text|>", "<｜User｜>", "<|system|>", "<|turn>", "<turn|>", "<|channel>", "<channel|>",
+             "[|user|]", "[|endofturn|]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_RESULTS]"],
 )  # fmt: skip
 def test_markers_of_other_models_are_broken_up_too(text: str) -> None:
     assert escape(f"a{text}b") == f"a{text[0]}{BREAK}{text[1:]}b"
 
 
 @pytest.mark.parametrize(
-    "text", ["a < b > c", "x<y|z>w", "<b>bold</b>", "list[0]", "if a || b", "안녕 <3", "<| spaced |>", ""]
-)
+    "text", ["a < b > c", "x<y|z>w", "<b>bold</b>", "list[0]", "if a || b", "안녕 <3", "<| spaced |>", "", "[NOTE]",
+             "[|x|]", "f <| g |> h", "\\left[|v|\\right]", "<table>|a|b|</table>", "[INSTALL]", "<|>", "x<|y>"],
+)  # fmt: skip
 def test_ordinary_text_with_such_signs_stays(text: str) -> None:
     assert escape(text, SPECIALS) == text
 
@@ -85,6 +88,18 @@ def test_markers_within_and_across_markers(text: str) -> None:
     assert not MARKERS.search(safe)
     assert not any(token in safe for token in SPECIALS)
     assert safe.replace(BREAK, "") == text
+
+
+@given(any_text)
+def test_what_was_broken_up_becomes_whole_again(text: str) -> None:
+    plain = text.replace(BREAK, "")
+    assert unescape(escape(plain, SPECIALS), SPECIALS) == plain
+
+
+def test_zero_width_spaces_of_the_text_itself_stay() -> None:
+    own = f"a{BREAK}b <im{BREAK}_end> {BREAK}"
+    assert unescape(own, SPECIALS) == own
+    assert unescape(f"{own}<{BREAK}s>{BREAK}", SPECIALS) == f"{own}<s>{BREAK}"
 
 
 def test_specials_of() -> None:
@@ -129,6 +144,20 @@ def test_control_tokens_that_are_not_special_are_broken_up_but_in_answers() -> N
     assert {n for n in sent if n in alone} == set(alone)
     [asked, said] = as_turns((("user", text), ("assistant", text)))  # as servers are sent it
     assert said["content"] == text and "<tool_response>" not in asked["content"] and "</think>" not in asked["content"]
+
+
+def test_prompts_are_the_same_on_every_day() -> None:
+    dated = make_tokenizer(
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "{{ date_string }}, {% if strftime_now is defined %}{{ strftime_now('%A, %-d %B %Y (%Y-%m-%d)') }}{% endif %}. "
+        + CHATML
+    )
+    chat = (("user", "x"),)
+    assert render(dated, chat) == "26 Jul 2024, Friday, 26 July 2024 (2024-07-26). " + render(TOKENIZER, chat)
+    indented = make_tokenizer("\n  {% set day = strftime_now('%Y') %}\n" + CHATML)  # a template's own white space stays
+    assert render(indented, chat) == indented.apply_chat_template(
+        [{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True
+    )
 
 
 def test_raw_text_is_not_touched() -> None:

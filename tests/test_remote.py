@@ -204,13 +204,26 @@ def test_odd_text_survives_the_way():
         assert s.generate([(("user", odd),)], Sampling())[0][0].text == odd[::-1]
 
 
-def test_null_content_is_an_empty_answer():
+@pytest.mark.parametrize("message", [{"content": None}, {"role": "assistant"}])
+def test_no_content_is_an_empty_answer(message):
     class Silent(Play):
         def chat(self, payload, text=None, **more):
-            return {"choices": [{"message": {"content": None}}], "usage": None}
+            return {"choices": [{"message": message}], "usage": None}
 
     with session(Silent()) as s:
         assert s.generate([USER], Sampling())[0][0].text == ""
+
+
+def test_markers_that_a_model_repeats_come_back_whole():
+    class Parrot(Play):
+        def chat(self, payload, text=None, **more):
+            return super().chat(payload, payload["messages"][-1]["content"])
+
+    said = "<s>, <|im_end|> and <tool_call>"
+    with session(Parrot()) as s:
+        asked = (("user", said),)
+        assert s.generate([asked], Sampling())[0][0].text == said
+        assert s.score([asked], [["<s>", said]])[0][1].logprob == -0.05
 
 
 def test_order_is_kept_and_concurrency_bounded():
@@ -406,6 +419,37 @@ def test_a_server_that_hangs_is_given_up():
             s.generate([USER], Sampling())
         assert 0.6 <= time.monotonic() - begun < 4
         release.set()
+
+
+def test_a_prompt_that_is_never_answered_in_time_leaves_the_others_their_answers():
+    release, slow = threading.Event(), (("user", "slow"),)
+
+    class Stuck(Play):
+        def chat(self, payload, text=None, **more):
+            if payload["messages"][-1]["content"] == "slow":
+                release.wait(10)
+            return super().chat(payload, text, **more)
+
+    with session(Stuck(), HASTY) as s:
+        made = s.generate([USER, slow, USER], Sampling())
+        assert [g.text for [g] in made] == ["c b a", "", "c b a"]
+        assert [r.logprob for r in s.score([slow, USER], [["c", "x"]] * 2)[0]] == [UNANSWERED] * 2
+        with pytest.raises(RemoteError, match="none in 0.3 s"):
+            s.generate([slow, USER, slow], Sampling())
+        release.set()
+
+
+def test_a_long_answer_has_more_time():
+    class Slow(Play):
+        def chat(self, payload, text=None, **more):
+            if hasattr(self, "opened"):
+                time.sleep(0.7)
+            return super().chat(payload, text, **more)
+
+    with session(Slow(), HASTY) as s:
+        assert s.generate([USER], Sampling(max_tokens=12 * module.PACE))[0][0].text == "c b a"
+        with pytest.raises(RemoteError, match="none in 0.3 s"):
+            s.generate([USER], Sampling(max_tokens=12))
 
 
 def test_a_server_that_trickles_is_given_up():
@@ -849,6 +893,25 @@ def test_raw_text_with_log_probabilities_of_generated_tokens_only():
         assert s.protocol["scoring_raw"] == "logprobs"
         row = s.score(["Is it?"], [[" no", " yes"]])[0]
     assert [r.logprob for r in row] == [pytest.approx(-3.0), pytest.approx(-0.1)]
+
+
+def test_models_that_forbid_log_probabilities_are_answered_in_words():
+    class Reasoner(Play):
+        def answer(self, path, payload, nth):
+            if payload.get("logprobs"):
+                return 403, {"error": {"message": "You are not allowed to request logprobs from this model"}}, {}
+            return super().answer(path, payload, nth)
+
+    with session(Reasoner()) as s:
+        assert s.protocol["scoring"] == s.protocol["scoring_raw"] == "generation"
+        assert s.generate([USER], Sampling())[0][0].text == "c b a"
+
+    class Closed(Play):
+        def answer(self, path, payload, nth):
+            return 403, {"error": {"message": "this key may not use the model"}}, {}
+
+    with pytest.raises(RemoteError, match="status 403.*this key.*OPENAI_API_KEY"), session(Closed()):
+        pass
 
 
 def test_whole_texts_are_not_scored_by_guesswork():

@@ -98,6 +98,22 @@ def test_an_interval_is_never_a_point_for_want_of_spread():
     assert bootstrap_interval(scored([0] * 20, ["a", "b"] * 10), ACCURACY) == pytest.approx(wilson(0, 2))
 
 
+def test_a_single_group_says_nothing_of_others():
+    group = ["g"] * 4
+    a, b = scored([1, 0, 0, 1], group), scored([1, 1, 0, 1], group)
+    assert bootstrap_interval(a, ACCURACY) == bootstrap_interval(scored([0.3]), F1) == (0, 1)
+    result, kept = compare(a, b, ACCURACY), not_worse(a, b, ACCURACY, 0.0)
+    assert (result.low, result.difference, result.high) == (-1, 0.25, 1)
+    assert result.p_value == result.smallest_detectable == kept.bound == 1 and kept.ok
+    assert not not_worse(b, a, ACCURACY, 0.0).ok
+    # What knows no bounds goes as far as its rows.
+    a, b = scored([1.0, 2.0], group[:2]), scored([1.0, 3.0], group[:2])
+    assert bootstrap_interval(a, PPL) == pytest.approx((math.exp(1), math.exp(2)))
+    result = compare(a, b, PPL)
+    assert (result.low, result.high) == pytest.approx((math.exp(1) - math.exp(3), math.exp(2) - math.exp(1)))
+    assert result.smallest_detectable == -result.low and not_worse(b, a, PPL, 0.0).ok
+
+
 def test_an_interval_needs_outcomes():
     with pytest.raises(ValueError):
         bootstrap_interval([], ACCURACY)

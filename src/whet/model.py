@@ -187,13 +187,14 @@ def _from_gguf(file: Path, folder: Path) -> None:
     with aside(folder) as work, contextlib.redirect_stderr(io.StringIO()):
         unpack = GgufConfig(gguf_file=file.name, dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, quantization_config=unpack, dtype=torch.bfloat16
+            file.parent, gguf_file=file.name, quantization_config=unpack, dtype=torch.bfloat16, trust_remote_code=False
         )
         # The weights are plain from here on: a quantization entry would make them be read as packed.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.save_pretrained(work)
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(work)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+        tokenizer.save_pretrained(work)
 
 
 def local_folder(ref: ModelRef, home: Path) -> Path:
@@ -283,13 +284,15 @@ def load(
     dtype = dtype or compute_dtype()
     device = device or own_device()
     try:
-        tokenizer = quiet(AutoTokenizer.from_pretrained, folder)
+        # Where it is left open, transformers asks whoever sits at the terminal.
+        tokenizer = quiet(AutoTokenizer.from_pretrained, folder, trust_remote_code=False)
         if ref.whole is not None:
             from whet.compress import folder as compressed
 
             model = quiet(compressed.load, folder, dtype)
         else:
-            model = quiet(AutoModelForCausalLM.from_pretrained, folder, dtype=dtype, use_safetensors=True)
+            model = quiet(AutoModelForCausalLM.from_pretrained, folder, dtype=dtype, use_safetensors=True,
+                          trust_remote_code=False)  # fmt: skip
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise ModelError(
             f"cannot load {ref.base}",
@@ -326,6 +329,14 @@ def save_weights(module: Any, folder: Path) -> None:
     module.to(dtype)
 
 
+def as_dtype(module: Any, dtype: Any) -> Any:
+    """The module with its parameters in `dtype`; buffers stay as they are, as the frequencies of positions must."""
+    for value in module.parameters():
+        if value.is_floating_point():
+            value.data = value.data.to(dtype)
+    return module
+
+
 def _apply(model: PreTrainedModel, transform: Transform) -> PreTrainedModel:
     """Apply one transform to loaded weights."""
     if transform.kind == "model":  # what was loaded is this one
@@ -338,6 +349,7 @@ def _apply(model: PreTrainedModel, transform: Transform) -> PreTrainedModel:
         return model
     if transform.kind != "adapter":
         raise ModelError(f"unknown transform {transform.kind!r}", expected="adapter, weights, model", do="update whet")
+    import torch
     from peft import PeftModel
 
     from whet.compress.folder import beside, plain
@@ -349,5 +361,5 @@ def _apply(model: PreTrainedModel, transform: Transform) -> PreTrainedModel:
     dtype = model.dtype
     with warnings.catch_warnings():  # peft uses a name that transformers has deprecated
         warnings.simplefilter("ignore", FutureWarning)
-        merged = PeftModel.from_pretrained(model.float(), str(folder)).merge_and_unload()
-    return merged.to(dtype)  # type: ignore[no-any-return]
+        merged = PeftModel.from_pretrained(as_dtype(model, torch.float32), str(folder)).merge_and_unload()
+    return as_dtype(merged, dtype)  # type: ignore[no-any-return]

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import date
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 
 from whet.engine import Chat, Message, Prompt
@@ -19,14 +21,22 @@ if TYPE_CHECKING:
 # Turn markers of the common templates; a model's own special tokens are added when its tokenizer is at hand.
 # Each match is a marker's first character, so that markers within or across one another are all found.
 MARKERS = re.compile(
-    r"(?=<\|[^<>|\s]{1,40}\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|<(?:bos|eos|pad|unk)>"
-    r"|<｜[^<>｜\s]{1,40}｜>)."
+    r"(?=<\|[^<>|\s]{1,40}\|>|</?s>|<(?:start|end)_of_turn>|<</?SYS>>|<(?:bos|eos|pad|unk)>|<｜[^<>｜\s]{1,40}｜>"
+    r"|<\|[a-z_]{3,40}>|<[a-z_]{3,40}\|>|\[\|(?:system|user|assistant|tool|endofturn)\|\]"
+    r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\])."
 )
 # Control tokens to models that think or call tools: what such a model is asked may not hold them, what it said may.
 ASIDES = tuple(f"<{end}{name}>" for name in ("think", "tool_call", "tool_response", "tools") for end in ("", "/"))
 MARKUP = re.compile(r"<\S+>|\[\S+\]")
 SLOT = "{question}"  # where the question stands in a frame
 BREAK = "\u200b"  # a zero-width space: invisible to people, and no marker's spelling
+# Templates that write the day would change every prompt overnight: to them it is always that of Llama's own default.
+DAY = date(2024, 7, 26)
+TODAY = (
+    "{% macro strftime_now(format) %}{{ format|replace('%-', '%')"
+    + "".join(f"|replace('%{part}', '{DAY:%{part}}')" for part in "aAbBdHIjmMpSyY")
+    + " }}{% endmacro %}\n"
+)
 
 
 def escape(text: str, tokens: Iterable[str] = ()) -> str:
@@ -37,6 +47,19 @@ def escape(text: str, tokens: Iterable[str] = ()) -> str:
             # Where a token can overlap with itself, replacing it whole would leave every second one.
             text = re.sub(f"{re.escape(token[0])}(?={re.escape(token[1:])})", token[0] + BREAK, text)
     return text
+
+
+def unescape(text: str, tokens: Iterable[str] = ()) -> str:
+    """Take out again what `escape` has put in, which models repeat; zero-width spaces elsewhere stay."""
+    if BREAK not in text:
+        return text
+
+    def places(broken: str) -> list[int]:
+        return [*accumulate(map(len, broken.split(BREAK)[:-1]))]
+
+    put = set(places(escape(text.replace(BREAK, ""), tokens)))
+    first, *rest = text.split(BREAK)
+    return first + "".join(("" if at in put else BREAK) + part for at, part in zip(places(text), rest, strict=True))
 
 
 def as_turns(chat: Chat, specials: Sequence[str] = (), asides: Sequence[str] = ASIDES) -> list[dict[str, str]]:
@@ -83,7 +106,8 @@ def framed(frame: str, question: str) -> str:
 
 # --- prompts as files -------------------------------------------------------------------------------------------------
 
-RULE = re.compile(r"(\\*)---")  # a line of its own that parts the sections; in a text it gets one more backslash
+# A line of its own that parts the sections, whatever spaces end it; in a text it gets one more backslash.
+RULE = re.compile(r"(\\*)---\s*")
 
 
 def to_text(instruction: str, frame: str = SLOT, words: Sequence[tuple[str, str]] = ()) -> str:
@@ -111,12 +135,15 @@ def from_text(text: str) -> tuple[str, str, dict[str, str]]:
         text = text.replace("\r\n", "\n")
     parts: list[list[str]] = [[]]
     for line in text.removesuffix("\n").split("\n"):
-        if line == "---":
+        found = RULE.fullmatch(line)
+        if found and not found[1]:
             parts.append([])
         else:
-            parts[-1].append(line[1:] if RULE.fullmatch(line) else line)
+            parts[-1].append(line[1:] if found else line)
     if len(parts) > 3:
         raise ValueError(f"{len(parts)} sections; at most instruction, frame and words")
+    if len(parts) == 1 and SLOT in text:
+        raise ValueError(f"{SLOT}, but no line --- between instruction and frame")
     instruction, frame = ("\n".join(part) for part in [*parts, [SLOT]][:2])
     if frame.count(SLOT) != 1:
         raise ValueError(f"the frame has {SLOT} {frame.count(SLOT)} times")
@@ -156,9 +183,9 @@ def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
 def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, system: bool = True) -> str:
     """A chat as the model's own template writes it, the answer's turn opened; raw text stays as it is.
 
-    Templates render in transformers' sandbox. Used alike for scoring, generation and training. Models that can think
-    aloud answer at once: what is measured and trained is the answer. Raises EngineError where the template refuses the
-    turns.
+    Templates render in transformers' sandbox, and always on the same day. Used alike for scoring, generation and
+    training. Models that can think aloud answer at once: what is measured and trained is the answer. Raises EngineError
+    where the template refuses the turns.
     """
     from jinja2 import TemplateError
 
@@ -166,9 +193,11 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, system: bool =
         return prompt
     chat = prompt if system else _fold_system(prompt)
     made = as_turns(chat, specials_of(tokenizer), asides_of(tokenizer))
+    template = tokenizer.get_chat_template()
     try:
         return str(tokenizer.apply_chat_template(
-            made, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            made, chat_template=(TODAY if "strftime_now" in template else "") + template, tokenize=False,
+            add_generation_prompt=True, enable_thinking=False,
         ))  # fmt: skip
     except TemplateError as error:
         raise EngineError(

@@ -62,7 +62,7 @@ def bootstrap_interval(
     """95 % percentile interval of the metric's figure (Efron, 1979), drawing whole groups where there are groups.
 
     Where all scores are 0 or all are 1 the bootstrap sees no spread: a mean then gets Wilson's interval over the
-    groups. Raises ValueError for no outcomes.
+    groups. A single group says nothing of others: see `_extent`. Raises ValueError for no outcomes.
     """
     if not outcomes:
         raise ValueError("no outcomes to draw from")
@@ -71,7 +71,10 @@ def bootstrap_interval(
     scores = {o.score for o in outcomes}
     if isinstance(metric, Mean) and scores in ({0.0}, {1.0}):
         return wilson(clusters * int(scores.pop()), clusters)
-    sums = _sums(metric.statistics(outcomes), of)
+    table = metric.statistics(outcomes)
+    if clusters == 1:
+        return _extent(metric.finish(_dense(table)))
+    sums = _sums(table, of)
     values = _resampled(clusters, draws, seed, lambda counts: metric.finish(counts @ sums), sums.shape[1])
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
@@ -82,17 +85,18 @@ def compare(
 ) -> Paired:
     """Paired comparison of two runs over the same examples in the same order: B minus A, signed so that + is better.
 
-    Interval: paired percentile bootstrap over groups. Test: exact McNemar for scores of 0 and 1 without groups, else a
-    permutation that swaps A and B within groups, on the metric's own figure. Raises ValueError if the ids differ.
+    Interval: paired percentile bootstrap over groups; of a single one, all that the difference may be (see `_extent`).
+    Test: exact McNemar for scores of 0 and 1 without groups, else a permutation that swaps A and B within groups, on
+    the metric's own figure. Raises ValueError if the ids differ.
     """
     pair = _Pair.of(a, b, metric)
     difference = pair.difference()
-    low, high = np.percentile(pair.bootstrap(seed, draws), [2.5, 97.5])
+    low, high = pair.percentiles(seed, draws, 2.5, 97.5)
     if isinstance(metric, Mean) and pair.clusters == len(a) and all(o.score in (0, 1) for o in (*a, *b)):
         test, p_value = "mcnemar", _mcnemar(a, b)
     else:
         test, p_value = "permutation", pair.permutation(seed, draws)
-    return Paired(len(a), difference, float(low), float(high), p_value, test, pair.smallest_detectable())
+    return Paired(len(a), difference, low, high, p_value, test, pair.smallest_detectable())
 
 
 def not_worse(
@@ -106,7 +110,7 @@ def not_worse(
         raise ValueError(f"a margin is at least 0, not {margin}")
     pair = _Pair.of(a, b, metric)
     loss = -pair.difference()
-    bound = float(np.percentile(-pair.bootstrap(seed, draws), 95))
+    bound = -pair.percentiles(seed, draws, 5)[0]
     allowed = margin + pair.smallest_detectable()
     slack = 1e-12  # a loss of exactly the margin is within it, whatever the rounding
     return NotWorse(loss, bound, allowed, loss <= margin + slack and bound <= allowed + slack, margin)
@@ -162,12 +166,16 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two runs as sums per cluster, shape (clusters, s) each, with the figure made of them."""
+    """Two runs as sums per cluster, shape (clusters, s) each, with the figure made of them.
+
+    `extent` is all that the difference may be, from and to, where there is a single cluster; else it is empty.
+    """
 
     a: Any
     b: Any
     finish: Callable[[Any], Any]
     sign: int
+    extent: tuple[float, ...]
 
     @staticmethod
     def of(a: Sequence[Outcome], b: Sequence[Outcome], metric: Metric) -> _Pair:
@@ -176,9 +184,12 @@ class _Pair:
         if [o.id for o in a] != [o.id for o in b]:
             raise ValueError("a paired comparison takes the same examples in the same order; their ids differ")
         table = metric.statistics([*a, *b])  # one call, so that both runs have the same columns
-        of = _clusters(a)
-        return _Pair(_sums(table[: len(a)], of), _sums(table[len(a) :], of), metric.finish,
-                     1 if metric.higher_is_better else -1)
+        of, sign = _clusters(a), 1 if metric.higher_is_better else -1
+        parts, extent = (table[: len(a)], table[len(a) :]), tuple[float, ...]()
+        if not of.any():
+            (least_a, most_a), (least_b, most_b) = (_extent(metric.finish(_dense(part))) for part in parts)
+            extent = tuple(sorted((sign * (least_b - most_a), sign * (most_b - least_a))))
+        return _Pair(_sums(parts[0], of), _sums(parts[1], of), metric.finish, sign, extent)
 
     @property
     def clusters(self) -> int:
@@ -191,8 +202,12 @@ class _Pair:
     def difference(self) -> float:
         return float(self.value(np.ones(self.clusters)))
 
-    def bootstrap(self, seed: int, draws: int) -> Array:
-        return _resampled(self.clusters, draws, seed, self.value, self.a.shape[1])
+    def percentiles(self, seed: int, draws: int, *at: float) -> list[float]:
+        """Percentiles of the difference under the bootstrap; of a single cluster the ends of what it may be."""
+        if self.extent:
+            return [self.extent[percent > 50] for percent in at]
+        drawn = _resampled(self.clusters, draws, seed, self.value, self.a.shape[1])
+        return [float(value) for value in np.percentile(drawn, at)]
 
     def permutation(self, seed: int, draws: int) -> float:
         """Two-sided p-value of swapping A and B cluster by cluster, with +1 correction (Phipson & Smyth, 2010)."""
@@ -219,8 +234,8 @@ class _Pair:
         """
         c = self.clusters
         floor = min(1.0, 3 / c)
-        if c < 2:
-            return floor
+        if self.extent:
+            return max(floor, *map(abs, self.extent))
         every = np.ones(c)
         total_a, total_b = every @ self.a, every @ self.b
         values = np.concatenate([
@@ -228,6 +243,15 @@ class _Pair:
             for rows in _chunks(c, self.a.shape[1])])
         error = math.sqrt((c - 1) / c * float(((values - values.mean()) ** 2).sum()))
         return max(POWER * error, floor)
+
+
+def _extent(figures: Array) -> tuple[float, float]:
+    """All that a figure may be of which a single cluster is known, by the figures of its rows.
+
+    That is 0 to 1 where these are within it. Other figures know no bounds: there it is as far as the rows' own go.
+    """
+    low, high = float(figures.min()), float(figures.max())
+    return (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
 
 
 def _clusters(outcomes: Sequence[Outcome]) -> NDArray[np.int64]:

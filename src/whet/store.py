@@ -52,11 +52,14 @@ def home_folder() -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file aside and rename it into place. Raises StoreError where that fails; the old file stays."""
+    """Write a file aside and rename it into place; half a surrogate pair, which UTF-8 cannot hold, becomes "?".
+
+    Raises StoreError where that fails; the old file stays.
+    """
     temporary = None
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as stream:
             stream.write(text)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
@@ -148,7 +151,8 @@ class Store:
 
         Both in one transaction: what was spent on the scores stands with the outcomes.
         """
-        body = json.dumps({"outcomes": [asdict(o) for o in outcomes], "extra": extra}, ensure_ascii=False)
+        # ASCII JSON, so that even lone surrogates in answers can be kept.
+        body = json.dumps({"outcomes": [asdict(o) for o in outcomes], "extra": extra})
         rows = [(scores[0], row, json.dumps(values)) for row, values in scores[1].items()] if scores else []
 
         def change(base: sqlite3.Connection) -> None:
@@ -170,8 +174,7 @@ class Store:
 
     def keep_trial(self, run: str, trial: str, body: dict[str, Any]) -> None:
         """Keep a finished trial."""
-        text = json.dumps(body, ensure_ascii=False)
-        self._put("insert or replace into trials values (?, ?, ?)", [run, trial, text])
+        self._put("insert or replace into trials values (?, ?, ?)", [run, trial, json.dumps(body)])
 
     def rates(self, key: str) -> dict[str, float] | None:
         """Calibrated rates of a model on this machine."""

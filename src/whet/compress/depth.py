@@ -54,7 +54,7 @@ def _check(module: Any) -> None:
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights():
-        told = AutoModelForCausalLM.from_config(module.config)
+        told = AutoModelForCausalLM.from_config(module.config, trust_remote_code=False)
     shapes = [{n: t.shape for n, t in layers(m).state_dict().items()} for m in (module, told)]
     if shapes[0] != shapes[1]:
         raise _no_rule(module, "a pattern of layers")

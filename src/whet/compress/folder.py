@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from whet.compress import packed  # noqa: F401  (enters its kinds)
 from whet.compress.layers import KINDS
 from whet.errors import ModelError
-from whet.model import ModelRef, Transform, aside, hash_files
+from whet.model import ModelRef, Transform, as_dtype, aside, hash_files
 
 if TYPE_CHECKING:
     from whet.methods import Run
@@ -67,7 +67,8 @@ def save(module: Any, tokenizer: Any, folder: Path, made_of: Sequence[Transform]
     if not hasattr(config, "made_of"):
         config.made_of = [t.fingerprint for t in made_of]
     config.save_pretrained(folder)
-    module.generation_config.save_pretrained(folder)
+    # As the base has it: `save_pretrained` refuses one that was changed if it sets how to draw and not that it draws.
+    module.generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
     tokenizer.save_pretrained(folder)
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     body = {"modules": compressed(module), "aliases": aliases}
@@ -84,9 +85,9 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     body = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with init_empty_weights(include_buffers=False):
-        module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     if (folder / "generation_config.json").exists():
         module.generation_config = GenerationConfig.from_pretrained(folder)
     for name, settings in sorted(body["modules"].items(), key=lambda item: item[0].count(".")):
@@ -224,7 +225,7 @@ def dense(module: Any, dtype: torch.dtype) -> Any:
         if not any(name.startswith(f"{outer}.") for outer in made):
             module.set_submodule(name, module.get_submodule(name).dense())
             made.append(name)
-    module.to(dtype)
+    as_dtype(module, dtype)
     first, last = module.get_input_embeddings(), module.get_output_embeddings()
     tied = torch.equal(first.weight, last.weight)
     seen: set[int] = set()

@@ -101,7 +101,7 @@ def trimmed(tokenizer: Any, texts: Sequence[str], spare: int, ids: Iterable[int]
         file.write_text(json.dumps(_rewritten(body, kept), ensure_ascii=False), encoding="utf-8")
         for other in ("vocab.json", "merges.txt", "tokenizer.model"):
             (Path(folder) / other).unlink(missing_ok=True)
-        small = AutoTokenizer.from_pretrained(folder)
+        small = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     index = ids_in(small, tokenizer)
     again = small(list(texts), add_special_tokens=False)["input_ids"]
     if [[index[i] for i in row] for row in again] != written:

@@ -8,6 +8,7 @@ its gradients exact without recomputing the merge (as in ring attention, Liu et 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -495,7 +496,16 @@ def window(model: torch.nn.Module) -> int | None:
     used = "sliding_attention" in kinds or (
         getattr(config, "layer_types", None) is None and getattr(config, "use_sliding_window", True)
     )
-    return int(sliding) if sliding and used else None
+    bound = min(turn(model), sliding if sliding and used else math.inf)
+    return int(bound) if bound < math.inf else None
+
+
+def turn(model: torch.nn.Module) -> float:
+    """Length of a sequence beyond which all its positions are turned otherwise (LongRoPE); infinite without one."""
+    rope = getattr(cast(Any, model).config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # for all layers, or by their types
+    found = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    return float(min(found, default=math.inf))
 
 
 def shares(model: torch.nn.Module, longest: int) -> bool:

@@ -56,6 +56,7 @@ OPTIONAL = ("max_tokens", "temperature", "top_p", "seed", "stop", "n")  # what n
 MOST_BYTES = 64 * 2**20
 THOUGHT = 4096  # tokens that a model may think before it answers, where the limit of its answer does not let it
 PROBE = "one two three four five"
+PACE = 512  # tokens that `Retry.answer` is for: where more are asked for, the time grows in proportion
 GARBAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError)
 CHECK = "check that this is the URL of an OpenAI-compatible server; it often ends with /v1"
 
@@ -64,7 +65,8 @@ CHECK = "check that this is the URL of an OpenAI-compatible server; it often end
 class Retry:
     """How long to wait for a server and how often to ask it; all times in seconds.
 
-    Waits between tries double from `first` up to `longest`; a Retry-After header is honoured up to `longest`.
+    Waits between tries double from `first` up to `longest`; a Retry-After header is honoured up to `longest`. `answer`
+    is the time for up to PACE tokens.
     """
 
     tries: int = 5
@@ -84,6 +86,12 @@ class Refusal(RemoteError):
         self.status, self.body = status, body
 
 
+class Late(RemoteError):
+    """A request that no try got an answer to in time."""
+
+    spent = Spent()
+
+
 class Unanswered(RemoteError):
     """A choice that got an empty answer, and what asking has cost."""
 
@@ -98,9 +106,11 @@ class Unanswered(RemoteError):
 class _Again(Exception):
     """One try that failed in a way that another may mend; `wait` is the server's own wish in seconds."""
 
-    def __init__(self, found: str, do: str, wait: float = 0.0, status: int = 0, body: bytes = b"") -> None:
+    def __init__(
+        self, found: str, do: str, wait: float = 0.0, status: int = 0, body: bytes = b"", late: bool = False
+    ) -> None:
         super().__init__(found)
-        self.found, self.do, self.wait, self.status, self.body = found, do, wait, status, body
+        self.found, self.do, self.wait, self.status, self.body, self.late = found, do, wait, status, body, late
 
 
 # --- the connection ---------------------------------------------------------------------------------------------------
@@ -166,7 +176,6 @@ class Server:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self.client = httpx.Client(
             headers=headers,
-            timeout=httpx.Timeout(self.retry.answer, connect=self.retry.connect),
             limits=httpx.Limits(max_connections=concurrency),
             follow_redirects=False,
             trust_env=tls,  # a proxy of the environment sees TLS only, never prompts
@@ -178,30 +187,37 @@ class Server:
         """What `read` makes of the answer to a POST of JSON (GET where payload is None).
 
         Tries again on `retried` statuses, broken connections, time-outs and answers that `read` refuses. Raises
-        Refusal on another status, RemoteError when all tries are used up.
+        Refusal on another status, RemoteError when all tries are used up, Late where all were too slow.
         """
         # ASCII JSON, so that even lone surrogates can be sent.
         content = None if payload is None else json.dumps(payload).encode()
         jitter, tries, count = random.Random(f"{path} {content!r}"), self.retry.tries, 0
-        problem = f"{self.url}{path} gave no usable answer"
+        problem, late = f"{self.url}{path} gave no usable answer", True
+        asked = payload or {}
+        many = asked.get("max_tokens") or asked.get("max_completion_tokens") or 0
+        limit = self.retry.answer * max(1.0, many / PACE)
         while True:
             count += 1
             try:
-                return self._once(path, content, read, frozenset(retried))
+                return self._once(path, content, read, frozenset(retried), limit)
             except _Again as failed:
+                late = late and failed.late
                 wait = max(self.retry.first * 2 ** (count - 1) * (0.5 + jitter.random() / 2), failed.wait)
                 if count >= tries or self.halt.wait(min(wait, self.retry.longest)):
                     said = {"expected": f"one within {tries} tries", "found": failed.found, "do": failed.do}
                     if failed.status:
                         raise Refusal(failed.status, failed.body, problem, **said) from failed
-                    raise RemoteError(problem, **said) from failed
+                    raise (Late if late else RemoteError)(problem, **said) from failed
 
-    def _once(self, path: str, content: bytes | None, read: Callable[[Any], T], retried: frozenset[int]) -> T:
+    def _once(
+        self, path: str, content: bytes | None, read: Callable[[Any], T], retried: frozenset[int], limit: float
+    ) -> T:
         """One try; raises _Again where another may help, Refusal where none will."""
         try:
-            answer, body = self._exchange(path, content)
+            answer, body = self._exchange(path, content, limit)
         except httpx.TimeoutException as error:
-            raise _Again(f"none in {self.retry.answer:g} s", "wait, or see whether the server is overloaded") from error
+            advice, late = "wait, or see whether the server is overloaded", not isinstance(error, httpx.ConnectTimeout)
+            raise _Again(f"none in {limit:g} s", advice, late=late) from error
         except httpx.RequestError as error:
             found = f"{type(error).__name__}: {self._show(str(error).encode())}"
             raise _Again(found, "start the server, or check the URL") from error
@@ -221,11 +237,11 @@ class Server:
             status, body, f"{self.url}{path} refused a request", expected="status 200", found=found, do=advice
         )
 
-    def _exchange(self, path: str, content: bytes | None) -> tuple[httpx.Response, bytes]:
-        """Response and body; one that trickles beyond the time limit or is far too long counts as a failed one."""
-        deadline, body = time.monotonic() + self.retry.connect + self.retry.answer, bytearray()
-        method = "GET" if content is None else "POST"
-        with self.client.stream(method, self.url + path, content=content) as answer:
+    def _exchange(self, path: str, content: bytes | None, limit: float) -> tuple[httpx.Response, bytes]:
+        """Response and body; one that trickles beyond the limit or is far too long counts as a failed one."""
+        deadline, body = time.monotonic() + self.retry.connect + limit, bytearray()
+        method, waits = "GET" if content is None else "POST", httpx.Timeout(limit, connect=self.retry.connect)
+        with self.client.stream(method, self.url + path, content=content, timeout=waits) as answer:
             for chunk in answer.iter_bytes():
                 body += chunk
                 if time.monotonic() > deadline:
@@ -332,7 +348,8 @@ class RemoteSession(ByScores):
             settings = {"max_tokens": 1, "temperature": 0.0, **wish}
             reply, spent = self._request(prompt, settings, RETRIED - {500})
         except Refusal as error:
-            if error.status in UNSUPPORTED:
+            # OpenAI says 403 of models that think; a key that may not use the model fails without the wish, too.
+            if error.status in UNSUPPORTED or (error.status == 403 and "logprobs" in wish):
                 return None
             raise
         self.spent += spent
@@ -408,10 +425,10 @@ class RemoteSession(ByScores):
     ) -> list[T]:
         """Results of work on each item, in order, `concurrency` at a time; the first failure ends all and is raised.
 
-        What a server refuses of single prompts, or a model does not answer, is `unanswered` instead, unless that
-        happens to more of them than not: then it is no matter of the prompts.
+        What a server refuses of single prompts or is too slow for, or a model does not answer, is `unanswered` instead,
+        unless that happens to more of them than not: then it is no matter of the prompts.
         """
-        begun, results, failed = time.monotonic(), dict[int, T](), list[Refusal | Unanswered]()
+        begun, results, failed = time.monotonic(), dict[int, T](), list[Refusal | Unanswered | Late]()
         self.server.halt.clear()
         pool = ThreadPoolExecutor(self.concurrency)
         try:
@@ -420,7 +437,7 @@ class RemoteSession(ByScores):
                 place = places[future]
                 try:
                     results[place], spent = future.result()
-                except (Refusal, Unanswered) as error:
+                except (Refusal, Unanswered, Late) as error:
                     if isinstance(error, Refusal) and error.status not in PARTICULAR:
                         raise
                     failed.append(error)
@@ -446,9 +463,9 @@ class RemoteSession(ByScores):
     ) -> list[tuple[Generation, ...]]:
         """`sampling.n` answers per prompt; at temperature 0 one is asked for and repeated.
 
-        What a model thinks before it answers is no part of the answer. A prompt that the server refuses has empty
-        answers. Raises EngineError for a prompt that (by estimate) leaves no room for the answer, RemoteError on
-        failure, also where most prompts are refused.
+        What a model thinks before it answers is no part of the answer. A prompt that the server refuses, or is too slow
+        for, has empty answers. Raises EngineError for a prompt that (by estimate) leaves no room for the answer,
+        RemoteError on failure, also where most prompts have no answer.
         """
         self._fits(max(self.count(prompts), default=0) + sampling.max_tokens)
         none = (Generation("", 0, "stop"),) * sampling.n

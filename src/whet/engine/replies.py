@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from whet.engine import Score
+from whet.prompt import ASIDES, unescape
 
 CONTEXT = 8192  # where a server does not say
 LEAST = 1e-3  # probability of all choices together below which the model is saying something else
@@ -90,10 +91,13 @@ def read_reply(body: Any) -> Reply:
     """A Reply out of parsed JSON; a KeyError, TypeError, ValueError … says that it is none."""
     choices = []
     for item in body["choices"]:
-        text = item["message"]["content"] if "message" in item else item["text"]
+        chat = "message" in item
+        told = item["message"] if chat else item
+        # Some leave the content out where thought has taken all of the limit.
+        text = told.get("content") if chat and "role" in told else told["content" if chat else "text"]
         if text is not None and not isinstance(text, str):
             raise TypeError("text expected")
-        said = without_thought(text or "") if "message" in item else text or ""
+        said = unescape(without_thought(text or ""), ASIDES) if chat else text or ""
         ended = item.get("finish_reason") != "length" and bool(said or not text)  # a stop string may end a thought
         choices.append(Choice(said, ended, _steps(item.get("logprobs"))))
     if not choices:

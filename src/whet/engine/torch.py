@@ -33,11 +33,12 @@ from whet.engine import (
 )
 from whet.engine.prefix import Row, Tokens
 from whet.errors import EngineError
-from whet.prompt import end_of_turn, escape, render, specials_of, takes_system
+from whet.prompt import asides_of, end_of_turn, escape, render, specials_of, takes_system, unescape
 
 BATCH_TOKENS = 2048  # packed tokens per forward pass: larger ones fall out of the caches and gain nothing
 KEY_BYTES = 512 * 2**20  # keys and values of prompts held at once while generating; joining them needs as much again
 LOGIT_ROWS = 1024  # places whose logits are in fp32 at once
+CACHES = ("past_key_values", "cache_params", "state")  # what families call the cache that they give back
 
 
 class TorchEngine:
@@ -90,6 +91,7 @@ class TorchSession:
         self.context = int(longest or 2048)
         self.system = takes_system(tokenizer)
         self.specials = specials_of(tokenizer)
+        self.broken = (*self.specials, *asides_of(tokenizer))  # what a prompt never shows whole
         self.end_id = end_of_turn(tokenizer)
         self.stop_ids = self._stop_ids()
         self.encode_text = lru_cache(maxsize=65_536)(self._encode_text)
@@ -259,9 +261,10 @@ class TorchSession:
         return [(tuple(tokens), self._finish(tokens, sampling)) for tokens in answers]
 
     def _finish(self, tokens: list[int], sampling: Sampling) -> Generation:
-        """Text of generated tokens, ended before the end of turn or the first stop string."""
+        """Text of generated tokens, ended before the end of turn or the first stop string; markers in it are whole."""
         ended = bool(tokens) and tokens[-1] in self.stop_ids
         text = self.tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True)
+        text = unescape(text, self.broken)
         cuts = [at for at in (text.find(s) for s in sampling.stop) if at >= 0]
         text = text[: min(cuts)] if cuts else text
         return Generation(text, len(tokens), "stop" if ended or cuts else "length")
@@ -566,10 +569,14 @@ def _score_unshared(
     flat = [(n, c, (*r.prompt, *cont), len(cont)) for n, r in enumerate(rows) for c, cont in enumerate(r.continuations)]
     flat.sort(key=lambda item: (len(item[2]), item[0], item[1]))
     results: list[list[list[float]]] = [[[] for _ in r.continuations] for r in rows]
+    turn = attention.turn(module)
     at = tokens = 0
     while at < len(flat):
         stop = at + 1
-        while stop < len(flat) and len(flat[stop][2]) * (stop + 1 - at) <= most:
+        while (
+            stop < len(flat) and len(flat[stop][2]) * (stop + 1 - at) <= most
+            and (len(flat[stop][2]) > turn) == (len(flat[at][2]) > turn)
+        ):  # fmt: skip
             stop += 1
         part, width = flat[at:stop], len(flat[stop - 1][2])
         ids = torch.zeros(len(part), width, dtype=torch.long)
@@ -583,11 +590,13 @@ def _score_unshared(
                 input_ids=ids.to(module.device), attention_mask=mask.to(module.device), use_cache=False,
                 logits_to_keep=min(keep, width),
             ).logits  # fmt: skip
-            logprobs = out.float().log_softmax(-1)
-        offset = width - logprobs.shape[1]
-        for i, (n, c, sequence, size) in enumerate(part):
-            first = len(sequence) - size
-            results[n][c] = [float(logprobs[i, p - 1 - offset, sequence[p]]) for p in range(first, len(sequence))]
+            values = iter(_picked(out, [
+                (i, p - 1 - width, sequence[p])  # places are counted from the end: that is where logits are kept
+                for i, (_, _, sequence, size) in enumerate(part)
+                for p in range(len(sequence) - size, len(sequence))
+            ]))  # fmt: skip
+        for n, c, _, size in part:
+            results[n][c] = [next(values) for _ in range(size)]
         tokens += sum(len(item[2]) for item in part)
         at = stop
         if progress:
@@ -595,21 +604,34 @@ def _score_unshared(
     return results, tokens
 
 
+def _picked(logits: Tensor, places: Sequence[tuple[int, int, int]]) -> list[float]:
+    """Log-probability of each (row, place, token), of logits [rows, places, vocabulary]; few are in fp32 at once."""
+    found: list[float] = []
+    for at in range(0, len(places), LOGIT_ROWS):
+        rows, columns, tokens = torch.tensor(places[at : at + LOGIT_ROWS], device=logits.device).T
+        some = logits[rows, columns].float()
+        found += (some.gather(-1, tokens[:, None])[:, 0] - torch.logsumexp(some, -1)).tolist()
+    return found
+
+
 def _generate_unshared(
     session: TorchSession, rows: Sequence[Row], sampling: Sampling, progress: Progress | None
 ) -> tuple[list[list[int]], int]:
-    """Generate row by row with the model's own cache."""
+    """Generate row by row with the model's own cache; where there is none, all is computed anew at each step."""
     answers: list[list[int]] = []
     numbered = zip(rows, _copies(rows), strict=True)
     draw = _sampler(sampling, [(r.prompt, c, n) for n, (r, c) in enumerate(numbered)], session.module.device)
+    turn = attention.turn(session.module)
     for n, row in enumerate(rows):
-        past, ids, made = None, torch.tensor([row.prompt], device=session.module.device), list[int]()
+        cache, made = dict[str, Any](), list[int]()
         with using_tree(session.module, shared=False), torch.inference_mode():
             while not made or not session._ended(made, sampling):
-                out = session.module(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
-                past = out.past_key_values
+                if len(row.prompt) + len(made) == turn + 1:
+                    cache = {}
+                ids = torch.tensor([made[-1:] if cache else [*row.prompt, *made]], device=session.module.device)
+                out = session.module(input_ids=ids, use_cache=True, logits_to_keep=1, **cache)
+                cache = {name: out[name] for name in CACHES if out.get(name) is not None}
                 made += draw(out.logits[:, -1], [n], len(made))
-                ids = torch.tensor([made[-1:]], device=session.module.device)
         answers.append(made)
         if progress:
             progress(n + 1, len(rows))
