@@ -85,6 +85,8 @@ def test_a_stream_of_updates_by_hand() -> None:
     assert found.matrix == ((0.9, None, None), (0.8, 0.6, None), (0.85, 0.5, 0.4))
     assert found.average == pytest.approx((0.85 + 0.5 + 0.4) / 3)
     assert found.forgetting == pytest.approx((0.05 + 0.1) / 2) and found.backward == pytest.approx(-(0.05 + 0.1) / 2)
+    lower = updates([({"a": 20.0}, {"a": 30.0, "b": 0.5})], {"a"})  # a perplexity is no share to average
+    assert lower.matrix == ((20.0, None), (30.0, 0.5)) and (lower.average, lower.forgetting) == (0.5, None)
     alone = updates([({}, {"a": 0.5})])
     assert alone.average == 0.5 and alone.forgetting is None and alone.backward is None
 
@@ -486,6 +488,17 @@ def test_packed_weights_are_not_merged(taught: Any, run: Run, monkeypatch: Any) 
         teach(taught, run, strategy="merge")
 
 
+def test_adapters_that_a_smaller_model_took_in_are_not_asked_for(taught: Any, run: Run, monkeypatch: Any) -> None:
+    _, system, (_, second) = taught
+    seen: list[Any] = []
+    monkeypatch.setattr("whet.train.protect.orthogonal", lambda _, transforms, __: seen.extend(transforms))
+    start, live = as_task(system, second, run.session(system.model)), run.session(system.model)
+    gone, whole, [own] = Transform("adapter", "0" * 64), Transform("model", "1" * 64), system.model.transforms
+    start = replace(start, model=replace(system.model, transforms=(gone, whole, own)))
+    Continual(strategy="orthogonal", **SETTINGS)._protected(start, second.split().learnable, run, live, ())  # type: ignore[arg-type]
+    assert seen == [whole, own]
+
+
 def test_a_strong_penalty_holds_the_weights(taught: Any) -> None:
     folder, system, tasks = taught
     run = Run(Store(folder / "home"))
@@ -753,18 +766,28 @@ def test_an_annotator_left_out_judges_nothing_and_many_thumbs_outvote_a_pair(tau
     assert [name for name, _ in made.dropped] == [f"judged-{len(asked) + 1}"] and made.notes["weights"] == ["ann=0"]
 
 
-def test_update_by_feedback_passes_a_gate(taught: Any, whet: Any, tmp_path: Path) -> None:
+def test_update_by_feedback_passes_a_gate(
+    taught: Any, whet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, _, _ = taught
     file = tmp_path / "judged.jsonl"
     asked = [f"{word} {n}" for n in range(20, 24) for word in WORDS[::2]]
     pairs = [{"prompt": p, "chosen": "red", "rejected": "blue"} for p in asked]
-    file.write_text("\n".join(map(json.dumps, pairs)))
+    rated = [{"prompt": f"{WORDS[0]} 24", "completion": c, "rating": n} for n, c in enumerate(("blue", "red"))]
+    file.write_text("\n".join(map(json.dumps, [*pairs, *rated])))
+    monkeypatch.setattr("whet.task.load", lambda *a, **more: replace(load_task(*a, **more), notes=("of the task",)))
     words = ["--feedback", file, "--set=epochs=1", "--set=batch=8", "--set=rank=4", "--set=learning_rate=1e-5"]
     out = tmp_path / "out"
     code, body, _ = whet("update", folder / "system", folder / "first", *words, "--out", out)
     assert code == 0 and body["recipe"].startswith("dpo") and body["length"] == [1.0, 1.0]
     assert [one["task"] for one in body["earlier"]] == ["first"] and body["drift"] < 0.5
     assert body["dropped"] == [] and body["unused"] == []
+    told = "judged.jsonl: 2 ratings made into 1 pairs and 0 thumbs"
+    assert body["notes"]["feedback"] == [told]
+    with pytest.raises(SystemExit):
+        main([*map(str, ("update", folder / "system", folder / "first", *words, "--out", tmp_path / "again"))])
+    said = capsys.readouterr()
+    assert f"feedback {told}" in said.out and "of the task" in said.err
     thumbs = [{"prompt": p["prompt"], "completion": "red", "label": n % 2 == 0} for n, p in enumerate(pairs)]
     file.write_text("\n".join(map(json.dumps, thumbs)))
     words[-1] = "--set=learning_rate=0.5"  # far too much

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_cli import whet
 
 from whet import feedback, metrics, scorecard, task
+from whet.engine.torch import TorchSession
 from whet.errors import MethodError, TaskError
 from whet.feedback import Judged, Versus, agreement, collect, divide, pairs, thumbs, weighted
 from whet.methods import Method, Run
@@ -28,6 +30,7 @@ from whet.store import Store
 from whet.system import Decoding, System
 from whet.task import Example, Learnable
 from whet.train.batches import steps
+from whet.train.policy import Policy
 from whet.update import update
 
 THINGS = ("lamp", "kettle", "chair", "radio", "table", "clock", "carpet", "mirror", "heater", "camera")
@@ -199,6 +202,18 @@ def test_pairs_and_thumbs_from_each_other() -> None:
     assert single == [("a", None), (None, "b"), ("c", None), (None, "d")]
 
 
+def test_there_are_never_more_pairs_than_judgements() -> None:
+    ups = [Judged(f"u{n}", "p", chosen=f"good {n}") for n in range(20)]
+    downs = [Judged(f"d{n}", "p", rejected=f"bad {n}") for n in range(6)]
+    found = pairs([*ups, *downs])
+    assert [j.chosen for j in found] == [f"good {n}" for n in range(20)]
+    assert {j.rejected for j in found} == {f"bad {n}" for n in range(6)}
+    again = pairs([*downs[:1], *[replace(up, chosen="good", weight=0.5) for up in ups], Judged("w", "q", "c", "d")])
+    assert [(j.chosen, j.rejected, j.weight) for j in again] == [("c", "d", 1), ("good", "bad 0", 10)]
+    one, same, other = Judged("1", "p", "a"), Judged("2", "p", rejected=" a"), Judged("3", "p", rejected="b")
+    assert pairs([one, same]) == () and [j.id for j in pairs([one, same, other])] == ["1>3"]
+
+
 def test_annotators_are_weighted_or_left_out() -> None:
     rows = judgements(6)
     assert [j.weight for j in weighted(rows, ("bob=0.5",))] == [1, 0.5, 1, 1, 0.5, 1]
@@ -324,6 +339,12 @@ def test_a_win_rate_is_scored_with_judge_and_base_in_its_protocol(system: System
     assert found.rate[0] == card.score and found.n == 4 and found.judge == "length"
     scored = system.session.score(system.prompts(rows), [("yes", "no")] * 4, end=True)
     assert found.prefers is not None and found.prefers[0] == sum(a.mean > b.mean for a, b in scored) / 4
+
+
+def test_sealed_pairs_longer_than_the_window_are_compared(system: System) -> None:
+    rows = [Example("1", "tell me " * 400, "a film " * 400, rejected="great"), Example("2", "p", "x", rejected="great")]
+    found = feedback.prefers(system, rows, system.session)
+    assert len(found) == 2 and found[1:] == feedback.prefers(system, rows[1:], system.session)
 
 
 def test_a_pair_that_two_people_judged_is_not_learnt_by_both_sides() -> None:
@@ -548,6 +569,27 @@ def test_reinforcement_raises_the_reward(algorithm: str, system: System, home: P
     assert {"step", "reward", "kl", "entropy", "length"} <= set(noted["steps_log"][0])
     assert noted["steps_log"][0]["kl"] == pytest.approx(0, abs=1e-4)  # the fresh adapter changes nothing
     assert made.fingerprint == method.apply(system, data, run(home / "other")).fingerprint != system.fingerprint
+
+
+def test_probabilities_are_those_of_the_temperature_drawn_at(system: System) -> None:
+    session = system.session
+    assert isinstance(session, TorchSession)
+    warm = Policy(session, system, 2.0)
+    rows, _ = warm.sample([Example(t, f"tell me of the {t}") for t in THINGS[:3]], 3)
+    for row, values in zip(rows, warm.logprobs(rows), strict=True):
+        for said, value in zip(row.continuations, values, strict=True):
+            with torch.no_grad():
+                out = session.module(input_ids=torch.tensor([[*row.prompt, *said]])).logits[0, len(row.prompt) - 1 : -1]
+            chances = (out / 2).log_softmax(-1)
+            assert value == pytest.approx(sum(float(chances[n, token]) for n, token in enumerate(said)), abs=1e-3)
+
+
+def test_entropy_is_that_of_the_samples(system: System, home: Path, tmp_path: Path) -> None:
+    hot = run(home)
+    RL(epochs=0.5, batch=5, samples=4, rank=2, temperature=5.0).apply(system, few(tmp_path), hot)
+    first = hot.notes["steps_log"][0]
+    assert 5 < first["entropy"] < math.log(300) + 0.1  # at most that of all 300 tokens alike
+    assert first["kl"] == pytest.approx(0, abs=1e-4)
 
 
 def test_the_leash_holds(system: System, home: Path, tmp_path: Path) -> None:

@@ -190,6 +190,9 @@ def test_preferences_by_hand() -> None:
     found = losses.PolicyGradient(beta=0.1)(logits, pack)  # facts: advantage and reference
     by_hand = 0.5 * ((3 * 2 * half + 0.05 * (2 * half - 2) ** 2) + (1 * half + 0.05 * (half - 2) ** 2))
     assert float(found) == pytest.approx(by_hand, rel=1e-5)
+    drawn = torch.tensor([[1.0, -2.0], [0.5, 3.0], [0.0, 1.0]])
+    plain, warm = losses.PolicyGradient(0.1), losses.PolicyGradient(0.1, temperature=2.0)
+    assert float(warm(drawn, pack)) == pytest.approx(float(plain(drawn / 2, pack)), rel=1e-6)
     heads = torch.tensor([[9.0], [2.0], [0.5]])  # the rewards stand at the last place of each side
     [pack] = packs([Row((1,), ((0, 1), (1,)), ((3.0,), (3.0,)))], torch.float32, torch.device("cpu"))
     assert losses.rewards(heads, pack).tolist() == [2.0, 0.5]

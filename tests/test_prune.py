@@ -532,6 +532,18 @@ def test_with_the_vocabulary_alone_choices_are_scored_as_before(data: Learnable,
         assert torch.allclose(logits(after.module, small), logits(before.module, ids)[..., index], atol=1e-4)
 
 
+def test_how_the_base_draws_is_kept_as_it_is(data: Learnable, tmp_path: Path, fp32: None) -> None:
+    large = byte_tokenizer()
+    system, file = save(deep(vocab_size=len(large)), large, tmp_path / "m"), tmp_path / "m" / "generation_config.json"
+    told = {"temperature": 0.6, "top_p": 0.9, "pad_token_id": -1}
+    file.write_text(json.dumps(json.loads(file.read_text()) | told))
+    made, run = prune(system, data, tmp_path / "a", spare=0)
+    assert made.model.whole is not None and made.model.whole.folder is not None
+    kept = json.loads((made.model.whole.folder / file.name).read_text())
+    assert (kept["temperature"], kept["top_p"], kept.get("pad_token_id")) == (0.6, 0.9, None)
+    assert made.answer(["was it good?"], run.session(made.model))[0] in LABELS
+
+
 def test_what_documents_and_judgements_say_is_kept(data: Learnable, tmp_path: Path, fp32: None) -> None:
     file = tmp_path / "documents.jsonl"
     file.write_text(json.dumps({"id": "d", "title": "city", "text": "Licensed works, copyright"}) + "\n")

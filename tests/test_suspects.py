@@ -164,3 +164,17 @@ def test_trainings_that_are_raced_leave_out_the_same_rows(
     _, ended = tune.race(tune.candidates(method), system, data, run)
     assert len({arm.fidelity for arm in ended}) > 1 and searched == [61]
     assert run.notes["suspects"] == [vars(found[0])] and run.notes["unexamined"] == 1
+
+
+def test_choices_that_are_the_labels_are_judged_in_their_order_and_others_not_at_all(
+    model_folder: str, tmp_path: Path, fp32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Example] = []
+    monkeypatch.setattr(suspects, "find", lambda rows, *_: seen.extend(rows) or ())
+    made, turned = rows(60), tuple(TOPICS)[::-1]
+    made[:40] = [replace(e, choices=turned if n < 30 else (e.completion, "law")) for n, e in enumerate(made[:40])]
+    data = Learnable("topics", "Name it.", "accuracy", tuple(TOPICS), tuple(made))
+    run = Run(Store(tmp_path))
+    system = System(resolve(model_folder), "Name it.", decoding=Decoding(tuple(TOPICS), True), home=run.home)
+    FineTune(clean=True, rank=2, batch=8, epochs=0.2).apply(system, data, run)
+    assert len(seen) == 50 and not any(e.choices for e in seen) and run.notes["unexamined"] == 10

@@ -22,6 +22,7 @@ from test_search import write_task
 from transformers import AutoModelForCausalLM, Llama4TextConfig, MambaConfig, MixtralConfig
 
 from whet import model as models
+from whet.compress import folder as folders
 from whet.engine import prefix
 from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession
@@ -34,8 +35,8 @@ from whet.search.recipe import Recipe
 from whet.store import Store
 from whet.system import Decoding, Demonstrations, System
 from whet.task import Example, Learnable
-from whet.train import batches, loop, policy
-from whet.train.adapters import Adapter, _AdaptedLinear, adapted, add_lora, quick_products
+from whet.train import batches, lesson, loop, policy
+from whet.train.adapters import Adapter, _AdaptedLinear, adapted, add_lora, frozen, quick_products
 from whet.train.batches import Pack, computed, packs, padded, step_count, steps, tokens_per_row
 from whet.train.fit import twice_the_data, verdict
 from whet.train.lesson import mean_loss, render_rows
@@ -372,6 +373,17 @@ def test_a_frozen_base_in_few_bits(bits: int, kind: str) -> None:
     assert type(model.get_submodule(layer)) is torch.nn.Linear and not hasattr(model, f"is_loaded_in_{bits}bit")
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_layers_in_few_bits_have_biases_of_their_own(bits: int) -> None:
+    pytest.importorskip("bitsandbytes")
+    model, name = make_model("qwen2").requires_grad_(False), "model.layers.0.self_attn.q_proj"
+    own = model.get_submodule(name).bias
+    with frozen(model, bits):
+        bias = model.get_submodule(name).bias
+        assert torch.equal(bias, own) and bias.data_ptr() != own.data_ptr() and not bias.requires_grad
+    assert model.get_submodule(name).bias is own
+
+
 def test_add_lora_is_repeatable_and_leaves_the_generator() -> None:
     state = torch.random.get_rng_state()
     one, two, other = (dict(lora("llama", seed).named_parameters()) for seed in (3, 3, 4))
@@ -615,6 +627,20 @@ def test_a_killed_training_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch
         assert [p.name for p in tmp_path.glob(f".at{last}*")] == []
 
 
+def test_what_a_killed_process_was_writing_goes(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for name in (f".kept-{ended.pid}", f".kept.1-{ended.pid}", f".kept-{os.getpid()}", f".other-{ended.pid}"):
+        (tmp_path / name).write_bytes(b"half of it")
+    (tmp_path / ".kept.best-12").mkdir()
+    fit(0, keep=tmp_path / "kept")
+    left = {f".kept-{os.getpid()}", f".other-{ended.pid}", ".kept.best-12"}
+    assert {p.name for p in tmp_path.iterdir()} == left
+    (tmp_path / f".kept.stable-{ended.pid}").write_bytes(b"half of it")
+    lesson._forget(tmp_path / "kept")
+    assert {p.name for p in tmp_path.iterdir()} == left
+
+
 def test_a_short_training_is_continued_as_if_it_had_been_long(tmp_path: Path) -> None:
     keep = tmp_path / "short"
     whole, wanted = fit(0, validate=False, steps=60)
@@ -821,6 +847,24 @@ def test_all_processes_train_by_the_rate_of_the_first(
     assert f"{600 * 777} tokens" in err
 
 
+def test_of_several_processes_the_first_writes_and_prints(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[bool] = []
+
+    class Second(Alone):
+        first = False
+
+        def wait(self) -> None:
+            waited.append((tmp_path / "out").exists())
+
+    monkeypatch.setattr("whet.train.team.team", Second)
+    folder = str(write_task(tmp_path / "toy", train=40, test=10))
+    code, out, _ = whet(capsys, "apply", "fewshot", folder, "--system", "fake:keyword", "--set", "k=2",
+                        "selection=random", "--out", str(tmp_path / "out"))  # fmt: skip
+    assert (code, out, waited) == (0, "", [False]) and not (tmp_path / "out").exists()
+
+
 def test_what_reads_whole_weights_is_refused_in_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     class Sharded(Alone):
         sharded = True
@@ -987,6 +1031,16 @@ def test_finetune(system: System, data: Learnable, home: Path) -> None:
     assert run.notes["rows"] == len(data.validation(seed=3, most=128)[0]) == 36
     curve = [loss for _, loss in run.notes["curves"]["train"]]
     assert curve[-1] < 0.6 * curve[0]
+
+
+def test_frequencies_of_positions_stay_in_fp32(system: System, data: Learnable, home: Path) -> None:
+    tuned = METHOD.apply(system, data, Run(Store(home)))
+    plain, under = (models.load(one.model, home, dtype=torch.bfloat16)[0] for one in (system, tuned))
+    assert under.dtype == torch.bfloat16
+    wanted = make_model("llama").model.rotary_emb.inv_freq
+    for module in (plain, under, folders.dense(make_model("llama"), torch.bfloat16)):
+        found = module.model.rotary_emb.inv_freq
+        assert found.dtype == torch.float32 and torch.equal(found.cpu(), wanted)
 
 
 def test_a_short_training_warms_up_as_the_whole_would(

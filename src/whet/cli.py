@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sqlite3
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,10 @@ class Commands(click.Group):
             _fail("stopped; nothing finished is lost: the same command goes on from there", 130)
         except BrokenPipeError:
             sys.exit(141)
+        except (OSError, sqlite3.Error) as error:  # a full disk, a folder that cannot be written
+            if debug:
+                raise
+            _fail(f"{error} (expected: files that can be read and written; to do: free space, or see WHET_HOME)", 2)
         except Exception as error:  # a bug of ours: still one line, unless the trace is asked for
             if debug:
                 raise
@@ -332,6 +337,7 @@ def apply(
     from whet.search.recipe import Recipe
     from whet.store import Store
     from whet.task import load
+    from whet.train.team import team
     from whet.update import check
 
     settings = _settings((*pairs, *more))
@@ -358,9 +364,14 @@ def apply(
             new, ended = Recipe((made,)).run(start, data, run), []
         if len(ended) > 1:
             run.notes["raced"] = tune.named(ended)
-        new.save(out)
+        crew = team()
+        if crew.first:
+            new.save(out)
+        crew.wait()
     finally:
         watch.close()
+    if not crew.first:
+        return
     spent = run.spent + session.spent
     notes = {k: v for k, v in run.notes.items() if k != "curves"}
     body = {"system": str(out), "fingerprint": new.fingerprint, "spent": asdict(spent), "notes": notes}
@@ -405,17 +416,24 @@ def update(
     from whet.store import Store
     from whet.system import load
     from whet.task import load as load_task
+    from whet.train.team import team
 
     watch = _watch(as_json)
     try:
         watch.arm("update", 0.0)
         loaded = load_task(task, trust=trust)
+        for note in loaded.notes:
+            watch.say(note)
         run = Run(Store(), seed, tell=watch.tell)
         made = updating.update(load(system, trust=trust), loaded, run, _settings((*pairs, *more)), feedback)
-        if not made.refused:
+        crew = team()
+        if crew.first and not made.refused:
             made.system.save(out)
+        crew.wait()
     finally:
         watch.close()
+    if not crew.first:
+        return
     if as_json:
         _print({"system": None if made.refused else str(out), **made.record()})
     else:
@@ -424,6 +442,8 @@ def update(
               f"{apart(paired.difference, paired.low, paired.high, *found)}")  # fmt: skip
         for said in (*made.lost, *(f"{name}: no rows to measure it on" for name in made.unmeasured)):
             print(said)
+        for note in made.notes.get("feedback", ()):
+            print(f"feedback {note}")
         if made.dropped:
             print(f"dropped  {len(made.dropped)} rows that leak; the first, {made.dropped[0][0]}, {made.dropped[0][1]}")
         if made.unused:
@@ -545,10 +565,10 @@ def export(
     "whet documents runs/answers/system --put manuals/ --drop old-manual.md",
 ))  # fmt: skip
 @click.argument("system", type=click.Path())
-@click.option("--put", default=(), multiple=True, help="A file, folder or URL: its documents come in; a known id is "
-              "replaced.")  # fmt: skip
+@click.option("--put", default=(), multiple=True, help="A file, folder, URL or query: its documents come in; a known "
+              "id is replaced.")  # fmt: skip
 @click.option("--drop", default=(), multiple=True, help="The id of a document to take out.")
-@click.option("--trust", is_flag=True, help="Let a System reach the server it names.")
+@click.option("--trust", is_flag=True, help="Let a System reach the server it names, and a query run.")
 @common
 def documents(
     system: str, put: tuple[str, ...], drop: tuple[str, ...], trust: bool, as_json: bool, debug: bool
@@ -557,7 +577,7 @@ def documents(
 
     Only what is new is embedded, and the next question sees it.
     """
-    from whet.documents import load as read
+    from whet.documents import incoming
     from whet.errors import ArtifactError
     from whet.retrieval import Source
     from whet.system import load
@@ -567,18 +587,18 @@ def documents(
     if source is None:
         raise ArtifactError(f"{system} has no documents", expected="a System made with rag", do="whet apply rag TASK")
     known = source.corpus(made.home).ids() if put else []
-    loaded = [read(one if "://" in one else Path(one), known=known) for one in put]
-    new = [document for texts, _ in loaded for document in texts]
-    embedded = source.change(made.home, new, drop)[1] if put or drop else 0
+    new, gone, notes = incoming(put, known, trust)
+    embedded = source.change(made.home, new, [*drop, *gone])[1] if put or drop else 0
     ids = source.corpus(made.home).ids()
     if as_json:
-        left = [one for _, notes in loaded for one in notes]
-        _print({"version": source.version, "documents": ids, "embedded": embedded, "left_out": left})
+        _print({"version": source.version, "documents": ids, "embedded": embedded, "left_out": notes, "gone": gone})
         return
     print(f"{len(ids)} documents, version {source.version[:12]}"
           + (f"; {embedded} passages embedded" if put or drop else ""))
-    for one in (note for _, notes in loaded for note in notes):
+    for one in notes:
         print(f"  left out: {one}")
+    if gone:
+        print(f"  taken out, for their tables no longer have them: {', '.join(gone)}")
     for name in ids if not (put or drop) else []:
         print(f"  {name}")
 

@@ -161,20 +161,27 @@ def without_held(rows: Sequence[Judged], held: Sequence[Example]) -> tuple[tuple
 
 
 def pairs(rows: Sequence[Judged]) -> tuple[Judged, ...]:
-    """Pairs, and those that a thumb up and a thumb down on answers to the same prompt make."""
-    whole = [r for r in rows if r.chosen is not None and r.rejected is not None]
-    bad: dict[tuple[Any, ...], list[Judged]] = defaultdict(list)
+    """Pairs, and those that thumbs up and down on different answers to the same prompt make; equal ones are one.
+
+    Each thumb of the more frequent kind goes into one pair, those of the other take turns: there are never more pairs
+    than judgements. A pair that stands several times weighs as much as all of them.
+    """
+    found = [r for r in rows if r.chosen is not None and r.rejected is not None]
+    single: dict[tuple[Any, ...], tuple[list[Judged], list[Judged]]] = defaultdict(lambda: ([], []))
     for row in rows:
-        if row.chosen is None:
-            bad[row.prompt, row.history].append(row)
-    made = [
-        replace(up, rejected=down.rejected, id=f"{up.id}>{down.id}", weight=min(up.weight, down.weight))
-        for up in rows
-        if up.rejected is None
-        for down in bad[up.prompt, up.history]
-        if (up.chosen or "").strip() != (down.rejected or "").strip()
-    ]
-    return (*whole, *made)
+        if row.chosen is None or row.rejected is None:
+            single[row.prompt, row.history][row.chosen is None].append(row)
+    for ups, downs in single.values():
+        for n in range(max(len(ups), len(downs)) if ups and downs else 0):
+            up, down = ups[n % len(ups)], downs[n % len(downs)]
+            if (up.chosen or "").strip() != (down.rejected or "").strip():
+                found.append(replace(up, rejected=down.rejected, id=f"{up.id}>{down.id}",
+                                     weight=min(up.weight, down.weight)))  # fmt: skip
+    made: dict[tuple[Any, ...], Judged] = {}
+    for one in found:
+        name = one.prompt, one.history, one.chosen, one.rejected
+        made[name] = replace(made[name], weight=made[name].weight + one.weight) if name in made else one
+    return tuple(made.values())
 
 
 def thumbs(rows: Sequence[Judged]) -> tuple[Judged, ...]:
@@ -459,11 +466,22 @@ def wins(
 
 
 def prefers(system: System, rows: Sequence[Example], session: Session) -> list[float]:
-    """1 for each row whose chosen side is likelier per token (its end included) than the rejected one, else 0."""
+    """1 for each row whose chosen side is likelier per token (its end included) than the rejected one, else 0.
+
+    What does not fit the context window is shortened as in training, where the model is at hand.
+    """
+    from whet.engine.torch import TorchSession
+    from whet.methods.reward import render_pairs
+
     found = [e for e in rows if e.rejected is not None]
-    sides = [tuple(map(system.decoding.said, (e.completion, e.rejected or ""))) for e in found]
-    scored = session.score(system.prompts(found), sides, end=True)
-    return [0.5 if a.mean == b.mean else float(a.mean > b.mean) for a, b in scored]
+    if isinstance(session, TorchSession):
+        judged = [Judged(e.id, e.prompt, e.completion, e.rejected, history=e.history) for e in found]
+        scored = session.score_rows(render_pairs(system, judged, session)[0])
+        means = [tuple(map(statistics.fmean, sides)) for sides in scored]
+    else:
+        said = [tuple(map(system.decoding.said, (e.completion, e.rejected or ""))) for e in found]
+        means = [tuple(s.mean for s in sides) for sides in session.score(system.prompts(found), said, end=True)]
+    return [0.5 if a == b else float(a > b) for a, b in means]
 
 
 # --- collecting -------------------------------------------------------------------------------------------------------

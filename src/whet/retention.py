@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from whet.errors import TaskError
 from whet.memory import Known
 from whet.methods import Run
 from whet.metrics import Metric, get
-from whet.scorecard import Scorecard, evaluate
+from whet.scorecard import Scorecard, alike, evaluate
 from whet.system import System
 
 if TYPE_CHECKING:
@@ -62,29 +62,34 @@ def retention(matrix: Sequence[Sequence[float]]) -> Retention:
 class Stream:
     """A System's updates in figures: [updates + 1, tasks] scores, at the start and after each; None: not measured then.
 
-    `average`: of all tasks at the end. Over those that were there before the last update, None where none was:
-    `forgetting`, the mean drop from their best, and `backward` transfer, the mean gain since they were first measured.
+    `average`: of all tasks at the end, None where all are perplexities. Over those that were there before the last
+    update, None where none was: `forgetting`, the mean drop from their best, and `backward` transfer, the mean gain
+    since they were first measured.
     """
 
     tasks: tuple[str, ...]
     matrix: tuple[tuple[float | None, ...], ...]
-    average: float
+    average: float | None
     forgetting: float | None
     backward: float | None
 
 
-def stream(scores: Sequence[tuple[Mapping[str, float], Mapping[str, float]]]) -> Stream:
+def stream(
+    scores: Sequence[tuple[Mapping[str, float], Mapping[str, float]]], lower: Collection[str] = ()
+) -> Stream:
     """The figures of one or more updates, oldest first, each as scores of its tasks before and after, by name.
 
     What a task scored after one update is, on the rows that it is measured by later, what it scored before the next.
+    Of the tasks in `lower` less is better (perplexities): they stand in the matrix, and in no figure.
     """
     (start, _), *_ = scores
     rows = [start, *(after for _, after in scores)]
     rows = [{**row, **before} for row, before in zip(rows, [*(b for b, _ in scores), {}], strict=True)]
     tasks = tuple(dict.fromkeys(name for row in rows for name in row))
-    ended = [(rows[-1][t], seen) for t in tasks if t in rows[-1] and (seen := [r[t] for r in rows[:-1] if t in r])]
+    last = {t: score for t, score in rows[-1].items() if t not in lower}
+    ended = [(end, seen) for t, end in last.items() if (seen := [r[t] for r in rows[:-1] if t in r])]
     return Stream(
-        tasks, tuple(tuple(row.get(t) for t in tasks) for row in rows), fmean(rows[-1].values()),
+        tasks, tuple(tuple(row.get(t) for t in tasks) for row in rows), fmean(last.values()) if last else None,
         fmean(max(seen) - end for end, seen in ended) if ended else None,
         fmean(end - seen[0] for end, seen in ended) if ended else None,
     )  # fmt: skip
@@ -120,7 +125,7 @@ class Lost:
 
 def loss(name: str, before: Scorecard, after: Scorecard, metric: Metric, allowed: float, seed: int = 0) -> Lost:
     """What a task lost between two scorecards on the same rows; `allowed` is in points."""
-    unit = 100.0 if metric.higher_is_better else 100.0 / before.score
+    unit, after = 100.0 if metric.higher_is_better else 100.0 / before.score, alike(after, before, metric, seed)
     paired = stats.compare(before.outcomes, after.outcomes, metric, seed)
     kept = stats.not_worse(before.outcomes, after.outcomes, metric, allowed / unit, seed)
     return Lost(name, paired.n, before.score, after.score, -unit * paired.difference, -unit * paired.high,

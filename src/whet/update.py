@@ -156,9 +156,10 @@ def update(
     if feedback is not None:
         # Before anything is set aside: an annotator who is left out is to judge nothing, either.
         weights = vars(make("kto", {"weights": settings.pop("weights", ())}))["weights"]
-        judged = weighted(load_feedback(feedback.parent, feedback.name)[0], weights)
-        task = replace(task, judged=judged)
+        judged, said = load_feedback(feedback.parent, feedback.name)
+        task = replace(task, judged=weighted(judged, weights))
         run.notes |= {"weights": list(weights)} if weights else {}
+        run.notes |= {"feedback": list(said)} if said else {}
     splits, start = task.split(run.seed), begin(system, task, run)
     given = system if own(system, task) else start
     rows = splits.confirm or splits.select
@@ -177,7 +178,9 @@ def update(
     found = [one for one in lost if one.task in {task.name, *(t.name for t in tasks)}]
     scores = {e.task: e.before for e in found}, {e.task: e.after for e in found} | {task.name: cards[1].score}
     card = _card(system, method, task, cards[1], memory, scores)
-    updates = stream([one["scores"] for one in card["taught"] if "scores" in one])
+    falling = {one.name for one in tasks if not get(one.metric, one.folder, task.trusted).higher_is_better}
+    falling |= set() if metric.higher_is_better else {task.name}
+    updates = stream([one["scores"] for one in card["taught"] if "scores" in one], falling)
     compared = stats.compare(cards[0].outcomes, cards[1].outcomes, metric, run.seed)
     named = {one.task for one in lost}
     why = _refused(cards, lost, metric, task, run)

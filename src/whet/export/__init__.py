@@ -85,7 +85,8 @@ class Exported:
 def biases(system: System, tokenizer: Any, target: str) -> dict[str, float]:
     """What a server is to add to the logits of tokens, by id, so that one token is the calibrated choice.
 
-    Empty where a label is more than one token, or the format's server takes no such thing.
+    Empty where a label is more than one token, where it is scored with its end (as behind a training), or where the
+    format's server takes no such thing.
     """
     decoding = system.decoding
     ids = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in decoding.spoken]

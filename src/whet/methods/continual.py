@@ -119,7 +119,7 @@ class Continual(FineTune):
         lesson = plain._lesson(system, data, run, live, wrong)
         strength = self.strength or STRENGTH.get(self.strategy, 0.0)
         if self.strategy == "orthogonal":
-            penalty = protect.orthogonal(live.module, system.model.transforms, strength)
+            penalty = protect.orthogonal(live.module, system.model.standing, strength)
             return replace(lesson, settings=replace(lesson.settings, penalty=penalty))
         if self.strategy == "sequential":
             return lesson

@@ -119,7 +119,8 @@ class RL:
         rest = run
         if run.trained_tokens is not None:
             rest = replace(run, trained_tokens=run.trained_tokens - (run.spent - before).trained_tokens)
-        name = key("rl", asdict(self), system.state, judge.name, rows_hash(prompts), run.seed, run.fidelity,
+        rules = dict(getattr(judge.metric, "rules", {})) if isinstance(judge, ByMetric) else {}
+        name = key("rl", asdict(self), system.state, judge.name, rules, rows_hash(prompts), run.seed, run.fidelity,
                    run.trained_tokens, run.previous)  # fmt: skip
         adapter = Adapter("lora", self.rank, 2 * self.rank)
         taught = teach(system, run, name, adapter, lambda live: self._lesson(system, prompts, judge, own, rest, live))
@@ -152,7 +153,7 @@ class RL:
         from whet.train.loop import Schedule, Settings
         from whet.train.policy import Policy
 
-        policy, order = Policy(live, system), steps(prompts, self.batch, run.seed)
+        policy, order = Policy(live, system, self.temperature), steps(prompts, self.batch, run.seed)
         probed = random.Random(run.seed + 1).sample(prompts, min(PROBED, len(prompts)))
         before = live.spent
         rows, scores = self._sampled(policy, probed, judge, run.seed)
@@ -189,7 +190,7 @@ class RL:
             return {"epochs": seen, "steps_log": log, "after": {**self._figures(earned), **policy.drift(made)}}
 
         return Lesson(
-            source, losses.PolicyGradient(self.beta, self.algorithm == "grpo"),
+            source, losses.PolicyGradient(self.beta, self.algorithm == "grpo", self.temperature),
             Settings(Schedule(self.learning_rate, count)), None, {"prompts": len(prompts), "before": probe}, after,
         )  # fmt: skip
 
@@ -197,7 +198,7 @@ class RL:
         self, policy: Policy, examples: Sequence[Example], judge: Judge, seed: int
     ) -> tuple[list[Row], list[list[float]]]:
         """Samples of the policy as it is, and what each of them earns."""
-        rows, texts = policy.sample(examples, self.samples, self.temperature, seed)
+        rows, texts = policy.sample(examples, self.samples, seed)
         found = iter(judge([(e, text) for e, made in zip(examples, texts, strict=True) for text in made]))
         return rows, [[next(found) for _ in made] for made in texts]
 

@@ -183,8 +183,8 @@ class Race:
     def _folders(self, system: System) -> dict[str, str]:
         """Where what a System needs lies, by fingerprint: within the home, which may be moved, or elsewhere."""
         home = self.store.home
-        made = [*system.model.transforms, *system.sources]
-        places = {one.fingerprint: Path(one.folder) for one in made if one.folder is not None}
+        places = {t.fingerprint: Path(t.folder) for t in system.model.transforms if t.folder is not None}
+        places |= {s.fingerprint: Path(s.folder) for s in system.sources if s.folder is not None}
         return {k: str(p.relative_to(home) if p.is_relative_to(home) else p) for k, p in places.items()}
 
     def _revive(self, kept: dict[str, Any], start: System) -> tuple[System, Spent, dict[str, Any], str, str]:

@@ -16,6 +16,7 @@ from whet.compress.folder import plain
 from whet.compress.packed import PackedLinear
 from whet.errors import MethodError
 from whet.extras import package
+from whet.model import as_dtype
 from whet.train.head import headed
 
 KINDS = ("lora", "rslora", "dora", "full")
@@ -132,7 +133,7 @@ def merged(tuned: Any, adapter: Adapter) -> Any:
     """The module with its adapter in its weights, as a copy; summed in fp32, so that rounding once loses least."""
     if adapter.kind == "full":
         return tuned
-    return copy.deepcopy(tuned).float().merge_and_unload().to(tuned.dtype)
+    return as_dtype(as_dtype(copy.deepcopy(tuned), torch.float32).merge_and_unload(), tuned.dtype)
 
 
 @contextmanager
@@ -156,7 +157,8 @@ def frozen(module: Any, bits: int) -> Iterator[None]:
         else:
             small = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
             small.weight = bnb.nn.Int8Params(layer.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
-        small.bias = layer.bias
+        if layer.bias is not None:  # one of its own: that of the layer waits with it
+            small.bias = torch.nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
         module.set_submodule(name, small.to(device))
         layer.to("cpu")
     setattr(module, flag, True)  # by which peft chooses its layers

@@ -22,7 +22,7 @@ from whet.system import System
 from whet.task import Example
 from whet.train.adapters import Adapter, adapted, merged
 from whet.train.head import save_head
-from whet.train.loop import Beat, Curves, Settings, Source, out_of_memory, train
+from whet.train.loop import Beat, Curves, Settings, Source, abandoned, out_of_memory, train
 from whet.train.losses import Loss
 from whet.train.peak import matmul_peak
 from whet.train.team import team
@@ -31,7 +31,7 @@ from whet.train.trackers import trackers
 STATE_BYTES = 20  # of a trained weight: itself, its best, its fp32 master and gradient, AdamW's two moments
 NEXT = 7919  # between the seeds of adapters that stand upon one another
 TEXT_TOKENS = 1024  # plain text is trained in windows of at most this many tokens
-RULES = 3  # by which rows become steps; raised where the same settings come to other weights than before
+RULES = 4  # by which rows become steps; raised where the same settings come to other weights than before
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,8 @@ def _fitting(module: Any, adapter: Adapter) -> Iterator[None]:
 
 
 def _forget(checkpoint: Path) -> None:
-    """Delete a checkpoint, and each process's shards of it."""
-    for file in (checkpoint, *checkpoint.parent.glob(f"{checkpoint.name}.[0-9]*")):
+    """Delete a checkpoint, each process's shards of it, and what was left of its writing."""
+    for file in (checkpoint, *checkpoint.parent.glob(f"{checkpoint.name}.[0-9]*"), *abandoned(checkpoint)):
         file.unlink(missing_ok=True)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -185,6 +186,8 @@ def train(
     )
     state, best = _State(), masters.snapshot()
     due = {math.ceil(schedule.steps * (i + 1) / settings.validations) for i in range(settings.validations)}
+    for left in abandoned(keep) if keep else ():
+        left.unlink(missing_ok=True)
     begin = next((p for p in (keep, since) if p and _held(p, team)), None)
     if begin:
         best = _resume(begin, state, masters, optimizer, continuing=begin is since)
@@ -365,6 +368,12 @@ def _recomputing(module: Any, on: bool) -> Iterator[None]:
         yield
     finally:
         getattr(module, f"{name}_disable")()
+
+
+def abandoned(file: Path) -> list[Path]:
+    """What processes that are gone have left of a checkpoint that they were writing, or of its parts."""
+    found = [(p, p.name.rpartition("-")[2]) for p in file.parent.glob(f".{file.name}*-*") if p.is_file()]
+    return [p for p, pid in found if pid.isdigit() and not psutil.pid_exists(int(pid))]
 
 
 def _held(file: Path, team: Alone) -> bool:

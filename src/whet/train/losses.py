@@ -49,9 +49,10 @@ class PerRow:
         return len(rows)
 
 
-def logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+def logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probability [P], in nats, of each target under its logits [P, vocabulary]; computed in fp32."""
-    return -cross_entropy(logits.float(), targets, reduction="none")
+    wide = logits.float()
+    return -cross_entropy(wide if temperature == 1 else wide / temperature, targets, reduction="none")
 
 
 def per_sequence(values: Tensor, pack: Pack) -> Tensor:
@@ -159,15 +160,17 @@ class PolicyGradient(PerRow):
 
     facts: (advantage, log-probability of the sample under the reference). Samples are fresh, so that no ratio needs
     clipping. The leash is the squared half log-ratio per sample, whose gradient is that of the KL divergence
-    (Schulman 2020, k2). `per_token` divides each sample by its length, as GRPO does.
+    (Schulman 2020, k2). `per_token` divides each sample by its length, as GRPO does. Logits are divided by the
+    `temperature` that the samples were drawn at, those of the reference, too.
     """
 
     beta: float = 0.05
     per_token: bool = False
+    temperature: float = 1.0
 
     def __call__(self, logits: Tensor, pack: Pack) -> Tensor:
         """Summed over prompts, averaged over the samples of each."""
-        found = per_sequence(logprobs(logits, pack.targets), pack)
+        found = per_sequence(logprobs(logits, pack.targets, self.temperature), pack)
         advantage, reference = pack.facts[:, 0], pack.facts[:, 1]
         scale = 1 / lengths(pack) if self.per_token else 1.0
         each = scale * (-advantage * found + self.beta * 0.5 * (found - reference) ** 2)

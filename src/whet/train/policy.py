@@ -17,7 +17,7 @@ from whet.errors import MethodError
 from whet.task import Example
 from whet.train.batches import PACK_TOKENS, Pack, packs, padded, shares
 from whet.train.loop import _logits
-from whet.train.losses import Loss
+from whet.train.losses import Loss, logprobs, per_sequence
 from whet.train.team import team
 
 if TYPE_CHECKING:
@@ -51,20 +51,28 @@ def mean_of(session: TorchSession, rows: Sequence[Row], loss: Loss) -> float:
 class Policy:
     """Made before the first step, when a fresh adapter changes nothing: its weights then are the reference.
 
-    Raises MethodError where processes are to hold shards: the reference is put in the place of whole weights.
+    It draws and tells probabilities at one `temperature`, which logits are divided by. Raises MethodError where
+    processes are to hold shards: the reference is put in the place of whole weights.
     """
 
-    def __init__(self, live: TorchSession, system: System) -> None:
+    def __init__(self, live: TorchSession, system: System, temperature: float = 1.0) -> None:
         if team().sharded:
             raise MethodError("learning from judgements and rewards needs whole weights", expected="DDP", found="FSDP",
                               do="leave out --use_fsdp")  # fmt: skip
-        self.live, self.system = live, system
+        self.live, self.system, self.temperature = live, system, temperature
         self.trained = [p for p in live.module.parameters() if p.requires_grad]
         self.start = [p.detach().clone() for p in self.trained]
 
     def logprobs(self, rows: Sequence[Row]) -> list[tuple[float, ...]]:
         """Log-probability of every continuation, in nats, under the module as it is."""
-        return [tuple(map(sum, row)) for row in self.live.score_rows(rows)]
+        if self.temperature == 1:
+            return [tuple(map(sum, row)) for row in self.live.score_rows(rows)]
+        found: list[tuple[float, ...]] = [()] * len(rows)
+        for logits, pack in passes(self.live, rows):
+            each = per_sequence(logprobs(logits, pack.targets, self.temperature), pack).tolist()
+            for owner, value in zip(pack.owners.tolist(), each, strict=True):
+                found[owner] += (value,)
+        return found
 
     def reference(self, rows: Sequence[Row]) -> list[tuple[float, ...]]:
         """The same under the module as it was at the beginning."""
@@ -86,14 +94,12 @@ class Policy:
             for live, value in zip(self.trained, weights, strict=True):
                 live.copy_(value)
 
-    def sample(
-        self, examples: Sequence[Example], n: int, temperature: float = 1.0, seed: int = 0
-    ) -> tuple[list[Row], list[list[str]]]:
+    def sample(self, examples: Sequence[Example], n: int, seed: int = 0) -> tuple[list[Row], list[list[str]]]:
         """`n` sampled answers to each example: as rows to score and train on, and as texts."""
         decoding, live = self.system.decoding, self.live
         prompts, _ = self.system.fitting(examples, live, [decoding.max_tokens] * len(examples), blind=True)
         encoded = live.encode(prompts)
-        sampling = Sampling(decoding.max_tokens, temperature, stop=decoding.stop, seed=seed)
+        sampling = Sampling(decoding.max_tokens, self.temperature, stop=decoding.stop, seed=seed)
         made = live.generate_rows([Row(tokens) for tokens in encoded for _ in range(n)], sampling)
         parts = [made[i : i + n] for i in range(0, len(made), n)]
         rows = [Row(tokens, tuple(said for said, _ in part)) for tokens, part in zip(encoded, parts, strict=True)]
