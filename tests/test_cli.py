@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -198,3 +199,24 @@ def test_heavy_libraries_wait_until_they_are_needed() -> None:
     probe = f"import sys, whet, whet.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_full_disk_is_one_line(
+    capsys: pytest.CaptureFixture[str], task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("whet.task.load", full)
+    code, _, err = whet(capsys, "evaluate", "fake:keyword", task)
+    assert code == 2 and "No space left" in one_line(err)
+
+
+def test_what_a_terminal_cannot_show_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "result.json").write_text('{"task": "caf\\u00e9 \\ud800", "trials": []}')
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", shown)
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(tmp_path), "--json"])
+    shown.seek(0)
+    assert not ended.value.code and "caf? ?" in shown.read()

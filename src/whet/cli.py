@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sqlite3
@@ -41,6 +42,9 @@ class Commands(click.Group):
     def main(self, *args: Any, **settings: Any) -> Any:
         """Run; exits 0, 1 where a check failed, 2 on bad input (one line on stderr), 130 on Ctrl-C."""
         debug = "--debug" in sys.argv
+        for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to stop
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
         # peft loads the one, which complains about kernels that whet has no use for; of broken files whet says itself.
         for chatty in ("bitsandbytes", "pypdf"):
             logging.getLogger(chatty).setLevel(logging.ERROR)
