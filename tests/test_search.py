@@ -33,7 +33,7 @@ from whet.model import resolve
 from whet.progress import Silent
 from whet.report import verdict
 from whet.scorecard import Scorecard, alike
-from whet.search import Wish, base_system, training
+from whet.search import Wish, base_system, race, training
 from whet.search.arms import cheap_arms, neighbours, prompting_recipes
 from whet.search.budget import Rates, affordable, estimate, seconds
 from whet.search.plan import apportion
@@ -567,6 +567,16 @@ def test_the_latency_of_rankings_is_that_of_looking_up(
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps([row])))
     probe.main()
     assert set(json.loads(capsys.readouterr().out)) == {"latency_ms", "memory_bytes"}
+
+
+def test_what_a_closed_model_and_a_new_one_have_spent_is_charged(tmp_path: Path) -> None:
+    first, second = (SimpleNamespace(spent=Spent(prefilled_tokens=n)) for n in (100, 0))
+    run = Run(Store(tmp_path), sessions={"start": first})  # type: ignore[dict-item]
+    before = race._opened(run)
+    first.spent, second.spent = Spent(prefilled_tokens=130), Spent(prefilled_tokens=7)
+    run.sessions.pop("start")  # type: ignore[call-overload]
+    run.sessions["tuned"] = second  # type: ignore[index,assignment]
+    assert race._since(run, before).prefilled_tokens == 37
 
 
 def test_perplexities_are_compared_per_token_of_the_first_model() -> None:

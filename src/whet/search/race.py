@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from whet import stats
-from whet.engine import Spent
+from whet.engine import Session, Spent
 from whet.errors import StoreError, WhetError
 from whet.methods import Run
 from whet.metrics import Metric
@@ -125,7 +125,7 @@ class Race:
             return self.record(Trial(recipe, start, rung, "truncated", why, 0, None, Spent(), 0.0, {}, None, label))
         run = replace(self.run, trained_tokens=tokens, spent=Spent(), notes={}, tell=self.watch.tell)
         run.session(start.model)
-        before = _spent(run)
+        before = _opened(run)
         made = _made(recipe, files, start, tokens)
         try:
             if kept:
@@ -169,7 +169,7 @@ class Race:
         made = self.made.get(name)
         if made is not None:  # a later rung scores the same System on more examples
             return made[0], Spent(), made[1], "done", ""
-        before = _spent(run)
+        before = _opened(run)
         system = recipe.run(start, self.data, run)
         return system, _since(run, before) + run.spent, run.notes, "done", ""
 
@@ -270,11 +270,12 @@ def _made(recipe: Recipe, files: Mapping[str, str], start: System, tokens: int |
     return json.dumps([recipe.record, files, start.fingerprint, tokens], sort_keys=True)
 
 
-def _spent(run: Run) -> dict[Any, Spent]:
-    """What each opened model has spent so far."""
-    return {model: session.spent for model, session in run.sessions.items()}
+def _opened(run: Run) -> list[tuple[Session, Spent]]:
+    """The opened models, with what each has spent so far."""
+    return [(session, session.spent) for session in run.sessions.values()]
 
 
-def _since(run: Run, before: Mapping[Any, Spent]) -> Spent:
-    """What all opened models have spent since then."""
-    return sum((now - before.get(model, Spent()) for model, now in _spent(run).items()), Spent())
+def _since(run: Run, before: Sequence[tuple[Session, Spent]]) -> Spent:
+    """What models opened then or now have spent since: a method may close the one that it began with."""
+    new = [(s, Spent()) for s in run.sessions.values() if not any(s is old for old, _ in before)]
+    return sum((session.spent - then for session, then in (*before, *new)), Spent())
