@@ -33,7 +33,7 @@ from whet.model import resolve
 from whet.progress import Silent
 from whet.report import verdict
 from whet.scorecard import Scorecard, alike
-from whet.search import Wish, base_system, race, training
+from whet.search import Wish, base_system, limits, race, training
 from whet.search.arms import cheap_arms, neighbours, prompting_recipes
 from whet.search.budget import Rates, affordable, estimate, seconds
 from whet.search.plan import apportion
@@ -42,7 +42,7 @@ from whet.search.recipe import Recipe, parse, recipe
 from whet.splits import shared_order
 from whet.store import Store, code
 from whet.system import Decoding, System, load
-from whet.task import Example, Learnable, Splits
+from whet.task import Example, Learnable, Limits, Splits
 from whet.task import load as load_task
 
 WORDS = {"good": ["fine", "great", "lovely", "bright"], "bad": ["awful", "poor", "dull", "grim"]}
@@ -567,6 +567,17 @@ def test_the_latency_of_rankings_is_that_of_looking_up(
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps([row])))
     probe.main()
     assert set(json.loads(capsys.readouterr().out)) == {"latency_ms", "memory_bytes"}
+
+
+def test_limits_are_measured_on_rows_to_select_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr("whet.search.limits.measure", lambda card, system, rows: seen.append(rows))
+    job: Any = SimpleNamespace(
+        task=SimpleNamespace(limits=Limits(latency=50.0)), watch=Silent(), splits=SimpleNamespace(confirm=["sealed"]),
+        race=SimpleNamespace(left=1.0, select=["select"]),
+    )  # fmt: skip
+    limits._measured(job, None, None)  # type: ignore[arg-type]
+    assert seen == [["select"]]
 
 
 def test_what_a_closed_model_and_a_new_one_have_spent_is_charged(tmp_path: Path) -> None:
