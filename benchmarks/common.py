@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TASKS = ROOT.parent / "shared" / "tasks"
 PACKAGES = ("whet", "torch", "transformers", "lm_eval")
 PEAK_SHAPES = ((2048, 2048, 2048), (4096, 1024, 4096), (2048, 576, 1536))  # square, flat, and the small model's own
+DEVICE_SHAPES = ((8192, 8192, 8192), (16384, 4096, 16384))  # what fills a GPU
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,30 @@ class Bench:
         return evaluate(system, self.test, self.metric, session=self.run.session(system.model), store=self.run.store)
 
 
+# --- what was reached before ---------------------------------------------------------------------------------------
+
+
+def kept(folder: Path | None, name: str, make: Callable[[], Any]) -> Any:
+    """What `make` gives, as JSON gives it back: from the file of an earlier run in `folder`, or now and kept there."""
+    from whet.store import write_text
+
+    file = folder / f"{name}.json" if folder else None
+    if file and file.exists():
+        return json.loads(file.read_text(encoding="utf-8"))
+    text = json.dumps(made := make())
+    if file and made:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, text)
+    return json.loads(text)
+
+
+def outcomes(packed: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
+    """Outcomes as they were before JSON made dicts of them."""
+    from whet.metrics import Outcome
+
+    return tuple(Outcome(**{**o, "others": tuple(o["others"])}) for o in packed)
+
+
 # --- timing ---------------------------------------------------------------------------------------------------------
 
 
@@ -157,18 +182,23 @@ def alternate(runs: Mapping[str, Callable[[], Any]], repeat: int) -> dict[str, T
     return {name: Timed(tuple(taken), results[name]) for name, taken in seconds.items()}
 
 
-def matmul_peak(dtype: torch.dtype, seconds: float = 1.0) -> float:
+def matmul_peak(dtype: torch.dtype, device: torch.device, seconds: float = 1.0) -> float:
     """Operations per second of the fastest matrix product seen within `seconds`: the ceiling of any forward pass."""
     import torch
 
-    best = 0.0
-    for m, k, n in PEAK_SHAPES:
-        a, b = torch.randn(m, k, dtype=dtype), torch.randn(k, n, dtype=dtype)
-        out = torch.empty(m, n, dtype=dtype)
+    best, on_gpu = 0.0, device.type == "cuda"
+    shapes = DEVICE_SHAPES if on_gpu else PEAK_SHAPES
+    for m, k, n in shapes:
+        a, b = torch.randn(m, k, dtype=dtype, device=device), torch.randn(k, n, dtype=dtype, device=device)
+        out = torch.empty(m, n, dtype=dtype, device=device)
         torch.mm(a, b, out=out)  # kernels are built on the first call
-        until = time.perf_counter() + seconds / len(PEAK_SHAPES)
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        until = time.perf_counter() + seconds / len(shapes)
         while (begun := time.perf_counter()) < until:
             torch.mm(a, b, out=out)
+            if on_gpu:
+                torch.cuda.synchronize(device)
             best = max(best, 2 * m * k * n / (time.perf_counter() - begun))
     return best
 
@@ -177,7 +207,10 @@ def matmul_peak(dtype: torch.dtype, seconds: float = 1.0) -> float:
 
 
 def _processor() -> str:
-    """The processor's name."""
+    """The GPU's name where there is one, else the processor's."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

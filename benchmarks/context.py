@@ -16,7 +16,6 @@ A run that is stopped goes on where it was with `--home DIR`, which keeps what e
 
 from __future__ import annotations
 
-import json
 import queue
 import random
 import statistics
@@ -74,21 +73,9 @@ class Bench:
 
     def kept(self, name: str, make: Callable[[], list[Side]]) -> list[Side]:
         """What a contestant reached, from an earlier run with the same rows, or now."""
-        from whet.metrics import Outcome
-        from whet.store import write_text
-
-        if not self.folder:
-            return make()
-        file = self.folder / f"{self.task.name}, {len(self.rows)} rows, seed {self.seed}, {name}.json"
-        if file.exists():
-            sides = [Side(**side) for side in json.loads(file.read_text(encoding="utf-8"))]
-            for side in sides:
-                side.outcomes = tuple(Outcome(**{**o, "others": tuple(o["others"])}) for o in side.outcomes)
-            return [self.done(side) for side in sides]
-        if sides := make():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(file, json.dumps([asdict(side) for side in sides]))
-        return sides
+        name = f"{self.task.name}, {len(self.rows)} rows, seed {self.seed}, {name}"
+        found = common.kept(self.folder, name, lambda: [asdict(side) for side in make()])
+        return [self.done(Side(**{**side, "outcomes": common.outcomes(side["outcomes"])})) for side in found]
 
     def whet(self, name: str, text: str) -> Side:
         """A recipe of whet's."""
@@ -102,7 +89,7 @@ class Bench:
         answers = [a.text for a in made.answers(self.rows, self.session)]
         note = self.run.notes.get("prompting", {})
         outcomes = score_all(self.metric, answers, self.rows)
-        return self.done(Side(name, outcomes, tokens, seconds, note.get("prompt", "")))
+        return Side(name, outcomes, tokens, seconds, note.get("prompt", ""))
 
     def done(self, side: Side) -> Side:
         """Say at once what a side reached: a run may be stopped before its table."""
@@ -279,8 +266,8 @@ def _dspy_scored(
     chats = [sent[e.id] for e in bench.rows]
     best = [labels[i] for i in chosen(bench.session, chats, labels)]
     answers = {"own parsing": [own[e.id] for e in bench.rows], "labels scored": best}
-    return [bench.done(Side(f"{name}, {how}", score_all(bench.metric, said, bench.rows), tokens, seconds))
-            for how, said in answers.items()]  # fmt: skip
+    return [Side(f"{name}, {how}", score_all(bench.metric, said, bench.rows), tokens, seconds)
+            for how, said in answers.items()]
 
 
 def chat_adapter(sent: dict[str, Any] | None = None, name: str = "") -> Any:
@@ -332,7 +319,7 @@ def lm_eval_side(bench: Bench, shots: int) -> Side:
     rows = [found[i : i + len(labels)] for i in range(0, len(found), len(labels))]
     answers = [labels[row.index(max(row))] for row in rows]
     outcomes = score_all(bench.metric, answers, bench.rows)
-    return bench.done(Side(f"lm-eval {shots}-shot", outcomes, 0, time.perf_counter() - begun))
+    return Side(f"lm-eval {shots}-shot", outcomes, 0, time.perf_counter() - begun)
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------

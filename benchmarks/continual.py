@@ -8,7 +8,11 @@ Differences are paired over the same test rows. With --general, perplexity on wi
 drift from the base are measured after the last task, too. With --facts, 100 made-up facts are learnt, 50 of them then
 contradicted; both are asked in a phrasing that no training row has.
 
+A run that is stopped goes on where it was with `--home DIR`, which keeps what each strategy reached on each order:
+several machines or processes can take a strategy each.
+
     .venv/bin/python benchmarks/continual.py [--rows 1000] [--orders 1,2,3] [--strategies replay,...] [--facts]
+        [--home DIR]
 """
 
 from __future__ import annotations
@@ -50,15 +54,17 @@ class Setting:
     keep: int
     share: float
     tuning: dict[str, Any]
+    general: int  # rows of each task that nobody learnt
+    folder: Path  # of tasks
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A stream that was learnt: its matrix, the outcomes at the end, task by task, and the last System."""
+    """A stream that was learnt: its matrix, the outcomes at the end, task by task, and what it did to all else."""
 
     matrix: list[list[float]]
-    outcomes: list[Any]
-    system: Any
+    outcomes: Sequence[Any]
+    general: dict[str, float]
 
 
 def shortened(task: Any, rows: int, test: int, seed: int) -> Any:
@@ -108,7 +114,7 @@ def release(setting: Setting, *keep: Any) -> None:
 def stream(tasks: Sequence[Any], strategy: str, setting: Setting) -> Ended:
     """Learn the tasks one after the other."""
     from whet.memory import known, remember
-    from whet.methods.continual import Continual
+    from whet.methods.continual import Continual, replayed_share
     from whet.methods.finetune import FineTune
 
     run, system, matrix = setting.run, setting.base, [measured(setting.base, tasks, setting)[0]]
@@ -117,8 +123,8 @@ def stream(tasks: Sequence[Any], strategy: str, setting: Setting) -> Ended:
         start = replace(asked(system, task, run), card={"memory": system.card.get("memory", [])})
         data = learnable(task)
         # All take 16 new rows a step; those that replay take earlier ones beside.
-        own = strategy == "replay"
-        more = {"share": setting.share, "batch": round(16 / (1 - setting.share))} if own else {"batch": 16}
+        share = setting.share or replayed_share(n)
+        more = {"share": share, "batch": round(16 / (1 - share))} if strategy == "replay" and n else {"batch": 16}
         tuning = {**setting.tuning, **more} if n else setting.tuning
         method = Continual(strategy=strategy, **tuning) if n else FineTune(**tuning)
         taught = method.apply(start, data, run)
@@ -128,7 +134,7 @@ def stream(tasks: Sequence[Any], strategy: str, setting: Setting) -> Ended:
         matrix.append(scores)
         print(f"  {strategy}, {task.name} learnt: {' '.join(f'{100 * s:.1f}' for s in scores)}", flush=True)
         release(setting, system)
-    return Ended(matrix, outcomes, system)
+    return Ended(matrix, outcomes, general(system, setting))
 
 
 def joint(tasks: Sequence[Any], setting: Setting) -> Ended:
@@ -157,12 +163,26 @@ def joint(tasks: Sequence[Any], setting: Setting) -> Ended:
     name = key("joint", asdict(method), setting.base.fingerprint, [rows_hash(d.train) for _, d in parts], run.seed)
     system = teach(setting.base, run, name, Adapter(rank=method.rank, alpha=2 * method.rank), prepare)
     scores, outcomes = measured(system, tasks, setting)
+    found = general(system, setting)
     release(setting)
-    return Ended([scores], outcomes, system)
+    return Ended([scores], outcomes, found)
 
 
-def general(ended: Ended, setting: Setting, folder: Path, count: int) -> dict[str, float]:
+def ended(order: int, tasks: Sequence[Any], strategy: str, setting: Setting, folder: Path | None) -> Ended:
+    """A stream as an earlier run has left it in `folder`, or learnt now."""
+    def make() -> dict[str, Any]:
+        return asdict(joint(tasks, setting) if strategy == "joint" else stream(tasks, strategy, setting))
+
+    shared = (setting.rows, setting.test, setting.keep, setting.share, setting.general, *setting.tuning.values())
+    name = f"order {order}, {len(tasks)} tasks, {strategy}, {' '.join(map(str, shared))}, seed {setting.run.seed}"
+    found = common.kept(folder, name, make)
+    return Ended(**{**found, "outcomes": common.outcomes(found["outcomes"])})
+
+
+def general(taught: Any, setting: Setting) -> dict[str, float]:
     """What the stream did to all else: perplexity, multiple choice, and the drift from the base on both."""
+    if not (count := setting.general):
+        return {}
     from whet.metrics import get
     from whet.retention import drift
     from whet.scorecard import evaluate
@@ -170,8 +190,8 @@ def general(ended: Ended, setting: Setting, folder: Path, count: int) -> dict[st
 
     run, found = setting.run, {}
     for name in ("wikitext2", "arc_easy"):
-        task = common.load_task(folder, name)
-        for side, system in (("base", setting.base), ("after", ended.system)):
+        task = common.load_task(setting.folder, name)
+        for side, system in (("base", setting.base), ("after", taught)):
             one, session = asked(system, task, run), run.session(system.model)
             card = evaluate(one, task.test[:count], get(task.metric), session=session, store=run.store)
             found[f"{name} {side}"] = card.score
@@ -289,7 +309,7 @@ def arguments() -> Any:
     options.add_argument("--length", type=int, default=5, help="tasks of each order, from its beginning")
     options.add_argument("--strategies", default=",".join(STRATEGIES))
     options.add_argument("--keep", type=int, default=256, help="rows of each earlier task that a System carries")
-    options.add_argument("--share", type=float, default=0.25, help="of a step's rows that are replayed ones")
+    options.add_argument("--share", type=float, default=0.0, help="of a step's rows that are replayed; 0: by tasks")
     options.add_argument("--epochs", type=float, default=2.0)
     options.add_argument("--rank", type=int, default=16)
     options.add_argument("--learning-rate", type=float, default=1e-3)
@@ -298,6 +318,7 @@ def arguments() -> Any:
     options.add_argument("--tasks", type=Path, default=common.TASKS, help="folder of tasks (default: ../shared/tasks)")
     options.add_argument("--model", default=DEFAULT)
     options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--home", type=Path, help="keep what each strategy reached here (default: nowhere)")
     return options.parse_args()
 
 
@@ -317,7 +338,8 @@ def main() -> None:
     ref = resolve(options.model)
     base = System(ref, decoding=Decoding(normalise="sum"), home=run.home)
     tuning = {"epochs": options.epochs, "rank": options.rank, "learning_rate": options.learning_rate}
-    setting = Setting(run, base, options.rows, options.test, options.keep, options.share, tuning)
+    setting = Setting(run, base, options.rows, options.test, options.keep, options.share, tuning, options.general,
+                      options.tasks)  # fmt: skip
     where = common.machine(run.session(ref).protocol["dtype"])
     print(common.machine_line(where))
     print(f"{options.rows} rows a task, {options.test} to test, {options.keep} kept; {tuning}")
@@ -325,13 +347,12 @@ def main() -> None:
     for order in [int(n) for n in options.orders.split(",") if n]:
         names = ORDERS[order - 1][: options.length]
         tasks = [shortened(common.load_task(options.tasks, n), options.rows, options.test, options.seed) for n in names]
-        ends = {s: joint(tasks, setting) if s == "joint" else stream(tasks, s, setting) for s in strategies}
+        ends = {s: ended(order, tasks, s, setting, options.home) for s in strategies}
         body[f"order {order}"] = found = compared(ends)
         show(order, names, found)
-        if options.general:
-            found["general"] = {s: general(e, setting, options.tasks, options.general) for s, e in ends.items()}
-            for strategy, values in found["general"].items():
-                print(f"{strategy}: " + ", ".join(f"{k} {v:.3f}" for k, v in values.items()))
+        found["general"] = {strategy: e.general for strategy, e in ends.items() if e.general}
+        for strategy, values in found["general"].items():
+            print(f"{strategy}: " + ", ".join(f"{k} {v:.3f}" for k, v in values.items()))
     if options.facts:
         body["facts"] = [facts(setting, s) for s in strategies if s in ("sequential", "replay")]
         for one in body["facts"]:

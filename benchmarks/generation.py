@@ -75,7 +75,8 @@ def transformers_generator(module: Any, tokenizer: Any, new: int, batch: int) ->
                 ids[n, width - len(prompts[i]) :] = torch.tensor(prompts[i])
                 mask[n, width - len(prompts[i]) :] = 1
             with torch.inference_mode():
-                out = module.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+                out = module.generate(input_ids=ids.to(module.device), attention_mask=mask.to(module.device),
+                                      generation_config=settings)  # fmt: skip
             for i, tokens in zip(part, out[:, width:].tolist(), strict=True):
                 results[i] = tokens
             tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)

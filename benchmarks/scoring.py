@@ -52,13 +52,14 @@ def transformers_scores(
         places = sorted({p for (r, _), line in zip(part, lines, strict=True)
                          for p in range(len(prompts[r]) - 1, len(line))})  # fmt: skip
         with torch.inference_mode():
-            logits = module(input_ids=ids, use_cache=False, logits_to_keep=torch.tensor(places)).logits
+            logits = module(input_ids=ids.to(module.device), use_cache=False,
+                            logits_to_keep=torch.tensor(places, device=module.device)).logits  # fmt: skip
         for i, (r, read) in enumerate(part):
             first = places.index(len(prompts[r]) - 1)
             logprobs = logits[i, first : first + len(read) + 1].float().log_softmax(-1)
             for n, answer in enumerate(answers):
                 if tuple(answer[:-1]) == read:
-                    results[r][n] = sum(float(logprobs[j, token]) for j, token in enumerate(answer))
+                    results[r][n] = sum(logprobs[range(len(answer)), answer].tolist())
     return results
 
 
@@ -173,7 +174,7 @@ def main() -> None:
     for warm in runs(few[: options.batch], few[: options.batch]).values():
         warm()
     timed = common.alternate(runs(chats, few), options.repeat)
-    report(options, where, session, chats, few, timed, task.labels, common.matmul_peak(module.dtype))
+    report(options, where, session, chats, few, timed, task.labels, common.matmul_peak(module.dtype, module.device))
 
 
 def report(

@@ -230,7 +230,7 @@ def main() -> None:
     dtype = str(module.dtype).removeprefix("torch.")
     weights = sum(m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear))
     weights -= module.lm_head.weight.numel() if module.config.tie_word_embeddings else 0
-    peak, where = common.matmul_peak(module.dtype), common.machine(dtype, torch.get_num_threads())
+    peak, where = common.matmul_peak(module.dtype, module.device), common.machine(dtype, torch.get_num_threads())
     del module
     short = short_rows(common.load_task(options.tasks, "sst2"), tokenizer, 32 * (options.steps + 1))
     lengthy = long_rows(common.load_task(options.tasks, "xquad_en"), tokenizer, 8 * (options.steps + 1))
