@@ -62,15 +62,15 @@ def test_what_is_shared_stays_one_on_another_device(tmp_path: Path) -> None:
     assert first.codes.is_meta and first.codes is second.codes  # parameters are kept one by torch itself
 
 
-def test_memory_on_a_gpu_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_the_gpus_where_one_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     host = peak_memory()
     assert 10e6 < host < 1e12
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 10**13)
     assert peak_memory() < 1e12  # none is in use
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     assert peak_memory() == 10**13
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 1)
-    assert peak_memory() >= host
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 10**6)
+    assert peak_memory() == 10**6  # what its libraries take of the host says nothing of the model
 
 
 def test_folder_that_does_not_fit_is_refused(tmp_path: Path) -> None:

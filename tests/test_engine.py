@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import SHARED, TEXT, UNSHARED, WINDOW, make_model, make_tokenizer, reference, reference_rows
+from models import CHATML, SHARED, STRICT, TEXT, UNSHARED, WINDOW, make_model, make_tokenizer, reference, reference_rows
 from scipy import stats
 from transformers import AutoModelForCausalLM, DogeConfig, MambaConfig, NemotronConfig, Phi3Config, RecurrentGemmaConfig
 
@@ -18,7 +18,7 @@ from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession, using_tree
 from whet.errors import EngineError
 from whet.model import resolve
-from whet.prompt import escape
+from whet.prompt import escape, render
 from whet.train.loop import _step
 from whet.train.losses import NextToken
 
@@ -635,6 +635,28 @@ def test_encoding_is_the_template(models: Any, tokenizer: Any) -> None:
     assert session.encode(CHATS) == [ids_of(tokenizer, c) for c in CHATS]
     assert session.count(CHATS) == [len(ids_of(tokenizer, c)) for c in CHATS]
     assert session.encode([]) == []
+
+
+@pytest.mark.parametrize("template", [CHATML, STRICT])
+def test_a_long_common_beginning_is_tokenized_once(template: str, models: Any) -> None:
+    tokenizer = make_tokenizer(template)
+    session = TorchSession(models["llama"], tokenizer)
+    shown = [m for n in range(8) for m in (("user", f"a review of film {n}"), ("assistant", "positive"))]
+    chats = [(*shown, ("user", f"the movie was {word}")) for word in ("great", "not bad", "", " funny", "great")]
+    texts = [render(tokenizer, chat, system=session.system) for chat in chats]
+    wanted = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    asked: list[int] = []
+
+    def counted(some: Any, **kwargs: Any) -> Any:
+        asked.extend(map(len, some))
+        return tokenizer(some, **kwargs)
+
+    session.tokenizer = counted
+    assert [tuple(t) for t in session._tokenize(texts)] == wanted
+    assert sum(asked) < 0.6 * sum(map(len, texts))
+    # One that strips what stands before a marker cannot be cut there.
+    session.tokenizer = lambda some, **kwargs: {"input_ids": [[len(text)] for text in some]}
+    assert session._tokenize(texts) == [[len(text)] for text in texts]
 
 
 def test_markers_in_answers_are_only_text(models: Any, tokenizer: Any) -> None:

@@ -147,13 +147,14 @@ def test_packs_cover_each_target_once(most: int, targets: int, monkeypatch: pyte
     assert found == wanted
 
 
-def test_padded_passes_hold_rows_of_like_length() -> None:
+def test_padded_passes_hold_rows_of_like_length(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [Row(HEAD[:n], ((5,),)) for n in (20, 19, 20, 3, 18)]
     shapes = [tuple(p.ids.shape) for p in padded(rows, torch.device("cpu"), 64)]
     assert shapes == [(1, 3), (3, 20), (1, 20)]  # not padded to sixfold, and at most 64 tokens
     assert [tuple(p.ids.shape) for p in padded(rows, torch.device("cpu"))] == [(1, 3), (1, 18), (1, 19)] + [(1, 20)] * 2
     [pack] = padded(ROWS[:4:3], torch.device("cpu"), 1024)
     assert pack.owners.tolist() == [1, 1, 0]  # a row's continuations stay together
+    monkeypatch.setattr(batches, "PACK_TARGETS", 100)  # for each 1,024 tokens of a pass
     many = padded([Row((1,), ((2,) * 400,))] * 4, torch.device("cpu"), 8192)
     assert [len(p.targets) for p in many] == [800, 800]  # the vocabulary at each place is what fills memory
 

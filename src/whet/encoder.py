@@ -26,33 +26,31 @@ class Encoder:
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        from whet.model import quiet
+        from whet.model import own_device, quiet
 
         labels = sorted(set(truth))
         tokenizer = quiet(AutoTokenizer.from_pretrained, model_folder())
         ids = tokenizer(list(texts), truncation=True, max_length=LONGEST)["input_ids"]
         size = sum(map(len, ids)) / len(ids)
         steps = max(1, round(min(EPOCHS * len(ids), self.tokens / size) / BATCH))
-        state = torch.random.get_rng_state()
-        torch.manual_seed(self.seed)
-        try:
+        device = own_device()
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
             model = quiet(AutoModelForSequenceClassification.from_pretrained, model_folder(), num_labels=len(labels),
-                          dtype=torch.float32)  # fmt: skip
+                          dtype=torch.float32).to(device)  # fmt: skip
             optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
             schedule = torch.optim.lr_scheduler.LambdaLR(
                 optimizer, lambda n: min(1.0, (n + 1) / max(1, steps // 10), (steps - n) / max(1, 0.9 * steps))
             )
             model.train()
             for part in _steps(len(ids), steps, self.seed):
-                batch = tokenizer.pad({"input_ids": [ids[i] for i in part]}, return_tensors="pt")
-                target = torch.tensor([labels.index(truth[i]) for i in part])
+                batch = tokenizer.pad({"input_ids": [ids[i] for i in part]}, return_tensors="pt").to(device)
+                target = torch.tensor([labels.index(truth[i]) for i in part], device=device)
                 model(**batch, labels=target).loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad(set_to_none=True)
-        finally:
-            torch.random.set_rng_state(state)
         model.eval()
         answers = [""] * len(wanted)
         order = sorted(range(len(wanted)), key=lambda i: len(wanted[i]))
@@ -61,7 +59,7 @@ class Encoder:
                 part = order[at : at + 2 * BATCH]
                 batch = tokenizer([wanted[i] for i in part], truncation=True, max_length=LONGEST, padding=True,
                                   return_tensors="pt")  # fmt: skip
-                for i, best in zip(part, model(**batch).logits.argmax(-1).tolist(), strict=True):
+                for i, best in zip(part, model(**batch.to(device)).logits.argmax(-1).tolist(), strict=True):
                     answers[i] = labels[best]
         return tuple(answers)
 

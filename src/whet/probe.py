@@ -62,10 +62,10 @@ def main() -> None:
 
 
 def peak_memory() -> int:
-    """Peak bytes of this process: resident ones, or those held on its GPU, whichever are more."""
+    """Peak bytes that this process held on its GPU; where it uses none, peak resident bytes."""
     torch = sys.modules.get("torch")  # loaded where there is a model in this process
     held = int(torch.cuda.max_memory_reserved()) if torch and torch.cuda.is_initialized() else 0
-    return max(held, _resident())
+    return held or _resident()
 
 
 def _resident() -> int:

@@ -96,6 +96,14 @@ def _has_kernel(q: Tensor, train: bool) -> bool:
     return q.device.type == "cpu" and not (train and q.dtype == torch.bfloat16)
 
 
+def _flashes(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether a GPU's flash kernel does this: half precision, no mask, a head size that it knows."""
+    return (
+        q.is_cuda and mask is None and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )  # fmt: skip
+
+
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -114,6 +122,9 @@ def _attend(
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=mask, scale=scale
         )
+        return out, lse
+    if _flashes(q, mask):
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
         return out, lse
     out, lse = torch.empty_like(q), torch.zeros(q.shape[:3], dtype=torch.float32, device=q.device)
     for block in _blocks(q, k, causal):
@@ -142,6 +153,14 @@ def _attend_backward(
             tuple[Tensor, Tensor, Tensor],
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
+            ),
+        )
+    if _flashes(q, mask):
+        none = torch.zeros(2, dtype=torch.uint64, device=q.device)  # where its dropout would begin
+        return cast(
+            tuple[Tensor, Tensor, Tensor],
+            torch.ops.aten._scaled_dot_product_flash_attention_backward(
+                grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, none, none, scale=scale
             ),
         )
     to_q, to_k, to_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -330,7 +349,7 @@ def decode(q: Tensor, k: Tensor, v: Tensor, step: Decode, layer: int, scale: flo
         keys[0, :, at], values[0, :, at] = k[0], v[0]
     else:
         keys[step.rows, :, step.at], values[step.rows, :, step.at] = k, v
-    own, own_lse = _attend(q[:, :, None], keys, values, False, step.mask, scale)
+    own, own_lse = _attend(q[:, :, None], keys, values, False, step.mask, scale, alone=not step.reads)
     if not step.reads:
         return own[:, :, 0]
     asked = q.transpose(0, 1)[None]
@@ -377,11 +396,12 @@ AttentionInterface.register(NAME, tree_attention)
 
 def _tree_mask(parents: Sequence[int], length: int) -> Tensor:
     """Boolean [length, length]: who reads whom in a unit whose continuations are a tree; padding reads itself."""
-    sees = torch.zeros(length, length, dtype=torch.bool)
-    for i in range(length):
-        if i < len(parents) and parents[i] >= 0:
-            sees[i] = sees[parents[i]]
-        sees[i, i] = True
+    chain = next((i for i, p in enumerate(parents) if p != i - 1), len(parents))
+    sees = torch.zeros(length, length, dtype=torch.bool).fill_diagonal_(True)
+    sees[:chain, :chain] = torch.ones(chain, chain, dtype=torch.bool).tril()
+    for i in range(chain, len(parents)):
+        if parents[i] >= 0:
+            sees[i] |= sees[parents[i]]
     return sees
 
 
@@ -410,8 +430,13 @@ def _bucket(batch: Batch, members: Sequence[int], dtype: torch.dtype, device: to
     return Bucket(index.to(device), keep, mask, start if row else None)
 
 
-def _most_beside(size: int) -> float:
-    """Length of the longest unit that is padded together with one of this size: long ones cost more than a call."""
+def _most_beside(size: int, device: torch.device) -> float:
+    """Length of the longest unit that is padded together with one of this size: long ones cost more than a call.
+
+    On a GPU a call costs more than the padding of anything but the longest.
+    """
+    if device.type == "cuda":
+        return 2 * size + 32
     return 1.3 * size + 3 if size < LONG_UNIT else size
 
 
@@ -430,7 +455,7 @@ def plan(
     for i in order:
         unit, size = batch.units[i], len(batch.units[i].tokens)
         first = batch.units[groups[-1][0]] if groups else None
-        if first is not None and first.plain == unit.plain and size <= _most_beside(len(first.tokens)):
+        if first is not None and first.plain == unit.plain and size <= _most_beside(len(first.tokens), device):
             groups[-1].append(i)
         else:
             groups.append([i])
@@ -460,7 +485,8 @@ _arrive: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 
 
 def _plans_arrive(model: torch.nn.Module) -> bool:
-    """Whether every layer gives its attention the plan, and no mask of its own: else rows would read one another.
+    """Whether every layer gives its attention the plan, and no mask or sinks of its own: else rows would read one
+    another.
 
     Seen once per module, in a pass over one token.
     """
@@ -474,7 +500,8 @@ def _plans_arrive(model: torch.nn.Module) -> bool:
                 whole(input_ids=ids, position_ids=ids, use_cache=False, whet_plan=seen)
         finally:
             whole.set_attn_implementation(before)
-        _arrive[whole] = len(seen.keep_all or ()) == whole.config.get_text_config().num_hidden_layers
+        all_layers = len(seen.keep_all or ()) == whole.config.get_text_config().num_hidden_layers
+        _arrive[whole] = all_layers and not any(hasattr(m, "sinks") for m in whole.modules())
     return _arrive[whole]
 
 
@@ -485,7 +512,7 @@ def window(model: torch.nn.Module) -> int | None:
         return 0
     # What changes the softmax, lets tokens look ahead, or gives values a size of their own is not in `_attend`.
     odd = ("attn_logit_softcapping", "alibi", "use_bidirectional_attention", "v_head_dim")
-    if any(getattr(config, name, None) for name in odd) or any(hasattr(m, "sinks") for m in model.modules()):
+    if any(getattr(config, name, None) for name in odd):
         return 0
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not kinds <= {"full_attention", "sliding_attention"}:

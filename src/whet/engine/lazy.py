@@ -170,7 +170,7 @@ def _search_group(
     ready = session.prefill(forest, units, room)
     device, own, tokens = session.module.device, ready.own, ready.tokens
     live, at = list(units), [0] * len(units)
-    seen = torch.zeros(len(units), ready.capacity, dtype=torch.bool, device=device)
+    seen = torch.zeros(len(units), ready.capacity, dtype=torch.bool)  # written place by place: not on a GPU
     for n, unit in enumerate(units):
         seen[n, : len(unit.tokens)] = True
     logits = ready.logits
@@ -183,7 +183,7 @@ def _search_group(
         if len(going) < len(live):
             index = torch.tensor(going, device=device)
             own = {n: (k.index_select(0, index), v.index_select(0, index)) for n, (k, v) in own.items()}
-            live, wanted, seen = [live[i] for i in going], [wanted[i] for i in going], seen.index_select(0, index)
+            live, wanted, seen = [live[i] for i in going], [wanted[i] for i in going], seen[going]
         mask, slots = seen.clone(), []
         for n, (unit, node) in enumerate(zip(live, wanted, strict=True)):
             search = searches[unit.row]
@@ -194,7 +194,7 @@ def _search_group(
         at = wanted
         nodes = [searches[u.row].nodes[node] for u, node in zip(live, at, strict=True)]
         plan = attention.Decode(
-            own, torch.tensor(slots, device=device), additive(mask, session.module.dtype),
+            own, torch.tensor(slots, device=device), additive(mask.to(device), session.module.dtype),
             decode_reads(ready.forest, live), ready.kept,
         )  # fmt: skip
         places = [len(rows[u.row].prompt) + node.depth - 1 for u, node in zip(live, nodes, strict=True)]

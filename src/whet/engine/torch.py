@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +37,10 @@ from whet.errors import EngineError
 from whet.prompt import asides_of, end_of_turn, escape, render, specials_of, takes_system, unescape
 
 BATCH_TOKENS = 2048  # packed tokens per forward pass: larger ones fall out of the caches and gain nothing
+DEVICE_TOKENS = 16_384  # on a GPU, which smaller passes leave idle between kernels
 KEY_BYTES = 512 * 2**20  # keys and values of prompts held at once while generating; joining them needs as much again
+KEY_SHARE = 1 / 16  # of a GPU's memory, for the same
+SHARED_TEXT = 200  # characters from which on a common beginning is worth a second call of the tokenizer
 LOGIT_ROWS = 1024  # places whose logits are in fp32 at once
 CACHES = ("past_key_values", "cache_params", "state")  # what families call the cache that they give back
 
@@ -81,8 +85,10 @@ class Prefilled:
 class TorchSession:
     """A session over a module and its tokenizer; also over a live module that is being trained."""
 
-    def __init__(self, module: Any, tokenizer: Any, *, batch_tokens: int = BATCH_TOKENS) -> None:
-        self.module, self.tokenizer, self.batch_tokens = module, tokenizer, batch_tokens
+    def __init__(self, module: Any, tokenizer: Any, *, batch_tokens: int | None = None) -> None:
+        self.module, self.tokenizer = module, tokenizer
+        on_gpu = module.device.type == "cuda"
+        self.batch_tokens = batch_tokens or (DEVICE_TOKENS if on_gpu else BATCH_TOKENS)
         self.spent = Spent()
         self.quick: bool | None = None  # whether the quick step gives what the module gives; None: not yet known
         self._step: quick.Step | None = None  # for the length of a call: adapters come and go
@@ -98,7 +104,7 @@ class TorchSession:
         self.protocol = {
             "engine": "torch",
             "dtype": str(module.dtype).removeprefix("torch."),
-            "device": str(module.device),
+            "device": torch.cuda.get_device_name(module.device) if on_gpu else str(module.device),
             "torch": torch.__version__,
             "sharing": "tree" if attention.window(module) != 0 else "none",
         }
@@ -110,7 +116,10 @@ class TorchSession:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         each = 2 * config.num_hidden_layers * heads * size * self.module.dtype.itemsize
-        return max(1, KEY_BYTES // int(each))
+        device = self.module.device
+        on_gpu = device.type == "cuda"
+        most = KEY_SHARE * torch.cuda.get_device_properties(device).total_memory if on_gpu else KEY_BYTES
+        return max(1, int(most) // int(each))
 
     def _stop_ids(self) -> frozenset[int]:
         """Tokens that end a turn: the template's, the tokenizer's end and whatever the generation config names."""
@@ -120,6 +129,7 @@ class TorchSession:
 
     def close(self) -> None:
         """Release the module."""
+        self._step = None
         del self.module
 
     # --- text to tokens -------------------------------------------------------------------------------------------
@@ -131,7 +141,7 @@ class TorchSession:
     def encode(self, prompts: Sequence[Prompt]) -> list[Tokens]:
         """Token ids of prompts, each rendered by the model's template with the answer's turn opened."""
         texts = [render(self.tokenizer, p, system=self.system) for p in prompts]
-        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        ids = self._tokenize(texts) if texts else []
         start = self.tokenizer.bos_token_id
         start = self.tokenizer.eos_token_id if start is None else start
         # Raw text has no turn that opens it: its first token is predicted from the beginning-of-text token.
@@ -139,6 +149,20 @@ class TorchSession:
             (start, *t) if isinstance(p, str) and t[:1] != [start] else tuple(t)
             for p, t in zip(prompts, ids, strict=True)
         ]
+
+    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts. What all begin with, up to a marker that no word reaches across, is looked at once."""
+        def plain(some: Sequence[str]) -> list[list[int]]:
+            return cast(list[list[int]], self.tokenizer(list(some), add_special_tokens=False)["input_ids"])
+
+        head = commonprefix(texts)
+        cut = max((head.rfind(mark) for mark in self.specials), default=-1)
+        if len(texts) < 3 or cut < SHARED_TEXT:
+            return plain(texts)
+        first, whole = plain([head[:cut], texts[0]])
+        rest = plain([text[cut:] for text in texts])
+        # Some tokenizers treat the beginning of a text, or what stands around a marker, in ways of their own.
+        return [[*first, *own] for own in rest] if whole == [*first, *rest[0]] else plain(texts)
 
     def encode_answer(self, text: str, end: bool, raw: bool = False) -> Tokens:
         """Token ids of an answer; with `end`, the end of the turn follows. Markers in it are only text unless `raw`."""
@@ -213,7 +237,7 @@ class TorchSession:
         kept: dict[int, dict[int, attention.KeysValues]] = {}
         done = tokens = 0
         with using_tree(self.module), torch.inference_mode():
-            for batch in prefix.batches(forest, self.batch_tokens):
+            for batch in prefix.batches(forest, self.batch_tokens, most_targets=self.batch_tokens):
                 for trunk in set(kept) - set(batch.past):
                     del kept[trunk]
                 plan = attention.plan(forest, batch, self.module.dtype, self.module.device, kept, keep=True)
@@ -317,7 +341,8 @@ class TorchSession:
             plan.keep_all = {}
             last = [at + u.last for u, at in zip(batch.units, batch.unit_at, strict=True)]
             logits.append(_logits(self.module, sub, batch, plan, last))
-            blocks.append({n: _own_keys(kv, batch, capacity) for n, kv in plan.keep_all.items()})
+            places = _unit_places(batch, self.module.device)
+            blocks.append({n: _own_keys(kv, places, capacity) for n, kv in plan.keep_all.items()})
             tokens += batch.length
         own = {n: (torch.cat([b[n][0] for b in blocks]), torch.cat([b[n][1] for b in blocks])) for n in blocks[0]}
         return Prefilled(sub, own, kept, torch.cat(logits), tokens)
@@ -361,9 +386,13 @@ class TorchSession:
             return step(ids, places, plan)
         out = self.module(input_ids=ids[None], position_ids=places[None], use_cache=False, whet_plan=plan)
         logits = cast(Tensor, out.logits[0])
+        if step is None:
+            self.quick = False
+            return logits
         # What a step writes it writes again alike, so that both ways can be taken from the same place.
-        self.quick = step is not None and quick.agrees(step(ids, places, plan), logits)
-        return logits
+        mine = step(ids, places, plan)
+        self.quick = quick.agrees(mine, logits)
+        return mine if self.quick else logits  # later calls give what this one gave
 
     # --- choosing -------------------------------------------------------------------------------------------------
 
@@ -406,27 +435,41 @@ class TorchSession:
 def give_back_memory() -> None:
     """Hand freed memory back to the system: glibc keeps what large batches needed, which adds up over many arms."""
     gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     with contextlib.suppress(OSError, AttributeError):  # other C libraries have no such call
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @contextmanager
-def using_tree(module: Any, *, train: bool = False, shared: bool = True) -> Iterator[None]:
+def using_tree(module: Any, *, train: bool | None = False, shared: bool = True) -> Iterator[None]:
     """Run a module with tree attention (its own unless `shared`); implementation and mode are restored afterwards.
 
-    To `train` means gradients and what goes with them, not chance: nothing is dropped.
+    With `train` its mode is that of `in_mode`; None leaves the mode as it is.
     """
-    before, training = module.config._attn_implementation, module.training
+    before = module.config._attn_implementation
     try:
         if shared:
             module.set_attn_implementation(attention.NAME)
-        module.train(train)
-        with _steady(module) if train else contextlib.nullcontext():
+        with contextlib.nullcontext() if train is None else in_mode(module, train):
             yield
     finally:
         if shared:
             module.set_attn_implementation(before)
-        module.train(training)
+
+
+@contextmanager
+def in_mode(module: Any, train: bool) -> Iterator[None]:
+    """Within it, a module trains or not; to `train` means gradients and what goes with them, not chance: nothing is
+    dropped.
+    """
+    before = module.training
+    try:
+        module.train(train)
+        with _steady(module) if train else contextlib.nullcontext():
+            yield
+    finally:
+        module.train(before)
 
 
 @contextmanager
@@ -482,13 +525,26 @@ def _target_logprobs(
     return logits[rows, tokens].float() - total[rows]
 
 
-def _own_keys(kv: attention.KeysValues, batch: prefix.Batch, capacity: int) -> attention.KeysValues:
-    """Each unit's own keys and values out of a packed batch, padded to [units, groups, capacity, size]."""
+def _unit_places(batch: prefix.Batch, device: torch.device) -> Tensor:
+    """Where each unit's tokens stand in a packed batch, [units, longest]; behind its end, its last one again."""
+    longest = max(len(u.tokens) for u in batch.units)
+    places = [
+        [at + min(i, len(u.tokens) - 1) for i in range(longest)]
+        for u, at in zip(batch.units, batch.unit_at, strict=True)
+    ]
+    return torch.tensor(places, device=device)
+
+
+def _own_keys(kv: attention.KeysValues, places: Tensor, capacity: int) -> attention.KeysValues:
+    """Each unit's own keys and values out of a packed batch, padded to [units, groups, capacity, size].
+
+    What a unit does not have is masked whenever it is read.
+    """
     blocks = []
     for packed in kv:
-        block = packed.new_zeros(len(batch.units), packed.shape[1], capacity, packed.shape[3])
-        for n, (unit, at) in enumerate(zip(batch.units, batch.unit_at, strict=True)):
-            block[n, :, : len(unit.tokens)] = packed[0, :, at : at + len(unit.tokens)]
+        block = packed.new_zeros(len(places), packed.shape[1], capacity, packed.shape[3])
+        taken = packed[0].index_select(1, places.reshape(-1)).unflatten(1, tuple(places.shape))
+        block[:, :, : places.shape[1]] = taken.transpose(0, 1)
         blocks.append(block)
     return blocks[0], blocks[1]
 

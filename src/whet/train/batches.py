@@ -18,6 +18,7 @@ from whet.engine.prefix import Batch, Forest, Row
 T = TypeVar("T")
 # Tokens per backward pass, beside the longest shared beginning: activations take 1.7 MB a token on a 135M model.
 PACK_TOKENS = 1024
+DEVICE_PACKS = 8  # times as many on a GPU, which smaller passes leave idle; where they do not fit, they are halved
 PACK_TARGETS = 1024  # tokens with logits per backward pass: the vocabulary is what fills memory
 LEAST_STEPS = 64  # where a budget allows fewer steps of the rows wanted, a step takes fewer rows
 LEAST_BATCH = 8
@@ -44,6 +45,16 @@ class Pack:
     owners: Tensor  # [S] the row of the step that each sequence belongs to
     facts: Tensor  # [S, F] what the loss knows about each sequence
     tokens: int  # tokens computed
+
+
+def pack_tokens(device: torch.device) -> int:
+    """Tokens of a pass on this device."""
+    return PACK_TOKENS * (DEVICE_PACKS if device.type == "cuda" else 1)
+
+
+def pack_targets(most: int) -> int:
+    """Targets of a pass of `most` tokens."""
+    return PACK_TARGETS * max(1, most // PACK_TOKENS)
 
 
 def packs(rows: Sequence[Row], dtype: torch.dtype, device: torch.device, most: int = PACK_TOKENS) -> list[Pack]:
@@ -81,7 +92,7 @@ def _cut(rows: Sequence[Row], most: int) -> tuple[Forest, list[Batch]]:
         behind = forest.unique_tokens - aside
         wanted = math.ceil(behind / most)
         size = aside + (math.ceil(1.1 * behind / wanted) if wanted > 1 else most)
-        ways.append(list(prefix.batches(forest, size, most_targets=PACK_TARGETS, keep=False)))
+        ways.append(list(prefix.batches(forest, size, most_targets=pack_targets(most), keep=False)))
     return forest, min(ways, key=_length)
 
 
@@ -89,8 +100,9 @@ def _length(cut: Sequence[Batch]) -> int:
     return sum(batch.length for batch in cut)
 
 
-def computed(rows: Sequence[Row], module: Any = None, most: int = PACK_TOKENS) -> int:
+def computed(rows: Sequence[Row], module: Any = None) -> int:
     """Tokens that the passes of one step compute; without a module, one that can share beginnings is meant."""
+    most = pack_tokens(module.device) if module is not None else PACK_TOKENS
     if module is None or shares(module, rows):
         return _length(_cut(rows, most)[1])
     return sum(_area(rows, batch) for batch in _alike(rows, most))
@@ -129,7 +141,7 @@ def _alike(rows: Sequence[Row], most: int) -> list[list[int]]:
         tokens, real = _area(rows, batch), real + row_tokens(rows[n], shared=False)
         places = _width(rows[n]) + 1 - min(len(rows[i].prompt) for i in batch)
         count = sum(len(rows[i].continuations) for i in batch)
-        if made and tokens <= most and count * places <= PACK_TARGETS and tokens - real <= PADDING * tokens:
+        if made and tokens <= most and count * places <= pack_targets(most) and tokens - real <= PADDING * tokens:
             made[-1] = batch
         else:
             made.append([n])

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from whet.engine.prefix import Row
-from whet.engine.torch import using_tree
+from whet.engine.torch import in_mode, using_tree
 from whet.errors import MethodError
-from whet.train.batches import PACK_TOKENS, Pack, packs, padded, row_tokens, shares
+from whet.train.batches import Pack, pack_tokens, packs, padded, row_tokens, shares
 from whet.train.losses import Loss
 from whet.train.team import Alone
 
@@ -120,9 +120,9 @@ class Masters:
     def give_weights(self) -> None:
         """Round the copies into the live weights."""
         with torch.no_grad():
-            for live, copy in zip(self.live, self.copies, strict=True):
-                if copy is not live:
-                    live.copy_(copy)
+            pairs = [(live, copy) for live, copy in zip(self.live, self.copies, strict=True) if copy is not live]
+            if pairs:
+                torch._foreach_copy_([live for live, _ in pairs], [copy for _, copy in pairs])
 
     def snapshot(self) -> list[Tensor]:
         """The weights as they are now."""
@@ -146,7 +146,7 @@ class _State:
     kept: int = 0  # the step that the best weights are of
     train: list[tuple[int, float]] = field(default_factory=list)
     checks: list[tuple[int, float]] = field(default_factory=list)
-    pack_tokens: int = PACK_TOKENS  # not kept: how much fits depends on the machine
+    pack_tokens: int = 0  # not kept: how much fits depends on the machine
 
 
 def train(
@@ -184,7 +184,7 @@ def train(
     optimizer = torch.optim.AdamW(
         masters.copies, lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
     )
-    state, best = _State(), masters.snapshot()
+    state, best = _State(pack_tokens=pack_tokens(module.device)), masters.snapshot()
     due = {math.ceil(schedule.steps * (i + 1) / settings.validations) for i in range(settings.validations)}
     for left in abandoned(keep) if keep else ():
         left.unlink(missing_ok=True)
@@ -193,47 +193,68 @@ def train(
         best = _resume(begin, state, masters, optimizer, continuing=begin is since)
     if validate and not state.checks:
         state.checks.append((0, validate()))
-    kept_at, interval, before, begun = time.monotonic(), KEEP_EVERY, state.seconds, time.monotonic()
-    while state.step < schedule.steps and not _tired(state, settings):
-        if stable and continued and state.step == schedule.decays:
-            _keep(stable, state, masters, optimizer, best, team)
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.at(state.step)
-        value, used = _fitting_step(module, wrapped, source(state.step), loss, state, settings, team)
-        state.step += 1
-        if not math.isfinite(value) or _explodes(state.train, value):
-            masters.restore(best)
-            team.whole(module)
-            saved = rescue() if rescue and state.kept else None
-            raise _diverged(state.step, value, schedule.learning_rate, saved)
-        if not validate and state.step in due:  # weights that have just given a loss that is one
-            best, state.kept = masters.snapshot(), state.step
-        masters.take_gradients()
-        team.exchange(masters.copies)
-        torch.nn.utils.clip_grad_norm_(masters.copies, settings.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        masters.give_weights()
-        state.tokens += used
-        state.train.append((state.tokens, value))
-        state.seconds = before + time.monotonic() - begun
-        if beat:
-            share = state.tokens * per_token / state.seconds / (settings.peak * team.size) if settings.peak else 0.0
-            rate = schedule.at(state.step - 1)
-            beat(Beat(state.step, schedule.steps, value, rate, state.tokens, state.seconds, share))
-        if validate and state.step in due:
-            state.checks.append((state.tokens, validate()))
-            if state.checks[-1][1] <= min(c for _, c in state.checks):
-                best, state.best_at, state.kept = masters.snapshot(), len(state.checks) - 1, state.step
-        late = keep is not None and time.monotonic() - kept_at > interval
-        if keep and (team.most(late) if team.sharded else late):  # shards of one step belong together: no clock decides
-            at = time.monotonic()
-            _keep(keep, state, masters, optimizer, best, team)
-            kept_at, interval = time.monotonic(), max(KEEP_EVERY, (time.monotonic() - at) / WRITING_SHARE)
+    with in_mode(module, train=True), _repeatable(module.device):
+        kept_at, interval, before, begun = time.monotonic(), KEEP_EVERY, state.seconds, time.monotonic()
+        while state.step < schedule.steps and not _tired(state, settings):
+            if stable and continued and state.step == schedule.decays:
+                _keep(stable, state, masters, optimizer, best, team)
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.at(state.step)
+            value, used = _fitting_step(module, wrapped, source(state.step), loss, state, settings, team)
+            state.step += 1
+            if not math.isfinite(value) or _explodes(state.train, value):
+                masters.restore(best)
+                team.whole(module)
+                saved = rescue() if rescue and state.kept else None
+                raise _diverged(state.step, value, schedule.learning_rate, saved)
+            if not validate and state.step in due:  # weights that have just given a loss that is one
+                best, state.kept = masters.snapshot(), state.step
+            masters.take_gradients()
+            team.exchange(masters.copies)
+            torch.nn.utils.clip_grad_norm_(masters.copies, settings.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            masters.give_weights()
+            state.tokens += used
+            state.train.append((state.tokens, value))
+            state.seconds = before + time.monotonic() - begun
+            if beat:
+                share = state.tokens * per_token / state.seconds / (settings.peak * team.size) if settings.peak else 0.0
+                rate = schedule.at(state.step - 1)
+                beat(Beat(state.step, schedule.steps, value, rate, state.tokens, state.seconds, share))
+            if validate and state.step in due:
+                state.checks.append((state.tokens, validate()))
+                if state.checks[-1][1] <= min(c for _, c in state.checks):
+                    best, state.best_at, state.kept = masters.snapshot(), len(state.checks) - 1, state.step
+            late = keep is not None and time.monotonic() - kept_at > interval
+            # Shards of one step belong together: no clock decides.
+            if keep and (team.most(late) if team.sharded else late):
+                at = time.monotonic()
+                _keep(keep, state, masters, optimizer, best, team)
+                kept_at, interval = time.monotonic(), max(KEEP_EVERY, (time.monotonic() - at) / WRITING_SHARE)
     if validate:
         masters.restore(best)
     team.whole(module)
     return Curves(tuple(state.train), tuple(state.checks), state.best_at, state.step, state.tokens, state.seconds)
+
+
+@contextmanager
+def _repeatable(device: torch.device) -> Iterator[None]:
+    """Within it, a GPU adds in one order only: a training that goes on ends as the uninterrupted one."""
+    if device.type != "cuda":
+        yield
+        return
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    fills, memory.fill_uninitialized_memory = memory.fill_uninitialized_memory, False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic")  # of what has no such order
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+        memory.fill_uninitialized_memory = fills
 
 
 def _tired(state: _State, settings: Settings) -> bool:
@@ -275,7 +296,7 @@ def operations(module: torch.nn.Module) -> float:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory did not suffice."""
-    words = ("not enough memory", "can't allocate memory", "out of memory")
+    words = ("not enough memory", "can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
     named = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return named or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
 
@@ -291,7 +312,7 @@ def _fitting_step(
         short: BaseException | None = None
         try:
             value, used = _step(
-                module, wrapped, rows, loss, state.pack_tokens, settings.recompute, team, settings.penalty
+                module, wrapped, rows, loss, state.pack_tokens, settings.recompute, team, settings.penalty, True
             )
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
@@ -317,31 +338,36 @@ def _step(
     wrapped: Any,
     rows: Sequence[Row],
     loss: Loss,
-    most: int = PACK_TOKENS,
+    most: int = 0,
     recompute: bool = False,
     team: Alone | None = None,
     penalty: Callable[[], Tensor] | None = None,
+    ready: bool = False,
 ) -> tuple[float, int]:
-    """Forward and backward over one step's rows: this process's part of the mean loss, and the tokens it computed."""
-    team = team or Alone()
+    """Forward and backward over one step's rows: this process's part of the mean loss, and the tokens it computed.
+
+    `ready`: the module is in the mode to train already, which takes a while to bring it into.
+    """
+    team, most = team or Alone(), most or pack_tokens(module.device)
     mine = team.share(rows)
     shared = shares(module, rows)
     # Shards wait for one another in every pass: a process without rows makes as many as the others.
     some = mine or (rows[:1] if team.sharded else [])
     made = packs(some, module.dtype, module.device, most) if shared and some else padded(some, module.device, most)
     count, own = loss.count(rows), len(made) if mine else 0
-    total, tokens, passes = 0.0, 0, team.most(len(made)) if team.sharded else own
-    with using_tree(module, train=True, shared=shared), _recomputing(module, recompute):
+    total, tokens = torch.zeros((), dtype=torch.float64, device=module.device), 0
+    passes = team.most(len(made)) if team.sharded else own
+    with using_tree(module, train=None if ready else True, shared=shared), _recomputing(module, recompute):
         for n in range(passes):
             pack, real = (made[n], 1.0) if n < own else (made[0], 0.0)
             team.accumulating(wrapped, last=n == passes - 1)
             part = loss(_logits(wrapped, pack), pack) * real / count
             (part * team.size).backward()  # gradients are averaged over the team
-            total += float(part.detach())
+            total += part.detach().double()
             tokens += pack.tokens if real else 0
         if penalty:  # the same in every process
             penalty().backward()
-    return total, tokens
+    return float(total), tokens  # read once: a GPU goes on without the host until then
 
 
 def _logits(module: Any, pack: Pack) -> Tensor:
