@@ -6,33 +6,19 @@ import csv
 import io
 import json
 import sys
-from pathlib import Path
 
 import pytest
+from files import refused, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whet.convert import standard
-from whet.errors import TaskError
 from whet.rows import Row, articles, read, short
 from whet.task import load
 
 
 def row(**values: object) -> Row:
     return Row("x line 1", 1, values)
-
-
-def write(path: Path, content: str | bytes) -> Path:
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
-
-
-def refused(call, *words: str) -> None:
-    with pytest.raises(TaskError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    for word in words:
-        assert word in str(caught.value), str(caught.value)
 
 
 # ---------------------------------------------------------------------------------------------------- forms of rows

@@ -138,6 +138,16 @@ def test_ratings_become_pairs_and_thumbs(tmp_path: Path) -> None:
     assert any("7 ratings made into 2 pairs and 3 thumbs" in note for note in loaded.notes)
 
 
+@pytest.mark.parametrize("steps", [2, 4, 9])
+def test_ratings_make_no_more_pairs_than_there_are_ratings(steps: int, tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "completion": f"answer {n}", "rating": n * 7 % 9 % steps} for n in range(9)]
+    write(tmp_path / "t", rows)
+    rating = {row["completion"]: row["rating"] for row in rows}
+    found = [(j.chosen, j.rejected) for j in feedback.load(tmp_path / "t", "feedback.jsonl")[0]]
+    assert len(found) == 5 and {side for pair in found for side in pair} == rating.keys()
+    assert all(rating[chosen or ""] > rating[rejected or ""] for chosen, rejected in found)
+
+
 @pytest.mark.parametrize(
     ("row", "says"),
     [({"prompt": "p", "chosen": "same", "rejected": " same "}, r"line 2: both sides .* equal"),

@@ -10,26 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from files import refused, write
 
 from whet.columns import Columns
-from whet.errors import TaskError
 from whet.init import Guess, init
 from whet.task import Example, Task, load
 
 REVIEWS = [(f"film number {n} was {'good' if n % 2 else 'bad'} to look at", ("neg", "pos")[n % 2]) for n in range(60)]
-
-
-def write(path: Path, content: str | bytes) -> Path:
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
-
-
-def refused(call, *words: str) -> None:
-    with pytest.raises(TaskError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    for word in words:
-        assert word in str(caught.value), str(caught.value)
 
 
 def make_csv(path: Path, header: str, rows) -> Path:
@@ -427,6 +414,43 @@ def test_several_labels_a_row(tmp_path):
     ]
     guess, task = made(tmp_path, rows)
     assert guess.metric == "set_f1" and {example.completion for example in every(task)} >= {"0", "1, 3"}
+
+
+LABELS = [f"mood {n}" for n in range(11)] + ["love, true"]
+
+
+@pytest.mark.parametrize("cells", [(0, 1), ("False", "True"), ("0.0", "1.0")])
+def test_columns_of_0_and_1_are_labels_of_a_row(tmp_path, cells):
+    texts = [text for text, _ in REVIEWS]
+    on = [{n % 12, n % 5} if n % 7 else set() for n in range(60)]
+    table = [LABELS, *([cells[m in some] for m in range(12)] for some in on)]
+    data = tmp_path / "moods.csv"
+    with data.open("w", newline="") as file:
+        csv.writer(file).writerows([text, *row] for text, row in zip(["tweet", *texts], table, strict=True))
+    guess = init(data, tmp_path / "t")
+    task = load(tmp_path / "t")
+    names = [name.replace(",", "") for name in LABELS]
+    assert guess.columns == Columns(("tweet",), "labels") and (guess.metric, task.labels) == ("set_f1", ())
+    wanted = [", ".join(names[m] for m in sorted(some)) or "none" for some in on]
+    assert {e.prompt: e.completion for e in every(task)} == dict(zip(texts, wanted, strict=True))
+    assert task.instruction == f"Name all labels that fit, with commas between: {', '.join(sorted([*names, 'none']))}."
+    said = next(line for line in guess.lines if "hold 0 and 1 alone" in line)
+    assert all(repr(name) in said for name in LABELS) and "--completion" in said
+    guess = init(data, tmp_path / "one", completion="mood 3")
+    assert guess.columns == Columns(("tweet",), "mood 3") and guess.metric == "accuracy"
+
+
+def test_one_column_of_0_and_1_a_row_is_its_label(tmp_path):
+    rows = [{"text": text, **{f"label_{m}": int(n % 3 == m) for m in range(3)}} for n, (text, _) in enumerate(REVIEWS)]
+    guess, task = made(tmp_path, rows)
+    assert (guess.metric, task.labels) == ("accuracy", ("label_0", "label_1", "label_2"))
+
+
+def test_flags_beside_an_answer_are_no_labels(tmp_path):
+    flags = {"checked": 0, "long": 1, "edited": 0}
+    rows = [{"text": text, "stars": n % 5, **flags} for n, (text, _) in enumerate(REVIEWS)]
+    guess, _ = made(tmp_path, rows)
+    assert guess.columns == Columns(("text",), "stars") and "columns not used: checked, edited, long" in guess.lines
 
 
 def test_numbered_labels_are_pointed_out(tmp_path):

@@ -89,3 +89,18 @@ def test_a_near_repeat_with_another_answer_gives_nothing_away():
     assert dropped([Example("a", told, "Entailment")], held) == ["a"]
     assert dropped([Example("a", told, "")], held) == ["a"]
     assert dropped([Example("a", held[0].prompt.upper(), "contradiction")], held) == ["a"]
+
+
+@pytest.mark.parametrize("text, other", [
+    ("यह पुराना नगर भवन उत्तरी तट की भीषण आग के बाद तट से आए राजमिस्त्रियों ने फिर से बनाया था और इसकी मीनार में चार "
+     "घंटियाँ हैं", "किसी"),
+    ("இந்தப் பழைய நகர மண்டபம் வடக்குக் கரையின் பெரும் தீக்குப் பிறகு கடற்கரையிலிருந்து வந்த கொத்தனார்களால் மீண்டும் "
+     "கட்டப்பட்டது அதன் கோபுரத்தில் நான்கு மணிகள் உள்ளன", "எந்தப்"),
+])  # fmt: skip
+def test_vowel_signs_belong_to_their_words(text, other):
+    words = text.split()
+    assert near_repeats([text.replace(words[-3], other)], [text]) == [(0, 0)]
+    few = " ".join(sorted(words, key=len)[-4:])  # 4 words are too few to nearly repeat others, whatever their script
+    assert not near_repeats([few[:-1]], [few])
+    rows = [Example(str(n), f"{few}?", "x") for n in range(9)]
+    assert dropped([Example("a", few, "x")], rows) == ["a"]

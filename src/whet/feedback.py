@@ -125,10 +125,11 @@ def _judged(row: Row, file: str) -> Judged | tuple[Judged, float]:
 
 
 def _of_ratings(rated: Sequence[tuple[Judged, float]]) -> list[Judged]:
-    """Ratings as pairs, where an annotator rated two answers to one prompt differently, else as thumbs.
+    """Ratings as pairs, where an annotator rated answers to one prompt differently, else as thumbs.
 
-    A thumb is up above the annotator's own mean and down below it, since people use scales differently; what lies on
-    the mean says nothing and is left out.
+    The better answers of a prompt, about half of them, are paired with the others as thumbs up are with thumbs down. A
+    thumb is up above the annotator's own mean and down below it, since people use scales differently; what lies on the
+    mean says nothing and is left out.
     """
     by_prompt: dict[tuple[Any, ...], list[tuple[Judged, float]]] = defaultdict(list)
     scales: dict[str, list[float]] = defaultdict(list)
@@ -137,18 +138,28 @@ def _of_ratings(rated: Sequence[tuple[Judged, float]]) -> list[Judged]:
         scales[row.annotator].append(rating)
     made = []
     for group in by_prompt.values():
-        pairs = [
-            replace(good, rejected=bad.chosen, id=f"{good.id}>{bad.id}")
-            for good, high in group
-            for bad, low in group
-            if high > low and (good.chosen or "").strip() != (bad.chosen or "").strip()
-        ]
-        made += pairs
-        for row, rating in group if not pairs else ():
+        ranked = sorted(group, key=lambda one: -one[1])
+        falls = [n for n in range(1, len(ranked)) if ranked[n - 1][1] > ranked[n][1]]
+        half = min(falls, key=lambda n: abs(2 * n - len(ranked)), default=0)
+        found = _opposed([row for row, _ in ranked[:half]], [_down(row) for row, _ in ranked[half:]])
+        made += found
+        for row, rating in group if not found else ():
             middle = statistics.fmean(scales[row.annotator])
             if not math.isclose(rating, middle, abs_tol=1e-12):  # the mean of equal ratings may be off by a bit
-                made.append(row if rating > middle else replace(row, chosen=None, rejected=row.chosen))
+                made.append(row if rating > middle else _down(row))
     return made
+
+
+def _down(row: Judged) -> Judged:
+    return replace(row, chosen=None, rejected=row.chosen)
+
+
+def _opposed(ups: Sequence[Judged], downs: Sequence[Judged]) -> list[Judged]:
+    """Pairs of thumbs up and down on one prompt: each of the more frequent kind is in one, the others take turns."""
+    count = max(len(ups), len(downs)) if ups and downs else 0
+    turns = [(ups[n % len(ups)], downs[n % len(downs)]) for n in range(count)]
+    return [replace(up, rejected=down.rejected, id=f"{up.id}>{down.id}", weight=min(up.weight, down.weight))
+            for up, down in turns if (up.chosen or "").strip() != (down.rejected or "").strip()]  # fmt: skip
 
 
 def without_held(rows: Sequence[Judged], held: Sequence[Example]) -> tuple[tuple[Judged, ...], Leaks]:
@@ -172,11 +183,7 @@ def pairs(rows: Sequence[Judged]) -> tuple[Judged, ...]:
         if row.chosen is None or row.rejected is None:
             single[row.prompt, row.history][row.chosen is None].append(row)
     for ups, downs in single.values():
-        for n in range(max(len(ups), len(downs)) if ups and downs else 0):
-            up, down = ups[n % len(ups)], downs[n % len(downs)]
-            if (up.chosen or "").strip() != (down.rejected or "").strip():
-                found.append(replace(up, rejected=down.rejected, id=f"{up.id}>{down.id}",
-                                     weight=min(up.weight, down.weight)))  # fmt: skip
+        found += _opposed(ups, downs)
     made: dict[tuple[Any, ...], Judged] = {}
     for one in found:
         name = one.prompt, one.history, one.chosen, one.rejected

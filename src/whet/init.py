@@ -16,6 +16,7 @@ from typing import Any
 from whet.columns import (
     ASIDE,
     CLASSES,
+    COMPLETIONS,
     KEPT,
     LABELS,
     MANY,
@@ -44,6 +45,8 @@ SHAPES = {
     "Alpaca": ({"instruction", "output"}, {"input", "system"}),
     "prompt and completion": ({"prompt", "completion"}, {"answers", "choices"}),
 }
+NONE = "none"  # the answer of a row that has no label
+FLAGS = {"0": False, "1": True, "false": False, "true": True}
 WORKED = re.compile(r"####\s*-?\$?[\d,.]+\s*\Z")  # GSM8K: the working, then the number
 
 
@@ -87,7 +90,7 @@ def init(
     guess, rows = _guess(data, unfolded(data, read_), out, tuple(prompt), completion, broken)
     guess = replace(guess, lines=(*notes, *guess.lines))
     name = name or re.sub(r"[^\w.-]+", "-", stem_of(data.name)).strip("-.") or "task"
-    header: dict[str, Any] = {"name": name, "instruction": _instruction(guess), "metric": guess.metric}
+    header: dict[str, Any] = {"name": name, "instruction": _instruction(guess, rows), "metric": guess.metric}
     if guess.labels:
         header["labels"] = list(guess.labels)
     if telling := _telling(guess.columns):
@@ -114,8 +117,9 @@ def _good(part: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> lis
 def _guess(
     data: Path, rows: list[Row], out: Path, prompt: tuple[str, ...], completion: str | None, broken: Broken
 ) -> tuple[Guess, list[dict[str, Any]]]:
-    table = _table(rows)
     lines: list[str] = []
+    rows = rows if completion else _gathered(rows, prompt, lines)
+    table = _table(rows)
     kind, left = ("columns", set()) if completion or (prompt and "chosen" not in table) else _shape(table)
     judging = "" if completion else _judging(kind, table)
     columns = None
@@ -149,6 +153,33 @@ def _table(rows: Sequence[Row]) -> dict[str, list[Any]]:
     """Columns in the order in which they first occur, None where a row has no such field."""
     keys = dict.fromkeys(key for row in rows for key in row.values)
     return {key: [row.values.get(key) for row in rows] for key in keys}
+
+
+def _gathered(rows: list[Row], prompt: Sequence[str], lines: list[str]) -> list[Row]:
+    """Rows with three or more columns of 0 and 1 as one of labels, where no column is called an answer."""
+    table = _table(rows)
+
+    def flag(cell: Any) -> bool | None:
+        return FLAGS.get(str(cell).strip().lower().removesuffix(".0"))
+
+    def called(key: str) -> str:
+        return key.strip().lower() if key in flags else key_of(key)
+
+    flags = {
+        key: " ".join(key.replace(",", " ").split())  # a comma parts labels
+        for key, cells in table.items()
+        if key not in (*prompt, *KEPT) and not ASIDE.fullmatch(key_of(key)) and None not in map(flag, cells)
+    }
+    if len(flags) < 3 or any(called(key) in COMPLETIONS for key in table) or _shape(table)[0] != "columns":
+        return rows
+    lines.append(f"columns {', '.join(map(repr, flags))} hold 0 and 1 alone: read as one column of labels, which names "
+                 f"those that are 1 ({NONE!r} where none is); to take one of them: --completion COLUMN")  # fmt: skip
+    found = []
+    for row in rows:
+        said = ", ".join(name for key, name in flags.items() if flag(row.values.get(key)))
+        beside = {key: cell for key, cell in row.values.items() if key not in flags}
+        found.append(replace(row, values=beside | {MANY: said or NONE}))
+    return found
 
 
 def _shape(table: Mapping[str, list[Any]]) -> tuple[str, set[str]]:
@@ -293,9 +324,12 @@ def _telling(columns: Columns | None) -> dict[str, str]:
     return named if usable and not said <= {"prompt", "completion", "input", "output", "chosen"} else {}
 
 
-def _instruction(guess: Guess) -> str:
+def _instruction(guess: Guess, rows: list[dict[str, Any]]) -> str:
     if guess.kind == "text":
         return ""
+    if guess.metric == "set_f1":
+        names = sorted({name for row in rows for name in row["completion"].split(", ")})
+        return "Name all labels that fit, with commas between" + (f": {', '.join(names)}." if len(names) <= 30 else ".")
     if guess.labels and len(guess.labels) <= 10:
         return f"Answer with one of: {', '.join(guess.labels)}."
     return (

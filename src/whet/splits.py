@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from whet.documents import MARKS
 from whet.rows import short
 
 if TYPE_CHECKING:
@@ -39,10 +40,10 @@ UNSPACED = (
 _QUOTES = {ord(mark): " " for mark in "\"'`´‘’“”„«»‹›¿¡、。「」『』"}
 _APART = {ord(mark): f" {mark} " for mark in "()[]{}"}  # ":)" is not ":(", however it is spaced
 _STOP = re.compile(r"[.,;:!?…](?![a-z0-9_=<>+*/&|-])")  # before these signs it is code or a number: x != 1, 1.5
-_LAST = re.compile(r"(?<=\w)[.,;:!?…。、]+$")
+_LAST = re.compile(rf"(?<=[\w{MARKS}])[.,;:!?…。、]+$")
 _NUMBER = re.compile(r"\d+")
 _BRACKET = re.compile(r"[()\[\]{}]")
-_TOKEN = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+|[^\w\s]")
+_TOKEN = re.compile(rf"[{UNSPACED}][{MARKS}]*|(?:[^\W{UNSPACED}][{MARKS}]*)+|[^\w\s]")
 
 
 def _text(example: Example) -> str:
