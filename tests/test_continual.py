@@ -524,7 +524,7 @@ def test_drift_is_the_divergence_of_whole_distributions() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "says"),
-    [({"strategy": "rehearse"}, "one of replay"), ({"share": 1.0}, "between 0 and 1"), ({"merging": "max"}, "ties"),
+    [({"strategy": "rehearse"}, "one of replay"), ({"share": 1.0}, "less than 1"), ({"merging": "max"}, "ties"),
      ({"strategy": "ewc", "adapter": "dora"}, "ewc goes with adapter=lora"), ({"rank": 0}, "positive")],
 )  # fmt: skip
 def test_settings_that_make_no_sense(settings: dict[str, Any], says: str) -> None:

@@ -41,6 +41,7 @@ DEVICE_TOKENS = 16_384  # on a GPU, which smaller passes leave idle between kern
 KEY_BYTES = 512 * 2**20  # keys and values of prompts held at once while generating; joining them needs as much again
 KEY_SHARE = 1 / 16  # of a GPU's memory, for the same
 SHARED_TEXT = 200  # characters from which on a common beginning is worth a second call of the tokenizer
+LOGIT_CELLS = 2**28  # logits of one pass: half a gigabyte in half precision
 LOGIT_ROWS = 1024  # places whose logits are in fp32 at once
 CACHES = ("past_key_values", "cache_params", "state")  # what families call the cache that they give back
 
@@ -236,8 +237,9 @@ class TorchSession:
         results: list[list[list[float]]] = [[] for _ in rows]
         kept: dict[int, dict[int, attention.KeysValues]] = {}
         done = tokens = 0
+        most = min(self.batch_tokens, max(1, LOGIT_CELLS // self.module.config.get_text_config().vocab_size))
         with using_tree(self.module), torch.inference_mode():
-            for batch in prefix.batches(forest, self.batch_tokens, most_targets=self.batch_tokens):
+            for batch in prefix.batches(forest, self.batch_tokens, most_targets=most):
                 for trunk in set(kept) - set(batch.past):
                     del kept[trunk]
                 plan = attention.plan(forest, batch, self.module.dtype, self.module.device, kept, keep=True)

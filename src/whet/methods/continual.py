@@ -32,14 +32,21 @@ INFORMED = 64  # rows of each earlier task that the Fisher information is taken 
 WEIGHTS = tuple((old, new) for old in (1.0, 0.75, 0.5) for new in (1.0, 0.75, 0.5))
 
 
+def replayed_share(earlier: int) -> float:
+    """Of a step's rows those that are replayed: of each of so many earlier tasks a third as many as there are new ones,
+    of all together as many as those at most (the share of Chaudhry et al. 2019).
+    """
+    return min(0.5, earlier / (earlier + 3))
+
+
 @dataclass(frozen=True)
 class Continual(FineTune):
     """Fine-tuning on the new rows with one of five ways to keep what was known; settings as in finetune, and:
 
-    `strategy`: replay (a `share` of each step's rows are earlier ones, Chaudhry et al. 2019; where none are kept, the
-    System makes some up), sequential (no protection: the baseline), ewc (elastic weight consolidation), orthogonal
-    (O-LoRA), merge (trained from the base apart, then merged: `merging` is linear or ties). `strength` weighs the
-    penalty of ewc (1000) and orthogonal (0.5); 0 takes these.
+    `strategy`: replay (a `share` of each step's rows are earlier ones, Chaudhry et al. 2019; 0 takes what
+    `replayed_share` says; where none are kept, the System makes some up), sequential (no protection: the baseline),
+    ewc (elastic weight consolidation), orthogonal (O-LoRA), merge (trained from the base apart, then merged: `merging`
+    is linear or ties). `strength` weighs the penalty of ewc (1000) and orthogonal (0.5); 0 takes these.
     """
 
     name: ClassVar[str] = "continual"
@@ -47,7 +54,7 @@ class Continual(FineTune):
     needs: ClassVar[tuple[Need, ...]] = ("rows", "weights", "earlier")
 
     strategy: str = "replay"
-    share: float = 0.25
+    share: float = 0.0
     strength: float = 0.0
     merging: str = "linear"
 
@@ -57,8 +64,8 @@ class Continual(FineTune):
             raise ValueError(f"strategy is {self.strategy!r}; one of {', '.join(STRATEGIES)}")
         if self.merging not in ("linear", "ties"):
             raise ValueError(f"merging is {self.merging!r}; linear or ties")
-        if not 0 < self.share < 1 or self.strength < 0:
-            raise ValueError("share lies between 0 and 1, and strength is not negative")
+        if not 0 <= self.share < 1 or self.strength < 0:
+            raise ValueError("share is at least 0 and less than 1, and strength is not negative")
         if self.strategy in STRENGTH and self.adapter not in ("lora", "rslora"):
             raise ValueError(f"{self.strategy} goes with adapter=lora or rslora, not {self.adapter}")
         if self.strategy not in BY_ROWS:  # the others know earlier tasks by the System's adapters, or not at all
@@ -113,9 +120,10 @@ class Continual(FineTune):
         from whet.train.lesson import mean_loss, weight
 
         plain, allowed = self, run.trained_tokens
+        share = self.share or replayed_share(len(tasks))
         if self.strategy == "replay":
-            plain = replace(self, batch=max(1, round((1 - self.share) * self.batch)))
-            run = replace(run, trained_tokens=round((1 - self.share) * allowed) if allowed is not None else None)
+            plain = replace(self, batch=max(1, round((1 - share) * self.batch)))
+            run = replace(run, trained_tokens=round((1 - share) * allowed) if allowed is not None else None)
         lesson = plain._lesson(system, data, run, live, wrong)
         strength = self.strength or STRENGTH.get(self.strategy, 0.0)
         if self.strategy == "orthogonal":
@@ -139,7 +147,7 @@ class Continual(FineTune):
             total = {layer: sum((part[layer] for part in parts[1:]), parts[0][layer]) for layer in parts[0]}
             return replace(lesson, settings=replace(
                 lesson.settings, penalty=protect.elastic(live.module, total, strength)))  # fmt: skip
-        many = max(1, round(lesson.notes["batch"] * self.share / (1 - self.share)))
+        many = max(1, round(lesson.notes["batch"] * share / (1 - share)))
         taught = [weight(row) * len(row.continuations[0]) for n in range(4) for row in lesson.source(n)]
         lesson = replace(lesson, source=protect.mixed(lesson.source, earlier, many, run.seed, fmean(taught)))
         return lesson if allowed is None else _within(lesson, run.fidelity * allowed, live.module)
