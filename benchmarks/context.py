@@ -73,7 +73,10 @@ class Bench:
 
     def kept(self, name: str, make: Callable[[], list[Side]]) -> list[Side]:
         """What a contestant reached, from an earlier run with the same rows, or now."""
-        name = f"{self.task.name}, {len(self.rows)} rows, seed {self.seed}, {name}"
+        from whet.store import code
+
+        what = f"{self.base.fingerprint[:12]} {code()}"  # model and code
+        name = f"{what}, {self.task.name}, {len(self.rows)} rows, seed {self.seed}, {name}"
         found = common.kept(self.folder, name, lambda: [asdict(side) for side in make()])
         return [self.done(Side(**{**side, "outcomes": common.outcomes(side["outcomes"])})) for side in found]
 
@@ -228,7 +231,8 @@ def dspy_sides(bench: Bench, part: str, tokens: int) -> list[Side]:
     sides = []
     for name, compile in made.items():
         constrained.set()
-        sides += bench.kept(name, partial(_dspy_scored, bench, name, compile, labels, constrained))
+        scored = partial(_dspy_scored, bench, name, compile, labels, constrained)
+        sides += bench.kept(f"{name}, {tokens} tokens", scored)
     return sides
 
 
@@ -347,7 +351,7 @@ def sides(options: Any, bench: Bench) -> list[Side]:
         if "dspy" in options.peers.split(","):
             found += dspy_sides(bench, part, max(s.tokens for s in ours))
         if part == "fewshot" and "lm-eval" in options.peers.split(","):
-            found += bench.kept("lm-eval", lambda: [lm_eval_side(bench, options.shots)])
+            found += bench.kept(f"lm-eval {options.shots}", lambda: [lm_eval_side(bench, options.shots)])
     if "fewshot" in parts:
         found.append(neighbour(bench))
     return found

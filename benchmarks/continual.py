@@ -125,7 +125,7 @@ def stream(tasks: Sequence[Any], strategy: str, setting: Setting) -> Ended:
         # All take 16 new rows a step; those that replay take earlier ones beside.
         share = setting.share or replayed_share(n)
         more = {"share": share, "batch": round(16 / (1 - share))} if strategy == "replay" and n else {"batch": 16}
-        tuning = {**setting.tuning, **more} if n else setting.tuning
+        tuning = {**setting.tuning, **more}
         method = Continual(strategy=strategy, **tuning) if n else FineTune(**tuning)
         taught = method.apply(start, data, run)
         memory = remember(taught, data, known(start, data, run.session(start.model)), keep=setting.keep, seed=run.seed)
@@ -173,8 +173,12 @@ def ended(order: int, tasks: Sequence[Any], strategy: str, setting: Setting, fol
     def make() -> dict[str, Any]:
         return asdict(joint(tasks, setting) if strategy == "joint" else stream(tasks, strategy, setting))
 
+    from whet.store import code
+    from whet.task import rows_hash
+
+    what = [setting.base.fingerprint[:12], code(), *(rows_hash((*t.train, *t.test))[:6] for t in tasks)]
     shared = (setting.rows, setting.test, setting.keep, setting.share, setting.general, *setting.tuning.values())
-    name = f"order {order}, {len(tasks)} tasks, {strategy}, {' '.join(map(str, shared))}, seed {setting.run.seed}"
+    name = f"order {order}, {strategy}, {' '.join(map(str, shared))}, seed {setting.run.seed}, {' '.join(what)}"
     found = common.kept(folder, name, make)
     return Ended(**{**found, "outcomes": common.outcomes(found["outcomes"])})
 

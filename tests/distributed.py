@@ -54,9 +54,11 @@ else:
 model = make_model("llama")
 seen: list[int] = []
 curves = loop.train(model, source, loss, settings, team=crew, keep=keep, beat=lambda b: seen.append(b.step))
+half = make_model("llama").bfloat16()  # has fp32 masters, in shards as well
+halves = loop.train(half, source, NextToken(), settings, team=crew)
 total = float(sum(p.detach().double().sum() for p in model.parameters()))
 if crew.first:
     made = {"processes": crew.size, "sharded": crew.sharded, "first": seen[0], "sum": total,
-            "train": [v for _, v in curves.train]}  # fmt: skip
+            "train": [v for _, v in curves.train], "half": [v for _, v in halves.train]}  # fmt: skip
     Path(sys.argv[1]).write_text(json.dumps(made))
 crew.wait()

@@ -21,7 +21,7 @@ from whet.errors import ArtifactError, MethodError, TaskError
 from whet.feedback import Judged, paired
 from whet.memory import Known, as_task, at_hand, carried, for_task, known, made_up, remember
 from whet.methods import Run, lacking, make
-from whet.methods.continual import Continual
+from whet.methods.continual import Continual, replayed_share
 from whet.methods.finetune import FineTune
 from whet.methods.rag import Rag
 from whet.metrics import get
@@ -794,3 +794,7 @@ def test_update_by_feedback_passes_a_gate(
     code, body, err = whet("update", folder / "system", folder / "first", *words, "--out", tmp_path / "no")
     assert code == 2 and "Traceback" not in err and not (tmp_path / "no").exists()
     assert body is None or body["recipe"].startswith("kto") and body["refused"]
+
+
+def test_more_earlier_tasks_are_replayed_more() -> None:
+    assert [replayed_share(n) for n in (1, 2, 3, 8)] == [0.25, 0.4, 0.5, 0.5]

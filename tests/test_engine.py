@@ -508,6 +508,21 @@ def test_part_gradients_of_kernel_and_math(monkeypatch: pytest.MonkeyPatch) -> N
                 assert torch.allclose(mine, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize("kernel", [True, False])
+def test_padding_gives_no_gradients_however_far_it_lies_from_what_it_repeats(
+    kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_has_kernel", lambda q, train: kernel)
+    forest = prefix.arrange([Row((1, 2, 3, 4, 5)), Row((6, 7, 8, 9))])
+    [batch] = prefix.batches(forest)
+    plan = attention.plan(forest, batch, torch.float32, torch.device("cpu"))
+    assert len(plan.buckets) == 1 and plan.buckets[0].keep is not None
+    far = torch.arange(9.0)[:, None].expand(9, 8)
+    q, k, v = (x.expand(1, 2, 9, 8).clone().requires_grad_() for x in (torch.full((9, 8), 10.0), far, far))
+    attention._TreeAttention.apply(q, k, v, plan, 0, 1.0).sum().backward()
+    assert all(bool(x.grad.isfinite().all()) for x in (q, k, v))
+
+
 def test_windows_of_families(models: Any) -> None:
     found = {family: attention.window(model) for family, model in models.items()}
     assert found == dict.fromkeys(SHARED) | {"gemma2": 0, "gpt_oss": 0, "mistral": WINDOW}

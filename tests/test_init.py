@@ -453,6 +453,13 @@ def test_flags_beside_an_answer_are_no_labels(tmp_path):
     assert guess.columns == Columns(("text",), "stars") and "columns not used: checked, edited, long" in guess.lines
 
 
+def test_flags_beside_a_column_of_few_values_are_no_labels(tmp_path):
+    flags = {"checked": 0, "long": 1, "edited": 0}
+    rows = [{"text": text, "tone": ("formal", "casual")[n % 2], **flags} for n, (text, _) in enumerate(REVIEWS)]
+    guess, _ = made(tmp_path, rows)
+    assert guess.columns.completion == "tone" and "columns not used: checked, edited, long" in guess.lines
+
+
 def test_numbered_labels_are_pointed_out(tmp_path):
     guess, task = made(tmp_path, [{"text": text, "label": n % 2} for n, (text, _) in enumerate(REVIEWS)])
     assert task.labels == ("0", "1") and any("write names for these numbers" in line for line in guess.lines)

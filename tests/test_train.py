@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +25,7 @@ from transformers import AutoModelForCausalLM, Llama4TextConfig, MambaConfig, Mi
 
 from whet import model as models
 from whet.compress import folder as folders
-from whet.engine import prefix
+from whet.engine import Spent, prefix
 from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession
 from whet.errors import MethodError, ModelError
@@ -147,14 +149,13 @@ def test_packs_cover_each_target_once(most: int, targets: int, monkeypatch: pyte
     assert found == wanted
 
 
-def test_padded_passes_hold_rows_of_like_length(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padded_passes_hold_rows_of_like_length() -> None:
     rows = [Row(HEAD[:n], ((5,),)) for n in (20, 19, 20, 3, 18)]
     shapes = [tuple(p.ids.shape) for p in padded(rows, torch.device("cpu"), 64)]
     assert shapes == [(1, 3), (3, 20), (1, 20)]  # not padded to sixfold, and at most 64 tokens
     assert [tuple(p.ids.shape) for p in padded(rows, torch.device("cpu"))] == [(1, 3), (1, 18), (1, 19)] + [(1, 20)] * 2
     [pack] = padded(ROWS[:4:3], torch.device("cpu"), 1024)
     assert pack.owners.tolist() == [1, 1, 0]  # a row's continuations stay together
-    monkeypatch.setattr(batches, "PACK_TARGETS", 100)  # for each 1,024 tokens of a pass
     many = padded([Row((1,), ((2,) * 400,))] * 4, torch.device("cpu"), 8192)
     assert [len(p.targets) for p in many] == [800, 800]  # the vocabulary at each place is what fills memory
 
@@ -628,6 +629,33 @@ def test_a_killed_training_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch
         assert [p.name for p in tmp_path.glob(f".at{last}*")] == []
 
 
+def test_what_a_killed_training_had_spent_on_validations_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "KEEP_EVERY", 0.0)
+    monkeypatch.setattr(loop, "WRITING_SHARE", float("inf"))
+
+    def spent(keep: Path, last: int = 0) -> Spent:
+        session = SimpleNamespace(spent=Spent(prefilled_tokens=100))  # before the first step
+
+        def validate() -> float:
+            session.spent += Spent(prefilled_tokens=7)
+            return 1.0
+
+        def halt(at: Any) -> None:
+            if at.step == last:
+                raise KeyboardInterrupt
+
+        with contextlib.suppress(KeyboardInterrupt):
+            train(make_model("llama"), steps(learnable(0), 6, 0), NextToken(), Settings(Schedule(1e-3, 12)),
+                  validate=validate, keep=keep, beat=halt, session=session)  # fmt: skip
+        return session.spent
+
+    for last in (1, 7, 11):
+        spent(tmp_path / str(last), last)
+        assert spent(tmp_path / str(last)) == spent(tmp_path / f"{last} whole") == Spent(prefilled_tokens=100 + 5 * 7)
+
+
 def test_what_a_killed_process_was_writing_goes(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
@@ -796,6 +824,8 @@ def test_two_processes_train_as_one(way: str, tmp_path: Path) -> None:
     assert body["first"] == (4 if sharded else 1)  # the checkpoint of step 3 is the last one written before the stop
     assert body["train"] == [pytest.approx(v, abs=1e-4) for _, v in alone.train]
     assert body["sum"] == pytest.approx(float(sum(p.detach().double().sum() for p in model.parameters())), abs=1e-2)
+    halves = train(make_model("llama").bfloat16(), uneven, NextToken(), Settings(Schedule(1e-3, 6)))
+    assert body["half"] == [pytest.approx(v, rel=0.02) for _, v in halves.train]
 
 
 def test_what_processes_kept_at_different_steps_is_not_gone_on_from(

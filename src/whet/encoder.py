@@ -34,7 +34,7 @@ class Encoder:
         size = sum(map(len, ids)) / len(ids)
         steps = max(1, round(min(EPOCHS * len(ids), self.tokens / size) / BATCH))
         device = own_device()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []):
             torch.manual_seed(self.seed)
             model = quiet(AutoModelForSequenceClassification.from_pretrained, model_folder(), num_labels=len(labels),
                           dtype=torch.float32).to(device)  # fmt: skip

@@ -166,11 +166,13 @@ def _gathered(rows: list[Row], prompt: Sequence[str], lines: list[str]) -> list[
         return key.strip().lower() if key in flags else key_of(key)
 
     flags = {
-        key: " ".join(key.replace(",", " ").split())  # a comma parts labels
+        key: " ".join(re.sub(r"[,;|、，；]", " ", key).split())  # which part labels
         for key, cells in table.items()
         if key not in (*prompt, *KEPT) and not ASIDE.fullmatch(key_of(key)) and None not in map(flag, cells)
     }
-    if len(flags) < 3 or any(called(key) in COMPLETIONS for key in table) or _shape(table)[0] != "columns":
+    rest = [k for k in table if k not in flags and k not in (*prompt, *KEPT) and not ASIDE.fullmatch(key_of(k))]
+    answered = any(called(k) in COMPLETIONS for k in table) or any(closed(texts(table[k])) for k in rest)
+    if len(flags) < 3 or answered or _shape(table)[0] != "columns":
         return rows
     lines.append(f"columns {', '.join(map(repr, flags))} hold 0 and 1 alone: read as one column of labels, which names "
                  f"those that are 1 ({NONE!r} where none is); to take one of them: --completion COLUMN")  # fmt: skip

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -97,11 +97,16 @@ def _has_kernel(q: Tensor, train: bool) -> bool:
 
 
 def _flashes(q: Tensor, mask: Tensor | None) -> bool:
-    """Whether a GPU's flash kernel does this: half precision, no mask, a head size that it knows."""
-    return (
-        q.is_cuda and mask is None and q.dtype in (torch.bfloat16, torch.float16)
-        and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
-    )  # fmt: skip
+    """Whether a GPU's flash kernel does this: in bf16, without mask, at a head size that it knows on all cards."""
+    size = q.shape[-1]
+    known = size % 8 == 0 and (size <= 192 or size == 256)
+    return q.is_cuda and mask is None and q.dtype == torch.bfloat16 and known and _has_flash(q.device)
+
+
+@lru_cache
+def _has_flash(device: torch.device) -> bool:
+    built = torch.backends.cuda.is_flash_attention_available()
+    return built and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _attend(
@@ -314,6 +319,8 @@ class _TreeAttention(torch.autograd.Function):
                 real = torch.zeros(rows * length, dtype=grad.dtype, device=grad.device)
                 real[bucket.keep] = 1
                 block_grad = block_grad * real.view(rows, 1, length, 1)
+                # Nor is it weighed by what it repeats: e to the difference may be more than a number can be.
+                block_lse = block_lse.masked_fill(real.view(rows, 1, length) == 0, math.inf)
             causal, part_lse = bucket.mask is None, own[n] if own else None
             parts = _attend_backward(
                 block_grad, some[0], some[1], some[2], some[3], block_lse, part_lse, causal, bucket.mask, ctx.scale

@@ -111,6 +111,11 @@ class TorchSession:
         }
 
     @property
+    def most_logits(self) -> int:
+        """At how many places logits are computed at once."""
+        return max(1, LOGIT_CELLS // int(self.module.config.get_text_config().vocab_size))
+
+    @property
     def key_tokens(self) -> int:
         """How many tokens' keys and values are held at once."""
         config = self.module.config.get_text_config()
@@ -156,7 +161,8 @@ class TorchSession:
         def plain(some: Sequence[str]) -> list[list[int]]:
             return cast(list[list[int]], self.tokenizer(list(some), add_special_tokens=False)["input_ids"])
 
-        head = commonprefix(texts)
+        # Short of where they part by a marker's length, so that the first text speaks for all.
+        head = commonprefix(texts)[: -1 - max(map(len, self.specials), default=0)]
         cut = max((head.rfind(mark) for mark in self.specials), default=-1)
         if len(texts) < 3 or cut < SHARED_TEXT:
             return plain(texts)
@@ -228,7 +234,7 @@ class TorchSession:
         if attention.shares(self.module, longest):
             results, tokens = self._score_shared(rows, progress)
         else:
-            results, tokens = _score_unshared(self.module, rows, self.batch_tokens, progress)
+            results, tokens = _score_unshared(self.module, rows, min(self.batch_tokens, self.most_logits), progress)
         self.spent += Spent(seconds=time.monotonic() - begun, prefilled_tokens=tokens)
         return results
 
@@ -237,7 +243,7 @@ class TorchSession:
         results: list[list[list[float]]] = [[] for _ in rows]
         kept: dict[int, dict[int, attention.KeysValues]] = {}
         done = tokens = 0
-        most = min(self.batch_tokens, max(1, LOGIT_CELLS // self.module.config.get_text_config().vocab_size))
+        most = min(self.batch_tokens, self.most_logits)
         with using_tree(self.module), torch.inference_mode():
             for batch in prefix.batches(forest, self.batch_tokens, most_targets=most):
                 for trunk in set(kept) - set(batch.past):

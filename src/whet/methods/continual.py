@@ -98,8 +98,9 @@ class Continual(FineTune):
                 "nothing to keep", expected="`earlier:` in task.yaml, or a System that was taught before",
                 found="neither", do="use finetune",
             )  # fmt: skip
-        name = key("continual", asdict(self), system.state, rows_hash(data.train), [one.key for one in tasks],
-                   run.seed, run.fidelity, run.trained_tokens, run.previous)  # fmt: skip
+        share = self.share or replayed_share(len(tasks))
+        name = key("continual", {**asdict(self), "share": share}, system.state, rows_hash(data.train),
+                   [one.key for one in tasks], run.seed, run.fidelity, run.trained_tokens, run.previous)  # fmt: skip
         if self.strategy == "merge":
             taught = self._merge(system, data, run, tasks, name)
         else:

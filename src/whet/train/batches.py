@@ -52,14 +52,14 @@ def pack_tokens(device: torch.device) -> int:
     return PACK_TOKENS * (DEVICE_PACKS if device.type == "cuda" else 1)
 
 
-def pack_targets(most: int) -> int:
-    """Targets of a pass of `most` tokens."""
-    return PACK_TARGETS * max(1, most // PACK_TOKENS)
+def pack_targets(most: int, device: torch.device) -> int:
+    """Targets of a pass of `most` tokens on this device."""
+    return PACK_TARGETS * max(1, min(most, pack_tokens(device)) // PACK_TOKENS)
 
 
 def packs(rows: Sequence[Row], dtype: torch.dtype, device: torch.device, most: int = PACK_TOKENS) -> list[Pack]:
     """Pack the rows of one optimizer step into forward passes, as `_cut` says."""
-    forest, cut = _cut(rows, most)
+    forest, cut = _cut(rows, most, device)
     made = []
     for batch in cut:
         ids, positions = attention.packed(forest, batch, device)
@@ -78,7 +78,7 @@ def packs(rows: Sequence[Row], dtype: torch.dtype, device: torch.device, most: i
     return made
 
 
-def _cut(rows: Sequence[Row], most: int) -> tuple[Forest, list[Batch]]:
+def _cut(rows: Sequence[Row], most: int, device: torch.device) -> tuple[Forest, list[Batch]]:
     """Rows as a tree, cut into packs of about `most` tokens, or so many behind the longest shared beginning.
 
     The latter has the beginning computed once for many rows, by activations of no more than `most` tokens above those
@@ -92,7 +92,7 @@ def _cut(rows: Sequence[Row], most: int) -> tuple[Forest, list[Batch]]:
         behind = forest.unique_tokens - aside
         wanted = math.ceil(behind / most)
         size = aside + (math.ceil(1.1 * behind / wanted) if wanted > 1 else most)
-        ways.append(list(prefix.batches(forest, size, most_targets=pack_targets(most), keep=False)))
+        ways.append(list(prefix.batches(forest, size, most_targets=pack_targets(most, device), keep=False)))
     return forest, min(ways, key=_length)
 
 
@@ -102,10 +102,11 @@ def _length(cut: Sequence[Batch]) -> int:
 
 def computed(rows: Sequence[Row], module: Any = None) -> int:
     """Tokens that the passes of one step compute; without a module, one that can share beginnings is meant."""
-    most = pack_tokens(module.device) if module is not None else PACK_TOKENS
+    device = torch.device("cpu") if module is None else module.device
+    most = pack_tokens(device)
     if module is None or shares(module, rows):
-        return _length(_cut(rows, most)[1])
-    return sum(_area(rows, batch) for batch in _alike(rows, most))
+        return _length(_cut(rows, most, device)[1])
+    return sum(_area(rows, batch) for batch in _alike(rows, most, device))
 
 
 def shares(module: Any, rows: Sequence[Row]) -> bool:
@@ -129,10 +130,10 @@ def padded(rows: Sequence[Row], device: torch.device, most: int = 1) -> list[Pac
 
     By default each row is a pass of its own. Padding stands behind what a causal model reads, so that it needs no mask.
     """
-    return [_padded(rows, batch, device) for batch in _alike(rows, most)]
+    return [_padded(rows, batch, device) for batch in _alike(rows, most, device)]
 
 
-def _alike(rows: Sequence[Row], most: int) -> list[list[int]]:
+def _alike(rows: Sequence[Row], most: int, device: torch.device) -> list[list[int]]:
     """Rows, by their numbers, in passes of like length, the longest last."""
     made: list[list[int]] = []
     real = 0
@@ -141,7 +142,8 @@ def _alike(rows: Sequence[Row], most: int) -> list[list[int]]:
         tokens, real = _area(rows, batch), real + row_tokens(rows[n], shared=False)
         places = _width(rows[n]) + 1 - min(len(rows[i].prompt) for i in batch)
         count = sum(len(rows[i].continuations) for i in batch)
-        if made and tokens <= most and count * places <= pack_targets(most) and tokens - real <= PADDING * tokens:
+        fits = tokens <= most and count * places <= pack_targets(most, device)
+        if made and fits and tokens - real <= PADDING * tokens:
             made[-1] = batch
         else:
             made.append([n])

@@ -16,7 +16,7 @@ from whet.engine.prefix import Row, Tokens
 from whet.engine.torch import TorchSession, give_back_memory
 from whet.errors import MethodError
 from whet.methods import Run
-from whet.model import Transform, aside, hash_files, save_weights
+from whet.model import Transform, aside, hash_files, own_device, save_weights
 from whet.reading import taught
 from whet.system import System
 from whet.task import Example
@@ -31,7 +31,7 @@ from whet.train.trackers import trackers
 STATE_BYTES = 20  # of a trained weight: itself, its best, its fp32 master and gradient, AdamW's two moments
 NEXT = 7919  # between the seeds of adapters that stand upon one another
 TEXT_TOKENS = 1024  # plain text is trained in windows of at most this many tokens
-RULES = 4  # by which rows become steps; raised where the same settings come to other weights than before
+RULES = 5  # by which rows become steps; raised where the same settings come to other weights than before
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Lesson:
 
 
 def key(*parts: Any) -> str:
-    """The identity of a training: the hash of all that it depends on."""
-    return hashlib.sha256(json.dumps([RULES, *parts], sort_keys=True).encode()).hexdigest()
+    """The identity of a training: the hash of all that it depends on, the kind of device included."""
+    return hashlib.sha256(json.dumps([RULES, own_device(), *parts], sort_keys=True).encode()).hexdigest()
 
 
 def teach(
@@ -96,6 +96,7 @@ def teach(
                 curves = train(
                     tuned, lesson.source, lesson.loss, settings, validate=lesson.validate, beat=beat, keep=checkpoint,
                     since=before, team=crew, continued=run.fidelity < 1, rescue=rescue if run.fidelity == 1 else None,
+                    session=live,
                 )  # fmt: skip
             notes = {
                 **lesson.notes,

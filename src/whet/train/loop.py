@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,6 +18,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from whet.engine import Session, Spent
 from whet.engine.prefix import Row
 from whet.engine.torch import in_mode, using_tree
 from whet.errors import MethodError
@@ -122,7 +123,7 @@ class Masters:
         with torch.no_grad():
             pairs = [(live, copy) for live, copy in zip(self.live, self.copies, strict=True) if copy is not live]
             if pairs:
-                torch._foreach_copy_([live for live, _ in pairs], [copy for _, copy in pairs])
+                torch._foreach_copy_([_local(live) for live, _ in pairs], [_local(copy) for _, copy in pairs])
 
     def snapshot(self) -> list[Tensor]:
         """The weights as they are now."""
@@ -146,7 +147,8 @@ class _State:
     kept: int = 0  # the step that the best weights are of
     train: list[tuple[int, float]] = field(default_factory=list)
     checks: list[tuple[int, float]] = field(default_factory=list)
-    pack_tokens: int = 0  # not kept: how much fits depends on the machine
+    spent: dict[str, Any] = field(default_factory=dict)  # by the session: on validations, samples and what came before
+    pack_tokens: int = 0  # of a pass: halved where they do not fit
 
 
 def train(
@@ -162,13 +164,14 @@ def train(
     team: Alone | None = None,
     continued: bool = False,
     rescue: Callable[[], Path] | None = None,
+    session: Session | None = None,
 ) -> Curves:
     """Train a module's trainable weights in place; the weights of the best validation are kept.
 
     `source(n)` gives the rows of step n. `keep` is where checkpoints go: a training that was killed goes on from
-    there and ends with the same weights, if all processes hold the same step. Where it is to be `continued`, a second
-    file, with `.stable` behind its name, holds the state before the decay; `since` is such a file of a shorter
-    training, from which this one goes on.
+    there and ends with the same weights, if all processes hold the same step, and what its `session` had spent counts.
+    Where it is to be `continued`, a second file, with `.stable` behind its name, holds the state before the decay;
+    `since` is such a file of a shorter training, from which this one goes on.
     Raises MethodError when the loss is not finite or explodes (the module then holds the best validated weights, or,
     without validation, the last of those that are kept as often as one would validate; `rescue` writes them where they
     are not the first and says where), or when memory does not suffice.
@@ -191,8 +194,11 @@ def train(
     begin = next((p for p in (keep, since) if p and _held(p, team)), None)
     if begin:
         best = _resume(begin, state, masters, optimizer, continuing=begin is since)
+        if session and state.spent and begin is keep:
+            session.spent = Spent(**state.spent)
     if validate and not state.checks:
         state.checks.append((0, validate()))
+    failed: float | None = None
     with in_mode(module, train=True), _repeatable(module.device):
         kept_at, interval, before, begun = time.monotonic(), KEEP_EVERY, state.seconds, time.monotonic()
         while state.step < schedule.steps and not _tired(state, settings):
@@ -203,10 +209,8 @@ def train(
             value, used = _fitting_step(module, wrapped, source(state.step), loss, state, settings, team)
             state.step += 1
             if not math.isfinite(value) or _explodes(state.train, value):
-                masters.restore(best)
-                team.whole(module)
-                saved = rescue() if rescue and state.kept else None
-                raise _diverged(state.step, value, schedule.learning_rate, saved)
+                failed = value
+                break
             if not validate and state.step in due:  # weights that have just given a loss that is one
                 best, state.kept = masters.snapshot(), state.step
             masters.take_gradients()
@@ -230,11 +234,15 @@ def train(
             # Shards of one step belong together: no clock decides.
             if keep and (team.most(late) if team.sharded else late):
                 at = time.monotonic()
+                state.spent = asdict(session.spent) if session else {}
                 _keep(keep, state, masters, optimizer, best, team)
                 kept_at, interval = time.monotonic(), max(KEEP_EVERY, (time.monotonic() - at) / WRITING_SHARE)
-    if validate:
+    if validate or failed is not None:
         masters.restore(best)
     team.whole(module)
+    if failed is not None:
+        saved = rescue() if rescue and state.kept else None
+        raise _diverged(state.step, failed, schedule.learning_rate, saved)
     return Curves(tuple(state.train), tuple(state.checks), state.best_at, state.step, state.tokens, state.seconds)
 
 
@@ -433,7 +441,7 @@ def _keep(
         tensors[f"weight.{i}"] = weight.detach()
         tensors |= {f"{name}.{i}": value for name, value in optimizer.state[weight].items()}
     tensors["random"] = torch.get_rng_state()
-    body = {k: v for k, v in vars(state).items() if k != "pack_tokens"}
+    body = vars(state)
     file.parent.mkdir(parents=True, exist_ok=True)
     work = file.with_name(f".{file.name}-{os.getpid()}")
     try:
@@ -479,6 +487,7 @@ def _resume(
     with safe_open(file, "pt") as opened:
         tensors = {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118 - not a mapping
         body = json.loads((opened.metadata() or {})["state"])
+    body["pack_tokens"] = min(body.get("pack_tokens", state.pack_tokens), state.pack_tokens)
     for name, value in body.items():
         setattr(state, name, [tuple(v) for v in value] if isinstance(value, list) else value)
     torch.set_rng_state(tensors["random"])

@@ -15,7 +15,7 @@ from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession, using_tree
 from whet.errors import MethodError
 from whet.task import Example
-from whet.train.batches import Pack, pack_tokens, packs, padded, shares
+from whet.train.batches import PACK_TOKENS, Pack, packs, padded, shares
 from whet.train.loop import _logits
 from whet.train.losses import Loss, logprobs, per_sequence
 from whet.train.team import team
@@ -35,7 +35,7 @@ def passes(
         return
     module = session.module
     shared = shares(module, rows)
-    size = most or (pack_tokens(session.module.device) if shared else 1)
+    size = most or (PACK_TOKENS if shared else 1)
     for pack in packs(rows, module.dtype, module.device, size) if shared else padded(rows, module.device, size):
         with using_tree(module, shared=shared), torch.inference_mode():
             logits = _logits(module, pack)
@@ -45,8 +45,7 @@ def passes(
 
 def mean_of(session: TorchSession, rows: Sequence[Row], loss: Loss) -> float:
     """What a loss says of rows, without gradients: for validation."""
-    made = passes(session, rows, pack_tokens(session.module.device))
-    return sum(float(loss(logits, pack)) for logits, pack in made) / loss.count(rows)
+    return sum(float(loss(logits, pack)) for logits, pack in passes(session, rows, PACK_TOKENS)) / loss.count(rows)
 
 
 class Policy:
