@@ -35,7 +35,7 @@ from whet.report import verdict
 from whet.scorecard import Scorecard, alike
 from whet.search import Wish, base_system, limits, race, training
 from whet.search.arms import cheap_arms, neighbours, prompting_recipes
-from whet.search.budget import Rates, affordable, estimate, seconds
+from whet.search.budget import Rates, affordable, estimate, measure, seconds
 from whet.search.plan import apportion
 from whet.search.race import Race, Trial
 from whet.search.recipe import Recipe, parse, recipe
@@ -766,6 +766,55 @@ def test_of_long_texts_few_are_scored_where_all_take_too_long() -> None:
     made = apportion(splits, False, Wish(budget=300.0), lambda some: 10.0 * len(some), 0.0, 0.0)
     assert len(made.select) == len(made.confirm) == 20
     assert "confirmed on 20 of the 500 sealed rows" in made.notes[0]
+
+
+@pytest.mark.parametrize(("budget", "cut"), [("1m", True), ("3h", False)])
+def test_of_texts_too_long_for_the_budget_the_beginnings_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: str, cut: bool
+) -> None:
+    monkeypatch.setattr("whet.search.measure_rates", lambda *_: Rates(50, 50, 50))  # a text takes 20 s
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "task.yaml").write_text("metric: perplexity\n")
+    for name in ("dev", "test"):
+        rows = [{"text": f"{name} {n} " + "a longer word " * 333} for n in range(30)]
+        (tmp_path / "texts" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = improve(tmp_path / "texts", model="fake:echo", budget=budget, out=tmp_path / "o", home=tmp_path / "h").result
+    assert made["confirm"]["n"] == made["trials"][0]["examples"] == (20 if cut else 30)
+    assert made["spent"]["prefilled_tokens"] == pytest.approx(2 * 20 * 643 if cut else 2 * 30 * 1001, abs=80)
+    said = " ".join(made["notes"])
+    assert ("up to their 3,000th character" in said) == ("confirmed on 20 of the 30 sealed rows" in said) == cut
+
+
+def test_long_texts_are_priced_at_the_speed_that_they_are_read_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, run, now = System(resolve("fake:echo"), "", home=tmp_path), Run(Store(tmp_path)), [0.0]
+    session = run.session(base.model)
+
+    def score(prompts: Sequence[object], answers: Sequence[Sequence[str]], **_: object) -> None:
+        sizes = [len(f"{p} {' '.join(a)}".split()) for p, a in zip(prompts, answers, strict=True)]
+        now[0] += sum(n / 100 * (1 + n / 500) for n in sizes)
+        session.spent += Spent(prefilled_tokens=sum(sizes))
+
+    monkeypatch.setattr(session, "score", score)
+    monkeypatch.setattr("whet.search.budget.time", SimpleNamespace(monotonic=lambda: now[0]))
+    texts = ["a word " * n for n in (5, 250, 250, 250, 750)]
+    chats, long = measure(base, session, run.store), measure(base, session, run.store, None, texts)
+    assert 90 < chats.prefill < 100 and long.prefill == pytest.approx(100 / (1 + 500 / 500), rel=0.01)
+    before = now[0]
+    assert measure(base, session, run.store, None, texts) == long and now[0] == before
+
+
+def test_what_other_runs_have_scored_makes_no_arm_cheaper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = write_task(tmp_path / "toy", train=900, test=20)
+    settings = {"model": "fake:keyword", "recipe": "calibrate"}
+    monkeypatch.setattr("whet.search.measure_rates", lambda *_: Rates(50, 50, 50))
+    monkeypatch.setattr("whet.search._run_baselines", lambda *_: [])
+    monkeypatch.setattr("whet.search._served", lambda _, card, *__: card)
+    improve(task, budget="1m", out=tmp_path / "short", home=tmp_path / "used", **settings)  # type: ignore[arg-type]
+    made = [improve(task, budget="20m", out=tmp_path / f"{home}-out", home=tmp_path / home, **settings).result["trials"]  # type: ignore[arg-type]
+            for home in ("used", "new")]  # fmt: skip
+    assert timeless([t["spent"] for t in made[0]]) == timeless([t["spent"] for t in made[1]])
 
 
 def test_every_beginning_of_the_shared_order_is_balanced() -> None:

@@ -93,11 +93,13 @@ def evaluate(
     split: str = "test",
     seed: int = 0,
     store: Store | None = None,
+    within: str = "",
     progress: Progress | None = None,
 ) -> Scorecard:
     """Score a System on examples. With a store, what was scored before under the same protocol is not run again.
 
-    Raises TaskError where the metric cannot be had from these rows.
+    Scores over the labels, which Systems share, are shared only `within` one run: what a System costs there would else
+    depend on what other runs have scored. Raises TaskError where the metric cannot be had from these rows.
     """
     if not examples:
         raise TaskError("nothing to score", expected=f"rows in {split}", found="none", do=f"add {split}.jsonl")
@@ -107,11 +109,12 @@ def evaluate(
             expected="a metric of answers", found=metric.name, do="see `whet methods` for what is at hand",
         )  # fmt: skip
     session = session or system.session
-    key = _key(system, examples, metric, session)
+    within = within if reads_scores(system, examples, session) else ""
+    key = within + _key(system, examples, metric, session)
     kept = store.outcomes(key) if store else None
     if kept is None:
         begun, before = time.monotonic(), session.spent
-        outcomes, truncated, scores = _outcomes(system, examples, metric, session, store, progress)
+        outcomes, truncated, scores = _outcomes(system, examples, metric, session, store, within, progress)
         extra: dict[str, Any] = {
             "seconds": time.monotonic() - begun, "truncated": truncated, "spent": asdict(session.spent - before)
         }  # fmt: skip
@@ -162,7 +165,7 @@ def uncalibrated(system: System) -> System:
 
 
 def _answers(
-    system: System, examples: Sequence[Example], metric: Metric, session: Session, store: Store,
+    system: System, examples: Sequence[Example], metric: Metric, session: Session, store: Store, within: str,
     progress: Progress | None,
 ) -> tuple[list[Answer], Scores]:  # fmt: skip
     """Answers read off scores over the labels, and those scores that are new.
@@ -172,7 +175,8 @@ def _answers(
     plain = uncalibrated(system)
     other = ("data", "metric", *getattr(metric, "rules", {}))
     rules = {k: v for k, v in protocol(system, [], metric, session, "").items() if k not in other}
-    key = hashlib.sha256(json.dumps([plain.fingerprint, rules, code()], sort_keys=True).encode()).hexdigest()
+    body = json.dumps([within, plain.fingerprint, rules, code()], sort_keys=True)
+    key = hashlib.sha256(body.encode()).hexdigest()
     names = [rows_hash([e]) for e in examples]
     kept = store.scores(key)
     fresh = [e for e, name in zip(examples, names, strict=True) if name not in kept]
@@ -184,7 +188,7 @@ def _answers(
 
 
 def _outcomes(
-    system: System, examples: Sequence[Example], metric: Metric, session: Session, store: Store | None,
+    system: System, examples: Sequence[Example], metric: Metric, session: Session, store: Store | None, within: str,
     progress: Progress | None,
 ) -> tuple[tuple[Outcome, ...], int, Scores | None]:  # fmt: skip
     if ranks := re.fullmatch(r"(?:recall|ndcg|mrr)@(\d+)", metric.name):
@@ -192,7 +196,7 @@ def _outcomes(
     if metric.name != "perplexity":
         scores = None
         if store and reads_scores(system, examples, session):
-            answers, scores = _answers(system, examples, metric, session, store, progress)
+            answers, scores = _answers(system, examples, metric, session, store, within, progress)
         else:
             answers = system.answers(examples, session, progress)
         outcomes = score_all(metric, [a.text for a in answers], examples)

@@ -183,19 +183,21 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
         alone = replace(run, spent=Spent(), notes={}, trained_tokens=most)
         metric = metric_of(task, bases[0], alone)
         judge = alone.spent
-    judging = rates[bases[0].model.content].price(judge)
 
     def price(rows: Sequence[Example], asked: System, by: str = metric.name) -> float:
         return rates[asked.model.content].price(estimate(asked, rows, run.session(asked.model), metric=by))
 
+    splits, cut = plan.beginnings(splits, wish.budget, lambda rows: max(price(rows, b) for b in bases))
+    if texts := [e.text for e in splits.select or splits.confirm if e.text]:
+        rates |= {b.model.content: measure_rates(b, run.session(b.model), store, watch.say, texts) for b in bases}
     earlier = _earlier(local, splits.learnable, run)
     beside = 2 * sum(price(one.held, one.asked, one.metric) for one in earlier)
     limited = limits.limited(task.limits) and not local.model.remote
     shrinking = min(limits.SECONDS, 0.25 * wish.budget) if limited else 0.0
     parts = plan.apportion(splits, task.closed, wish, lambda rows: max(price(rows, b) for b in bases), beside,
-                       shrinking + judging)  # fmt: skip
+                       shrinking + rates[bases[0].model.content].price(judge))  # fmt: skip
     splits = replace(splits, confirm=parts.confirm)
-    notes = [*task.notes, *parts.notes]
+    notes = [*task.notes, *cut, *parts.notes]
     if splits.dropped:
         notes.append(f"{len(splits.dropped)} rows dropped: they repeat or share a group with held-out rows")
     race = Race(f"{key} {code()}", splits.learnable, list(parts.select), metric, store, rates, wish.seed,

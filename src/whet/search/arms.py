@@ -94,16 +94,9 @@ def neighbours(one: Recipe) -> list[Recipe]:
 
 
 def cheap_arms(
-    wish: Wish,
-    bases: Sequence[System],
-    labels: Sequence[str],
-    data: Learnable,
-    select: Sequence[Example],
-    rates: Mapping[str, Rates],
-    run: Run,
-    most: float,
-    among: Sequence[Recipe] = (),
-) -> tuple[list[Arm], list[dict[str, str]]]:
+    wish: Wish, bases: Sequence[System], labels: Sequence[str], data: Learnable, select: Sequence[Example],
+    rates: Mapping[str, Rates], run: Run, most: float, among: Sequence[Recipe] = (),
+) -> tuple[list[Arm], list[dict[str, str]]]:  # fmt: skip
     """Arms without training that this task allows (or those `among` some), each with its cost on all of select.
 
     Once the first rungs of those before it take `most` seconds, an arm is left out, with the reason.

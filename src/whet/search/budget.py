@@ -7,8 +7,10 @@ import platform
 import random
 import re
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from whet.engine import Sampling, Session, Spent
 from whet.errors import WhetError
@@ -17,6 +19,7 @@ from whet.system import System
 from whet.task import Example
 
 ENCODED = 0.04  # of the budget may go to fine-tuning an encoder, as a baseline
+READ = 8_000  # characters of a task's texts by which the speed of reading them is told
 WRITTEN = 16  # tokens of each answer by which the speed of writing is told
 REPEATS = 3  # of what is timed: a machine's speed is not steady
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -49,10 +52,13 @@ class Rates:
         )
 
 
-def measure(system: System, session: Session, store: Store, say: Callable[[str], None] | None = None) -> Rates:
+def measure(
+    system: System, session: Session, store: Store, say: Callable[[str], None] | None = None, texts: Sequence[str] = ()
+) -> Rates:
     """Rates of a model on this machine: kept ones where there are, else measured by running it for a few seconds.
 
-    `say` is told before anything is measured.
+    Long texts are read more slowly than chats: with `texts`, reading is measured on some that are as long as the one
+    in which the middle of all of them lies. `say` is told before anything is measured.
     """
     machine = [platform.machine(), platform.processor(), platform.node(), *sorted(session.protocol.items())]
     key = hashlib.sha256(repr([system.model.identity, machine, WRITTEN]).encode()).hexdigest()
@@ -64,7 +70,8 @@ def measure(system: System, session: Session, store: Store, say: Callable[[str],
         draw = random.Random(0)
         words = [["".join(draw.choices("abcdefghij", k=5)) for _ in range(24)] for _ in range(24)]
         chats = [(("user", " ".join(w)),) for w in words]
-        session.score(chats[:4], [["yes"]] * 4)  # the first call warms up
+        session.score(chats, [["yes"]] * len(chats))  # the first calls warm up
+        session.generate(chats[:4], Sampling(max_tokens=4))
         before, begun = session.spent, time.monotonic()
         for _ in range(REPEATS):
             session.score(chats, [["yes"]] * len(chats))
@@ -79,7 +86,24 @@ def measure(system: System, session: Session, store: Store, say: Callable[[str],
         trained = prefill if system.model.remote else _trained(session)
         kept = {"prefill": prefill, "generate": generate, "train": trained}
         store.keep_rates(key, kept)
-    return Rates(**kept)
+    if not texts:
+        return Rates(**kept)
+    key = hashlib.sha256(repr([key, READ, *texts]).encode()).hexdigest()
+    reading = store.rates(key)
+    if reading is None:
+        ordered = sorted(texts, key=len)
+        ends = [*accumulate(map(len, ordered))]
+        at = bisect_left(ends, ends[-1] / 2)
+        some = ordered[: at + 1][-max(1, READ // max(1, len(ordered[at]))) :]
+        if say:
+            say("measuring how fast texts are read")
+        session.score([""], [[some[0][: READ // 8]]])  # the first call warms up
+        before, begun = session.spent, time.monotonic()
+        session.score([""] * len(some), [[text] for text in some])
+        tokens, took = (session.spent - before).prefilled_tokens, time.monotonic() - begun
+        reading = {"prefill": max(1.0, tokens / max(took, 1e-6))}
+        store.keep_rates(key, reading)
+    return Rates(**{**kept, **reading})
 
 
 def _trained(session: Session) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from whet.methods import names, table
@@ -26,6 +26,7 @@ FIXED = 30.0  # seconds for loading, baselines and measuring latency, which no t
 LEAST_SELECTED, SELECTED = 100, 0.1  # rows of select; of the search's time, what scoring them once may take
 LEAST_CONFIRMED, CONFIRMED = 200, 1.0  # sealed rows; of the budget, what confirming may take: half of it is set aside
 LEAST_TEXTS = 20  # of either, where rows are plain texts: each tells of hundreds of words
+BEGINNING = 3_000  # characters, some 500 words, that are read of each text where so many whole ones take too long
 CHEAP = 0.1  # of the search's time: what the first rungs of arms without training may take where there is training
 REFINED = 0.5  # of what is left: what a round of settings next to those of the best arm may take
 INDEXED = 0.1  # of the budget: what indexing takes beyond it is told
@@ -71,6 +72,23 @@ def apportion(
         notes.append(f"arms are compared on {compared} of the {len(select)} select rows: scoring all of them once "
                      f"would take {clock(once)} of the search's {clock(search)}")  # fmt: skip
     return Parts(select[:compared], confirm, search, reserve, tuple(notes))
+
+
+def beginnings(splits: Splits, budget: float, price: Callable[[Sequence[Example]], float]) -> tuple[Splits, list[str]]:
+    """The splits with long texts cut, where confirming on the fewest whole ones takes more than half of the budget.
+
+    And a note that says so.
+    """
+    rows = splits.confirm or splits.select
+    long = any(len(e.text or "") > BEGINNING for e in rows)
+    least = CONFIRMING * price(rows) * min(1.0, LEAST_TEXTS / max(1, len(rows))) if long else 0.0
+    if least <= 0.5 * budget:
+        return splits, []
+    select, confirm = (tuple(e if e.text is None else replace(e, text=e.text[:BEGINNING]) for e in some)
+                       for some in (splits.select, splits.confirm))  # fmt: skip
+    note = (f"texts are read up to their {BEGINNING:,}th character: confirming on {LEAST_TEXTS} whole ones would take "
+            f"{clock(least)}, more than half of the budget")  # fmt: skip
+    return replace(splits, select=select, confirm=confirm), [note]
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,8 @@ class Race:
             return replace(before, score=score, low=low, high=high, outcomes=part, spent=Spent(), seconds=0.0)
         card = evaluate(
             system, fresh, self.metric, session=self.run.session(system.model), split="select", seed=self.seed,
-            store=self.store, progress=lambda done, of: self.watch.tell("scoring on select", done, of),
+            store=self.store, within=self.key,
+            progress=lambda done, of: self.watch.tell("scoring on select", done, of),
         )  # fmt: skip
         if self.base and self.base.card:
             card = alike(card, self.base.card, self.metric, self.seed)
