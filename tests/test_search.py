@@ -29,7 +29,7 @@ from whet.feedback import Judged
 from whet.methods import Run, make
 from whet.methods.finetune import FineTune
 from whet.metrics import Outcome, get
-from whet.model import resolve
+from whet.model import ModelRef, Transform, resolve
 from whet.progress import Silent
 from whet.report import verdict
 from whet.scorecard import Scorecard, alike
@@ -588,6 +588,22 @@ def test_what_a_closed_model_and_a_new_one_have_spent_is_charged(tmp_path: Path)
     run.sessions.pop("start")  # type: ignore[call-overload]
     run.sessions["tuned"] = second  # type: ignore[index,assignment]
     assert race._since(run, before).prefilled_tokens == 37
+
+
+def test_no_more_models_are_held_than_the_race_needs(tmp_path: Path) -> None:
+    base = resolve("fake:constant")
+    trained = [base.add(Transform("adapter", str(n) * 64)) for n in range(4)]
+    run = Run(Store(tmp_path))
+    run.sessions.update({ref: object() for ref in (base, *trained)})  # type: ignore[misc]
+    one = Race("", None, [], get("accuracy"), run.store, {}, 0, 60.0, Silent(), run)  # type: ignore[arg-type]
+
+    def trial(ref: ModelRef, method: str, score: float) -> Trial:
+        card = Scorecard(score, score, score, "accuracy", (), 0.0, 0, Spent(), {})
+        return Trial(parse(method) if method else Recipe(), System(ref), 0, "done", "", 1, card, Spent(), 0.0, {}, None)
+
+    one.trials += [trial(base, "", 0.1), trial(trained[0], "finetune", 0.9), trial(trained[1], "finetune(rank=8)", 0.5)]
+    one._let_go(System(base), System(trained[2]))
+    assert set(run.sessions) == {base, trained[0], trained[2]}
 
 
 def test_perplexities_are_compared_per_token_of_the_first_model() -> None:

@@ -200,12 +200,10 @@ def train(
         state.checks.append((0, validate()))
     failed: float | None = None
     with in_mode(module, train=True), _repeatable(module.device):
-        kept_at, interval, before, begun = time.monotonic(), KEEP_EVERY, state.seconds, time.monotonic()
+        before, begun, clock = state.seconds, time.monotonic(), _Clock()
         while state.step < schedule.steps and not _tired(state, settings):
             if stable and continued and state.step == schedule.decays:
                 _keep(stable, state, masters, optimizer, best, team)
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.at(state.step)
             value, used = _fitting_step(module, wrapped, source(state.step), loss, state, settings, team)
             state.step += 1
             if not math.isfinite(value) or _explodes(state.train, value):
@@ -213,30 +211,24 @@ def train(
                 break
             if not validate and state.step in due:  # weights that have just given a loss that is one
                 best, state.kept = masters.snapshot(), state.step
-            masters.take_gradients()
-            team.exchange(masters.copies)
-            torch.nn.utils.clip_grad_norm_(masters.copies, settings.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            masters.give_weights()
+            rate = schedule.at(state.step - 1)
+            _update(masters, optimizer, rate, settings.clip, team)
             state.tokens += used
             state.train.append((state.tokens, value))
             state.seconds = before + time.monotonic() - begun
             if beat:
                 share = state.tokens * per_token / state.seconds / (settings.peak * team.size) if settings.peak else 0.0
-                rate = schedule.at(state.step - 1)
                 beat(Beat(state.step, schedule.steps, value, rate, state.tokens, state.seconds, share))
             if validate and state.step in due:
                 state.checks.append((state.tokens, validate()))
                 if state.checks[-1][1] <= min(c for _, c in state.checks):
                     best, state.best_at, state.kept = masters.snapshot(), len(state.checks) - 1, state.step
-            late = keep is not None and time.monotonic() - kept_at > interval
-            # Shards of one step belong together: no clock decides.
+            late = keep is not None and clock.late()
+            # Shards of one step belong together: no process's own clock decides.
             if keep and (team.most(late) if team.sharded else late):
-                at = time.monotonic()
                 state.spent = asdict(session.spent) if session else {}
-                _keep(keep, state, masters, optimizer, best, team)
-                kept_at, interval = time.monotonic(), max(KEEP_EVERY, (time.monotonic() - at) / WRITING_SHARE)
+                with clock:
+                    _keep(keep, state, masters, optimizer, best, team)
     if validate or failed is not None:
         masters.restore(best)
     team.whole(module)
@@ -244,6 +236,35 @@ def train(
         saved = rescue() if rescue and state.kept else None
         raise _diverged(state.step, failed, schedule.learning_rate, saved)
     return Curves(tuple(state.train), tuple(state.checks), state.best_at, state.step, state.tokens, state.seconds)
+
+
+def _update(masters: Masters, optimizer: torch.optim.Optimizer, rate: float, clip: float, team: Alone) -> None:
+    """One step of the optimizer on the gradients that the live weights hold, which it takes away."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    masters.take_gradients()
+    team.exchange(masters.copies)
+    torch.nn.utils.clip_grad_norm_(masters.copies, clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    masters.give_weights()
+
+
+class _Clock:
+    """When to write a checkpoint: each minute, or so seldom that writing (what it encloses) takes its share of time."""
+
+    def __init__(self) -> None:
+        self.since, self.interval = time.monotonic(), KEEP_EVERY
+
+    def late(self) -> bool:
+        return time.monotonic() - self.since > self.interval
+
+    def __enter__(self) -> None:
+        self.since = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        took = time.monotonic() - self.since
+        self.since, self.interval = time.monotonic(), max(KEEP_EVERY, took / WRITING_SHARE)
 
 
 @contextmanager
