@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from whet import improve
 from whet.engine import Sampling
 from whet.engine import remote as module
 from whet.engine.remote import RemoteEngine, Retry, address
@@ -241,6 +242,29 @@ def test_order_is_kept_and_concurrency_bounded():
     assert [row[0].text for row in made] == [str(n) for n in range(20)]
     assert seen == [(n, 20) for n in range(1, 21)] and 2 <= play.most <= 4
     assert len(play.asked()) == 20 and s.spent.generated_tokens >= 60
+
+
+def test_a_served_model_is_improved(tmp_path, monkeypatch):
+    """From the first probe to the artifact, on a server that only generates."""
+    monkeypatch.setattr("whet.search._run_baselines", lambda *_: [])
+
+    class Guess(Play):
+        def chat(self, payload, text=None, **more):
+            shown = any(m["role"] == "assistant" for m in payload["messages"])
+            asked = payload["messages"][-1]["content"]
+            return super().chat(payload, ("positive" if "good" in asked else "negative") if shown else "positive")
+
+    rows = [{"prompt": f"a {word} film, number {n} {hash(str(n)) % 97}", "completion": label}
+            for n in range(90) for word, label in (("good", "positive"), ("bad", "negative"))]  # fmt: skip
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    for name, part in (("train", rows[:120]), ("test", rows[120:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    (folder / "task.yaml").write_text("name: toy\nmetric: accuracy\nlabels: [positive, negative]\n")
+    with serving(Guess()) as url:
+        made = improve(folder, model=f"openai:m@{url}", budget="1m", out=tmp_path / "out", home=tmp_path / "home")
+    assert made.result["chosen"]["recipe"][0]["method"] == "fewshot"
+    assert made.result["confirm"]["chosen"]["score"] == 1.0 > made.result["confirm"]["base"]["score"]
 
 
 def test_nothing_to_do():

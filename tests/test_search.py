@@ -602,7 +602,7 @@ def test_no_more_models_are_held_than_the_race_needs(tmp_path: Path) -> None:
         return Trial(parse(method) if method else Recipe(), System(ref), 0, "done", "", 1, card, Spent(), 0.0, {}, None)
 
     one.trials += [trial(base, "", 0.1), trial(trained[0], "finetune", 0.9), trial(trained[1], "finetune(rank=8)", 0.5)]
-    one._let_go(System(base), System(trained[2]))
+    one.let_go(System(base), System(trained[2]))
     assert set(run.sessions) == {base, trained[0], trained[2]}
 
 

@@ -73,7 +73,8 @@ class Continual(FineTune):
 
     def space(self) -> Mapping[str, Sequence[Any]]:
         """The settings worth trying; not the strategy: each is validated on other rows."""
-        return {"share": (0.125, 0.25, 0.5), "learning_rate": (3e-4, 1e-3)}
+        shares = {"share": (0.0, 0.125, 1 / 3)} if self.strategy == "replay" else {}  # 0 is a quarter or more
+        return {**shares, "learning_rate": (3e-4, 1e-3)}
 
     def apply(self, system: System, data: Learnable, run: Run) -> System:
         """The System taught the new task; raises MethodError where there is nothing that could be forgotten.

@@ -187,9 +187,12 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
     def price(rows: Sequence[Example], asked: System, by: str = metric.name) -> float:
         return rates[asked.model.content].price(estimate(asked, rows, run.session(asked.model), metric=by))
 
-    splits, cut = plan.beginnings(splits, wish.budget, lambda rows: max(price(rows, b) for b in bases))
-    if texts := [e.text for e in splits.select or splits.confirm if e.text]:
-        rates |= {b.model.content: measure_rates(b, run.session(b.model), store, watch.say, texts) for b in bases}
+    cut = list[str]()
+    for _ in range(2):  # again at the speed at which these texts are read
+        if not cut:
+            splits, cut = plan.beginnings(splits, wish.budget, lambda rows: max(price(rows, b) for b in bases))
+        if texts := [e.text for e in splits.select or splits.confirm if e.text]:
+            rates |= {b.model.content: measure_rates(b, run.session(b.model), store, watch.say, texts) for b in bases}
     earlier = _earlier(local, splits.learnable, run)
     beside = 2 * sum(price(one.held, one.asked, one.metric) for one in earlier)
     limited = limits.limited(task.limits) and not local.model.remote
@@ -282,6 +285,7 @@ def _finalist(job: _Job) -> Trial | None:
         kept = _keeping(job, trial)
         if kept.status != "refused":
             return kept
+        race.let_go()
     return None
 
 
@@ -327,7 +331,8 @@ def _confirm(job: _Job, finalist: Trial | None) -> tuple[dict[str, Any] | None, 
         job.watch.arm(f"confirm: {name}", job.reserve)
         cards[name] = evaluate(
             system, rows, job.metric, session=job.run.session(system.model), split="confirm", seed=job.wish.seed,
-            store=job.store, progress=lambda done, of: job.watch.tell("scoring on sealed data", done, of),
+            store=job.store, within=job.race.key,
+            progress=lambda done, of: job.watch.tell("scoring on sealed data", done, of),
         )  # fmt: skip
         cards[name] = alike(cards[name], cards["base"], job.metric, job.wish.seed)
     body = _confirmed(job, cards, single) | {"candidate": finalist.name if finalist else None}

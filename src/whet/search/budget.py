@@ -61,7 +61,7 @@ def measure(
     in which the middle of all of them lies. `say` is told before anything is measured.
     """
     machine = [platform.machine(), platform.processor(), platform.node(), *sorted(session.protocol.items())]
-    key = hashlib.sha256(repr([system.model.identity, machine, WRITTEN]).encode()).hexdigest()
+    key = hashlib.sha256(repr([system.model.identity, machine, WRITTEN, "warm"]).encode()).hexdigest()
     kept = store.rates(key)
     if kept is None:
         if say:
@@ -70,11 +70,12 @@ def measure(
         draw = random.Random(0)
         words = [["".join(draw.choices("abcdefghij", k=5)) for _ in range(24)] for _ in range(24)]
         chats = [(("user", " ".join(w)),) for w in words]
-        session.score(chats, [["yes"]] * len(chats))  # the first calls warm up
+        choices = [["yes", "no"]] * len(chats)  # two: most servers can only choose
+        session.score(chats, choices)  # the first calls warm up
         session.generate(chats[:4], Sampling(max_tokens=4))
         before, begun = session.spent, time.monotonic()
         for _ in range(REPEATS):
-            session.score(chats, [["yes"]] * len(chats))
+            session.score(chats, choices)
         read, took = session.spent - before, time.monotonic() - begun
         prefill = max(1.0, read.prefilled_tokens / max(took, 1e-6))
         before, begun = session.spent, time.monotonic()
@@ -86,7 +87,7 @@ def measure(
         trained = prefill if system.model.remote else _trained(session)
         kept = {"prefill": prefill, "generate": generate, "train": trained}
         store.keep_rates(key, kept)
-    if not texts:
+    if not texts or system.model.remote:
         return Rates(**kept)
     key = hashlib.sha256(repr([key, READ, *texts]).encode()).hexdigest()
     reading = store.rates(key)
@@ -95,6 +96,7 @@ def measure(
         ends = [*accumulate(map(len, ordered))]
         at = bisect_left(ends, ends[-1] / 2)
         some = ordered[: at + 1][-max(1, READ // max(1, len(ordered[at]))) :]
+        some = [text[: max(READ, 4 * session.context)] for text in some]  # longer ones are read in windows
         if say:
             say("measuring how fast texts are read")
         session.score([""], [[some[0][: READ // 8]]])  # the first call warms up

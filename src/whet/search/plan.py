@@ -86,8 +86,9 @@ def beginnings(splits: Splits, budget: float, price: Callable[[Sequence[Example]
         return splits, []
     select, confirm = (tuple(e if e.text is None else replace(e, text=e.text[:BEGINNING]) for e in some)
                        for some in (splits.select, splits.confirm))  # fmt: skip
-    note = (f"texts are read up to their {BEGINNING:,}th character: confirming on {LEAST_TEXTS} whole ones would take "
-            f"{clock(least)}, more than half of the budget")  # fmt: skip
+    count = min(LEAST_TEXTS, len(rows))
+    note = (f"texts are read up to their {BEGINNING:,}th character: confirming on {count} whole ones would "
+            f"take {clock(least)}, more than half of the budget")  # fmt: skip
     return replace(splits, select=select, confirm=confirm), [note]
 
 

@@ -147,7 +147,8 @@ class Race:
             body = {"settings": system.settings, "folders": self._folders(system), "spent": asdict(spent),
                     "notes": notes, "status": status, "why": why}  # fmt: skip
             self.store.keep_trial(self.key, key, body)
-        self._let_go(start, system)
+        before.clear()  # it holds the sessions that are to go
+        self.let_go(start, system)
         total = spent - self._paid(spent, notes) + (card.spent if card else Spent())
         paired = None
         if card and self.base and self.base.card:
@@ -155,9 +156,11 @@ class Race:
         n, cost = len(rows) if card else 0, self.speed(start).price(total)
         return self.record(Trial(recipe, system, rung, status, why, n, card, total, cost, notes, paired, label))
 
-    def _let_go(self, *needed: System) -> None:
+    def let_go(self, *needed: System) -> None:
         """Close trained models but those of the bases, the best trial and these Systems: each holds all weights."""
-        best = max((t for t in self.trials if t.card), key=self.merit, default=None)
+        able = [t for t in self.trials if t.card and t.status != "refused"]
+        most = max((t.examples for t in able), default=0)
+        best = max((t for t in able if t.examples == most), key=self.merit, default=None)
         stay = [*needed, *(t.system for t in self.trials if t is best or not t.recipe.methods)]
         for ref in [r for r in self.run.sessions if r.transforms and all(r != s.model for s in stay)]:
             self.run.sessions.pop(ref)  # not closed: a session may be in use elsewhere
