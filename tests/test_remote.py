@@ -27,8 +27,13 @@ from whet.engine.replies import (
     read_context,
     without_thought,
 )
-from whet.errors import EngineError, ModelError, RemoteError
+from whet.errors import EngineError, MethodError, ModelError, RemoteError
+from whet.metrics import get
 from whet.model import ModelRef, Transform, resolve
+from whet.scorecard import evaluate
+from whet.store import Store
+from whet.system import System
+from whet.task import Example
 
 QUICK = Retry(tries=3, first=0.01, longest=0.3, connect=5.0, answer=5.0)
 HASTY = Retry(tries=2, first=0.01, longest=0.1, connect=0.3, answer=0.3)
@@ -261,10 +266,39 @@ def test_a_served_model_is_improved(tmp_path, monkeypatch):
     for name, part in (("train", rows[:120]), ("test", rows[120:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     (folder / "task.yaml").write_text("name: toy\nmetric: accuracy\nlabels: [positive, negative]\n")
+    settings = {"budget": "1m", "out": tmp_path / "out", "home": tmp_path / "home"}
     with serving(Guess()) as url:
-        made = improve(folder, model=f"openai:m@{url}", budget="1m", out=tmp_path / "out", home=tmp_path / "home")
+        with pytest.raises(MethodError, match="take a local --model"):
+            improve(folder, model=f"openai:m@{url}", recipe="finetune", **settings)
+        made = improve(folder, model=f"openai:m@{url}", **settings)  # corrected: into the same folder
+    assert made.system.servers == [f"openai:m@{url}"] and "--trust" in (made.folder / "system/README.md").read_text()
     assert made.result["chosen"]["recipe"][0]["method"] == "fewshot"
     assert made.result["confirm"]["chosen"]["score"] == 1.0 > made.result["confirm"]["base"]["score"]
+
+
+def test_what_was_not_answered_is_asked_again_next_time(tmp_path):
+    class Busy(Play):
+        tired = True
+
+        def answer(self, path, payload, nth):
+            asked = str(payload.get("messages"))
+            return (400, {"error": {"message": "no"}}, {}) if self.tired and "9" in asked else super().answer(
+                path, payload, nth)  # fmt: skip
+
+    rows, play, store = [Example(str(n), f"{n}", f"{n}"[::-1]) for n in range(12)], Busy(), Store(tmp_path)
+    with session(play) as s:
+        system = System(resolve("openai:m@http://localhost/v1"))
+        first = evaluate(system, rows, get("exact_match"), session=s, store=store)
+        play.tired = False
+        again = evaluate(system, rows, get("exact_match"), session=s, store=store)
+        sent = len(play.seen)
+        evaluate(system, rows, get("exact_match"), session=s, store=store)
+    assert first.score < again.score == 1.0 and len(play.seen) == sent
+
+
+def test_the_same_name_on_another_server_is_another_model(monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://one/v1")
+    assert resolve("openai:m") == resolve("openai:m@http://one/v1") != resolve("openai:m@http://two/v1")
 
 
 def test_nothing_to_do():

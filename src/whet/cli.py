@@ -154,7 +154,8 @@ def improve(
     print(report.summary(made.result))
     print(f"\nreport   {made.folder / 'report.html'}\nresult   {made.folder / 'result.json'}")
     print(f"system   {made.folder / 'system'}\n\nnext:")
-    print(f"  whet chat {made.folder / 'system'}\n  whet evaluate {made.folder / 'system'} {task}")
+    trusted = " --trust" if made.system.servers else ""
+    print(f"  whet chat {made.folder / 'system'}{trusted}\n  whet evaluate {made.folder / 'system'} {task}{trusted}")
 
 
 def _system(name: str, task: Any, trust: bool) -> System:

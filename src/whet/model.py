@@ -164,6 +164,11 @@ def resolve(name: str = DEFAULT) -> ModelRef:
 
     Raises ModelError where it cannot be found or lacks weights or tokenizer.
     """
+    if name.startswith("openai:"):
+        from whet.engine.remote import address
+
+        own, url = address(name)  # the same name on another server is another model
+        name = f"openai:{own}@{url}"
     if name.startswith(REMOTE):
         return ModelRef(name, name)
     if name in EMBEDDED:

@@ -113,12 +113,12 @@ def evaluate(
     key = within + _key(system, examples, metric, session)
     kept = store.outcomes(key) if store else None
     if kept is None:
-        begun, before = time.monotonic(), session.spent
+        begun, before, lost = time.monotonic(), session.spent, getattr(session, "failed", 0)
         outcomes, truncated, scores = _outcomes(system, examples, metric, session, store, within, progress)
         extra: dict[str, Any] = {
             "seconds": time.monotonic() - begun, "truncated": truncated, "spent": asdict(session.spent - before)
         }  # fmt: skip
-        if store:
+        if store and getattr(session, "failed", 0) == lost:  # what a server did not answer it may answer next time
             store.keep_outcomes(key, outcomes, extra, scores)
     else:
         outcomes, extra = kept

@@ -206,6 +206,13 @@ class System:
         """The fingerprint with the versions of what it looks into: what a score or a training depends on."""
         return "/".join([self.fingerprint, *(s.version for s in self.sources)])
 
+    @property
+    def servers(self) -> list[str]:
+        """Where prompts go that leave this machine: the model's server, else those of its sources."""
+        if self.model.base.startswith("openai:"):
+            return [self.model.base]
+        return [s.store for s in (*self.sources, *self.beside) if s.store]
+
     @cached_property
     def session(self) -> Session:
         """The System's own session, opened when first needed and kept."""
@@ -449,7 +456,8 @@ def _card_text(system: System) -> str:
     ]  # fmt: skip
     if card.get("scorecard"):
         lines += ["## Scorecard", "", "```json", json.dumps(card["scorecard"], indent=1, ensure_ascii=False), "```", ""]
-    lines += ["Answer with `whet chat`, `whet evaluate`, or `whet.load(folder).answer(prompt)`.", ""]
+    trusted = ", each with `--trust` (`trust=True`): prompts go to a server" if system.servers else ""
+    lines += [f"Answer with `whet chat`, `whet evaluate`, or `whet.load(folder).answer(prompt)`{trusted}.", ""]
     return "\n".join(lines)
 
 
@@ -537,10 +545,9 @@ def load(folder: str | Path, home: Path | None = None, *, trust: bool = False) -
             expected=f"fingerprint {written[:12]}", found=system.fingerprint[:12],
             do="restore it, or build the System anew",
         )  # fmt: skip
-    servers = [base] if base.startswith("openai:") else [s.store for s in (*system.sources, *system.beside) if s.store]
-    if servers and not trust:
+    if system.servers and not trust:
         raise ArtifactError(
-            f"{path} answers through a server", expected="--trust (in Python: trust=True)", found=servers[0],
+            f"{path} answers through a server", expected="--trust (in Python: trust=True)", found=system.servers[0],
             do="give it if that server may have your prompts and your key",
         )  # fmt: skip
     _check_base(system, body)

@@ -301,6 +301,7 @@ class RemoteSession(ByScores):
     def __init__(self, server: Server, name: str, concurrency: int = 8) -> None:
         self.server, self.name, self.concurrency = server, name, concurrency
         self.spent = Spent()
+        self.failed = 0  # prompts that were refused, late or not answered
         self._dropped: frozenset[str] = frozenset()
         self._alternatives = 20
         self.protocol = {"engine": "remote", "dtype": "as served", "model": name, "url": server.url}
@@ -453,6 +454,7 @@ class RemoteSession(ByScores):
             raise
         finally:
             pool.shutdown(cancel_futures=True)
+            self.failed += len(failed)
             self.spent += Spent(seconds=time.monotonic() - begun)
         return [results[n] for n in range(len(items))]
 

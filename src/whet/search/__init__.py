@@ -162,7 +162,6 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
     _readable(task, wish, splits.learnable, run)
     asked = [task.fingerprint, [r.content for r in refs], wish.seed, wish.budget, wish.methods, wish.recipe]
     key = hashlib.sha256(json.dumps([*asked, wish.strict, *files.values()]).encode()).hexdigest()
-    output.claim(folder, key, task.name)
     watch.say(f"whet improve {task.name}: {len(splits.learnable.train)} train, {len(splits.select)} select, "
               f"{len(splits.confirm)} confirm; metric {metric.name}")  # fmt: skip
     bases = []
@@ -172,6 +171,14 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
         bases.append(base_system(ref, task, splits.learnable, run.session(ref), store.home))
     if wish.recipe:
         parse(wish.recipe).possible(training.at_hand(bases), splits.learnable)
+    for base in bases if metric.name == "perplexity" else ():
+        how = run.session(base.model).protocol
+        if any(how.get("scoring_raw", "echo") != "echo" for e in (*splits.select, *splits.confirm) if e.text):
+            raise MethodError(
+                "perplexity needs log-probabilities of whole texts", expected="a server that echoes texts",
+                found=base.model.base, do="take a local model, or another metric",
+            )  # fmt: skip
+    output.claim(folder, key, task.name)  # not before: a command that could not run is corrected, not another one
     rates = {b.model.content: measure_rates(b, run.session(b.model), store, watch.say) for b in bases}
     local = training.at_hand(bases)
     judge = Spent()

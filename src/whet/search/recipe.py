@@ -88,7 +88,8 @@ class Recipe:
         """Raise MethodError where the order is wrong or something is lacking."""
         self.check()
         if missing := self.lacks(system, data):
-            raise MethodError(f"{self.name} cannot run", expected=missing, found="none", do="add it to the task")
+            do = "take a local --model" if "weights" in missing else "add it to the task"
+            raise MethodError(f"{self.name} cannot run", expected=missing, found="none", do=do)
 
     def run(self, system: System, data: Learnable, run: Run) -> System:
         """Apply the methods in order. Raises MethodError as `possible` does."""
