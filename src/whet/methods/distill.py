@@ -381,7 +381,7 @@ class Distill:
             meant = [c for c in near if c == one] or near
             if meant:
                 said[e] = Said(meant[0], _only(meant[0], sets[e]))
-            elif teacher.model.remote and not one:
+            elif teacher.model.remote and not one and finish == "stop":
                 continue  # a server that did not answer has not said nothing
             elif not closed and finish != "unmarked" and student.decoding.after in one:
                 said[e] = Said(one, whole=finish == "stop")

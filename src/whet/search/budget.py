@@ -91,7 +91,7 @@ def measure(
         trained = prefill if remote else _trained(session)
         kept = {"prefill": prefill, "generate": generate, "train": trained}
         store.keep_rates(key, kept)
-    if not texts or system.model.remote:
+    if not texts or session.protocol.get("scoring_raw", "echo") != "echo":
         return Rates(**kept)
     key = hashlib.sha256(repr([key, READ, *texts]).encode()).hexdigest()
     reading = store.rates(key)
