@@ -986,3 +986,13 @@ def test_protocol_stands_from_the_opening():
         s.score([USER], [["a", "b"]])
         s.generate([USER], Sampling())
     assert s.protocol == before
+
+
+def test_doctor_says_how_a_server_can_be_asked():
+    from whet.doctor import examine
+
+    with serving(Play()) as url:
+        found = examine((f"openai:m@{url}",))[-1]
+    assert found.ok and "tokens at once; choices by comparing what is generated" in found.found
+    gone = examine((f"openai:m@{url}",))[-1]  # it listens no more
+    assert not gone.ok and url in gone.found

@@ -76,7 +76,8 @@ def rich() -> dict[str, Any]:
                     "high": 0.244, "p_value": 1e-30, "improved": True, "smallest_detectable": 0.031,
                     "best_single": {"name": "finetune(rank=16)", "difference": 0.006, "low": -0.002, "high": 0.014,
                                     "p_value": 0.21}},
-        "selection": {"select": 0.9275, "confirm": 0.924, "shrinkage": 0.0035},
+        "selection": {"select": 0.9275, "confirm": 0.924, "shrinkage": 0.0035, "select_gain": 0.2175,
+                      "confirm_gain": 0.212},
         "notes": ["The clock stopped one trial early; it is marked truncated."],
         "dropped": {"count": 3, "examples": [["train-17", "repeats test-4"], ["train-90", "nearly repeats dev-2"]]},
         "protocol": {"data": "sha256:6c1f09", "template": "chatml", "engine": "torch", "dtype": "bfloat16"},
@@ -206,11 +207,12 @@ def test_verdict_is_one_printable_line(case: int) -> None:
 def test_what_selection_flattered_is_printed_below_the_verdict() -> None:
     said = report.summary(rich()).splitlines()
     assert said == [report.verdict(rich()),
-                    "Select said 92.8 of it, sealed data says 92.4: a shrinkage of 0.4 points."]  # fmt: skip
+                    "Select said 92.8 (+21.8 over the base) of it, sealed data says 92.4 (+21.2): a shrinkage of 0.4 "
+                    "points."]  # fmt: skip
     kept = {**rich(), "chosen": {"recipe": [], "handed": False}}
     assert "of the best candidate" in report.summary(kept)
     more = {**rich(), "selection": {"select": 0.9, "confirm": 0.924, "shrinkage": -0.024}}
-    assert report.summary(more).endswith("sealed data says 92.4: no shrinkage.")
+    assert report.summary(more).endswith("Select said 90.0 of it, sealed data says 92.4: no shrinkage.")
     assert report.summary({}) == report.verdict({})
 
 

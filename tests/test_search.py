@@ -859,14 +859,15 @@ def test_silence_is_silent(capfd: pytest.CaptureFixture[str], task: Path, tmp_pa
     assert capfd.readouterr() == ("", "")
 
 
-def asked(folder: str, data: Learnable, *methods: str, trials: Sequence[Any] = ()) -> Any:
+def asked(folder: str, data: Learnable, *methods: str, trials: Sequence[Any] = (), home: Path = Path()) -> Any:
     """A job of a local model, as far as the choice of trainings looks at it."""
     base = System(resolve(folder), "say", decoding=Decoding(data.labels, bool(data.labels)))
     merits = {id(t): n for n, t in enumerate(trials)}
     return SimpleNamespace(bases=[base], splits=SimpleNamespace(learnable=data), wish=Wish(methods=methods),
                            metric=get(data.metric), task=SimpleNamespace(labels=data.labels, closed=data.closed),
-                           race=SimpleNamespace(trials=list(trials), select=[0] * 4, merit=lambda t: merits[id(t)]),
-                           )  # fmt: skip
+                           race=SimpleNamespace(trials=list(trials), select=[0] * 4, merit=lambda t: merits[id(t)],
+                                                data=data),
+                           store=SimpleNamespace(home=home), watch=Silent(), notes=[])  # fmt: skip
 
 
 def test_judgements_and_rewards_go_on_from_a_training(model_folder: str) -> None:
@@ -897,7 +898,25 @@ def test_trainings_read_what_the_best_arm_reads_and_vary(model_folder: str) -> N
     named = [r.name for r in training._others(asked(model_folder, data), parse("rag(k=1)+finetune"))]
     assert named[0] == "finetune" and "rag(k=1)+finetune(learning_rate=0.0003)" in named
     assert any("adapter=dora" in n for n in named) and any("adapter=full" in n for n in named)
-    assert training._others(asked(model_folder, data), recipe("dpo")) == []
+    assert list(training._others(asked(model_folder, data), recipe("dpo"))) == []
+
+
+@pytest.mark.embedder
+@pytest.mark.parametrize("wrong", [0.0, 0.2])
+def test_wrong_labels_are_named_and_trained_without(model_folder: str, tmp_path: Path, wrong: float) -> None:
+    draw, rows = random.Random(1), []
+    topics = {"sport": "match goal coach league referee stadium", "food": "oven butter recipe dough pepper sauce",
+              "travel": "flight hotel passport beach luggage visa"}  # fmt: skip
+    for n in range(400):
+        label = draw.choice(list(topics))
+        said = " ".join(draw.choices(topics[label].split(), k=4) + draw.choices(THINGS, k=3))
+        given = draw.choice([other for other in topics if other != label]) if draw.random() < wrong else label
+        rows.append(Example(f"r{n}", said, given))
+    data = Learnable("t", "say", "accuracy", tuple(topics), tuple(rows))
+    job = asked(model_folder, data, home=tmp_path)
+    others = [r.name for r in training._others(job, parse("rag(k=1)+finetune"))]
+    assert ("rag(k=1)+finetune(clean=true)" in others) == bool(wrong) == bool(job.notes)
+    assert all("train rows have a label that looks wrong" in note and ", rather " in note for note in job.notes)
 
 
 def test_another_file_is_another_recipe(tmp_path: Path) -> None:

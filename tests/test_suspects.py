@@ -86,6 +86,12 @@ def test_chances_by_hand() -> None:
     assert wrong[40:] == pytest.approx(np.full(360, 0.2), abs=1e-9)  # nothing known: the share of wrong labels
 
 
+def test_labels_that_a_classifier_cannot_tell_are_left_alone() -> None:
+    draw = random.Random(3)
+    disputed = [replace(e, completion=draw.choice(list(TOPICS))) for e in rows(400)]  # by chance: two thirds "wrong"
+    assert suspects.find(disputed, embed) == ()
+
+
 def test_a_judge_sees_only_the_other_half() -> None:
     noisy, wrong = flipped(rows(300), 0.2)
     truth, order = {e.id: e.completion for e in rows(300)}, sorted(TOPICS, reverse=True)

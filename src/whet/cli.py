@@ -359,7 +359,9 @@ def apply(
         run = Run(Store(), seed, tell=watch.tell, report_to=report_to)
         start, splits = _system(system, loaded, trust), loaded.split(seed)
         check(made, start, loaded)
-        session, data = run.session(start.model), splits.learnable
+        data = splits.learnable
+        Recipe((made,)).possible(start, data)  # before a model is opened and its speed measured
+        session = run.session(start.model)
         if splits.dropped:
             run.notes["dropped"] = [{"id": name, "why": why} for name, why in splits.dropped]
         if budget is not None:

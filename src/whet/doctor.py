@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from whet import embed
+from whet.engine import open_session
 from whet.errors import WhetError
-from whet.model import DEFAULT, EMBEDDED, compute_dtype, embedded_file, load, resolve
+from whet.model import DEFAULT, EMBEDDED, ModelRef, compute_dtype, embedded_file, load, resolve
 from whet.store import Store, home_folder
 
 EXTRAS = {"pyarrow": "parquet", "bm25s": "rag", "pyoxigraph": "knowledge", "psycopg": "postgres",
           "qdrant_client": "qdrant", "gepa": "prompting", "optuna": "tune", "bitsandbytes": "qlora", "lm_eval": "bench"
           }  # one package of each, and the extra that brings it  # fmt: skip
+SCORED = {"echo": "log-probabilities of whole texts", "logprobs": "log-probabilities of their first tokens",
+          "generation": "comparing what is generated (this server gives no log-probabilities)"}  # fmt: skip
 FLOORS = {"torch": (2, 10), "transformers": (5, 3)}  # loading holes before these
 
 
@@ -102,7 +105,10 @@ def _sharing(model: str, home: Path) -> Finding:
     from whet.engine.attention import window
 
     try:
-        module, _ = load(resolve(model), home)
+        ref = resolve(model)
+        if ref.remote:
+            return _served(model, ref, home)
+        module, _ = load(ref, home)
     except WhetError as error:
         return Finding(f"model {model}", str(error), False, error.do)
     bound = window(module)
@@ -110,6 +116,14 @@ def _sharing(model: str, home: Path) -> Finding:
         bound, f"shared beginnings up to {bound} tokens"
     )
     return Finding(f"model {model}", f"{type(module).__name__}, {text}")
+
+
+def _served(model: str, ref: ModelRef, home: Path) -> Finding:
+    """How much a server takes at once, and what its answers to choices are told by."""
+    session = open_session(ref, home)
+    how, context = session.protocol.get("scoring", ""), session.context
+    session.close()
+    return Finding(f"model {model}", f"answers, {context:,} tokens at once; choices by {SCORED.get(how, how)}")
 
 
 def examine(models: tuple[str, ...] = ()) -> list[Finding]:

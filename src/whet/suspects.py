@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,7 @@ HALVES, FOLDS = 2, 5  # parts of the rows, by turns judged by what was trained o
 LEAST_ROWS = 50
 SURE = 0.85  # how likely a label must be wrong for its row to be named
 CONFIDENT = 0.1  # share of rows, those the classifier is surest about, that tell how much noise there is
+MOST_NOISE = 0.45  # of labels that can be wrong: where more seem to be, it is the classifier that is wrong
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,12 @@ def find(
     order = np.argsort(-wrong, kind="stable")
     named = [i for i in order if wrong[i] >= SURE]
     return tuple(Suspect(rows[i].id, labels[given[i]], labels[rather[i]], round(float(wrong[i]), 3)) for i in named)
+
+
+def labelled(rows: Sequence[Example], labels: Sequence[str]) -> list[Example]:
+    """Rows that are answered out of the labels, without choices: not plain text, nor those with others of their own."""
+    known = [e for e in rows if e.answered and e.text is None and (not e.choices or set(e.choices) == set(labels))]
+    return [replace(e, choices=()) for e in known]
 
 
 def examined(rows: Sequence[Example], parts: int = HALVES) -> list[Example]:
@@ -95,8 +102,22 @@ def _unseen(rows: Sequence[Example], given: NDArray[Any], embed: Embed, seed: in
         cross_val_predict(LogisticRegression(C=c, max_iter=300), x, given, cv=folds, method="predict_proba")
         for x, c in zip(parts, (3.0, 1.0), strict=True)
     ]
-    mean = np.exp(np.mean(np.log(np.clip(found, 1e-9, 1.0)), axis=0))
-    return np.asarray(mean / mean.sum(axis=1, keepdims=True), dtype=np.float64)
+    return _tempered(np.mean(np.log(np.clip(found, 1e-9, 1.0)), axis=0), given)
+
+
+def _tempered(logs: NDArray[Any], given: NDArray[Any]) -> NDArray[np.float64]:
+    """Probabilities [n, K] by the power that makes the given labels likeliest (temperature scaling, Guo et al. 2017).
+
+    Classifiers that are regularised to learn no noise are less sure than they are right: measured in LOG.md.
+    """
+    from scipy.optimize import minimize_scalar
+    from scipy.special import log_softmax
+
+    def surprise(power: float) -> float:
+        return -float(log_softmax(np.exp(power) * logs, axis=1)[np.arange(len(given)), given].mean())
+
+    power = np.exp(minimize_scalar(surprise, bounds=(-1.0, 2.0), method="bounded").x)
+    return np.asarray(np.exp(log_softmax(power * logs, axis=1)), dtype=np.float64)
 
 
 def wrong_chances(chances: NDArray[np.float64], given: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[Any]]:
@@ -104,13 +125,14 @@ def wrong_chances(chances: NDArray[np.float64], given: NDArray[Any]) -> tuple[ND
 
     The classifier is nearly always right where it is surest: how often it disagrees there is the share e of wrong
     labels. Its probabilities are those of noisy labels, c·(1 - e) + (1 - c)·e/(K - 1) for a true label's c; turned
-    round, they tell by Bayes' rule how likely the given label is wrong.
+    round, they tell by Bayes' rule how likely the given label is wrong. Zeros where e is so large that the classifier
+    itself must be at fault, as on labels that people dispute.
     """
     n, kinds = chances.shape
     top = chances.argmax(axis=1)
     surest = np.argsort(-chances.max(axis=1), kind="stable")[: max(20, round(CONFIDENT * n))]
     noise = float(np.clip((top[surest] != given[surest]).mean(), 0.0, 0.9 * (kinds - 1) / kinds))
-    if noise == 0.0:
+    if noise == 0.0 or noise > MOST_NOISE:
         return np.zeros(n), top
     spread = noise / (kinds - 1)
     true = np.clip((chances - spread) / (1 - noise - spread), 1e-6, None)

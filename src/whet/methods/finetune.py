@@ -115,7 +115,7 @@ class FineTune:
 
         if not data.labels:
             raise MethodError("clean needs a closed set", expected="labels in task.yaml", found="none")
-        rows = _labelled(_each_once(data.train)[0], data.labels)
+        rows = suspects.labelled(each_once(data.train)[0], data.labels)
         method = FineTune(epochs=CROSS_EPOCHS, recompute=self.recompute, absent=self.absent, bits=self.bits)
         most = None if run.trained_tokens is None else run.trained_tokens // 4
 
@@ -146,17 +146,17 @@ class FineTune:
     def _lesson(
         self, system: System, data: Learnable, run: Run, live: TorchSession, wrong: Sequence[Suspect] = ()
     ) -> Lesson:
-        from whet.suspects import examined
+        from whet.suspects import examined, labelled
         from whet.train.batches import affordable, per_epoch, step_count, steps
         from whet.train.fit import twice_the_data, verdict
         from whet.train.lesson import Lesson, mean_loss, render_rows
         from whet.train.loop import Schedule, Settings, validations
         from whet.train.losses import NextToken
 
-        usable, repeated = _each_once([e for e in data.train if e.answered or e.text])
+        usable, repeated = each_once([e for e in data.train if e.answered or e.text])
         found: dict[str, Any] = {"duplicates": repeated}
         if self.clean:
-            left = len(usable) - len(examined(_labelled(usable, data.labels)))
+            left = len(usable) - len(examined(labelled(usable, data.labels)))
             found |= {"suspects": [asdict(s) for s in wrong], "unexamined": left}
         named = {s.id for s in wrong}
         usable = [e for e in usable if e.id not in named]
@@ -198,16 +198,10 @@ class FineTune:
         )
 
 
-def _each_once(rows: Sequence[Example]) -> tuple[list[Example], int]:
+def each_once(rows: Sequence[Example]) -> tuple[list[Example], int]:
     """Rows without their repetitions, and how many those were."""
     usable = list({(e.prompt, e.completion, e.text, e.history): e for e in rows}.values())
     return usable, len(rows) - len(usable)
-
-
-def _labelled(rows: Sequence[Example], labels: Sequence[str]) -> list[Example]:
-    """Rows that are answered out of the labels, without choices: not plain text, nor those with others of their own."""
-    known = [e for e in rows if e.answered and e.text is None and (not e.choices or set(e.choices) == set(labels))]
-    return [replace(e, choices=()) for e in known]
 
 
 def _lengths(rows: Sequence[Row]) -> dict[str, int]:

@@ -341,7 +341,11 @@ def _shrunk(result: Record, scale: Scale) -> str:
     who = "it" if view.handed(result) else "the best candidate"
     less = shrinkage is not None and shrinkage > 0
     moved = f": a shrinkage of {scale.score(shrinkage)}{scale.unit}" if less else ": no shrinkage"
-    return f"Select said {scale.score(select)} of {who}, sealed data says {scale.score(confirmed)}{moved}."
+    # Rows of one split may be easier than those of the other, or have more references: gains tell that apart.
+    over = [number(selection.get(key)) for key in ("select_gain", "confirm_gain")]
+    first, second = (f" ({scale.gain(one)} over the base)" if None not in over else "" for one in over)
+    return (f"Select said {scale.score(select)}{first} of {who}, sealed data says {scale.score(confirmed)}"
+            f"{second.replace(' over the base', '')}{moved}.")
 
 
 def _dropped(result: Record) -> dict[str, Any]:

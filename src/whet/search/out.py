@@ -82,7 +82,11 @@ def result(
     if finalist and finalist.card and confirmed and "chosen" in cards:
         on_select, on_confirm = finalist.card.score, cards["chosen"].score
         sign = 1 if job.metric.higher_is_better else -1
-        selection = {"select": on_select, "confirm": on_confirm, "shrinkage": sign * (on_select - on_confirm)}
+        selection = {
+            "select": on_select, "confirm": on_confirm, "shrinkage": sign * (on_select - on_confirm),
+            "select_gain": finalist.against_base.difference if finalist.against_base else None,
+            "confirm_gain": confirmed["difference"],
+        }  # fmt: skip
     card = cards.get("base") or (job.race.base.card if job.race.base else None)
     truncated = {name: c.truncated for name, c in cards.items() if c.truncated}
     failed = {name: c.failed for name, c in cards.items() if c.failed}

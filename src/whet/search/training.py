@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from whet import embed
+from whet import embed, suspects
 from whet.engine import Spent
 from whet.errors import StoreError, WhetError
 from whet.feedback import paired
 from whet.methods import make
+from whet.methods.finetune import FineTune, each_once
 from whet.progress import clock
 from whet.scorecard import reads_scores
 from whet.search.budget import estimate
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 LEAST_TOKENS = 6_000  # a fine-tuning on fewer tokens (some eight steps of short rows) is not worth starting
 VALIDATED = 0.15  # of a fine-tuning's time, about, goes to its validations
 CALIBRATED_ROWS = 128
+LOOKED_AT = 600  # train rows, at most, that are looked over for wrong labels
+NAMED = 5  # of them in a note
+LEAST_WRONG = 0.01  # of labels: fewer are named where all are right
 UNTAUGHT = ("prune", "share", "quantize")  # methods that change weights without training them
 OTHERS: tuple[dict[str, Any], ...] = (  # settings of further trainings, while the budget lasts
     {"learning_rate": 3e-4}, {"adapter": "dora"}, {"adapter": "full", "learning_rate": 1e-4}, {"rank": 64},
@@ -94,9 +99,9 @@ def race(job: _Job, tuned: Recipe) -> bool:
     more += [Recipe((*tuned.methods, make("calibrate")))] if _calibrates(job) else []
     for other in more:  # with the same bound, which is part of what a training is known by
         job.race.enter(other, start, tokens=one.notes["allowed"]).notes["allowed"] = one.notes["allowed"]
-    for other in _others(job, tuned):
-        if one.cost < 0.8 * job.race.left:
-            enter(job, other, start)
+    others = _others(job, tuned)
+    while one.cost < 0.8 * job.race.left and (varied := next(others, None)):
+        enter(job, varied, start)
     if "rl" in behind(job, tuned):
         other = Recipe((*tuned.methods, make("rl")))
         if (1.0 if job.wish.methods else SAMPLED) * one.cost < job.race.left:
@@ -117,16 +122,39 @@ def _sourced(job: _Job, tuned: Recipe) -> Recipe:
     return Recipe((*shown, *tuned.methods))
 
 
-def _others(job: _Job, tuned: Recipe) -> list[Recipe]:
-    """Further trainings, the most telling first: without what the first one reads, facts themselves, other settings."""
-    last = tuned.methods[-1]
-    if last.family not in ("fine-tuning", "continual learning"):
-        return []
-    alone = [Recipe((last,))] if len(tuned.methods) > 1 else []
+def _others(job: _Job, tuned: Recipe) -> Iterator[Recipe]:
+    """Further trainings, the most telling first: without what the first one reads, facts themselves, without rows whose
+    label looks wrong, other settings.
+    """
+    *reads, last = tuned.methods
+    if not isinstance(last, FineTune):
+        return
+    if reads:
+        yield Recipe((last,))
     taught = recipe(("knowledge", {"mode": "train"}))
-    taught_too = [taught] if embed.available() and _wished(job, taught) else []
-    settings = [Recipe((*tuned.methods[:-1], replace(last, **changed))) for changed in OTHERS]  # type: ignore[type-var]
-    return [*alone, *taught_too, *settings]
+    if embed.available() and _wished(job, taught):
+        yield taught
+    if _disputed(job):
+        yield Recipe((*reads, replace(last, clean=True)))
+    for changed in OTHERS:
+        yield Recipe((*reads, replace(last, **changed)))
+
+
+def _disputed(job: _Job) -> bool:
+    """Whether labels of train look wrong to plain classifiers, which a note says: else `clean` is not worth a try."""
+    labels, data = job.task.labels, job.race.data
+    if not labels or not embed.available():
+        return False
+    rows = suspects.labelled(each_once(data.train)[0], labels)
+    rows = random.Random(job.wish.seed).sample(rows, min(LOOKED_AT, len(rows)))
+    job.watch.say(f"looking for wrong labels among {len(rows)} train rows")
+    found = suspects.find(rows, embed.Embedder(job.store.home), job.wish.seed)
+    if len(found) < max(1.0, LEAST_WRONG * len(rows)):
+        return False
+    some = ", ".join(f"{one.id} ({one.label}, rather {one.rather})" for one in found[:NAMED])
+    job.notes.append(f"{len(found)} of {len(rows)} train rows have a label that looks wrong, the surest: {some}; "
+                     "`finetune(clean=true)` leaves such rows out")  # fmt: skip
+    return True
 
 
 def behind(job: _Job, tuned: Recipe | None) -> list[str]:
