@@ -328,7 +328,7 @@ def test_improve_tries_it_as_large_as_the_budget_allows(base: System, monkeypatc
     from whet.search.arms import cheap_arms, prompting_recipes
     from whet.search.budget import Rates
 
-    assert {"prompting", "prompting(calibrated=True)+calibrate"} <= {r.name for r in prompting_recipes(DATA)}
+    assert {"prompting", "prompting(calibrated=true)+calibrate"} <= {r.name for r in prompting_recipes(DATA)}
     many = replace(DATA, labels=tuple(f"intent {n}" for n in range(30)))
     if embed.available():  # a sample of 8 shows few of many labels; the neighbours' are the likely ones
         assert prompting_recipes(many)[0].name == "fewshot(k=8,selection=nearest)"

@@ -376,6 +376,10 @@ def test_first_screen_says_that_a_baseline_wins(tmp_path: Path) -> None:
     result["baselines"][1]["low"] = 0.001
     html = page(tmp_path, result, found(5))
     assert "A baseline wins" in html[: html.index('id="tried"')]
+    result["baselines"][1]["p_value"] = 0.5  # of two examples, say, whose interval has no width
+    assert "scores as much or more (no difference shown)" in report.verdict(result)
+    result["baselines"][1]["confirm"] = result["confirm"]["chosen"]["score"]
+    assert "scores as much or more (no difference shown)" in report.verdict(result)
 
 
 @pytest.mark.parametrize("case", range(len(MINIMAL)))
@@ -521,3 +525,33 @@ def test_browser_shows_hostile_text_as_text(tmp_path: Path) -> None:
 def test_browser_shows_minimal_pages(tmp_path: Path, case: int) -> None:
     seen = json.loads(dump(tmp_path, *MINIMAL[case]))
     assert seen["places"] == 0 and seen["overflow"] == "0" and "How it was measured" in seen["text"]
+
+
+def test_what_methods_noted_is_told_in_words(tmp_path: Path) -> None:
+    from whet.report.findings import findings, sentences
+
+    notes = {
+        "fit": {"verdict": "overfitting", "best": 0.25, "last": 0.5, "train_before": 0.3, "train_after": 0.1},
+        "twice_the_data": {"rows": 60, "now": 0.62, "twice": 0.49, "low": 0.4, "high": 0.55},
+        "row_tokens": {"median": 41, "p95": 60, "most": 1200}, "duplicates": 3, "shortened": 0,
+        "suspects": [{"id": "r<1>", "label": "good", "rather": "bad", "chance": 0.97}],
+        "quantized": {"was": 269_000_000, "bytes": 88_400_000, "kept_in_8": 2,
+                      "layers": [{"layer": "q_proj", "error": 0.191}]},
+        "before": {"mixed": 0.66, "reward": 0.42}, "why": "no better beyond noise", "artifact": "abc",
+    }  # fmt: skip
+    assert sentences(notes) == [
+        "overfitting: loss on validation rows 0.250 at best and 0.500 in the end, on the rows trained on 0.300, then "
+        "0.100", "twice the rows would bring the loss from 0.620 to 0.490 [0.400, 0.550]",
+        "rows of 41 tokens in the median, 1,200 at most", "duplicates: 3",
+        "1 rows left out for a label that looks wrong, the surest: r<1> (good, rather bad)",
+        "269 MB became 88.4 MB, 2 layers kept in 8 bits; the largest errors of layers' outputs: q_proj 19.1 %",
+        "before: mixed 0.66, reward 0.42", "why: no better beyond noise",
+    ]  # fmt: skip
+    result = rich()
+    result["trials"][-2]["notes"] = notes
+    html = page(tmp_path, result, found(5))
+    assert "r&lt;1&gt; (good, rather bad)" in html and "r<1>" not in html
+    for key in notes:
+        for odd in (None, [], {}, "text", 3, [[1]], {"layers": [3], "best": "x", "verdict": 2}):
+            result["trials"][-2]["notes"] = notes | {key: odd}
+            assert len(findings(result)) == 1

@@ -870,6 +870,21 @@ def asked(folder: str, data: Learnable, *methods: str, trials: Sequence[Any] = (
                            store=SimpleNamespace(home=home), watch=Silent(), notes=[])  # fmt: skip
 
 
+@pytest.mark.embedder
+def test_the_first_training_reads_as_many_passages_as_questions_rest_on(model_folder: str) -> None:
+    def reads(*documents: str) -> str:
+        rows = tuple(Example(str(n), f"p{n}", "a b", evidence=tuple((d, 1.0) for d in documents)) for n in range(20))
+        data = Learnable("t", "say", "token_f1", train=rows, documents="d.jsonl")
+        found = training.first(asked(model_folder, data))
+        assert found is not None
+        return found.name
+
+    assert (reads("d0"), reads("d0", "d1")) == ("rag(k=1)+finetune", "rag+finetune")  # three by default
+    facts = Learnable("t", "say", "token_f1", knowledge="k.tsv")
+    only = training.first(asked(model_folder, facts))
+    assert only is not None and only.name == "knowledge(mode=train)"
+
+
 def test_judgements_and_rewards_go_on_from_a_training(model_folder: str) -> None:
     rows = tuple(Example(str(n), f"p{n}", "a b") for n in range(20))
     data = Learnable("t", "say", "token_f1", train=rows, feedback="f.jsonl")
@@ -899,6 +914,13 @@ def test_trainings_read_what_the_best_arm_reads_and_vary(model_folder: str) -> N
     assert named[0] == "finetune" and "rag(k=1)+finetune(learning_rate=0.0003)" in named
     assert any("adapter=dora" in n for n in named) and any("adapter=full" in n for n in named)
     assert list(training._others(asked(model_folder, data), recipe("dpo"))) == []
+
+
+def test_few_rows_are_not_all_shown(task: Path) -> None:
+    for count, shown in ((8, {4}), (240, {8, 16})):
+        rows = tuple(Example(str(n), f"p{n}", ("good", "bad")[n % 2]) for n in range(count))
+        arms = prompting_recipes(Learnable("t", "say", "accuracy", ("good", "bad"), rows))
+        assert {m.k for r in arms for m in r.methods if m.name == "fewshot" and m.selection != "nearest"} <= shown
 
 
 @pytest.mark.embedder

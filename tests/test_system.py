@@ -637,6 +637,16 @@ def test_perplexity_of_prompts_that_do_not_fit(tiny: System, session: Session) -
     assert card.outcomes[0].score == pytest.approx(-alone.mean) and card.outcomes[0].weight == alone.tokens
 
 
+def test_answers_that_are_cut_are_counted(tiny: System, session: Session, tmp_path: Path) -> None:
+    rows = [Example(str(n), text, "great film") for n, text in enumerate(("a", "the movie", "was great"))]
+    store = Store(tmp_path)
+    for room in (2, 2):  # the second time from the store
+        system = replace(tiny, decoding=Decoding((), False, max_tokens=room))
+        finishes = [a.finish for a in system.answers(rows, session)]
+        card = evaluate(system, rows, get("exact_match"), session=session, store=store)
+        assert card.unended == finishes.count("length") > 0
+
+
 def test_answers_by_generation(tiny: System, session: Session) -> None:
     for closed in (False, True):  # closed, but of a row without any set: generated, too
         system = replace(tiny, decoding=Decoding((), closed, max_tokens=7, stop=("zzz",)))

@@ -255,7 +255,8 @@ def evaluate(
     print(f"{card.seconds:.1f} s of answering{alone}")
     if card.memory_bytes and card.size_bytes:
         print(f"{card.size_bytes / 1e6:.0f} MB on disk, {card.memory_bytes / 1e6:.0f} MB of memory at most")
-    for count, what in ((card.truncated, "prompts were shortened"), (card.failed, "examples could not be scored")):
+    for count, what in ((card.truncated, "prompts were shortened"), (card.failed, "examples could not be scored"),
+                        (card.unended, "answers were cut (max_tokens)")):  # fmt: skip
         if count:
             print(f"{count} {what}")
     for name, value in asdict(read).items() if read else ():

@@ -41,6 +41,7 @@ class Scorecard:
     latency_ms: float | None = None
     size_bytes: int | None = None
     memory_bytes: int | None = None
+    unended: int = 0  # answers that were cut at `max_tokens`
 
     @property
     def n(self) -> int:
@@ -114,10 +115,8 @@ def evaluate(
     kept = store.outcomes(key) if store else None
     if kept is None:
         begun, before, lost = time.monotonic(), session.spent, getattr(session, "failed", 0)
-        outcomes, truncated, scores = _outcomes(system, examples, metric, session, store, within, progress)
-        extra: dict[str, Any] = {
-            "seconds": time.monotonic() - begun, "truncated": truncated, "spent": asdict(session.spent - before)
-        }  # fmt: skip
+        outcomes, cut, scores = _outcomes(system, examples, metric, session, store, within, progress)
+        extra: dict[str, Any] = {"seconds": time.monotonic() - begun, "spent": asdict(session.spent - before), **cut}
         if store and getattr(session, "failed", 0) == lost:  # what a server did not answer it may answer next time
             store.keep_outcomes(key, outcomes, extra, scores)
     else:
@@ -126,7 +125,8 @@ def evaluate(
     low, high = stats.bootstrap_interval(outcomes, metric, seed)
     rules = protocol(system, examples, metric, session, split)
     spent = Spent(**extra["spent"])
-    return Scorecard(score, low, high, metric.name, outcomes, extra["seconds"], extra["truncated"], spent, rules)
+    return Scorecard(score, low, high, metric.name, outcomes, extra["seconds"], extra["truncated"], spent, rules,
+                     unended=extra["unended"])  # fmt: skip
 
 
 def join(first: Scorecard, second: Scorecard, metric: Metric, seed: int) -> Scorecard:
@@ -135,7 +135,7 @@ def join(first: Scorecard, second: Scorecard, metric: Metric, seed: int) -> Scor
     low, high = stats.bootstrap_interval(outcomes, metric, seed)
     return replace(
         second, score=metric.aggregate(outcomes), low=low, high=high, outcomes=outcomes,
-        truncated=first.truncated + second.truncated,
+        truncated=first.truncated + second.truncated, unended=first.unended + second.unended,
     )  # fmt: skip
 
 
@@ -190,9 +190,11 @@ def _answers(
 def _outcomes(
     system: System, examples: Sequence[Example], metric: Metric, session: Session, store: Store | None, within: str,
     progress: Progress | None,
-) -> tuple[tuple[Outcome, ...], int, Scores | None]:  # fmt: skip
+) -> tuple[tuple[Outcome, ...], dict[str, int], Scores | None]:  # fmt: skip
+    """Outcomes, how many prompts were `truncated` and answers left `unended`, and scores over the labels to be kept."""
     if ranks := re.fullmatch(r"(?:recall|ndcg|mrr)@(\d+)", metric.name):
-        return score_all(metric, system.ranked(examples, int(ranks[1])), examples), 0, None
+        ranked = score_all(metric, system.ranked(examples, int(ranks[1])), examples)
+        return ranked, {"truncated": 0, "unended": 0}, None
     if metric.name != "perplexity":
         scores = None
         if store and reads_scores(system, examples, session):
@@ -202,8 +204,10 @@ def _outcomes(
         outcomes = score_all(metric, [a.text for a in answers], examples)
         silent = [bool(a.scores) and not a.text for a in answers]  # chosen among, and none could be
         told = (replace(o, score=0.0, error="no answer") if s else o for o, s in zip(outcomes, silent, strict=True))
-        return tuple(told), sum(a.truncated for a in answers), scores
-    return (*perplexed(system, examples, session, progress), None)
+        cut = {"truncated": sum(a.truncated for a in answers), "unended": sum(a.finish == "length" for a in answers)}
+        return tuple(told), cut, scores
+    outcomes, shortened = perplexed(system, examples, session, progress)
+    return outcomes, {"truncated": shortened, "unended": 0}, None
 
 
 def perplexed(

@@ -24,6 +24,7 @@ from whet.task import Example, Learnable
 if TYPE_CHECKING:
     from whet.variants import Contest
 
+LEAST_ROWS = 10  # that prompts are compared on
 PROBED, PROBE_ROWS = 8, 64  # formats and rows of the headroom probe
 DOUBT = 0.2  # its p-value from which nothing is raced; a race for nothing costs tokens, but the verdict still holds
 MOST_LISTED = 30  # labels that are described or shown by an example; more would crowd the prompt
@@ -99,8 +100,10 @@ class Prompting:
         raced = rows[: min(2 * self.examples, 4 * len(rows) // 5)]
         rest = rows[len(raced) :]  # a fifth of the rows at least
         if len(raced) < 8:
-            raise MethodError("too few rows to compare prompts on", expected="10 train rows that are not shown",
-                              found=str(len(rows)), do="add rows, or write a prompt: --set file=P.txt")  # fmt: skip
+            raise MethodError(
+                "too few rows to compare prompts on", expected=f"{LEAST_ROWS} train rows that are not shown",
+                found=str(len(rows)), do="add rows, or write a prompt: --set file=P.txt",
+            )  # fmt: skip
         half, blind = len(raced) // 2, unseen(start, raced)[1]
         pool = variants(blind, data, rest, self.pool, run.seed, self.reason)
         contest = Contest.of(data, raced, run.session(system.model), calibrated=self.calibrated,

@@ -10,6 +10,7 @@ from typing import Any
 
 from whet.errors import StoreError
 from whet.report import figures, view
+from whet.report.findings import findings
 from whet.report.view import Arm, Record, Scale, line, number, record, records, sequence
 from whet.store import write_text
 
@@ -139,7 +140,7 @@ def _page(result: Record, details: Record) -> dict[str, Any]:
         "notes": _lines(result.get("notes")),
         "scale": scale, "figures": drawn, "arms": [_arm_row(a, scale) for a in arms],
         "trials": _trial_rows(result, scale) if len(records(result.get("trials"))) > 1 else [],
-        "steps": _steps(result, scale), "frontier": [
+        "findings": findings(result), "steps": _steps(result, scale), "frontier": [
             (a.name, scale.score(a.score), view.duration(a.seconds)) for a in figures.frontier(arms, scale)],
         "curves": [(line(c.get("name")), figures.SERIES[i % len(figures.SERIES)],
                     figures.fit_verdict(result, line(c.get("name"))))

@@ -13,6 +13,7 @@ Record = Mapping[str, Any]
 
 LONGEST = 2000  # characters of one text of an example that the page carries
 BRIEF = 24  # characters of answers that fit side by side on a phone
+LEVEL = 0.05  # of tests
 UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
 
@@ -249,16 +250,22 @@ def opened(confirm: Record) -> bool:
 
 
 def winning_baseline(result: Record) -> tuple[str, float, bool] | None:
-    """The best baseline ahead of the handed-over system on the confirm split: its name, its score there, and whether
-    the paired interval shows it to be ahead.
+    """The best baseline that does as well as the handed-over system on the confirm split, or better: its name, its
+    score there, and whether the paired interval and test show it to be ahead.
     """
     confirm, scale = record(result.get("confirm")), Scale.of(result)
     ours = number(record(confirm.get("chosen" if handed(result) else "base")).get("score"))
     sign = 1 if scale.higher_is_better else -1
-    scored = [(line(b.get("name")) or "baseline", s, (number(b.get("low")) or 0) > 0)
+    scored = [(line(b.get("name")) or "baseline", s, _ahead(b))
               for b in records(result.get("baselines")) if (s := number(b.get("confirm"))) is not None]
     best = max(scored, key=lambda pair: sign * pair[1], default=None)
-    return best if best and ours is not None and sign * (best[1] - ours) > 0 else None
+    return best if best and ours is not None and sign * (best[1] - ours) >= 0 else None
+
+
+def _ahead(baseline: Record) -> bool:
+    """Whether a baseline is shown to be ahead: of two alike examples an interval alone would say so."""
+    p = number(baseline.get("p_value"))
+    return (number(baseline.get("low")) or 0) > 0 and (p is None or p < LEVEL)
 
 
 # -- examples ----------------------------------------------------------------------------------------------------

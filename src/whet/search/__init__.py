@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ ELSEWHERE = 200.0  # trained tokens/s, about, where no model runs on this machin
 MOST_HELD = 200  # rows of an earlier task that forgetting is measured on
 ANSWER_TOKENS = (16, 256)  # how long a generated answer may be: at the least, and where no row says how long they are
 REFINEMENTS = 2  # rounds of settings next to those of the best arm, where nothing is trained
+UNTOLD = ("curves", "trainings", "steps_log", "seen", "held", "allowed", "artifact")  # told elsewhere, or too long
+MOST_TOLD = 100  # items of a list that a method noted
 JUDGED = 0.2  # of the budget may go to training the judge of a win rate
 
 
@@ -415,7 +417,8 @@ def _run_baselines(job: _Job, handed: Scorecard | None) -> list[dict[str, Any]]:
         body: dict[str, Any] = {"name": one.name, "select": scored(one.answers[:cut], select)[0], "confirm": sealed}
         if outcomes and handed:
             paired = stats.compare(handed.outcomes, outcomes, job.metric, job.wish.seed)
-            body |= {"difference": paired.difference, "low": paired.low, "high": paired.high}
+            body |= {"difference": paired.difference, "low": paired.low, "high": paired.high,
+                     "p_value": paired.p_value}  # fmt: skip
         rows_of.append(body)
     return rows_of
 
@@ -484,9 +487,23 @@ def record_of(trial: Trial, seed: int) -> dict[str, Any]:
         "why": trial.why, "examples": trial.examples,
         "select": {"score": card.score, "low": card.low, "high": card.high} if card else None,
         "difference": asdict(paired) if paired else None, "spent": asdict(trial.spent), "cost_seconds": trial.cost,
-        "verdict": trial.notes.get("verdict"), "latency_ms": None, "size_bytes": None, "memory_bytes": None,
-        "forgetting": trial.forgetting,
+        "verdict": trial.notes.get("verdict"), "forgetting": trial.forgetting, "notes": _told(trial.notes),
+        "latency_ms": card.latency_ms if card else None, "size_bytes": card.size_bytes if card else None,
+        "memory_bytes": card.memory_bytes if card else None,
     }  # fmt: skip
+
+
+def _told(notes: Mapping[str, Any]) -> dict[str, Any]:
+    """What a trial's methods noted, as far as a reader can use it: long lists by their beginning."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): cut(one) for key, one in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [cut(one) for one in value[:MOST_TOLD]]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {key: cut(value) for key, value in notes.items() if key not in UNTOLD}
 
 
 __all__ = ["Improvement", "improve"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from whet import embed
 from whet.errors import StoreError, WhetError
 from whet.methods import Run, lacking, table
-from whet.methods.prompting import REASON_TOKENS, Prompting
+from whet.methods.prompting import LEAST_ROWS, REASON_TOKENS, Prompting
 from whet.progress import clock
 from whet.scorecard import reads_scores, uncalibrated
 from whet.search.budget import Rates, estimate
@@ -54,7 +54,8 @@ def prompting_recipes(data: Learnable) -> list[Recipe]:
     if data.labels:
         # Many labels: a balanced sample cannot show them all, so the neighbours' labels matter more, and come first.
         many = len(data.labels) > 16
-        k = 8 if many else 16
+        # Half of few rows at most: calibration asks about some that are not shown.
+        k = max(1, min(8 if many else 16, len(data.train) // 2))
         found = [
             recipe("calibrate"),
             recipe(("fewshot", {"k": k})),
@@ -103,6 +104,8 @@ def cheap_arms(
     """
     wanted = [parse(wish.recipe)] if wish.recipe else among or prompting_recipes(data)
     wanted = [r for r in wanted if not any("weights" in m.needs for m in r.methods)]
+    if len(data.train) < LEAST_ROWS and not (wish.recipe or wish.methods):  # prompts are not compared on fewer
+        wanted = [r for r in wanted if not any(isinstance(m, Prompting) for m in r.methods)]
     if wish.methods:
         wanted = [r for r in wanted if all(m.name in wish.methods for m in r.methods)]
     arms: list[Arm] = []

@@ -89,9 +89,12 @@ def result(
         }  # fmt: skip
     card = cards.get("base") or (job.race.base.card if job.race.base else None)
     truncated = {name: c.truncated for name, c in cards.items() if c.truncated}
+    unended = {name: c for name, c in cards.items() if c.unended}
     failed = {name: c.failed for name, c in cards.items() if c.failed}
     notes = list(job.notes)
     notes += [f"{n} prompts of {name} were longer than the context window: shortened" for name, n in truncated.items()]
+    notes += [f"{c.unended} of {c.n} answers of {name} were cut at {_room(job, name, finalist)} tokens: more room is "
+              "`max_tokens` in task.yaml" for name, c in unended.items()]  # fmt: skip
     notes += [f"the metric failed on {n} examples of {name}" for name, n in failed.items()]
     return {
         "task": job.task.name,
@@ -116,6 +119,12 @@ def result(
         "dropped": {"count": len(job.splits.dropped), "examples": [list(d) for d in job.splits.dropped[:50]]},
         "notes": notes,
     }  # fmt: skip
+
+
+def _room(job: _Job, name: str, finalist: Trial | None) -> int:
+    """How many tokens an answer of the base or of the finalist may have."""
+    system = finalist.system if finalist and name != "base" else job.bases[0]
+    return system.decoding.max_tokens
 
 
 def _gains(job: _Job, handed: Trial | None) -> list[dict[str, Any]]:

@@ -105,7 +105,9 @@ def _label(method: Method) -> str:
     for f in fields(method):  # type: ignore[arg-type]
         value = getattr(method, f.name)
         if f.default is not MISSING and value != f.default:
-            changed.append(f"{f.name}={value:g}" if isinstance(value, float) else f"{f.name}={value}")
+            said = f"{value:g}" if isinstance(value, float) else value
+            said = said if not isinstance(value, bool) else str(value).lower()
+            changed.append(f"{f.name}={said}")
     return method.name + (f"({','.join(changed)})" if changed else "")
 
 
