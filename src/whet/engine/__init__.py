@@ -83,13 +83,11 @@ class Session(Protocol):
 
     def count(self, prompts: Sequence[Prompt]) -> list[int]:
         """Tokens of each prompt, the opening of the answer's turn included."""
-        ...
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None
     ) -> list[tuple[Generation, ...]]:
         """`sampling.n` answers for each prompt."""
-        ...
 
     def score(
         self,
@@ -100,7 +98,6 @@ class Session(Protocol):
         progress: Progress | None = None,
     ) -> list[tuple[Score, ...]]:
         """Log-probability of each continuation behind its prompt; with `end`, of the turn ending there too."""
-        ...
 
     def choose(
         self,
@@ -116,19 +113,15 @@ class Session(Protocol):
         With `whole` the score is the log-probability of the whole answer, its end included. A choice that cannot be
         the greatest may get an upper bound of its score in place of the score.
         """
-        ...
 
     def cost(self, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]], every: bool = False) -> int:
         """About how many tokens choosing would compute; with `every`, scoring each choice."""
-        ...
 
     def scores_all(self, choices: Sequence[str], whole: bool = False) -> bool:
         """Whether choosing among these gives the score of each of them, not only that of the greatest."""
-        ...
 
     def close(self) -> None:
         """Release what the session holds."""
-        ...
 
 
 def choose_by_scores(
@@ -176,7 +169,6 @@ class Engine(Protocol):
 
     def open(self, ref: ModelRef, home: Path) -> Session:
         """Open a model; `home` is where converted weights are cached. Raises ModelError when it cannot be used."""
-        ...
 
 
 def open_session(ref: ModelRef, home: Path) -> Session:

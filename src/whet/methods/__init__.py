@@ -102,11 +102,9 @@ class Method(Protocol):
 
     def apply(self, system: System, data: Learnable, run: Run) -> System:
         """A new System; the given one is unchanged."""
-        ...
 
     def space(self) -> Mapping[str, Sequence[Any]]:
         """The settings worth trying, by name."""
-        ...
 
 
 def table() -> dict[str, type[Method]]:
