@@ -159,13 +159,15 @@ class LlamaSession(ByScores):
         progress: Progress | None = None,
     ) -> list[tuple[Score, ...]]:
         """Log-probability of each continuation behind its prompt; with `end`, of the turn ending there too."""
+        from scipy.special import log_softmax
+
         begun, made = time.monotonic(), []
         stop = (end_of_turn(self.tokenizer),) if end else ()
         for n, (prompt, texts) in enumerate(zip(self.encode(prompts), continuations, strict=True)):
             raw = isinstance(prompts[n], str)
             answers = [(*self.tokens(t if raw else escape(t, self.specials)), *stop) for t in texts]
             made.append(tuple(
-                Score(float(logprobs(z)[np.arange(len(a)), a].sum()), len(a))
+                Score(float(log_softmax(z.astype(np.float64), axis=-1)[np.arange(len(a)), a].sum()), len(a))
                 for a, z in zip(answers, self.follow(prompt, answers), strict=True)
             ))  # fmt: skip
             if progress:
@@ -205,11 +207,3 @@ class LlamaSession(ByScores):
             (self.last,) = self._decode([(answer[-1], at, 0, True)])
             self.held = (*self.held, answer[-1])
         return tuple(answer)
-
-
-def logprobs(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Natural log-probabilities of logits [n, vocabulary], in fp64."""
-    wide = logits.astype(np.float64)
-    top = wide.max(-1, keepdims=True)
-    made: np.ndarray[Any, Any] = wide - top - np.log(np.exp(wide - top).sum(-1, keepdims=True))
-    return made
