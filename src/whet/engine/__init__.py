@@ -124,22 +124,8 @@ class Session(Protocol):
         """Release what the session holds."""
 
 
-def choose_by_scores(
-    session: Session,
-    prompts: Sequence[Prompt],
-    choices: Sequence[Sequence[str]],
-    whole: bool,
-    offsets: Sequence[float],
-    progress: Progress | None,
-) -> list[tuple[float, ...]]:
-    """`choose` by scoring every choice: for sessions that know no shorter way."""
-    scored = session.score(prompts, choices, end=whole, progress=progress)
-    plain = [tuple(s.logprob if whole else s.mean for s in row) for row in scored]
-    return [tuple(s - o for s, o in zip(row, offsets, strict=True)) for row in plain] if offsets else plain
-
-
 class ByScores:
-    """`choose` and `cost` for sessions that score every choice."""
+    """`choose` and `cost` by scoring every choice: for sessions that know no shorter way."""
 
     def choose(
         self: Session,
@@ -151,7 +137,9 @@ class ByScores:
         progress: Progress | None = None,
     ) -> list[tuple[float, ...]]:
         """Scores of every choice, less the offsets."""
-        return choose_by_scores(self, prompts, choices, whole, offsets, progress)
+        scored = self.score(prompts, choices, end=whole, progress=progress)
+        plain = [tuple(s.logprob if whole else s.mean for s in row) for row in scored]
+        return [tuple(s - o for s, o in zip(row, offsets, strict=True)) for row in plain] if offsets else plain
 
     def cost(self: Session, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]], every: bool = False) -> int:
         """The prompts' tokens; what they share is not known here."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from whet import model as models
 from whet.engine import (
+    ByScores,
     Generation,
     Progress,
     Prompt,
@@ -27,7 +28,6 @@ from whet.engine import (
     Session,
     Spent,
     attention,
-    choose_by_scores,
     lazy,
     prefix,
     quick,
@@ -83,7 +83,7 @@ class Prefilled:
         return next(iter(self.own.values()))[0].shape[2]
 
 
-class TorchSession:
+class TorchSession(ByScores):
     """A session over a module and its tokenizer; also over a live module that is being trained."""
 
     def __init__(self, module: Any, tokenizer: Any, *, batch_tokens: int | None = None) -> None:
@@ -416,7 +416,7 @@ class TorchSession:
         """Scores whose greatest is exact (see Session); large sets are searched best first instead of scored whole."""
         sets = [[self.encode_answer(c, whole) for c in row] for row in choices]
         if not lazy.worth(sets) or attention.window(self.module) is not None:
-            return choose_by_scores(self, prompts, choices, whole, offsets, progress)
+            return super().choose(prompts, choices, whole=whole, offsets=offsets, progress=progress)
         begun = time.monotonic()
         rows = [Row(t) for t in self.encode(prompts)]
         longest = max(len(c) for row in sets for c in row)
