@@ -1,6 +1,6 @@
-"""What runs prompts: the protocols, the data that crosses them, and the choice of engine for a model.
+"""What runs prompts: the protocol, the data that crosses it, and the choice of engine for a model.
 
-An Engine opens a ModelRef as a Session; a Session runs prompts. Callers never see tokens or tensors.
+An engine opens a ModelRef as a Session; a Session runs prompts. Callers never see tokens or tensors.
 """
 
 from __future__ import annotations
@@ -150,25 +150,19 @@ class ByScores:
         return True
 
 
-class Engine(Protocol):
-    """Opens models. `name` stands in every protocol."""
-
-    name: str
-
-    def open(self, ref: ModelRef, home: Path) -> Session:
-        """Open a model; `home` is where converted weights are cached. Raises ModelError when it cannot be used."""
-
-
 def open_session(ref: ModelRef, home: Path) -> Session:
-    """Open a model with the engine that its name asks for: `openai:`, `fake:`, else torch in this process."""
+    """Open a model with the engine that its name asks for: `openai:`, `fake:`, else torch in this process.
+
+    `home` is where converted weights are cached. Raises ModelError when the model cannot be used.
+    """
     if ref.base.startswith("openai:"):
         from whet.engine.remote import RemoteEngine
 
         return RemoteEngine().open(ref, home)
     if ref.base.startswith("fake:"):
-        from whet.engine.fake import FakeEngine
+        from whet.engine.fake import open_fake
 
-        return FakeEngine().open(ref, home)
-    from whet.engine.torch import TorchEngine
+        return open_fake(ref)
+    from whet.engine.torch import open_torch
 
-    return TorchEngine().open(ref, home)
+    return open_torch(ref, home)

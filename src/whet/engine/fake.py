@@ -13,7 +13,6 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from whet.engine import ByScores, Chat, Generation, Progress, Prompt, Sampling, Score, Session, Spent
 from whet.errors import EngineError, ModelError, nearest
@@ -129,19 +128,14 @@ KINDS: dict[str, tuple[Say, Rate]] = {
 # --- engine and session -----------------------------------------------------------------------------------------------
 
 
-class FakeEngine:
-    """Opens `fake:KIND`."""
-
-    name = "fake"
-
-    def open(self, ref: ModelRef, home: Path) -> Session:
-        """Open a fake model. Raises ModelError on an unknown kind or on transforms: it has no weights."""
-        kind = ref.base.removeprefix("fake:")
-        if kind not in KINDS:
-            raise ModelError(f"no fake model {kind!r}", expected=f"one of {', '.join(KINDS)}", do=nearest(kind, KINDS))
-        if ref.transforms:
-            raise ModelError("a fake model has no weights", expected="no transforms", found=ref.transforms[0].kind)
-        return FakeSession(kind)
+def open_fake(ref: ModelRef) -> Session:
+    """Open `fake:KIND`. Raises ModelError on an unknown kind or on transforms: it has no weights."""
+    kind = ref.base.removeprefix("fake:")
+    if kind not in KINDS:
+        raise ModelError(f"no fake model {kind!r}", expected=f"one of {', '.join(KINDS)}", do=nearest(kind, KINDS))
+    if ref.transforms:
+        raise ModelError("a fake model has no weights", expected="no transforms", found=ref.transforms[0].kind)
+    return FakeSession(kind)
 
 
 @dataclass(frozen=True)

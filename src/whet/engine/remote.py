@@ -263,8 +263,6 @@ class Server:
 class RemoteEngine:
     """Opens `openai:NAME[@URL]`; the key is read from OPENAI_API_KEY."""
 
-    name = "remote"
-
     def __init__(self, retry: Retry | None = None, concurrency: int = 8) -> None:
         self.retry, self.concurrency = retry or Retry(), concurrency
 

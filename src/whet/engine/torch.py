@@ -46,15 +46,9 @@ LOGIT_ROWS = 1024  # places whose logits are in fp32 at once
 CACHES = ("past_key_values", "cache_params", "state")  # what families call the cache that they give back
 
 
-class TorchEngine:
-    """Opens a ModelRef in this process."""
-
-    name = "torch"
-
-    def open(self, ref: models.ModelRef, home: Path) -> Session:
-        """Load the weights (see `model.load` for what it raises) and open a session over them."""
-        module, tokenizer = models.load(ref, home)
-        return TorchSession(module, tokenizer)
+def open_torch(ref: models.ModelRef, home: Path) -> Session:
+    """Load a model in this process (see `model.load` for what it raises) and open a session over it."""
+    return TorchSession(*models.load(ref, home))
 
 
 @dataclass
