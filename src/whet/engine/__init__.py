@@ -124,6 +124,12 @@ class Session(Protocol):
         """Release what the session holds."""
 
 
+def until_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """Generated text up to its first stop string, and whether it has one."""
+    found = [at for at in (text.find(s) for s in stops) if at >= 0]
+    return text[: min(found, default=None)], bool(found)
+
+
 class ByScores:
     """`choose` and `cost` by scoring every choice: for sessions that know no shorter way."""
 

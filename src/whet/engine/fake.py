@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from whet.engine import ByScores, Chat, Generation, Progress, Prompt, Sampling, Score, Session, Spent
+from whet.engine import ByScores, Chat, Generation, Progress, Prompt, Sampling, Score, Session, Spent, until_stop
 from whet.errors import EngineError, ModelError, nearest
 from whet.model import ModelRef
 
@@ -148,8 +148,7 @@ class _Cut:
 
 
 def _cut(text: str, sampling: Sampling) -> _Cut:
-    found = [at for at in (text.find(s) for s in sampling.stop) if at >= 0]
-    text = text[: min(found)] if found else text
+    text, _ = until_stop(text, sampling.stop)
     words = re.findall(r"\S+\s*", text)
     if len(words) <= sampling.max_tokens:
         return _Cut(text, len(words), True)

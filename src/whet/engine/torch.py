@@ -31,10 +31,11 @@ from whet.engine import (
     lazy,
     prefix,
     quick,
+    until_stop,
 )
 from whet.engine.prefix import Row, Tokens
 from whet.errors import EngineError
-from whet.prompt import asides_of, end_of_turn, escape, render, specials_of, takes_system, unescape
+from whet.prompt import asides_of, end_of_turn, ends_of, escape, render, specials_of, takes_system, unescape
 
 BATCH_TOKENS = 2048  # packed tokens per forward pass: larger ones fall out of the caches and gain nothing
 DEVICE_TOKENS = 16_384  # on a GPU, which smaller passes leave idle between kernels
@@ -94,7 +95,7 @@ class TorchSession(ByScores):
         self.specials = specials_of(tokenizer)
         self.broken = (*self.specials, *asides_of(tokenizer))  # what a prompt never shows whole
         self.end_id = end_of_turn(tokenizer)
-        self.stop_ids = self._stop_ids()
+        self.stop_ids = ends_of(module, tokenizer)
         self.encode_text = lru_cache(maxsize=65_536)(self._encode_text)
         self.protocol = {
             "engine": "torch",
@@ -120,12 +121,6 @@ class TorchSession(ByScores):
         on_gpu = device.type == "cuda"
         most = KEY_SHARE * torch.cuda.get_device_properties(device).total_memory if on_gpu else KEY_BYTES
         return max(1, int(most) // int(each))
-
-    def _stop_ids(self) -> frozenset[int]:
-        """Tokens that end a turn: the template's, the tokenizer's end and whatever the generation config names."""
-        ends = getattr(self.module.generation_config, "eos_token_id", None) or []
-        ids = {self.end_id, self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-        return frozenset(i for i in ids if i is not None)
 
     def close(self) -> None:
         """Release the module."""
@@ -290,10 +285,8 @@ class TorchSession(ByScores):
         """Text of generated tokens, ended before the end of turn or the first stop string; markers in it are whole."""
         ended = bool(tokens) and tokens[-1] in self.stop_ids
         text = self.tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True)
-        text = unescape(text, self.broken)
-        cuts = [at for at in (text.find(s) for s in sampling.stop) if at >= 0]
-        text = text[: min(cuts)] if cuts else text
-        return Generation(text, len(tokens), "stop" if ended or cuts else "length")
+        text, cut = until_stop(unescape(text, self.broken), sampling.stop)
+        return Generation(text, len(tokens), "stop" if ended or cut else "length")
 
     def _ended(self, tokens: list[int], sampling: Sampling) -> bool:
         if tokens[-1] in self.stop_ids or len(tokens) >= sampling.max_tokens:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from whet.engine import ByScores, Generation, Progress, Prompt, Sampling, Score, Spent
+from whet.engine import ByScores, Generation, Progress, Prompt, Sampling, Score, Spent, until_stop
 from whet.errors import ArtifactError, EngineError
 from whet.prompt import end_of_turn, escape, render, specials_of, takes_system
 
@@ -183,10 +183,8 @@ class LlamaSession(ByScores):
         for n, prompt in enumerate(self.encode(prompts)):
             answer = self._answer(prompt, sampling)
             over = bool(answer) and self._ends(answer[-1])
-            said = self.text(answer[:-1] if over else answer)
-            cut = min((i for i in (said.find(s) for s in sampling.stop) if i >= 0), default=len(said))
-            ended = over or cut < len(said)
-            made.append((Generation(said[:cut], len(answer), "stop" if ended else "length"),) * sampling.n)
+            said, cut = until_stop(self.text(answer[:-1] if over else answer), sampling.stop)
+            made.append((Generation(said, len(answer), "stop" if over or cut else "length"),) * sampling.n)
             if progress:
                 progress(n + 1, len(prompts))
         self.spent += Spent(seconds=time.monotonic() - begun, generated_tokens=sum(g[0].tokens for g in made))
