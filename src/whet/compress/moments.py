@@ -18,7 +18,7 @@ from whet.compress.structure import layers as layers_of
 from whet.engine.prefix import Row, arrange
 from whet.engine.torch import TorchSession, using_tree
 from whet.errors import MethodError
-from whet.train.batches import Pack, packs, padded
+from whet.train.batches import Pack, batched, shares
 
 if TYPE_CHECKING:
     from whet.system import System
@@ -160,7 +160,7 @@ def _running(
     first = [kinds.index(kind) for kind in kinds]  # layers of a kind have masks and positions in common
     if getattr(config, "hidden_size_per_layer_input", 0):  # Gemma: each is given something of its own
         first = list(range(len(layers)))
-    made = packs(rows, module.dtype, module.device) if _shared(session, rows) else padded(rows, module.device)
+    made = batched(module, rows, shares(module, rows))
     with using_tree(module, shared=made[0].plan is not None), torch.no_grad():
         caught = [_caught(module, {n: layers[n] for n in set(first)}, pack) for pack in made]
         yield layers, [state for state, _ in caught], lambda index: [of[first[index]] for _, of in caught]
@@ -197,12 +197,6 @@ def _input(layer: nn.Module, name: str, state: Tensor, given: Given) -> Tensor:
     finally:
         handle.remove()
     return found[0]
-
-
-def _shared(session: TorchSession, rows: Sequence[Row]) -> bool:
-    from whet.engine import attention
-
-    return attention.shares(session.module, max(len(r.prompt) + max(map(len, r.continuations)) for r in rows))
 
 
 def _caught(module: Any, layers: Mapping[int, nn.Module], pack: Pack) -> tuple[Tensor, dict[int, Given]]:
