@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from whet.compress.folder import plain
-from whet.compress.structure import layers
+from whet.compress.structure import hooked, layers
 from whet.engine import prefix
 from whet.engine.prefix import Row, Tokens
 from whet.engine.torch import TorchSession
@@ -110,13 +110,9 @@ def watch(
 
         return seen
 
-    hooks = [m.register_forward_hook(hook(n)) for n, m in enumerate(modules)]
-    try:
+    with hooked([m.register_forward_hook(hook(n)) for n, m in enumerate(modules)]):
         for _ in passes(session, rows):
             pass
-    finally:
-        for one in hooks:
-            one.remove()
 
 
 def influence(session: TorchSession, rows: Sequence[Row]) -> list[float]:

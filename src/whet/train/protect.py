@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from whet.compress.structure import hooked
 from whet.engine.prefix import Row
 from whet.engine.torch import using_tree
 from whet.errors import MethodError
@@ -72,9 +72,7 @@ def fisher(module: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
         out.register_hook(square)
 
     loss, shared = NextToken(), shares(module, rows)
-    with ExitStack() as stack:
-        for name, layer, *_ in lora_layers(module):
-            stack.callback(layer.register_forward_hook(partial(watch, name)).remove)
+    with hooked([layer.register_forward_hook(partial(watch, name)) for name, layer, *_ in lora_layers(module)]):
         for row in rows:
             # A row is one pass: its gradient is to be squared as a whole.
             row = replace(row, facts=())
