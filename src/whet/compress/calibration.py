@@ -66,9 +66,7 @@ class Calibration:
 
 def opened(system: System, run: Run, name: str) -> TorchSession:
     """The session of a model whose weights can be cut and tied. Raises MethodError for one whose cannot."""
-    session = run.session(system.model)
-    if not isinstance(session, TorchSession):
-        raise MethodError(f"{name} needs the weights", expected="a local model", found=system.model.base)
+    session = run.local(system.model, name)
     if not plain(session.module):
         raise MethodError(
             f"{name} needs weights as they are", expected="a model that is neither shared nor quantized",
