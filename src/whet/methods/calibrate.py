@@ -86,7 +86,7 @@ class Calibrate:
             )  # fmt: skip
         if self.kind != "batch":
             sample = free_inputs(self.kind, rows, min(self.prompts, 20), run.seed)
-        _, plain = unseen(replace(system, decoding=replace(system.decoding, prior=())), sample)
+        _, plain = unseen(system.uncalibrated, sample)
         session = run.session(system.model)
         scores, _ = plain.label_scores(sample, session, run.progress("calibrating"))
         return replace(system, decoding=replace(system.decoding, prior=batch_prior(scores)))

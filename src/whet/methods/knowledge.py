@@ -116,7 +116,7 @@ class Knowledge:
         if rows:
             run.notes["train"] = "{} of {} rows are answered by the graph".format(*made.answered)
         source = GraphSource(name, self.k, made.hops, folder)
-        return replace(system, sources=(*others, source), decoding=replace(system.decoding, prior=()))
+        return replace(system.uncalibrated, sources=(*others, source))
 
     def _taught(self, graph: Graph, system: System, data: Learnable, run: Run) -> System:
         from whet.memory import Known, made_up

@@ -87,7 +87,7 @@ class Quantize:
         from whet.task import rows_hash
         from whet.train.lesson import key
 
-        system = replace(system, decoding=replace(system.decoding, prior=()))
+        system = system.uncalibrated
         name = key("quantize", asdict(self), GROUPS, [PROPAGATED, DAMP, UNSEEN], moments.MOST_TOKENS, system.state,
                    rows_hash(data.train), run.seed, data.limits.size)  # fmt: skip
         if finished(run, name):
