@@ -27,16 +27,19 @@ def labelled(answers, references):
 # -- shares and several tests -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("k, n", [(0, 10), (10, 10), (3, 10), (71, 100), (1, 1000)])
-def test_wilson_equals_scipy(k, n):
-    rival = scipy_stats.binomtest(k, n).proportion_ci(method="wilson")
-    assert wilson(k, n) == pytest.approx((rival.low, rival.high), abs=1e-12)
+@pytest.mark.parametrize("k, n, low, high", [
+    (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718),
+    (20, 20, 0.8389, 1),
+])  # fmt: skip
+def test_wilson_by_newcombe_1998(k, n, low, high):
+    assert wilson(k, n) == pytest.approx((low, high), abs=5e-5)
 
 
 def test_wilson_at_its_edges():
     assert wilson(0, 0) == (0, 1)
-    with pytest.raises(ValueError):
-        wilson(3, 2)
+    for k, n in [(3, 2), (1, 0), (-1, 2)]:
+        with pytest.raises(ValueError):
+            wilson(k, n)
 
 
 def test_holm_by_hand():

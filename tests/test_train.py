@@ -754,12 +754,12 @@ def test_short_memory_only_makes_packs_smaller(monkeypatch: pytest.MonkeyPatch) 
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
         return packs(rows, dtype, device, most)
 
-    monkeypatch.setattr(loop, "packs", short)
+    monkeypatch.setattr(batches, "packs", short)
     model, curves = fit(0, validate=False)
     assert seen == [1024, 512] + [256] * 12
     assert [v for _, v in curves.train] == pytest.approx([v for _, v in wanted.train], abs=1e-4)
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
-    monkeypatch.setattr(loop, "packs", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr(batches, "packs", lambda *_: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(MethodError, match="too little memory to train"):
         fit(0, validate=False)
 

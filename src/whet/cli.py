@@ -7,7 +7,8 @@ import json
 import logging
 import sqlite3
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -107,16 +108,19 @@ def _print(body: Any) -> None:
     print(json.dumps(body, indent=1, ensure_ascii=False))
 
 
-def _watch(as_json: bool) -> Watch:
+@contextmanager
+def _watched(as_json: bool, work: str, notes: Sequence[str] = ()) -> Iterator[Watch]:
+    """Who is told of a piece of work, first of the notes on it; closed at its end."""
     from whet.progress import watch
 
-    return watch(quiet=False) if not as_json else _plain()
-
-
-def _plain() -> Watch:
-    from whet.progress import Plain
-
-    return Plain()
+    told = watch(plain=as_json)
+    try:
+        for note in notes:
+            told.say(note)
+        told.arm(work, 0.0)
+        yield told
+    finally:
+        told.close()
 
 
 @main.command(epilog=example(
@@ -143,11 +147,12 @@ def improve(
 ) -> None:  # fmt: skip
     """Make a model better at TASK: the main job."""
     from whet import report
+    from whet.progress import watch
     from whet.search import improve as run
 
     chosen = tuple(m.strip() for m in methods.split(",") if m.strip())
     made = run(task, model=models, budget=budget, methods=chosen, recipe=recipe, out=out, seed=seed, strict=strict,
-               trust=trust, self_contained=self_contained, watch=_watch(as_json))  # fmt: skip
+               trust=trust, self_contained=self_contained, watch=watch(plain=as_json))  # fmt: skip
     if as_json:
         _print(made.result)
         return
@@ -227,11 +232,7 @@ def evaluate(
 
     loaded = load(task, trust=trust)
     rows = scorecard.rows_of(loaded, split)
-    watch = _watch(as_json)
-    for note in loaded.notes:
-        watch.say(note)
-    try:
-        watch.arm(f"{system} on {split}", 0.0)
+    with _watched(as_json, f"{system} on {split}", loaded.notes) as watch:
         opened = _system(system, loaded, trust)
         run = Run(Store(), seed, tell=watch.tell)
         metric = _metric(opened, loaded, run, trust)
@@ -241,8 +242,6 @@ def evaluate(
             watch.tell("measuring latency and memory", 0, 1)
             card = scorecard.measure(card, opened, rows)
         read = _reading(opened, rows, metric, watch) if reading else None
-    finally:
-        watch.close()
     if answers:
         write_text(answers, "".join(json.dumps(asdict(o), ensure_ascii=False) + "\n" for o in card.outcomes))
     if as_json:
@@ -282,17 +281,11 @@ def compare(first: str, second: str, task: str, split: str, seed: int, trust: bo
     from whet.task import load
 
     loaded = load(task, trust=trust)
-    watch = _watch(as_json)
-    for note in loaded.notes:
-        watch.say(note)
-    try:
-        watch.arm(f"{first} against {second}", 0.0)
+    with _watched(as_json, f"{first} against {second}", loaded.notes) as watch:
         opened = (_system(first, loaded, trust), _system(second, loaded, trust))
         metric = _metric(opened[0], loaded, Run(Store(), seed, tell=watch.tell), trust)
         a, b, paired = compared(*opened, loaded, split=split, seed=seed, metric=metric,
                            progress=lambda done, of: watch.tell("answering", done, of))  # fmt: skip
-    finally:
-        watch.close()
     if as_json:
         _print({"first": a.record(), "second": b.record(), **asdict(paired)})
         return
@@ -352,11 +345,7 @@ def apply(
         raise MethodError(f"{method} does not train", expected="a method with a learning rate, such as finetune",
                           found="--budget", do="leave --budget out")  # fmt: skip
     loaded = load(task, trust=trust)
-    watch = _watch(as_json)
-    for note in loaded.notes:
-        watch.say(note)
-    try:
-        watch.arm(method, 0.0)
+    with _watched(as_json, method, loaded.notes) as watch:
         run = Run(Store(), seed, tell=watch.tell, report_to=report_to)
         start, splits = _system(system, loaded, trust), loaded.split(seed)
         check(made, start, loaded)
@@ -376,8 +365,6 @@ def apply(
         if crew.first:
             new.save(out)
         crew.wait()
-    finally:
-        watch.close()
     if not crew.first:
         return
     spent = run.spent + session.spent
@@ -426,20 +413,14 @@ def update(
     from whet.task import load as load_task
     from whet.train.team import team
 
-    watch = _watch(as_json)
-    try:
-        watch.arm("update", 0.0)
-        loaded = load_task(task, trust=trust)
-        for note in loaded.notes:
-            watch.say(note)
+    loaded = load_task(task, trust=trust)
+    with _watched(as_json, "update", loaded.notes) as watch:
         run = Run(Store(), seed, tell=watch.tell)
         made = updating.update(load(system, trust=trust), loaded, run, _settings((*pairs, *more)), feedback)
         crew = team()
         if crew.first and not made.refused:
             made.system.save(out)
         crew.wait()
-    finally:
-        watch.close()
     if not crew.first:
         return
     if as_json:
@@ -538,13 +519,9 @@ def export(
     made = (Path(system) / "system.json").exists()
     opened = load(system, trust=trust) if made else System(resolve(system), home=home_folder())
     folder = out or Path(f"{Path(system).name}-{target}")
-    watch = _watch(as_json)
-    try:
-        watch.arm(f"export to {target}", 0.0)
+    with _watched(as_json, f"export to {target}") as watch:
         loaded = load_task(task, trust=trust) if task else None
         done = exporting.export(opened, target, folder, kind=kind, task=loaded, check=check, watch=watch)
-    finally:
-        watch.close()
     if as_json:
         _print(done.record())
         return int(done.kept is False)

@@ -13,6 +13,7 @@ from typing import Any
 
 from whet.convert import as_text
 from whet.errors import TaskError, nearest
+from whet.metrics import TOKEN
 from whet.rows import Row, literal, short, suffix_of
 
 # What columns are called in public data, as `_name` writes it. The first name that a file has is taken: a label before
@@ -265,9 +266,8 @@ def _inputs(free: Sequence[str], usable: Mapping[str, list[str]], answer: str) -
 
 
 def count_words(text: str) -> int:
-    from whet.splits import UNSPACED  # it reads its rows through this module
-
-    return len(re.findall(rf"[{UNSPACED}]|[^\s{UNSPACED}]+", text))
+    """How many words a text has; in scripts without spaces, how many characters."""
+    return len(TOKEN.findall(text))
 
 
 # -- choices

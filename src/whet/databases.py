@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from whet.documents import Document, Passage, passages
@@ -26,7 +26,6 @@ from whet.errors import ArtifactError, MethodError
 from whet.extras import package
 from whet.retrieval import WORD, Corpus, paired, shown
 
-Key = TypeVar("Key", int, str)
 BLOCK = 256  # passages written, and questions asked, at once
 FIELDS = ("document", "title", "text", "place", "start")
 

@@ -20,9 +20,9 @@ from urllib.parse import urljoin
 
 from whet.errors import TaskError, WhetError
 from whet.extras import package, pinned, public
+from whet.header import URL, places
 from whet.rows import decoded, read, short
 
-QUERY = re.compile(r"\s*(?:(?:sqlite|postgres|postgresql|mysql)(?:\+\w+)?:|select\s|with\s)", re.IGNORECASE)
 WORDS, OVERLAP = 200, 30  # of a passage at most; of the one before that the next repeats
 IDS = ("id", "_id", "doc_id", "docid")
 ROW = re.compile(r"(.+):\d+")  # the id of a row that has none of its own: its table, and its number
@@ -84,17 +84,14 @@ def load(
     names = tuple(sorted({n for k in known for n in (k, k.rpartition(":")[0]) if n}, key=lambda n: (-len(n), n)))
     found: list[Document] = []
     notes: list[str] = []
-    if isinstance(source, str) and QUERY.match(source):
-        found += _query(source, folder, trusted)
-    else:
-        for line in [source] if isinstance(source, Path) else source.split("\n"):
-            if isinstance(line, str) and line.startswith(("http://", "https://")):
-                found.append(_page(line))
-                continue
-            file = (line if isinstance(line, Path) else folder / line).absolute()
-            root = folder.absolute() if isinstance(line, str) else file if file.is_dir() else file.parent
-            some, said = _files(file, root, names, _stamps(file))
-            found, notes = found + some, notes + said
+    for place in [source] if isinstance(source, Path) else places(folder, source):
+        if isinstance(place, str):
+            found += [_page(place)] if URL.match(place) else _query(place, folder, trusted)
+            continue
+        file = place.absolute()
+        root = folder.absolute() if isinstance(source, str) else file if file.is_dir() else file.parent
+        some, said = _files(file, root, names, _stamps(file))
+        found, notes = found + some, notes + said
     if not found:
         shown = source.name if isinstance(source, Path) else short(source)
         raise TaskError(f"no documents in {shown}", expected=f"text, in {', '.join((*TABLES, *READERS))}", found="none",

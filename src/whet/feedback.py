@@ -264,11 +264,9 @@ class Judge(Protocol):
     @property
     def name(self) -> str:
         """Which judge this is, for the protocol: equal names score equally."""
-        ...
 
     def __call__(self, asked: Sequence[tuple[Example, str]]) -> list[float]:
         """One finite number for each (example, answer), in their order."""
-        ...
 
 
 class EmbeddingJudge:

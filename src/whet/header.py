@@ -36,7 +36,7 @@ class Limits:
 SOURCES = ("documents", "knowledge", "glossary", "feedback")
 CODE = re.compile(r"([\w./-]+\.py):([A-Za-z_]\w*)")
 RANKED = re.compile(r"(recall|ndcg|mrr)@[1-9]\d{0,3}")
-_URL = re.compile(r"https?://\S+", re.IGNORECASE)
+URL = re.compile(r"https?://\S+", re.IGNORECASE)
 _QUERY = re.compile(r"\s*(?:(?:sqlite|postgres|postgresql|mysql)(?:\+\w+)?:|sparql:|select\s|with\s)", re.IGNORECASE)
 
 
@@ -297,7 +297,7 @@ def places(folder: Path, source: str | None) -> tuple[Path | str, ...]:
     """The parts of a source: an absolute path for each file or folder, text for each URL, one text for a query."""
     if source is None or _QUERY.match(source):
         return () if source is None else (source,)
-    return tuple(line if _URL.match(line) else folder / line for line in source.split("\n"))
+    return tuple(line if URL.match(line) else folder / line for line in source.split("\n"))
 
 
 def locate(folder: Path, source: str | None) -> Path | str | None:
@@ -327,7 +327,7 @@ def _source(value: object, key: str, folder: Path, trust: bool) -> str | None:
                     expected="a task you trust",
                     do="read it, then add --trust",
                 )
-        elif _URL.fullmatch(item):
+        elif URL.fullmatch(item):
             continue
         elif "://" in item:
             raise TaskError(

@@ -379,7 +379,8 @@ def _write(out: Path, header: Mapping[str, Any], files: Mapping[str, Iterable[Ma
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out, prefix=".init-") as aside:
             for file, rows in files.items():
-                _write_rows(Path(aside) / file, rows)
+                if text := "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows):
+                    (Path(aside) / file).write_text(text, "utf-8")
             (Path(aside) / "task.yaml").write_text(
                 yaml.safe_dump(dict(header), sort_keys=False, allow_unicode=True), "utf-8"
             )
@@ -390,9 +391,3 @@ def _write(out: Path, header: Mapping[str, Any], files: Mapping[str, Iterable[Ma
         raise TaskError("the data hold half a character", expected="whole Unicode characters") from None
     except OSError as error:
         raise TaskError(f"{out} cannot be written: {error.strerror or error}", do="choose another --out") from None
-
-
-def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-    if text:
-        path.write_text(text, "utf-8")

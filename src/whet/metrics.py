@@ -40,7 +40,7 @@ _PUNCTUATION = re.compile(
 )
 _HANGUL = re.compile("[\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff]")
 _UNSPACED = re.compile(f"[{UNSPACED}]")
-_TOKEN = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
+TOKEN = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ class TokenF1(Mean):
 
     def score(self, answer: str, example: Example) -> float:
         """Harmonic mean of token precision and recall, 0..1."""
-        return max(self._f1(*map(_TOKEN.findall, _both(answer, r))) for r in references(example))
+        return max(self._f1(*map(TOKEN.findall, _both(answer, r))) for r in references(example))
 
     @staticmethod
     def _f1(given: list[str], wanted: list[str]) -> float:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -23,28 +23,26 @@ class Standing:
     merit: float = 0.0  # what the board is ordered by, greater is better
 
 
-class Watch(Protocol):
-    """Is told what happens; never changes it."""
+class Watch:
+    """Is told what happens; never changes it. This one shows nothing."""
 
     def say(self, text: str) -> None:
         """A line worth keeping on the screen."""
-        ...
 
     def arm(self, name: str, left: float) -> None:
         """An arm starts; `left` is the budget that remains, in seconds."""
-        ...
 
     def tell(self, what: str, done: int, of: int) -> None:
         """How far the arm now running is."""
-        ...
 
     def board(self, standings: Sequence[Standing]) -> None:
         """The leader board has changed."""
-        ...
 
     def close(self) -> None:
         """Nothing more will be said."""
-        ...
+
+
+Silent = Watch  # its name where nothing is to be shown
 
 
 SHOWN = 5  # entries of a long list
@@ -102,27 +100,8 @@ def apart(difference: float, low: float, high: float, *scores: float) -> str:
     return f"{many * difference:{form}}{unit}, 95 % [{many * low:{form}}, {many * high:{form}}]"
 
 
-class Silent:
-    """Says nothing."""
-
-    def say(self, text: str) -> None:
-        """Nothing."""
-
-    def arm(self, name: str, left: float) -> None:
-        """Nothing."""
-
-    def tell(self, what: str, done: int, of: int) -> None:
-        """Nothing."""
-
-    def board(self, standings: Sequence[Standing]) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
-
-
 @dataclass
-class Plain:
+class Plain(Watch):
     """Lines on stderr, at most one progress line every few seconds."""
 
     every: float = 10.0
@@ -154,11 +133,7 @@ class Plain:
                 between = f" [{figure(new.low)}, {figure(new.high)}]" if new.low is not None else ""
                 self.say(f"  {new.name}: {figure(new.score)}{between} on {new.examples} examples, {new.status}")
 
-    def close(self) -> None:
-        """Nothing to tidy."""
-
-
-class Live:
+class Live(Watch):
     """A leader board that stays in place, with the arm now running, its progress, and the time left."""
 
     def __init__(self) -> None:
@@ -218,8 +193,6 @@ class Live:
         self._live.stop()
 
 
-def watch(quiet: bool = False) -> Watch:
-    """A live board where stderr is a terminal, plain lines where it is not, nothing when quiet."""
-    if quiet:
-        return Silent()
-    return Live() if sys.stderr.isatty() else Plain()
+def watch(plain: bool = False) -> Watch:
+    """A live board where stderr is a terminal, plain lines where it is not or they are asked for."""
+    return Live() if sys.stderr.isatty() and not plain else Plain()

@@ -218,6 +218,13 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     return next((n for n in behind if n in specials), cast(int, tokenizer.eos_token_id))
 
 
+def ends_of(module: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end a turn: the template's, the tokenizer's end and whatever the generation config names."""
+    named = getattr(module.generation_config, "eos_token_id", None) or []
+    ids = {end_of_turn(tokenizer), tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+    return frozenset(i for i in ids if i is not None)
+
+
 def specials_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """All special tokens of a tokenizer, as they are spelt."""
     added: dict[int, Any] = tokenizer.added_tokens_decoder

@@ -50,10 +50,14 @@ class Row:
     values: Mapping[str, Any]
 
 
+def short_line(text: str, width: int) -> str:
+    """A text cut to so many characters, the cut marked by an ellipsis."""
+    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
+
+
 def short(value: object, width: int = 60) -> str:
     """A value on one short line, for messages (however large or deep it is)."""
-    text = repr(value[: width + 1]) if isinstance(value, str) else reprlib.repr(value)
-    return text if len(text) <= width else text[: width - 1] + "…"
+    return short_line(repr(value[: width + 1]) if isinstance(value, str) else reprlib.repr(value), width)
 
 
 # ---------------------------------------------------------------------------------------------------- files to rows
@@ -129,11 +133,6 @@ def sift(
     if broken:
         notes.append(f"{name}: {len(broken)} of {every} rows left out: {said}")
     return made
-
-
-def short_line(text: str, width: int) -> str:
-    """A line cut to a width."""
-    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def decode(path: Path, notes: list[str] | None = None) -> str:

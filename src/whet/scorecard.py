@@ -159,11 +159,6 @@ def reads_scores(system: System, examples: Sequence[Example], session: Session) 
     return bool(labels) and not any(e.choices for e in examples) and session.scores_all(labels, whole)
 
 
-def uncalibrated(system: System) -> System:
-    """The same System before calibration: both read their answers off the same scores."""
-    return replace(system, decoding=replace(system.decoding, prior=()))
-
-
 def _answers(
     system: System, examples: Sequence[Example], metric: Metric, session: Session, store: Store, within: str,
     progress: Progress | None,
@@ -172,7 +167,7 @@ def _answers(
 
     The scores are kept: calibration changes how they are read, not what they are.
     """
-    plain = uncalibrated(system)
+    plain = system.uncalibrated
     other = ("data", "metric", *getattr(metric, "rules", {}))
     rules = {k: v for k, v in protocol(system, [], metric, session, "").items() if k not in other}
     body = json.dumps([within, plain.fingerprint, rules, code()], sort_keys=True)

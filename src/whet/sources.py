@@ -39,11 +39,9 @@ class Source(Protocol):
 
     def find(self, questions: Sequence[Query], home: Path, k: int | None = None) -> list[list[Found]]:
         """At most k (or its own k) passages for each question, best first; never fewer lists than questions."""
-        ...
 
     def rank(self, questions: Sequence[Query], home: Path, most: int) -> list[list[str]]:
         """The ids of the best documents for each question, best first."""
-        ...
 
 
 def revive_source(settings: Mapping[str, Any], folders: Mapping[str, Path]) -> Source:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from urllib.parse import urlsplit
 
 from whet.errors import TaskError
 from whet.extras import package, pinned, public
+from whet.store import write_text
 from whet.triples import Triple, term_triples
 
 Row = tuple[Any, Any, Any]  # RDF terms
@@ -39,10 +38,7 @@ def snapshot(source: str, trusted: bool, home: Path, notes: list[str]) -> list[T
     if not file.exists() or time.time() - file.stat().st_mtime > FRESH:
         found = _pages(url, query)
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=file.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in found)
-        os.replace(aside, file)
+        write_text(file, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in found))
     made = [tuple(json.loads(line)) for line in file.read_text(encoding="utf-8").split("\n") if line]
     day = time.strftime("%Y-%m-%d %H:%M", time.gmtime(file.stat().st_mtime))
     cut = f"; only the first {MOST_ROWS} rows" if len(made) >= MOST_ROWS else ""

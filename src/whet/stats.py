@@ -19,7 +19,6 @@ from whet.metrics import Mean, Metric, Outcome
 
 Array = NDArray[np.float64]
 
-Z95 = 1.959963984540054  # two-sided 5 %
 POWER = 1.96 + 0.84  # two-sided 5 % and a power of 80 %, in standard errors
 EXACT = 12  # up to so many clusters that differ, all 2^12 sign flips are enumerated
 CELLS = 4_000_000  # numbers held at a time while resampling (32 MB)
@@ -150,15 +149,12 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
     """95 % interval of a share (Wilson, 1927); (0, 1) for n = 0. Raises ValueError unless 0 <= successes <= n."""
-    if not 0 <= successes <= n:
-        raise ValueError(f"{successes} successes of {n}")
-    if n == 0:
+    from scipy.stats import binomtest
+
+    if successes == n == 0:
         return 0.0, 1.0
-    share, z2 = successes / n, Z95**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    return low, 1.0 if successes == n else min(1.0, centre + half)
+    low, high = binomtest(successes, n).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
 # -- resampling --------------------------------------------------------------------------------------------------

@@ -207,6 +207,11 @@ class System:
         return "/".join([self.fingerprint, *(s.version for s in self.sources)])
 
     @property
+    def uncalibrated(self) -> System:
+        """The same System before calibration: both read their answers off the same scores."""
+        return replace(self, decoding=replace(self.decoding, prior=()))
+
+    @property
     def servers(self) -> list[str]:
         """Where prompts go that leave this machine: the model's server, else those of its sources."""
         if self.model.base.startswith("openai:"):

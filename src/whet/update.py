@@ -114,7 +114,7 @@ def begin(system: System, task: Task, run: Run) -> System:
     it can never give.
     """
     if own(system, task):
-        return _widened(replace(system, decoding=replace(system.decoding, prior=())), task)
+        return _widened(system.uncalibrated, task)
     kept, name = {one.name: one for one in carried(system)}, system.card.get("task")
     known_by = Known(name or "what it knew", "accuracy" if system.decoding.closed else "token_f1", system)
     memory = [one.entry() for one in {known_by.name: known_by, **kept}.values()]

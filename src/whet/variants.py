@@ -12,7 +12,7 @@ from whet import stats
 from whet.engine import Progress, Session
 from whet.methods.calibrate import batch_prior
 from whet.metrics import Metric, Outcome, get, score_all
-from whet.scorecard import reads_scores, uncalibrated
+from whet.scorecard import reads_scores
 from whet.splits import TEMPLATE, shared_order
 from whet.system import System
 from whet.task import Example, Learnable
@@ -77,7 +77,7 @@ class Contest:
     def outcomes(self, system: System, wanted: Sequence[int], calibrated: bool | None = None) -> tuple[Outcome, ...]:
         """How a variant does on the rows of these numbers; calibrated only where it has scores (see `scores`)."""
         calibrated = self.calibrated if calibrated is None else calibrated
-        plain, examples = uncalibrated(system), [self.rows[i] for i in wanted]
+        plain, examples = system.uncalibrated, [self.rows[i] for i in wanted]
         known = self.known.setdefault(plain.fingerprint, {})
         fresh = [i for i in wanted if i not in known]
         asked = [self.rows[i] for i in fresh]

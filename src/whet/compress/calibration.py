@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from whet.compress.folder import plain
-from whet.compress.structure import layers
+from whet.compress.structure import hooked, layers
 from whet.engine import prefix
 from whet.engine.prefix import Row, Tokens
 from whet.engine.torch import TorchSession
@@ -66,9 +66,7 @@ class Calibration:
 
 def opened(system: System, run: Run, name: str) -> TorchSession:
     """The session of a model whose weights can be cut and tied. Raises MethodError for one whose cannot."""
-    session = run.session(system.model)
-    if not isinstance(session, TorchSession):
-        raise MethodError(f"{name} needs the weights", expected="a local model", found=system.model.base)
+    session = run.local(system.model, name)
     if not plain(session.module):
         raise MethodError(
             f"{name} needs weights as they are", expected="a model that is neither shared nor quantized",
@@ -110,13 +108,9 @@ def watch(
 
         return seen
 
-    hooks = [m.register_forward_hook(hook(n)) for n, m in enumerate(modules)]
-    try:
+    with hooked([m.register_forward_hook(hook(n)) for n, m in enumerate(modules)]):
         for _ in passes(session, rows):
             pass
-    finally:
-        for one in hooks:
-            one.remove()
 
 
 def influence(session: TorchSession, rows: Sequence[Row]) -> list[float]:

@@ -21,16 +21,13 @@ class Layer(Protocol):
     @property
     def settings(self) -> dict[str, Any]:
         """What `blank` needs beside the layer that is replaced, as plain data."""
-        ...
 
     @classmethod
     def blank(cls, layer: Any, **settings: Any) -> Any:
         """An empty layer in the place of `layer`, whose tensors are read afterwards."""
-        ...
 
     def dense(self) -> nn.Module:
         """The ordinary layer that does the same, for engines that know no other."""
-        ...
 
 
 class Relaxed(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from whet.compress.layers import KINDS
-from whet.compress.structure import family
+from whet.compress.structure import family, hooked
 from whet.compress.structure import layers as layers_of
 from whet.engine.prefix import Row, arrange
 from whet.engine.torch import TorchSession, using_tree
 from whet.errors import MethodError
-from whet.train.batches import Pack, packs, padded
+from whet.train.batches import Pack, batched, shares
 
 if TYPE_CHECKING:
     from whet.system import System
@@ -160,7 +160,7 @@ def _running(
     first = [kinds.index(kind) for kind in kinds]  # layers of a kind have masks and positions in common
     if getattr(config, "hidden_size_per_layer_input", 0):  # Gemma: each is given something of its own
         first = list(range(len(layers)))
-    made = packs(rows, module.dtype, module.device) if _shared(session, rows) else padded(rows, module.device)
+    made = batched(module, rows, shares(module, rows))
     with using_tree(module, shared=made[0].plan is not None), torch.no_grad():
         caught = [_caught(module, {n: layers[n] for n in set(first)}, pack) for pack in made]
         yield layers, [state for state, _ in caught], lambda index: [of[first[index]] for _, of in caught]
@@ -189,20 +189,9 @@ def _input(layer: nn.Module, name: str, state: Tensor, given: Given) -> Tensor:
         found.append(args[0])
         raise _CaughtError
 
-    handle = layer.get_submodule(name).register_forward_pre_hook(catch)
-    try:
+    with hooked([layer.get_submodule(name).register_forward_pre_hook(catch)]), suppress(_CaughtError):
         layer(state, *given[0], **given[1])
-    except _CaughtError:
-        pass
-    finally:
-        handle.remove()
     return found[0]
-
-
-def _shared(session: TorchSession, rows: Sequence[Row]) -> bool:
-    from whet.engine import attention
-
-    return attention.shares(session.module, max(len(r.prompt) + max(map(len, r.continuations)) for r in rows))
 
 
 def _caught(module: Any, layers: Mapping[int, nn.Module], pack: Pack) -> tuple[Tensor, dict[int, Given]]:
@@ -219,15 +208,10 @@ def _caught(module: Any, layers: Mapping[int, nn.Module], pack: Pack) -> tuple[T
 
         return seen
 
-    handles = [layer.register_forward_pre_hook(catch(n), with_kwargs=True) for n, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(catch(n), with_kwargs=True) for n, layer in layers.items()]
     plan = {} if pack.plan is None else {"whet_plan": pack.plan}
-    try:
+    with hooked(hooks), suppress(_CaughtError):
         module(input_ids=pack.ids, position_ids=pack.positions, use_cache=False, **plan)
-    except _CaughtError:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
     return states[0], found
 
 
@@ -241,7 +225,6 @@ def _watched(layer: nn.Module) -> Iterator[dict[str, Moments]]:
     found: dict[str, Moments] = {}
     seen: dict[int, Moments] = {}
     held: list[Tensor] = []
-    handles = []
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def count(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -258,11 +241,6 @@ def _watched(layer: nn.Module) -> Iterator[dict[str, Moments]]:
 
         return count
 
-    for name, one in layer.named_modules():
-        if isinstance(one, nn.Linear):
-            handles.append(one.register_forward_pre_hook(watch(name)))
-    try:
+    linear = {name: one for name, one in layer.named_modules() if isinstance(one, nn.Linear)}
+    with hooked([one.register_forward_pre_hook(watch(name)) for name, one in linear.items()]):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from whet.compress.packed import Int4, Int8, Pack, bytes_of
 
-HOW = ("nearest", "hqq", "gptq")
 PROPAGATED = 0.5  # of the drift of what goes in is made good for: all of it is learnt by heart (Arai & Ichikawa 2025)
 DAMP = 0.01  # of the mean of the Hessian's diagonal is added to it (Frantar et al. 2022)
 UNSEEN = 0.25  # times columns per input is added, too: in directions that few inputs leave unseen, errors would be free
@@ -35,8 +34,8 @@ def pack4(
 ) -> Int4:  # fmt: skip
     """Weights [out, in] in 4 bits, each `group` columns with a step and, with `zero`, a zero of their own.
 
-    `how` is one of HOW; gptq needs the second moments [in, in] of `tokens` inputs. Without a zero the weight that is
-    farthest from 0 is -8 steps, as in llama.cpp's Q4_0.
+    `how` is nearest, hqq or gptq, which needs the second moments [in, in] of `tokens` inputs. Without a zero the weight
+    that is farthest from 0 is -8 steps, as in llama.cpp's Q4_0.
     """
     each = weight.float().unflatten(1, (-1, group))
     scale, middle = _between(each) if zero else _around(each)

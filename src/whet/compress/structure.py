@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from whet.errors import MethodError
 
@@ -34,6 +37,16 @@ def layers(module: Any) -> nn.ModuleList:
             do="use quantize or distill",
         )  # fmt: skip
     return found[0]  # outer ones come first
+
+
+@contextmanager
+def hooked(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Hooks that have been put into modules stand within it, and are taken off again behind it."""
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def counted(setting: float, whole: int, what: str) -> int:

@@ -14,7 +14,6 @@ from whet.compress.layers import Codebook
 from whet.compress.structure import family, layers, twin
 from whet.errors import MethodError
 
-START = ("svd", "mean")
 MORE = 8  # directions beyond those asked for, so that the first ones are found well (Halko et al. 2011)
 
 

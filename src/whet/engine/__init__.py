@@ -1,6 +1,6 @@
-"""What runs prompts: the protocols, the data that crosses them, and the choice of engine for a model.
+"""What runs prompts: the protocol, the data that crosses it, and the choice of engine for a model.
 
-An Engine opens a ModelRef as a Session; a Session runs prompts. Callers never see tokens or tensors.
+An engine opens a ModelRef as a Session; a Session runs prompts. Callers never see tokens or tensors.
 """
 
 from __future__ import annotations
@@ -83,13 +83,11 @@ class Session(Protocol):
 
     def count(self, prompts: Sequence[Prompt]) -> list[int]:
         """Tokens of each prompt, the opening of the answer's turn included."""
-        ...
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None
     ) -> list[tuple[Generation, ...]]:
         """`sampling.n` answers for each prompt."""
-        ...
 
     def score(
         self,
@@ -100,7 +98,6 @@ class Session(Protocol):
         progress: Progress | None = None,
     ) -> list[tuple[Score, ...]]:
         """Log-probability of each continuation behind its prompt; with `end`, of the turn ending there too."""
-        ...
 
     def choose(
         self,
@@ -116,37 +113,25 @@ class Session(Protocol):
         With `whole` the score is the log-probability of the whole answer, its end included. A choice that cannot be
         the greatest may get an upper bound of its score in place of the score.
         """
-        ...
 
     def cost(self, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]], every: bool = False) -> int:
         """About how many tokens choosing would compute; with `every`, scoring each choice."""
-        ...
 
     def scores_all(self, choices: Sequence[str], whole: bool = False) -> bool:
         """Whether choosing among these gives the score of each of them, not only that of the greatest."""
-        ...
 
     def close(self) -> None:
         """Release what the session holds."""
-        ...
 
 
-def choose_by_scores(
-    session: Session,
-    prompts: Sequence[Prompt],
-    choices: Sequence[Sequence[str]],
-    whole: bool,
-    offsets: Sequence[float],
-    progress: Progress | None,
-) -> list[tuple[float, ...]]:
-    """`choose` by scoring every choice: for sessions that know no shorter way."""
-    scored = session.score(prompts, choices, end=whole, progress=progress)
-    plain = [tuple(s.logprob if whole else s.mean for s in row) for row in scored]
-    return [tuple(s - o for s, o in zip(row, offsets, strict=True)) for row in plain] if offsets else plain
+def until_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """Generated text up to its first stop string, and whether it has one."""
+    found = [at for at in (text.find(s) for s in stops) if at >= 0]
+    return text[: min(found, default=None)], bool(found)
 
 
 class ByScores:
-    """`choose` and `cost` for sessions that score every choice."""
+    """`choose` and `cost` by scoring every choice: for sessions that know no shorter way."""
 
     def choose(
         self: Session,
@@ -158,7 +143,9 @@ class ByScores:
         progress: Progress | None = None,
     ) -> list[tuple[float, ...]]:
         """Scores of every choice, less the offsets."""
-        return choose_by_scores(self, prompts, choices, whole, offsets, progress)
+        scored = self.score(prompts, choices, end=whole, progress=progress)
+        plain = [tuple(s.logprob if whole else s.mean for s in row) for row in scored]
+        return [tuple(s - o for s, o in zip(row, offsets, strict=True)) for row in plain] if offsets else plain
 
     def cost(self: Session, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]], every: bool = False) -> int:
         """The prompts' tokens; what they share is not known here."""
@@ -169,26 +156,19 @@ class ByScores:
         return True
 
 
-class Engine(Protocol):
-    """Opens models. `name` stands in every protocol."""
-
-    name: str
-
-    def open(self, ref: ModelRef, home: Path) -> Session:
-        """Open a model; `home` is where converted weights are cached. Raises ModelError when it cannot be used."""
-        ...
-
-
 def open_session(ref: ModelRef, home: Path) -> Session:
-    """Open a model with the engine that its name asks for: `openai:`, `fake:`, else torch in this process."""
+    """Open a model with the engine that its name asks for: `openai:`, `fake:`, else torch in this process.
+
+    `home` is where converted weights are cached. Raises ModelError when the model cannot be used.
+    """
     if ref.base.startswith("openai:"):
         from whet.engine.remote import RemoteEngine
 
         return RemoteEngine().open(ref, home)
     if ref.base.startswith("fake:"):
-        from whet.engine.fake import FakeEngine
+        from whet.engine.fake import open_fake
 
-        return FakeEngine().open(ref, home)
-    from whet.engine.torch import TorchEngine
+        return open_fake(ref)
+    from whet.engine.torch import open_torch
 
-    return TorchEngine().open(ref, home)
+    return open_torch(ref, home)

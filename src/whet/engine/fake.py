@@ -13,9 +13,8 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from whet.engine import ByScores, Chat, Generation, Progress, Prompt, Sampling, Score, Session, Spent
+from whet.engine import ByScores, Chat, Generation, Progress, Prompt, Sampling, Score, Session, Spent, until_stop
 from whet.errors import EngineError, ModelError, nearest
 from whet.model import ModelRef
 
@@ -129,19 +128,14 @@ KINDS: dict[str, tuple[Say, Rate]] = {
 # --- engine and session -----------------------------------------------------------------------------------------------
 
 
-class FakeEngine:
-    """Opens `fake:KIND`."""
-
-    name = "fake"
-
-    def open(self, ref: ModelRef, home: Path) -> Session:
-        """Open a fake model. Raises ModelError on an unknown kind or on transforms: it has no weights."""
-        kind = ref.base.removeprefix("fake:")
-        if kind not in KINDS:
-            raise ModelError(f"no fake model {kind!r}", expected=f"one of {', '.join(KINDS)}", do=nearest(kind, KINDS))
-        if ref.transforms:
-            raise ModelError("a fake model has no weights", expected="no transforms", found=ref.transforms[0].kind)
-        return FakeSession(kind)
+def open_fake(ref: ModelRef) -> Session:
+    """Open `fake:KIND`. Raises ModelError on an unknown kind or on transforms: it has no weights."""
+    kind = ref.base.removeprefix("fake:")
+    if kind not in KINDS:
+        raise ModelError(f"no fake model {kind!r}", expected=f"one of {', '.join(KINDS)}", do=nearest(kind, KINDS))
+    if ref.transforms:
+        raise ModelError("a fake model has no weights", expected="no transforms", found=ref.transforms[0].kind)
+    return FakeSession(kind)
 
 
 @dataclass(frozen=True)
@@ -154,8 +148,7 @@ class _Cut:
 
 
 def _cut(text: str, sampling: Sampling) -> _Cut:
-    found = [at for at in (text.find(s) for s in sampling.stop) if at >= 0]
-    text = text[: min(found)] if found else text
+    text, _ = until_stop(text, sampling.stop)
     words = re.findall(r"\S+\s*", text)
     if len(words) <= sampling.max_tokens:
         return _Cut(text, len(words), True)

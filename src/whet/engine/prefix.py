@@ -112,11 +112,6 @@ def _unit(index: int, row: Row, trunk: int, start: int) -> Unit:
     return Unit(index, trunk, tuple(tokens), tuple(parents), tuple(positions), plain, last, tuple(targets))
 
 
-def _whole(row: Row) -> Tokens:
-    """What other rows can share of a row: its prompt without the last token, which every unit keeps."""
-    return row.prompt[:-1]
-
-
 def arrange(rows: Sequence[Row], least: int = LEAST_SAVED, worth: float = 0.0) -> Forest:
     """Arrange rows into trunks and units; a trunk is made where it saves at least `least` tokens.
 
@@ -126,7 +121,7 @@ def arrange(rows: Sequence[Row], least: int = LEAST_SAVED, worth: float = 0.0) -
     if any(not row.prompt for row in rows):
         raise ValueError("a row needs at least one prompt token")
     order = sorted(range(len(rows)), key=lambda i: (rows[i].prompt, i))
-    shared = [_whole(rows[i]) for i in order]
+    shared = [rows[i].prompt[:-1] for i in order]  # every unit keeps its prompt's last token
     before = [0, *accumulate(map(len, shared))]
     trunks: list[Trunk] = []
     homes: list[tuple[int, int, int]] = []  # (trunk, start, row)

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from whet.engine import ByScores, Generation, Progress, Prompt, Sampling, Score, Session, Spent
+from whet.engine import ByScores, Generation, Progress, Prompt, Sampling, Score, Session, Spent, until_stop
 from whet.engine.replies import (
     CONTEXT,
     UNANSWERED,
@@ -262,8 +262,6 @@ class Server:
 
 class RemoteEngine:
     """Opens `openai:NAME[@URL]`; the key is read from OPENAI_API_KEY."""
-
-    name = "remote"
 
     def __init__(self, retry: Retry | None = None, concurrency: int = 8) -> None:
         self.retry, self.concurrency = retry or Retry(), concurrency
@@ -557,9 +555,8 @@ class RemoteSession(ByScores):
 
 def _finish(choice: Choice, stop: Sequence[str], tokens: int) -> Generation:
     """A choice as a Generation, cut before the first stop string, should the server have left it in."""
-    cuts = [at for at in (choice.text.find(s) for s in stop) if at >= 0]
-    return Generation(choice.text[: min(cuts)] if cuts else choice.text, tokens,
-                      "stop" if cuts or choice.ended else "length")  # fmt: skip
+    text, cut = until_stop(choice.text, stop)
+    return Generation(text, tokens, "stop" if cut or choice.ended else "length")
 
 
 def _refused_setting(error: Refusal) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from whet import model as models
 from whet.engine import (
+    ByScores,
     Generation,
     Progress,
     Prompt,
@@ -27,14 +28,14 @@ from whet.engine import (
     Session,
     Spent,
     attention,
-    choose_by_scores,
     lazy,
     prefix,
     quick,
+    until_stop,
 )
 from whet.engine.prefix import Row, Tokens
 from whet.errors import EngineError
-from whet.prompt import asides_of, end_of_turn, escape, render, specials_of, takes_system, unescape
+from whet.prompt import asides_of, end_of_turn, ends_of, escape, render, specials_of, takes_system, unescape
 
 BATCH_TOKENS = 2048  # packed tokens per forward pass: larger ones fall out of the caches and gain nothing
 DEVICE_TOKENS = 16_384  # on a GPU, which smaller passes leave idle between kernels
@@ -46,15 +47,9 @@ LOGIT_ROWS = 1024  # places whose logits are in fp32 at once
 CACHES = ("past_key_values", "cache_params", "state")  # what families call the cache that they give back
 
 
-class TorchEngine:
-    """Opens a ModelRef in this process."""
-
-    name = "torch"
-
-    def open(self, ref: models.ModelRef, home: Path) -> Session:
-        """Load the weights (see `model.load` for what it raises) and open a session over them."""
-        module, tokenizer = models.load(ref, home)
-        return TorchSession(module, tokenizer)
+def open_torch(ref: models.ModelRef, home: Path) -> Session:
+    """Load a model in this process (see `model.load` for what it raises) and open a session over it."""
+    return TorchSession(*models.load(ref, home))
 
 
 @dataclass
@@ -83,7 +78,7 @@ class Prefilled:
         return next(iter(self.own.values()))[0].shape[2]
 
 
-class TorchSession:
+class TorchSession(ByScores):
     """A session over a module and its tokenizer; also over a live module that is being trained."""
 
     def __init__(self, module: Any, tokenizer: Any, *, batch_tokens: int | None = None) -> None:
@@ -100,7 +95,7 @@ class TorchSession:
         self.specials = specials_of(tokenizer)
         self.broken = (*self.specials, *asides_of(tokenizer))  # what a prompt never shows whole
         self.end_id = end_of_turn(tokenizer)
-        self.stop_ids = self._stop_ids()
+        self.stop_ids = ends_of(module, tokenizer)
         self.encode_text = lru_cache(maxsize=65_536)(self._encode_text)
         self.protocol = {
             "engine": "torch",
@@ -126,12 +121,6 @@ class TorchSession:
         on_gpu = device.type == "cuda"
         most = KEY_SHARE * torch.cuda.get_device_properties(device).total_memory if on_gpu else KEY_BYTES
         return max(1, int(most) // int(each))
-
-    def _stop_ids(self) -> frozenset[int]:
-        """Tokens that end a turn: the template's, the tokenizer's end and whatever the generation config names."""
-        ends = getattr(self.module.generation_config, "eos_token_id", None) or []
-        ids = {self.end_id, self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-        return frozenset(i for i in ids if i is not None)
 
     def close(self) -> None:
         """Release the module."""
@@ -296,10 +285,8 @@ class TorchSession:
         """Text of generated tokens, ended before the end of turn or the first stop string; markers in it are whole."""
         ended = bool(tokens) and tokens[-1] in self.stop_ids
         text = self.tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True)
-        text = unescape(text, self.broken)
-        cuts = [at for at in (text.find(s) for s in sampling.stop) if at >= 0]
-        text = text[: min(cuts)] if cuts else text
-        return Generation(text, len(tokens), "stop" if ended or cuts else "length")
+        text, cut = until_stop(unescape(text, self.broken), sampling.stop)
+        return Generation(text, len(tokens), "stop" if ended or cut else "length")
 
     def _ended(self, tokens: list[int], sampling: Sampling) -> bool:
         if tokens[-1] in self.stop_ids or len(tokens) >= sampling.max_tokens:
@@ -416,7 +403,7 @@ class TorchSession:
         """Scores whose greatest is exact (see Session); large sets are searched best first instead of scored whole."""
         sets = [[self.encode_answer(c, whole) for c in row] for row in choices]
         if not lazy.worth(sets) or attention.window(self.module) is not None:
-            return choose_by_scores(self, prompts, choices, whole, offsets, progress)
+            return super().choose(prompts, choices, whole=whole, offsets=offsets, progress=progress)
         begun = time.monotonic()
         rows = [Row(t) for t in self.encode(prompts)]
         longest = max(len(c) for row in sets for c in row)

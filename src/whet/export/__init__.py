@@ -17,7 +17,7 @@ from whet import __version__
 from whet import model as models
 from whet.compress.folder import compressed, dense
 from whet.errors import ArtifactError, nearest
-from whet.prompt import SLOT, end_of_turn, messages
+from whet.prompt import SLOT, ends_of, messages
 from whet.store import anew
 from whet.system import Demonstrations, System
 
@@ -149,18 +149,11 @@ def request(system: System, bias: dict[str, float], thinks: bool = False) -> dic
     }  # fmt: skip
 
 
-def _ends(module: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end a turn, as `TorchSession` has them."""
-    more = getattr(module.generation_config, "eos_token_id", None) or []
-    ids = {end_of_turn(tokenizer), tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])}
-    return sorted(i for i in ids if i is not None)
-
-
 def _hf(system: System, module: Any, tokenizer: Any, folder: Path) -> None:
     """Write a model folder as transformers has it, with the System's way of generating."""
     from transformers import GenerationConfig
 
-    decoding, ends = system.decoding, _ends(module, tokenizer)
+    decoding, ends = system.decoding, sorted(ends_of(module, tokenizer))
     drawn = {"do_sample": True, "temperature": decoding.temperature, **UNCUT} if decoding.temperature > 0 else {}
     module.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=ends if len(ends) > 1 else ends[0],
@@ -227,7 +220,7 @@ def _write(system: System, target: str, kind: str, work: Path) -> tuple[tuple[Le
         _hf(asked, module, tokenizer, work)
         packed.write(work)
     else:
-        ends = _ends(module, tokenizer)
+        ends = sorted(ends_of(module, tokenizer))
         left += gguf.write(module, tokenizer, work / FILE, kind, ends, str(system.card.get("task", "whet")),
                            whole)  # fmt: skip
     if target == "ollama":

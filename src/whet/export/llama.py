@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from whet.engine import ByScores, Generation, Progress, Prompt, Sampling, Score, Spent
+from whet.engine import ByScores, Generation, Progress, Prompt, Sampling, Score, Spent, until_stop
 from whet.errors import ArtifactError, EngineError
 from whet.prompt import end_of_turn, escape, render, specials_of, takes_system
 
@@ -159,13 +159,15 @@ class LlamaSession(ByScores):
         progress: Progress | None = None,
     ) -> list[tuple[Score, ...]]:
         """Log-probability of each continuation behind its prompt; with `end`, of the turn ending there too."""
+        from scipy.special import log_softmax
+
         begun, made = time.monotonic(), []
         stop = (end_of_turn(self.tokenizer),) if end else ()
         for n, (prompt, texts) in enumerate(zip(self.encode(prompts), continuations, strict=True)):
             raw = isinstance(prompts[n], str)
             answers = [(*self.tokens(t if raw else escape(t, self.specials)), *stop) for t in texts]
             made.append(tuple(
-                Score(float(logprobs(z)[np.arange(len(a)), a].sum()), len(a))
+                Score(float(log_softmax(z.astype(np.float64), axis=-1)[np.arange(len(a)), a].sum()), len(a))
                 for a, z in zip(answers, self.follow(prompt, answers), strict=True)
             ))  # fmt: skip
             if progress:
@@ -181,10 +183,8 @@ class LlamaSession(ByScores):
         for n, prompt in enumerate(self.encode(prompts)):
             answer = self._answer(prompt, sampling)
             over = bool(answer) and self._ends(answer[-1])
-            said = self.text(answer[:-1] if over else answer)
-            cut = min((i for i in (said.find(s) for s in sampling.stop) if i >= 0), default=len(said))
-            ended = over or cut < len(said)
-            made.append((Generation(said[:cut], len(answer), "stop" if ended else "length"),) * sampling.n)
+            said, cut = until_stop(self.text(answer[:-1] if over else answer), sampling.stop)
+            made.append((Generation(said, len(answer), "stop" if over or cut else "length"),) * sampling.n)
             if progress:
                 progress(n + 1, len(prompts))
         self.spent += Spent(seconds=time.monotonic() - begun, generated_tokens=sum(g[0].tokens for g in made))
@@ -205,11 +205,3 @@ class LlamaSession(ByScores):
             (self.last,) = self._decode([(answer[-1], at, 0, True)])
             self.held = (*self.held, answer[-1])
         return tuple(answer)
-
-
-def logprobs(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Natural log-probabilities of logits [n, vocabulary], in fp64."""
-    wide = logits.astype(np.float64)
-    top = wide.max(-1, keepdims=True)
-    made: np.ndarray[Any, Any] = wide - top - np.log(np.exp(wide - top).sum(-1, keepdims=True))
-    return made

@@ -17,6 +17,7 @@ from whet.task import Learnable
 
 if TYPE_CHECKING:
     from whet.documents import Document
+    from whet.engine.torch import TorchSession
 
 GROUP = "whet.methods"
 Need = Literal[
@@ -56,6 +57,12 @@ class Run:
         if ref not in self.sessions:
             self.sessions[ref] = open_session(ref, self.home)
         return self.sessions[ref]
+
+    def local(self, ref: ModelRef, what: str) -> TorchSession:
+        """The session of a model whose weights are within reach. Raises MethodError, naming what needs them, else."""
+        if ref.remote:
+            raise MethodError(f"{what} needs the weights", expected="a local model", found=ref.base)
+        return cast("TorchSession", self.session(ref))
 
     def documents(self, data: Learnable) -> tuple[list[Document], tuple[str, ...]]:
         """The task's documents, and notes on what was left out; read once, so that all see the same pages and rows.
@@ -102,11 +109,9 @@ class Method(Protocol):
 
     def apply(self, system: System, data: Learnable, run: Run) -> System:
         """A new System; the given one is unchanged."""
-        ...
 
     def space(self) -> Mapping[str, Sequence[Any]]:
         """The settings worth trying, by name."""
-        ...
 
 
 def table() -> dict[str, type[Method]]:

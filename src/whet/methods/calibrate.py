@@ -26,14 +26,10 @@ def batch_prior(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
 
     Rows are [n, labels] scores in nats. Source: Zhou et al. 2023, Batch Calibration.
     """
-    sums = [0.0] * len(rows[0])
-    for row in rows:
-        top = max(row)
-        weights = [math.exp(s - top) for s in row]
-        total = sum(weights)
-        for i, weight in enumerate(weights):
-            sums[i] += weight / total
-    return tuple(math.log(max(s / len(rows), 1e-12)) for s in sums)
+    from scipy.special import softmax
+
+    means = softmax(rows, axis=1).mean(axis=0)
+    return tuple(math.log(max(mean, 1e-12)) for mean in means.tolist())
 
 
 def free_inputs(kind: str, rows: Sequence[Example], count: int, seed: int) -> list[Example]:
@@ -90,7 +86,7 @@ class Calibrate:
             )  # fmt: skip
         if self.kind != "batch":
             sample = free_inputs(self.kind, rows, min(self.prompts, 20), run.seed)
-        _, plain = unseen(replace(system, decoding=replace(system.decoding, prior=())), sample)
+        _, plain = unseen(system.uncalibrated, sample)
         session = run.session(system.model)
         scores, _ = plain.label_scores(sample, session, run.progress("calibrating"))
         return replace(system, decoding=replace(system.decoding, prior=batch_prior(scores)))

@@ -153,7 +153,7 @@ class Distill:
             if system.model.whole is None:
                 return system
             # A calibration that stands here is that of the smaller model.
-            before = replace(system, model=system.model.original, decoding=replace(system.decoding, prior=()))
+            before = replace(system.uncalibrated, model=system.model.original)
             if not _made_of(system, before):  # a saved System has no history: what is left of it is the untuned base
                 raise MethodError(
                     "the model that this one was made of is not at hand", expected="its System as the teacher",
@@ -163,8 +163,7 @@ class Distill:
         if place.is_dir() and not (place / "config.json").exists():
             found = load(place, system.home, trust=data.trusted)
         else:
-            plain = replace(system.decoding, prior=())
-            found = replace(system, model=resolve(self.teacher), decoding=plain)
+            found = replace(system.uncalibrated, model=resolve(self.teacher))
         ours, theirs = system.decoding.labels, found.decoding.labels
         if set(ours) != set(theirs):
             odd = sorted(set(ours) ^ set(theirs))

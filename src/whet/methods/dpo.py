@@ -115,7 +115,7 @@ class Preference(ABC):
                    run.trained_tokens, run.previous)  # fmt: skip
         adapter = Adapter("lora", self.rank, 2 * self.rank)
         taught = teach(system, run, name, adapter, lambda live: self._lesson(system, rows, run, live))
-        return replace(taught, decoding=replace(system.decoding, prior=()))
+        return taught.uncalibrated
 
     def _lesson(self, system: System, rows: Sequence[Judged], run: Run, live: TorchSession) -> Lesson:
         from whet.train.batches import per_epoch, step_count, steps, tokens_per_row

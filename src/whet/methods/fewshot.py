@@ -137,7 +137,7 @@ class FewShot:
             )  # fmt: skip
         if left:
             run.notes["left_out"] = f"{len(asked) - len(usable)} of {len(asked)} train rows are not shown{why}"
-        start = replace(system, demonstrations=Demonstrations(), decoding=replace(system.decoding, prior=()))
+        start = replace(system.uncalibrated, demonstrations=Demonstrations())
         rows = self._bootstrapped(usable, start, data, run) if self.selection == "bootstrapped" else usable
         k = most = len(self.ids) or self.k
         new = self._shown(rows, start, data, run, k)

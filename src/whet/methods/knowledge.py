@@ -116,14 +116,13 @@ class Knowledge:
         if rows:
             run.notes["train"] = "{} of {} rows are answered by the graph".format(*made.answered)
         source = GraphSource(name, self.k, made.hops, folder)
-        return replace(system, sources=(*others, source), decoding=replace(system.decoding, prior=()))
+        return replace(system.uncalibrated, sources=(*others, source))
 
     def _taught(self, graph: Graph, system: System, data: Learnable, run: Run) -> System:
         from whet.memory import Known, made_up
         from whet.methods.continual import Continual
 
-        if system.model.remote:
-            raise MethodError("training needs the weights", expected="a local model", found=system.model.base)
+        session = run.local(system.model, "training")
         every, draw = facts_of(graph), random.Random(run.seed)
         before = set(system.card.get("facts", ()))
         fresh = [one for one in every if one.key not in before]
@@ -133,7 +132,6 @@ class Knowledge:
         chosen = [*fresh, *draw.sample(again, min(len(again), len(fresh)))]
         chosen = draw.sample(chosen, min(len(chosen), MOST_FACTS))
         seen, held = frames(run.seed)
-        session: Any = run.session(system.model)
         rows = [row for one in chosen for row in _rows(one, draw.sample(seen, self.phrasings), session.tokenizer)]
         known = [replace(e, group=None) for e in data.train if e.completion and not e.text]
         run.notes.update(taught=len(chosen), new=len(fresh), seen=list(seen), held=list(held))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from whet.methods import Need, Run
@@ -64,7 +64,7 @@ class Prune:
         else:
             module, tokenizer, notes = self._pruned(system, data, run, said)
             made = settle(system, run, module, tokenizer, name, {"prune": notes})
-        return replace(made, decoding=replace(made.decoding, prior=()))
+        return made.uncalibrated
 
     def _pruned(
         self, system: System, data: Learnable, run: Run, said: Sequence[str]

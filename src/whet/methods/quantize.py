@@ -84,18 +84,15 @@ class Quantize:
         from whet.compress.layers import Codebook
         from whet.compress.packed import GROUPS, PackedLinear
         from whet.compress.rounding import DAMP, PROPAGATED, UNSEEN
-        from whet.engine.torch import TorchSession
         from whet.task import rows_hash
         from whet.train.lesson import key
 
-        system = replace(system, decoding=replace(system.decoding, prior=()))
+        system = system.uncalibrated
         name = key("quantize", asdict(self), GROUPS, [PROPAGATED, DAMP, UNSEEN], moments.MOST_TOKENS, system.state,
                    rows_hash(data.train), run.seed, data.limits.size)  # fmt: skip
         if finished(run, name):
             return _within(settled(system, run, name), data, run)
-        session = run.session(system.model)
-        if not isinstance(session, TorchSession):
-            raise MethodError("quantizing needs the weights", expected="a local model", found=system.model.base)
+        session = run.local(system.model, "quantizing")
         if any(s["kind"] == PackedLinear.kind for s in compressed(session.module).values()):
             raise MethodError(
                 "the model is quantized already", expected="a model in 16 bits", found="packed layers",

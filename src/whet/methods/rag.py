@@ -71,4 +71,4 @@ class Rag:
         source = Source(self.k, self.mix, self.threshold, self.chunk, self.reranker, self.store, self.tokens, place,
                         folder)  # fmt: skip
         others = tuple(s for s in system.sources if s.kind != source.kind)
-        return replace(system, sources=(*others, source), decoding=replace(system.decoding, prior=()))
+        return replace(system.uncalibrated, sources=(*others, source))

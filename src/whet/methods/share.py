@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from whet.methods import Need, Run
@@ -60,7 +60,7 @@ class Share:
         else:
             module, tokenizer, notes = self._shared(system, data, run)
             made = settle(system, run, module, tokenizer, name, {"share": notes})
-        return replace(made, decoding=replace(made.decoding, prior=()))
+        return made.uncalibrated
 
     def _shared(self, system: System, data: Learnable, run: Run) -> tuple[Any, Any, dict[str, Any]]:
         """(module, tokenizer, notes)."""

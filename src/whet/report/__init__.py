@@ -118,8 +118,7 @@ def write(path: Path, result: dict[str, Any], details: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(f"the report {path} cannot be written: {error.strerror}", do="choose another --out") from error
-    # Lone surrogates, which JSON allows in data, are no text that UTF-8 can hold.
-    write_text(path, html.encode("utf-8", "replace").decode())
+    write_text(path, html)
 
 
 # -- the page's parts --------------------------------------------------------------------------------------------

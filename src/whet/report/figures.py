@@ -24,8 +24,8 @@ from whet.report.view import (
     record,
     records,
     sequence,
-    short,
 )
+from whet.rows import short_line
 
 Figure = dict[str, Any]
 
@@ -92,7 +92,7 @@ def gains(arms: Sequence[Arm], scale: Scale) -> Figure | None:
                  "borderpad": 0}
         notes += [_note(_name(arm), x=0, xanchor="left", align="left", **place) | weight,
                   _note(scale.gain(arm.gain), x=1, xanchor="right", **place) | weight]
-    text = "points gained" if scale.points else f"gain in {short(scale.title, 30)}"
+    text = "points gained" if scale.points else f"gain in {short_line(scale.title, 30)}"
     ends = [scale.value(v) for a in rows for v in (a.gain, a.low, a.high) if v is not None]
     low, high = min(0.0, *ends), max(0.0, *ends)
     pad = 0.06 * (high - low) or 1.0
@@ -117,7 +117,7 @@ def _name(arm: Arm) -> str:
     if len(text) <= WRAP:
         return literal(text)
     cut = max((text.rfind(mark, 0, WRAP) + 1 for mark in "+, "), default=0) or WRAP
-    return f"{literal(text[:cut].rstrip())}<br>{literal(short(text[cut:].lstrip(), WRAP))}"
+    return f"{literal(text[:cut].rstrip())}<br>{literal(short_line(text[cut:].lstrip(), WRAP))}"
 
 
 def _dots(shown: Sequence[tuple[float, Arm]], kind: str, scale: Scale) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def _dots(shown: Sequence[tuple[float, Arm]], kind: str, scale: Scale) -> dict[s
 
 def _hover(arm: Arm, scale: Scale) -> str:
     span = scale.span(arm.low, arm.high, signed=True)
-    lines = [literal(short(arm.name, 60)), f"{scale.gain(arm.gain)}{f' ({span})' if span else ''}",
+    lines = [literal(short_line(arm.name, 60)), f"{scale.gain(arm.gain)}{f' ({span})' if span else ''}",
              f"{literal(scale.title)} {scale.score(arm.score)}"]
     return "<br>".join(lines)
 
@@ -171,7 +171,7 @@ def quality_cost(arms: Sequence[Arm], scale: Scale) -> Figure | None:
     lines = [("base", next((a.score for a in arms if a.kind == "base"), None), "--muted", "dash"),
              ("best baseline", _best_baseline(arms, scale), "--amber", "dot")]
     drawn = [(what, scale.value(y), color, dash) for what, y, color, dash in lines if y is not None]
-    title = short(scale.title, 30) + (
+    title = short_line(scale.title, 30) + (
         ", points" if scale.points else "" if scale.higher_is_better else ", lower is better")
     yaxis = {"title": _title(title), "nticks": 7} | ({} if scale.higher_is_better else {"autorange": "reversed"})
     above = {"best baseline": "right", "base": "left"}
@@ -219,7 +219,7 @@ def curves(details: Record) -> Figure | None:
     """Loss against training progress: a thin dotted line for train, a solid one for validation, a colour per trial."""
     data = []
     for i, curve in enumerate(drawn_curves(details)):
-        color, name = SERIES[i % len(SERIES)], literal(short(line(curve.get("name")), 60))
+        color, name = SERIES[i % len(SERIES)], literal(short_line(line(curve.get("name")), 60))
         for part, style in (("train", {"width": 1.5, "dash": "dot"}), ("validation", {"width": 2.5})):
             points = _pairs(curve.get(part))
             if points:
@@ -251,7 +251,7 @@ def heatmap(matrix: Confusion) -> Figure:
     totals = [sum(row) or 1 for row in matrix.counts]
     shares = [[n / total for n in row] for row, total in zip(matrix.counts, totals, strict=True)]
     few, n = len(matrix.labels) <= 10, len(matrix.labels)
-    hover = [[f"{literal(short(label, 60))} → {literal(short(column, 60))}<br>{times:,} of {total:,}"
+    hover = [[f"{literal(short_line(label, 60))} → {literal(short_line(column, 60))}<br>{times:,} of {total:,}"
               for column, times in zip(matrix.columns, row, strict=True)]
              for label, row, total in zip(matrix.labels, matrix.counts, totals, strict=True)]
     ticks = {"showgrid": False, "ticks": "", "type": "linear",

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from whet.rows import short_line
+
 Record = Mapping[str, Any]
 
 LONGEST = 2000  # characters of one text of an example that the page carries
@@ -52,11 +54,6 @@ def _written(value: Any) -> str:
     if isinstance(value, str):
         return value
     return "" if value is None else json.dumps(value, default=str, ensure_ascii=False)
-
-
-def short(text: str, longest: int) -> str:
-    """A text cut to so many characters, the cut marked by an ellipsis."""
-    return text if len(text) <= longest else text[: longest - 1].rstrip() + "…"
 
 
 # -- numbers as words --------------------------------------------------------------------------------------------
@@ -308,7 +305,7 @@ def examples(details: Record, scale: Scale) -> Examples:
 
 
 def _cell(value: Any) -> str:
-    return short(_written(value), LONGEST)
+    return short_line(_written(value), LONGEST)
 
 
 def _kind(base: float | None, chosen: float | None, binary: bool, changed: bool, higher: bool) -> str:

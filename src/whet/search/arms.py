@@ -12,7 +12,7 @@ from whet.errors import StoreError, WhetError
 from whet.methods import Run, lacking, table
 from whet.methods.prompting import LEAST_ROWS, REASON_TOKENS, Prompting
 from whet.progress import clock
-from whet.scorecard import reads_scores, uncalibrated
+from whet.scorecard import reads_scores
 from whet.search.budget import Rates, estimate
 from whet.search.limits import limited
 from whet.search.race import first_rung
@@ -110,7 +110,7 @@ def cheap_arms(
         wanted = [r for r in wanted if all(m.name in wish.methods for m in r.methods)]
     arms: list[Arm] = []
     first_rungs = 0.0
-    scored = {uncalibrated(base).fingerprint for base in bases}
+    scored = {base.uncalibrated.fingerprint for base in bases}
     skipped: list[dict[str, str]] = []
     models = list(zip(bases, labels, strict=True))
 

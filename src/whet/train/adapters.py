@@ -19,8 +19,6 @@ from whet.extras import package
 from whet.model import as_dtype
 from whet.train.head import headed
 
-KINDS = ("lora", "rslora", "dora", "full")
-
 
 @dataclass(frozen=True)
 class Adapter:
@@ -36,16 +34,6 @@ class Adapter:
     alpha: int = 32
     head: bool = False
     bits: int = 16
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"adapter is {self.kind!r}; one of {', '.join(KINDS)}")
-        if self.rank < 1:
-            raise ValueError(f"rank is {self.rank}; at least 1")
-        if self.bits not in (4, 8, 16) or (self.bits < 16 and self.kind == "full"):
-            raise ValueError(f"bits is {self.bits}; 4, 8 or 16, and 16 for full training")
-        if self.head and self.kind == "full":
-            raise ValueError("a reward model is an adapter and a head; full training has no head")
 
 
 def add_lora(module: Any, adapter: Adapter, seed: int) -> Any:

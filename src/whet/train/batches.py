@@ -114,6 +114,16 @@ def shares(module: Any, rows: Sequence[Row]) -> bool:
     return attention.shares(module, max(len(r.prompt) + max(map(len, r.continuations)) for r in rows))
 
 
+def batched(module: Any, rows: Sequence[Row], shared: bool, most: int | None = None) -> list[Pack]:
+    """Forward passes of rows, about `most` tokens each: packs where beginnings are shared, else padded rows.
+
+    By default packs have `PACK_TOKENS`, and what is not shared runs row by row, so that nothing is padded.
+    """
+    if shared:
+        return packs(rows, module.dtype, module.device, most or PACK_TOKENS)
+    return padded(rows, module.device, most or 1)
+
+
 def row_tokens(row: Row, shared: bool) -> int:
     """Tokens of the smallest pass that a row fits into: its prompt is computed once, or once per continuation."""
     if shared:

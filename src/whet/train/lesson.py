@@ -64,9 +64,7 @@ def teach(
     """
     made, crew = run.store.artifact(name), team()
     if not (made / "done.json").exists():
-        session = run.session(system.model)
-        if not isinstance(session, TorchSession):
-            raise MethodError("training needs the weights", expected="a local model", found=system.model.base)
+        session = run.local(system.model, "training")
         checkpoint = run.home / "checkpoints" / name
         before = checkpoint.with_name(f"{run.previous}.stable") if run.previous else None
         # Another start for each adapter upon others: from the same one it would lie along what was learnt before.

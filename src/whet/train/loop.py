@@ -22,7 +22,7 @@ from whet.engine import Session, Spent
 from whet.engine.prefix import Row
 from whet.engine.torch import in_mode, using_tree
 from whet.errors import MethodError
-from whet.train.batches import Pack, pack_tokens, packs, padded, row_tokens, shares
+from whet.train.batches import Pack, batched, pack_tokens, row_tokens, shares
 from whet.train.losses import Loss
 from whet.train.team import Alone
 
@@ -382,7 +382,7 @@ def _step(
     shared = shares(module, rows)
     # Shards wait for one another in every pass: a process without rows makes as many as the others.
     some = mine or (rows[:1] if team.sharded else [])
-    made = packs(some, module.dtype, module.device, most) if shared and some else padded(some, module.device, most)
+    made = batched(module, some, shared and bool(some), most)
     count, own = loss.count(rows), len(made) if mine else 0
     total, tokens = torch.zeros((), dtype=torch.float64, device=module.device), 0
     passes = team.most(len(made)) if team.sharded else own

@@ -26,11 +26,9 @@ class Loss(Protocol):
 
     def __call__(self, logits: Tensor, pack: Pack) -> Tensor:
         """A scalar, summed over the pack; `logits` [P, vocabulary] are those of `pack.targets` [P]."""
-        ...
 
     def count(self, rows: Sequence[Row]) -> float:
         """What the sum over these rows is divided by."""
-        ...
 
 
 class PerTarget:

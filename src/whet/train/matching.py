@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whet.compress.structure import layers
+from whet.compress.structure import hooked, layers
 from whet.engine import Spent
 from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession, using_tree
@@ -81,12 +81,8 @@ class Match:
         module = self.teacher.module
         read = pack if self.ids is None else replace(pack, ids=self.ids[pack.ids])
         theirs, hooks = _watch(module, set(self.pairs))
-        try:
-            with using_tree(module, shared=pack.plan is not None), torch.no_grad():
-                _logits(module, read)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with hooked(hooks), using_tree(module, shared=pack.plan is not None), torch.no_grad():
+            _logits(module, read)
         self.live.spent += Spent(prefilled_tokens=pack.tokens)
         total, real = torch.zeros((), device=pack.ids.device), _real(pack)
         for number, other in enumerate(self.pairs):

@@ -15,7 +15,7 @@ from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession, using_tree
 from whet.errors import MethodError
 from whet.task import Example
-from whet.train.batches import PACK_TOKENS, Pack, packs, padded, shares
+from whet.train.batches import PACK_TOKENS, Pack, batched, shares
 from whet.train.loop import _logits
 from whet.train.losses import Loss, logprobs, per_sequence
 from whet.train.team import team
@@ -35,8 +35,7 @@ def passes(
         return
     module = session.module
     shared = shares(module, rows)
-    size = most or (PACK_TOKENS if shared else 1)
-    for pack in packs(rows, module.dtype, module.device, size) if shared else padded(rows, module.device, size):
+    for pack in batched(module, rows, shared, most):
         with using_tree(module, shared=shared), torch.inference_mode():
             logits = _logits(module, pack)
         session.spent += Spent(prefilled_tokens=pack.tokens)

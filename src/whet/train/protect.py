@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from whet.engine import attention
+from whet.compress.structure import hooked
 from whet.engine.prefix import Row
 from whet.engine.torch import using_tree
 from whet.errors import MethodError
 from whet.model import Transform, check_transform
-from whet.train.batches import packs, padded, steps
+from whet.train.batches import batched, shares, steps
 from whet.train.lesson import even, weight
 from whet.train.loop import Source, _logits
 from whet.train.losses import NextToken
@@ -72,15 +71,12 @@ def fisher(module: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
 
         out.register_hook(square)
 
-    loss, longest = NextToken(), max(len(row.prompt) + max(map(len, row.continuations)) for row in rows)
-    shared = attention.shares(module, longest)
-    with ExitStack() as stack:
-        for name, layer, *_ in lora_layers(module):
-            stack.callback(layer.register_forward_hook(partial(watch, name)).remove)
+    loss, shared = NextToken(), shares(module, rows)
+    with hooked([layer.register_forward_hook(partial(watch, name)) for name, layer, *_ in lora_layers(module)]):
         for row in rows:
             # A row is one pass: its gradient is to be squared as a whole.
             row = replace(row, facts=())
-            [pack] = packs([row], module.dtype, module.device) if shared else padded([row], module.device)
+            [pack] = batched(module, [row], shared)
             with using_tree(module, train=True, shared=shared):
                 loss(_logits(module, pack), pack).backward()
         module.zero_grad(set_to_none=True)
