@@ -22,7 +22,7 @@ from whet.feedback import Judged, paired
 from whet.memory import Known, as_task, at_hand, carried, for_task, known, made_up, remember
 from whet.methods import Run, lacking, make
 from whet.methods.continual import Continual, replayed_share
-from whet.methods.finetune import FineTune
+from whet.methods.finetune import Disputed, FineTune
 from whet.methods.rag import Rag
 from whet.metrics import get
 from whet.model import Transform
@@ -479,6 +479,18 @@ def test_suspects_and_bits_count_under_every_strategy(taught: Any, tmp_path: Pat
     assert bits == [16, 8] and [s["id"] for s in clean.notes["suspects"]] == [first.id]
     assert clean.notes["rows"] < plain.notes["rows"]
     assert type(Continual(clean=True, rank=4).alone) is FineTune and Continual(rank=4).alone == FineTune(rank=4)
+
+
+def test_beside_the_search_for_suspects_replay_trains_for_the_rest_of_the_budget(
+    taught: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = taught[2][1].split().learnable.train[0]
+    found = Disputed([Suspect(first.id, first.completion, "red", 0.9)])
+    found.tokens = 6000
+    monkeypatch.setattr(Continual, "suspects", lambda *_: found)
+    run = Run(Store(tmp_path), trained_tokens=12_000)
+    teach(taught, run, strategy="replay", share=0.5, clean=True)
+    assert 4800 < run.spent.trained_tokens <= 6600
 
 
 def test_packed_weights_are_not_merged(taught: Any, run: Run, monkeypatch: Any) -> None:

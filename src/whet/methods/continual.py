@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from whet.engine import Spent
 from whet.errors import MethodError
 from whet.methods import Need, Run
-from whet.methods.finetune import FineTune
+from whet.methods.finetune import Disputed, FineTune
 from whet.system import System
 from whet.task import Learnable
 
@@ -125,7 +125,11 @@ class Continual(FineTune):
         share = self.share or replayed_share(len(tasks))
         if self.strategy == "replay":
             plain = replace(self, batch=max(1, round((1 - share) * self.batch)))
-            run = replace(run, trained_tokens=round((1 - share) * allowed) if allowed is not None else None)
+            if allowed is not None:
+                # The lesson takes off what the search for suspects took: of what is left, a share goes to earlier rows.
+                searched = wrong.tokens if isinstance(wrong, Disputed) else 0
+                allowed = max(1, allowed - searched)
+                run = replace(run, trained_tokens=round((1 - share) * allowed) + searched)
         lesson = plain._lesson(system, data, run, live, wrong)
         strength = self.strength or STRENGTH.get(self.strategy, 0.0)
         if self.strategy == "orthogonal":
