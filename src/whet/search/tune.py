@@ -92,7 +92,8 @@ def search(
             continue
         arms = candidates(best, name)
         longer = max(getattr(arm, "epochs", 1.0) for arm in arms) / getattr(best, "epochs", 1.0)
-        if price(run.spent) + COST * longer * price(seen[best, RUNGS[-1]].spent) > most:
+        whole = sum((seen[best, share].spent for share in RUNGS if (best, share) in seen), Spent())
+        if price(run.spent) + COST * longer * price(whole) > most:
             break
         more = race(arms, system, data, run, say, seen)[1]
         # The best so far may have been behind early on, and stand in both lists.
