@@ -19,6 +19,7 @@ from whet.engine.torch import TorchSession
 from whet.errors import MethodError, TaskError
 from whet.feedback import Judged, Versus, agreement, collect, divide, pairs, thumbs, weighted
 from whet.methods import Method, Run
+from whet.methods.continual import Continual
 from whet.methods.dpo import DPO, ahead
 from whet.methods.kto import KTO
 from whet.methods.reward import Reward, fit, judged_by, render_pairs
@@ -367,9 +368,11 @@ def test_a_pair_that_two_people_judged_is_not_learnt_by_both_sides() -> None:
 
 
 def test_settings_of_what_has_no_validation_are_not_raced(system: System, home: Path) -> None:
-    for method in (Reward(), RL()):
-        with pytest.raises(MethodError, match="no validation"):
-            tune.race(tune.candidates(method), system, learnable(), run(home))
+    for method, name in ((Reward(), "reward"), (RL(), "rl"), (Continual(strategy="merge"), "continual.strategy=merge")):
+        for race in (lambda m: tune.race(tune.candidates(m), system, learnable(), run(home)),
+                     lambda m: tune.sample(m, 2, system, learnable(), run(home))):  # fmt: skip
+            with pytest.raises(MethodError, match=f"no validation .* found {name}"):
+                race(method)
 
 
 def test_an_update_whose_answers_win_less_is_refused(

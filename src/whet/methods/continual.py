@@ -71,6 +71,11 @@ class Continual(FineTune):
         if self.strategy not in BY_ROWS:  # the others know earlier tasks by the System's adapters, or not at all
             object.__setattr__(self, "needs", FineTune.needs)
 
+    @property
+    def validated(self) -> bool:
+        """Whether trainings can be compared by their validation loss: merge's is of what is not merged yet."""
+        return self.strategy != "merge"
+
     def space(self) -> Mapping[str, Sequence[Any]]:
         """The settings worth trying; not the strategy: each is validated on other rows."""
         shares = {"share": (0.0, 0.125, 1 / 3)} if self.strategy == "replay" else {}  # 0 is a quarter or more

@@ -216,7 +216,7 @@ def _comparable(method: Method) -> None:
     if not getattr(method, "validated", True):
         raise MethodError(
             f"{method.name} has no validation that settings could be raced by", expected="finetune, dpo, kto …",
-            found=method.name, do="set learning_rate, or leave --budget and --trials out",
+            found=Recipe((method,)).name, do="set learning_rate, or leave --budget and --trials out",
         )  # fmt: skip
 
 
