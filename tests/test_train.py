@@ -895,7 +895,7 @@ def test_all_processes_train_by_the_rate_of_the_first(
     folder = str(write_task(tmp_path / "toy", train=120, test=40))
     _, _, err = whet(capsys, "apply", "finetune", folder, "--system", model_folder, "--set", "learning_rate=0.001",
                      "--budget", "10m", "--out", str(tmp_path / "out"))  # fmt: skip
-    assert f"{600 * 777} tokens" in err
+    assert f"{600 * 777 * 85 // 100} tokens" in err  # the rest of the time goes to validations
 
 
 def test_of_several_processes_the_first_writes_and_prints(

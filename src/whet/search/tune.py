@@ -13,6 +13,7 @@ from whet.extras import package
 from whet.methods import Method, Run
 from whet.search import budget
 from whet.search.recipe import Recipe
+from whet.search.training import VALIDATED
 from whet.system import System
 from whet.task import Learnable
 
@@ -36,7 +37,7 @@ def timed(
     method: Method, system: System, data: Learnable, run: Run, limit: float, trials: int, settled: Container[str],
     say: Callable[[str], None],
 ) -> tuple[System, list[Arm]]:  # fmt: skip
-    """Race the settings of a method within `limit` seconds, by `trials` of a sampler where there are any.
+    """Race the settings of a method within `limit` seconds, validations included, by `trials` of a sampler if any.
 
     Returns the best System and all arms, best first.
     """
@@ -47,7 +48,7 @@ def timed(
     own, crew = budget.measure(system, run.session(system.model), run.store), team()
     # Every process measures its own rates; what is trained, and its name, must be the same in all.
     rates = budget.Rates(*(crew.sum(rate if crew.first else 0.0) for rate in astuple(own)))
-    run.trained_tokens = int(limit / cost * rates.train)
+    run.trained_tokens = int(limit / cost * (1 - VALIDATED) * rates.train)
     if trials:
         return sample(method, trials, system, data, run, say)
     return search(method, system, data, run, limit, rates.price, settled, say)
