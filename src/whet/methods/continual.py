@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from whet.memory import Known
     from whet.suspects import Suspect
     from whet.train.lesson import Lesson
+    from whet.train.loop import Curves
 
 STRATEGIES = ("replay", "sequential", "ewc", "orthogonal", "merge")
 BY_ROWS = ("replay", "ewc", "merge")  # what these keep, they know from rows of the earlier tasks
@@ -158,6 +159,9 @@ class Continual(FineTune):
             total = {layer: sum((part[layer] for part in parts[1:]), parts[0][layer]) for layer in parts[0]}
             return replace(lesson, settings=replace(
                 lesson.settings, penalty=protect.elastic(live.module, total, strength)))  # fmt: skip
+        after: Callable[[Curves], Mapping[str, Any]] = lesson.after
+        # Rows that are known already stand in every step: their losses say nothing of what more new rows would bring.
+        lesson = replace(lesson, after=lambda curves: {**after(curves), "twice_the_data": None})
         many = max(1, round(lesson.notes["batch"] * share / (1 - share)))
         taught = [weight(row) * len(row.continuations[0]) for n in range(4) for row in lesson.source(n)]
         lesson = replace(lesson, source=protect.mixed(lesson.source, earlier, many, run.seed, fmean(taught)))
