@@ -138,7 +138,7 @@ def improve(
         wish = Wish(models, seconds(budget), tuple(methods), recipe, seed, strict, self_contained)
         job = _prepare(loaded, wish, Path(out) if out else Path("runs") / loaded.name, watch, Store(home))
         _race(job)
-        finalist = limits.within(job, job.alone or _finalist(job))
+        finalist = limits.within(job, _finalist(job))
         return _finish(job, finalist, begun)
     finally:
         watch.close()
@@ -282,8 +282,14 @@ def _race(job: _Job) -> None:
 
 
 def _finalist(job: _Job) -> Trial | None:
-    """The best arm on all of select that keeps the earlier tasks; None where nothing beats the base there."""
+    """The best arm on all of select that keeps the earlier tasks; None where nothing beats the base there.
+
+    Without rows to select by it is the only candidate, if it keeps them.
+    """
     race = job.race
+    if job.alone is not None:
+        only = _keeping(job, job.alone)
+        return None if only.status == "refused" else only
     arms = [t for t in race.trials if t.card and t is not race.base and t.status != "refused"]
     most = max((t.examples for t in arms), default=0)  # all of select, unless the clock has stopped the race before
     for trial in sorted((t for t in arms if t.examples == most), key=race.merit, reverse=True):
