@@ -22,7 +22,7 @@ from whet.feedback import Judged, paired
 from whet.memory import Known, as_task, at_hand, carried, for_task, known, made_up, remember
 from whet.methods import Run, lacking, make
 from whet.methods.continual import Continual, replayed_share
-from whet.methods.finetune import FineTune
+from whet.methods.finetune import Disputed, FineTune
 from whet.methods.rag import Rag
 from whet.metrics import get
 from whet.model import Transform
@@ -38,6 +38,7 @@ from whet.task import Example, Learnable, Query, Task
 from whet.task import load as load_task
 from whet.train import lesson
 from whet.train.adapters import Adapter, adapted, add_lora
+from whet.train.fit import Doubling
 from whet.train.lesson import render_rows
 from whet.train.loop import _step
 from whet.train.losses import NextToken
@@ -479,6 +480,30 @@ def test_suspects_and_bits_count_under_every_strategy(taught: Any, tmp_path: Pat
     assert bits == [16, 8] and [s["id"] for s in clean.notes["suspects"]] == [first.id]
     assert clean.notes["rows"] < plain.notes["rows"]
     assert type(Continual(clean=True, rank=4).alone) is FineTune and Continual(rank=4).alone == FineTune(rank=4)
+
+
+def test_steps_of_known_rows_do_not_tell_what_more_data_would_bring(
+    taught: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("whet.train.fit.twice_the_data", lambda *_: Doubling(8, 1.0, 0.5, 0.4, 0.6))
+    found = {}
+    for strategy in ("sequential", "replay"):
+        run = Run(Store(tmp_path))
+        teach(taught, run, strategy=strategy, epochs=0.1)
+        found[strategy] = run.notes["twice_the_data"]
+    assert found["sequential"]["twice"] == 0.5 and found["replay"] is None
+
+
+def test_beside_the_search_for_suspects_replay_trains_for_the_rest_of_the_budget(
+    taught: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = taught[2][1].split().learnable.train[0]
+    found = Disputed([Suspect(first.id, first.completion, "red", 0.9)])
+    found.tokens = 6000
+    monkeypatch.setattr(Continual, "suspects", lambda *_: found)
+    run = Run(Store(tmp_path), trained_tokens=12_000)
+    teach(taught, run, strategy="replay", share=0.5, clean=True)
+    assert 4800 < run.spent.trained_tokens <= 6600
 
 
 def test_packed_weights_are_not_merged(taught: Any, run: Run, monkeypatch: Any) -> None:

@@ -32,6 +32,7 @@ from whet.metrics import Outcome, get
 from whet.model import ModelRef, Transform, resolve
 from whet.progress import Silent
 from whet.report import verdict
+from whet.retention import Lost
 from whet.scorecard import Scorecard, alike
 from whet.search import Wish, base_system, limits, race, training
 from whet.search.arms import cheap_arms, neighbours, prompting_recipes
@@ -306,6 +307,13 @@ def test_without_rows_to_select_by_a_training_is_bounded_or_named(
     assert 0 < made.result["trials"][0]["spent"]["trained_tokens"] < 12_000
     made = improve(folder, out=tmp_path / "b", **settings)  # type: ignore[arg-type]
     assert any(d["method"] == "finetune" and "no rows to select by" in d["why"] for d in made.result["left_out"])
+    # The only candidate must keep the earlier tasks, too.
+    lost = Lost("older", 40, 0.9, 0.5, 40.0, 30.0, 50.0, 1.0, 48.0, 9.0, False)
+    monkeypatch.setattr("whet.search.forgetting", lambda *_: (lost,))
+    made = improve(folder, recipe="finetune", out=tmp_path / "c", **settings)  # type: ignore[arg-type]
+    [trial] = made.result["trials"]
+    assert (trial["status"], trial["forgetting"], made.result["chosen"]["name"]) == ("refused", 40.0, "base")
+    assert "older" in trial["why"] and made.result["confirm"]["candidate"] is None
 
 
 def test_tasks_with_parts_missing(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from whet.engine import Spent
 from whet.errors import MethodError
 from whet.methods import Need, Run
-from whet.methods.finetune import FineTune
+from whet.methods.finetune import Disputed, FineTune
 from whet.system import System
 from whet.task import Learnable
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from whet.memory import Known
     from whet.suspects import Suspect
     from whet.train.lesson import Lesson
+    from whet.train.loop import Curves
 
 STRATEGIES = ("replay", "sequential", "ewc", "orthogonal", "merge")
 BY_ROWS = ("replay", "ewc", "merge")  # what these keep, they know from rows of the earlier tasks
@@ -71,10 +72,15 @@ class Continual(FineTune):
         if self.strategy not in BY_ROWS:  # the others know earlier tasks by the System's adapters, or not at all
             object.__setattr__(self, "needs", FineTune.needs)
 
+    @property
+    def validated(self) -> bool:
+        """Whether trainings can be compared by their validation loss: merge's is of what is not merged yet."""
+        return self.strategy != "merge"
+
     def space(self) -> Mapping[str, Sequence[Any]]:
         """The settings worth trying; not the strategy: each is validated on other rows."""
         shares = {"share": (0.0, 0.125, 1 / 3)} if self.strategy == "replay" else {}  # 0 is a quarter or more
-        return {**shares, "learning_rate": (3e-4, 1e-3)}
+        return {**shares, "learning_rate": super().space()["learning_rate"][:2]}
 
     def apply(self, system: System, data: Learnable, run: Run) -> System:
         """The System taught the new task; raises MethodError where there is nothing that could be forgotten.
@@ -125,7 +131,11 @@ class Continual(FineTune):
         share = self.share or replayed_share(len(tasks))
         if self.strategy == "replay":
             plain = replace(self, batch=max(1, round((1 - share) * self.batch)))
-            run = replace(run, trained_tokens=round((1 - share) * allowed) if allowed is not None else None)
+            if allowed is not None:
+                # The lesson takes off what the search for suspects took: of what is left, a share goes to earlier rows.
+                searched = wrong.tokens if isinstance(wrong, Disputed) else 0
+                allowed = max(1, allowed - searched)
+                run = replace(run, trained_tokens=round((1 - share) * allowed) + searched)
         lesson = plain._lesson(system, data, run, live, wrong)
         strength = self.strength or STRENGTH.get(self.strategy, 0.0)
         if self.strategy == "orthogonal":
@@ -149,6 +159,9 @@ class Continual(FineTune):
             total = {layer: sum((part[layer] for part in parts[1:]), parts[0][layer]) for layer in parts[0]}
             return replace(lesson, settings=replace(
                 lesson.settings, penalty=protect.elastic(live.module, total, strength)))  # fmt: skip
+        after: Callable[[Curves], Mapping[str, Any]] = lesson.after
+        # Rows that are known already stand in every step: their losses say nothing of what more new rows would bring.
+        lesson = replace(lesson, after=lambda curves: {**after(curves), "twice_the_data": None})
         many = max(1, round(lesson.notes["batch"] * share / (1 - share)))
         taught = [weight(row) * len(row.continuations[0]) for n in range(4) for row in lesson.source(n)]
         lesson = replace(lesson, source=protect.mixed(lesson.source, earlier, many, run.seed, fmean(taught)))

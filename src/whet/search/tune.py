@@ -13,6 +13,7 @@ from whet.extras import package
 from whet.methods import Method, Run
 from whet.search import budget
 from whet.search.recipe import Recipe
+from whet.search.training import VALIDATED
 from whet.system import System
 from whet.task import Learnable
 
@@ -36,7 +37,7 @@ def timed(
     method: Method, system: System, data: Learnable, run: Run, limit: float, trials: int, settled: Container[str],
     say: Callable[[str], None],
 ) -> tuple[System, list[Arm]]:  # fmt: skip
-    """Race the settings of a method within `limit` seconds, by `trials` of a sampler where there are any.
+    """Race the settings of a method within `limit` seconds, validations included, by `trials` of a sampler if any.
 
     Returns the best System and all arms, best first.
     """
@@ -47,16 +48,23 @@ def timed(
     own, crew = budget.measure(system, run.session(system.model), run.store), team()
     # Every process measures its own rates; what is trained, and its name, must be the same in all.
     rates = budget.Rates(*(crew.sum(rate if crew.first else 0.0) for rate in astuple(own)))
-    run.trained_tokens = int(limit / cost * rates.train)
+    run.trained_tokens = int(limit / cost * (1 - VALIDATED) * rates.train)
     if trials:
         return sample(method, trials, system, data, run, say)
     return search(method, system, data, run, limit, rates.price, settled, say)
 
 
 def candidates(method: Method, name: str = "learning_rate") -> list[Method]:
-    """The method with each of the values of one setting that are worth trying; its own comes first."""
-    own = getattr(method, name)
-    values = [own, *(v for v in method.space().get(name, ()) if v != own)]
+    """The method with each of the values of one setting that are worth trying; its own comes first.
+
+    A default that is not worth trying here (a learning rate, by the kind of adapter) makes way for the middle one of
+    those that are; 0, which leaves the choice to the method, does not.
+    """
+    own, worth = getattr(method, name), method.space().get(name, ())
+    default = next(f.default for f in fields(method) if f.name == name)  # type: ignore[arg-type]
+    if own and own == default and worth and own not in worth:
+        own = worth[len(worth) // 2]
+    values = [own, *(v for v in worth if v != own)]
     return [replace(method, **{name: value}) for value in values]  # type: ignore[type-var]
 
 
@@ -92,7 +100,8 @@ def search(
             continue
         arms = candidates(best, name)
         longer = max(getattr(arm, "epochs", 1.0) for arm in arms) / getattr(best, "epochs", 1.0)
-        if price(run.spent) + COST * longer * price(seen[best, RUNGS[-1]].spent) > most:
+        whole = sum((seen[best, share].spent for share in RUNGS if (best, share) in seen), Spent())
+        if price(run.spent) + COST * longer * price(whole) > most:
             break
         more = race(arms, system, data, run, say, seen)[1]
         # The best so far may have been behind early on, and stand in both lists.
@@ -215,7 +224,7 @@ def _comparable(method: Method) -> None:
     if not getattr(method, "validated", True):
         raise MethodError(
             f"{method.name} has no validation that settings could be raced by", expected="finetune, dpo, kto …",
-            found=method.name, do="set learning_rate, or leave --budget and --trials out",
+            found=Recipe((method,)).name, do="set learning_rate, or leave --budget and --trials out",
         )  # fmt: skip
 
 

@@ -154,7 +154,8 @@ def _paying(run: Run, live: TorchSession, beats: Sequence[Beat]) -> Iterator[Non
         yield
     except MethodError:
         if beats:
-            run.spent += Spent(training_seconds=beats[-1].seconds, trained_tokens=beats[-1].tokens)
+            tokens, seconds = beats[-1].before
+            run.spent += Spent(training_seconds=beats[-1].seconds - seconds, trained_tokens=beats[-1].tokens - tokens)
         run.spent += live.spent
         raise
 

@@ -82,7 +82,11 @@ def validations(steps: int) -> int:
 
 @dataclass(frozen=True)
 class Curves:
-    """Both curves as (tokens trained, loss), and which validation was kept."""
+    """Both curves as (tokens trained, loss), and which validation was kept.
+
+    `tokens` and `seconds` are what this training took, a killed one that it resumed included, a shorter one that it
+    went on from (`since`) not: the curves have that, too.
+    """
 
     train: tuple[tuple[int, float], ...]
     validation: tuple[tuple[int, float], ...]
@@ -94,7 +98,10 @@ class Curves:
 
 @dataclass(frozen=True)
 class Beat:
-    """One step, as progress is told; `share` of the machine's peak is 0 where the peak is unknown."""
+    """One step, as progress is told; `share` of the machine's peak is 0 where the peak is unknown.
+
+    Of `tokens` and `seconds` so many were `before`: taken by a shorter training that this one went on from.
+    """
 
     step: int
     steps: int
@@ -103,6 +110,7 @@ class Beat:
     tokens: int
     seconds: float
     share: float = 0.0
+    before: tuple[int, float] = (0, 0.0)
 
 
 class Masters:
@@ -143,6 +151,8 @@ class _State:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    tokens_before: int = 0  # of those, what a shorter training that this one goes on from took, and was charged for
+    seconds_before: float = 0.0
     best_at: int = 0
     kept: int = 0  # the step that the best weights are of
     train: list[tuple[int, float]] = field(default_factory=list)
@@ -218,7 +228,8 @@ def train(
             state.seconds = before + time.monotonic() - begun
             if beat:
                 share = state.tokens * per_token / state.seconds / (settings.peak * team.size) if settings.peak else 0.0
-                beat(Beat(state.step, schedule.steps, value, rate, state.tokens, state.seconds, share))
+                past = state.tokens_before, state.seconds_before
+                beat(Beat(state.step, schedule.steps, value, rate, state.tokens, state.seconds, share, past))
             if validate and state.step in due:
                 state.checks.append((state.tokens, validate()))
                 if state.checks[-1][1] <= min(c for _, c in state.checks):
@@ -235,7 +246,10 @@ def train(
     if failed is not None:
         saved = rescue() if rescue and state.kept else None
         raise _diverged(state.step, failed, schedule.learning_rate, saved)
-    return Curves(tuple(state.train), tuple(state.checks), state.best_at, state.step, state.tokens, state.seconds)
+    return Curves(
+        tuple(state.train), tuple(state.checks), state.best_at, state.step, state.tokens - state.tokens_before,
+        state.seconds - state.seconds_before,
+    )  # fmt: skip
 
 
 def _update(masters: Masters, optimizer: torch.optim.Optimizer, rate: float, clip: float, team: Alone) -> None:
@@ -521,5 +535,6 @@ def _resume(
     masters.give_weights()
     if continuing:
         state.checks, state.best_at, state.kept = [], 0, 0
+        state.tokens_before, state.seconds_before = state.tokens, state.seconds
         return masters.snapshot()
     return [_like(p, tensors[f"best.{i}"]) for i, p in enumerate(masters.live)]
