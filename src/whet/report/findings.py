@@ -7,6 +7,7 @@ from typing import Any
 
 from whet.report import view
 from whet.report.view import Record, line, number, record, records, sequence
+from whet.rows import short_line
 
 WORST = 3  # layers, rows or items that are named
 LONGEST = 160  # characters of a word that a note holds
@@ -84,7 +85,7 @@ def _plain(key: str, value: Any) -> str:
 def _short(value: Any) -> str:
     """A figure, a word, or a few of them; empty for what is none of these, for nothing and for no."""
     if isinstance(value, str):
-        return view.short(value, LONGEST)
+        return short_line(value, LONGEST)
     if isinstance(value, bool):
         return "yes" if value else ""
     found = number(value)
