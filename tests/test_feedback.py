@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,13 +27,13 @@ from whet.methods.reward import Reward, fit, judged_by, render_pairs
 from whet.methods.rl import RL, ByMetric, _price, advantages, spread
 from whet.metrics import Outcome
 from whet.model import resolve
-from whet.search import tune
+from whet.search import _preferred, tune
 from whet.store import Store
 from whet.system import Decoding, System
 from whet.task import Example, Learnable
 from whet.train.batches import steps
 from whet.train.policy import Policy
-from whet.update import update
+from whet.update import told, update
 
 THINGS = ("lamp", "kettle", "chair", "radio", "table", "clock", "carpet", "mirror", "heater", "camera")
 
@@ -352,6 +353,21 @@ def test_a_win_rate_is_scored_with_judge_and_base_in_its_protocol(system: System
     assert found.prefers is not None and found.prefers[0] == sum(a.mean > b.mean for a, b in scored) / 4
 
 
+def test_beside_a_win_rate_stands_how_often_its_judge_is_right(system: System) -> None:
+    rows = [Example(str(n), f"what about the {t}?", "yes yes", rejected="no") for n, t in enumerate(THINGS[:4])]
+    rows += [Example("none", "and that?", "yes")]
+    card = scorecard.evaluate(system, rows, Versus(Longest(), system, system.session))
+    job: Any = SimpleNamespace(notes=[], splits=SimpleNamespace(confirm=rows), run=run(system.home),
+                               wish=SimpleNamespace(seed=0))  # fmt: skip
+    right, low, high = _preferred(job, card, system, Longest())["agreement"]
+    assert right == high == 1 and 0.5 < low < 0.52  # four of four, by Wilson
+    assert job.notes[-1] == f"the judge is right on 100.0 % [{100 * low:.1f}, 100.0] of 4 pairs that people judged"
+    job.splits.confirm = rows = [replace(e, completion="no", rejected="yes yes") for e in rows[:4]]
+    assert _preferred(job, card, system, Longest())["agreement"][0] == 0 and "says little" in job.notes[-1]
+    job.splits.confirm = [replace(e, rejected=None) for e in rows]
+    assert _preferred(job, card, system, Longest())["agreement"] is None and "not known" in job.notes[-1]
+
+
 def test_sealed_pairs_longer_than_the_window_are_compared(system: System) -> None:
     rows = [Example("1", "tell me " * 400, "a film " * 400, rejected="great"), Example("2", "p", "x", rejected="great")]
     found = feedback.prefers(system, rows, system.session)
@@ -398,6 +414,10 @@ def test_an_update_whose_answers_win_less_is_refused(
     changed = {"epochs": 6.0, "batch": 4, "rank": 4, "learning_rate": 2e-2}
     made = update(system, loaded, run(system.home), changed, file)
     assert made.after.score < 0.5 and "win rate fell from 50.0" in made.refused
+    # It is of one mind about "yes" and "no", and that is told, with a warning.
+    assert made.agreement is not None and made.record()["agreement"] == list(made.agreement.accuracy) == [0.5] * 3
+    [said] = [line for line in told(made) if "judge" in line]
+    assert "right on 50.0 % [50.0, 50.0] of 10 pairs" in said and said.endswith("a win rate by it says little")
 
 
 # --- methods ----------------------------------------------------------------------------------------------------------

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 UP, DOWN = ("true", "1", "up", "yes", "good"), ("false", "0", "down", "no", "bad")
 JUDGING = 1 / 3  # of the pairs are set aside for the judge that reports the win rate
+TRUSTED = 0.7  # accuracy below which a win rate by a judge says little
+UNCHECKED = "how often the judge is right is not known: no held-out row is a pair"
 
 
 @dataclass(frozen=True)
@@ -309,6 +311,13 @@ class Agreement:
     ece: float
     judge: str
 
+    def __str__(self) -> str:
+        """The accuracy in words, with a warning where it is too low."""
+        said = "the judge is right on {:.1f} % [{:.1f}, {:.1f}] of {} pairs that people judged".format(
+            *(100 * one for one in self.accuracy), self.n
+        )
+        return said if self.accuracy[0] >= TRUSTED else f"{said}: a win rate by it says little"
+
 
 def paired(rows: Sequence[Judged]) -> tuple[tuple[Judged, ...], tuple[Judged, ...]]:
     """The pairs that judgements make, and the judgements that go into none."""
@@ -334,6 +343,13 @@ def agreement(judge: Judge, rows: Sequence[Judged], seed: int = 0) -> Agreement:
     ece = sum(abs(float((right - sure)[bins == b].sum())) for b in range(5)) / len(found)
     groups = [r.group or r.prompt for r in found]
     return Agreement(len(found), _mean(right, groups, seed), _mean((1 - chance) ** 2, groups, seed), ece, judge.name)
+
+
+def agreed(judge: Judge, rows: Sequence[Example], seed: int = 0) -> Agreement | None:
+    """How far a judge agrees with those of a task's rows that are pairs; None where none is."""
+    found = [Judged(e.id, e.prompt, e.completion, e.rejected, group=e.group, history=e.history) for e in rows
+             if e.completion and e.rejected is not None]  # fmt: skip
+    return agreement(judge, found, seed) if found else None
 
 
 def _mean(values: Iterable[float], groups: Sequence[str | None], seed: int) -> tuple[float, float, float]:

@@ -9,8 +9,8 @@ from typing import Any
 
 from whet import stats
 from whet.errors import MethodError
+from whet.feedback import UNCHECKED, Agreement, Versus, agreed, paired, weighted, words
 from whet.feedback import load as load_feedback
-from whet.feedback import paired, weighted, words
 from whet.memory import Known, as_task, at_hand, carried, known, remember
 from whet.methods import Method, Run, make
 from whet.methods.calibrate import Calibrate
@@ -35,6 +35,7 @@ class Update:
     `paired` compares after with before on the task's held-out rows; `length` is words per answer, before and after;
     `drift` the KL divergence from before, in nats per token, and `from_base` that from the model before all updates;
     None where no held-out row has an answer to take it from. `stream`: all updates of the System so far.
+    `agreement`: how far the judge of a win rate agrees with the held-out pairs; None without any.
     `dropped` are rows and judgements that leak, as (id, why); `unused` the judgements that dpo finds no pair for.
     `refused` says why it should not be used; empty: it may.
     """
@@ -49,6 +50,7 @@ class Update:
     drift: float | None
     from_base: float | None
     stream: Stream
+    agreement: Agreement | None
     dropped: tuple[tuple[str, str], ...]
     unused: tuple[str, ...]
     refused: str
@@ -61,17 +63,20 @@ class Update:
             "before": self.before.score, "after": self.after.score, **asdict(self.paired),
             "earlier": [asdict(one) for one in self.lost], "unmeasured": list(self.unmeasured),
             "length": list(self.length), "drift": self.drift, "from_base": self.from_base,
-            "stream": asdict(self.stream), "refused": self.refused,
+            "stream": asdict(self.stream), "agreement": self.agreement and list(self.agreement.accuracy),
+            "refused": self.refused,
             "dropped": [{"id": name, "why": why} for name, why in self.dropped], "unused": list(self.unused),
             "recipe": self.system.card["recipe"], "notes": dict(self.notes),
         }  # fmt: skip
 
 
 def told(made: Update) -> list[str]:
-    """Drift, and the matrix of all updates with its figures, as lines."""
+    """Drift, how often the judge of a win rate is right, and the matrix of all updates with its figures, as lines."""
     lines = ["drift not measured: no answers"]
     if made.drift is not None:
         lines = [f"drift {made.drift:.3f} nats a token, {made.from_base:.3f} from the base"]
+    if made.before.metric == "win_rate":
+        lines.append(str(made.agreement or UNCHECKED))
     found, width = made.stream, max(9, *map(len, made.stream.tasks)) + 2
     if found.backward is None or found.forgetting is None:
         return lines
@@ -188,7 +193,9 @@ def update(
     return Update(
         replace(after, card=card), *cards, compared, lost,
         tuple(one.name for one in tasks if not one.held and one.name not in named), length, moved,
-        _from_base(start, after, splits, run, moved), updates, splits.dropped, unused, "; ".join(why),
+        _from_base(start, after, splits, run, moved), updates,
+        agreed(metric.judge, rows, run.seed) if isinstance(metric, Versus) else None,
+        splits.dropped, unused, "; ".join(why),
         {k: v for k, v in run.notes.items() if k != "curves"},
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ from whet import task as tasks
 from whet.encoder import Encoder
 from whet.engine import Session, Spent
 from whet.errors import MethodError, TaskError, WhetError
-from whet.feedback import Versus, controlled, preference
+from whet.feedback import UNCHECKED, Judge, Versus, agreed, controlled, preference
 from whet.memory import Known, known
 from whet.methods import Run, names, table
 from whet.methods.reward import metric_of
@@ -350,7 +350,7 @@ def _confirm(job: _Job, finalist: Trial | None) -> tuple[dict[str, Any] | None, 
         cards[name] = alike(cards[name], cards["base"], job.metric, job.wish.seed)
     body = _confirmed(job, cards, single) | {"candidate": finalist.name if finalist else None}
     if isinstance(job.metric, Versus) and finalist:
-        body["feedback"] = _preferred(job, cards["chosen"], finalist.system, job.metric.judge.name)
+        body["feedback"] = _preferred(job, cards["chosen"], finalist.system, job.metric.judge)
     return body, cards, sum((c.spent for c in cards.values()), Spent())
 
 
@@ -379,8 +379,9 @@ def _confirmed(job: _Job, cards: dict[str, Scorecard], single: Trial | None) -> 
     return body
 
 
-def _preferred(job: _Job, card: Scorecard, system: System, judge: str) -> dict[str, Any]:
-    """What stands beside a win rate: that at equal length, and how often the System prefers the chosen side of pairs.
+def _preferred(job: _Job, card: Scorecard, system: System, judge: Judge) -> dict[str, Any]:
+    """What stands beside a win rate: that at equal length, how often the System prefers the chosen side of pairs, and
+    how often its judge does (`agreement`).
 
     Each figure has its 95 % interval; None where no sealed row is a pair.
     """
@@ -388,7 +389,9 @@ def _preferred(job: _Job, card: Scorecard, system: System, judge: str) -> dict[s
     job.notes.append("win rate at equal length {:.1f} % [{:.1f}, {:.1f}]; a judge may like long answers for their "
                      "length".format(*(100 * one for one in even)))  # fmt: skip
     chosen = preference(system, job.splits.confirm, job.run.session(system.model), job.wish.seed)
-    return {"controlled": even, "prefers": chosen, "judge": judge}
+    checked = agreed(judge, job.splits.confirm, job.wish.seed)
+    job.notes.append(str(checked) if checked else UNCHECKED)
+    return {"controlled": even, "prefers": chosen, "agreement": checked and checked.accuracy, "judge": judge.name}
 
 
 def _run_baselines(job: _Job, handed: Scorecard | None) -> list[dict[str, Any]]:
