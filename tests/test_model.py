@@ -107,6 +107,25 @@ def test_a_folder_written_aside_is_whole_or_absent(tmp_path: Path) -> None:
     assert hash_files([*(tmp_path / "made").iterdir()]) == seen
 
 
+def test_of_two_processes_that_write_a_folder_at_once_the_first_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.replace
+
+    def late(source: Path, target: Path) -> None:
+        target.mkdir()  # between the look and the renaming
+        (target / "file").write_text("first")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", late)
+    with aside(tmp_path / "made") as work:
+        (work / "file").write_text("second")
+    assert (tmp_path / "made" / "file").read_text() == "first" and [p.name for p in tmp_path.iterdir()] == ["made"]
+    monkeypatch.setattr(os, "replace", lambda *_: rename(tmp_path / "none", tmp_path / "other"))
+    with pytest.raises(FileNotFoundError), aside(tmp_path / "other"):
+        pass
+
+
 def test_folders_are_open_to_whom_new_ones_are(tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     with aside(tmp_path / "kept"):

@@ -89,7 +89,10 @@ def hash_files(paths: list[Path]) -> str:
 
 @contextmanager
 def aside(folder: Path) -> Iterator[Path]:
-    """Write a folder aside and rename it into place, so that it is whole or absent; an existing one is kept."""
+    """Write a folder aside and rename it into place, so that it is whole or absent; an existing one is kept.
+
+    So is one that another process, of the same training or beside it, puts there at the same moment.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     work = place / "new"  # within: what mkdtemp makes is for its owner's eyes alone
@@ -97,7 +100,11 @@ def aside(folder: Path) -> Iterator[Path]:
         work.mkdir()
         yield work
         if not folder.exists():
-            os.replace(work, folder)
+            try:
+                os.replace(work, folder)
+            except OSError:
+                if not folder.exists():
+                    raise
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
