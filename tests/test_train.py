@@ -30,6 +30,8 @@ from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession
 from whet.errors import MethodError, ModelError
 from whet.methods import Run
+from whet.methods.continual import Continual
+from whet.methods.distill import Distill
 from whet.methods.finetune import FineTune
 from whet.search import tune
 from whet.search.budget import Rates
@@ -1294,6 +1296,17 @@ class Few(FineTune):
 
     def space(self) -> dict[str, Any]:
         return {"learning_rate": (1e-3, 1e-2), "rank": (2, 4)}
+
+
+def test_every_kind_of_adapter_gets_as_many_learning_rates() -> None:
+    def rates(method: Any) -> list[float]:
+        return [arm.learning_rate for arm in tune.candidates(method)]  # type: ignore[attr-defined]
+
+    assert rates(FineTune()) == rates(FineTune(adapter="dora")) == [1e-3, 3e-4, 2e-3]
+    assert rates(FineTune(adapter="full")) == pytest.approx([1e-4, 3e-5, 2e-4])
+    assert rates(FineTune(adapter="full", learning_rate=5e-5)) == pytest.approx([5e-5, 3e-5, 1e-4, 2e-4])
+    assert rates(Continual(adapter="full")) == pytest.approx([1e-4, 3e-5])
+    assert rates(Distill()) == [0.0, 1e-4, 6e-4]  # 0 leaves it to the model's size
 
 
 def test_learning_rates_are_raced(system: System, data: Learnable, home: Path) -> None:

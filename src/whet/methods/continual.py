@@ -80,7 +80,7 @@ class Continual(FineTune):
     def space(self) -> Mapping[str, Sequence[Any]]:
         """The settings worth trying; not the strategy: each is validated on other rows."""
         shares = {"share": (0.0, 0.125, 1 / 3)} if self.strategy == "replay" else {}  # 0 is a quarter or more
-        return {**shares, "learning_rate": (3e-4, 1e-3)}
+        return {**shares, "learning_rate": super().space()["learning_rate"][:2]}
 
     def apply(self, system: System, data: Learnable, run: Run) -> System:
         """The System taught the new task; raises MethodError where there is nothing that could be forgotten.
