@@ -359,10 +359,11 @@ def test_beside_a_win_rate_stands_how_often_its_judge_is_right(system: System) -
     card = scorecard.evaluate(system, rows, Versus(Longest(), system, system.session))
     job: Any = SimpleNamespace(notes=[], splits=SimpleNamespace(confirm=rows), run=run(system.home),
                                wish=SimpleNamespace(seed=0))  # fmt: skip
-    assert _preferred(job, card, system, Longest())["agreement"] == (1, 1, 1)
-    assert job.notes[-1] == "the judge is right on 100.0 % [100.0, 100.0] of 4 pairs that people judged"
+    right, low, high = _preferred(job, card, system, Longest())["agreement"]
+    assert right == high == 1 and 0.5 < low < 0.52  # four of four, by Wilson
+    assert job.notes[-1] == f"the judge is right on 100.0 % [{100 * low:.1f}, 100.0] of 4 pairs that people judged"
     job.splits.confirm = rows = [replace(e, completion="no", rejected="yes yes") for e in rows[:4]]
-    assert _preferred(job, card, system, Longest())["agreement"] == (0, 0, 0) and "says little" in job.notes[-1]
+    assert _preferred(job, card, system, Longest())["agreement"][0] == 0 and "says little" in job.notes[-1]
     job.splits.confirm = [replace(e, rejected=None) for e in rows]
     assert _preferred(job, card, system, Longest())["agreement"] is None and "not known" in job.notes[-1]
 
