@@ -435,6 +435,21 @@ def test_words_without_spaces_are_found(home: Path) -> None:
     assert len(index.search(["a"], 2)[0]) == 2 and index.search(["a"], 2, "words") == [[]]
 
 
+@needs_embedder
+def test_words_are_weighed_as_anserini_does(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from whet import baselines, retrieval
+
+    texts = ["red lamp", "red red kettle lamp glass", "kettle glass", "blue glass red red red steel cup"]
+    pieces = [Passage(str(n), "", text, "x", 0) for n, text in enumerate(texts)]
+    index = Index(home / "a" / build(pieces, home / "a", embed.Embedder(home)), embed.Embedder(home))
+    for question in ("red kettle", "glass lamp"):
+        [(words, _)] = index.candidates([question], 9)
+        [wanted] = baselines.bm25(texts, [question], k1=0.9, b=0.4)
+        assert [words.get(n, 0.0) for n in range(4)] == pytest.approx(wanted.tolist(), rel=1e-5)
+    monkeypatch.setattr(retrieval, "K1", 1.5)
+    assert retrieval.identity(pieces) != index.name  # an index of other weights is another
+
+
 def test_vowel_signs_are_part_of_words() -> None:
     from whet import retrieval
 

@@ -43,6 +43,7 @@ WORD = rf"[\w{MARKS}]{{2,}}"
 MIXES = ("both", "ranks", "words", "meaning")
 Key = TypeVar("Key", int, str)
 DEPTH = 100  # passages of each ranking that are merged
+K1, B = 0.9, 0.4  # of BM25: Anserini's defaults (Yang et al. 2017)
 RANK_CONSTANT = 60  # of reciprocal rank fusion (Cormack et al. 2009)
 BATCH = 64  # questions whose similarities are held at once
 EXACT = 50_000  # passages up to which vectors are compared one by one; beyond, through FAISS's inverted lists
@@ -61,7 +62,7 @@ class Found:
 
 def identity(pieces: Sequence[Passage]) -> str:
     """What a generation is named by: its passages, and how words and meanings are told from them."""
-    body = json.dumps([mark(), "snowball, bigrams, marks", [asdict(p) for p in pieces]], sort_keys=True)
+    body = json.dumps([mark(), f"snowball, bigrams, marks, k1 {K1}, b {B}", [asdict(p) for p in pieces]], sort_keys=True)
     return hashlib.sha256(body.encode()).hexdigest()
 
 
@@ -90,7 +91,7 @@ def build(pieces: Sequence[Passage], folder: Path, embedder: Embedder, before: I
         np.save(work / "dense.npy", vectors, allow_pickle=False)
         stems = _stems(texts)
         if any(stems.ids):
-            ranker = package("bm25s", "rag").BM25(method="lucene")
+            ranker = package("bm25s", "rag").BM25(method="lucene", k1=K1, b=B)
             ranker.index(stems, show_progress=False)
             ranker.save(str(work / "words"))
         lines = [json.dumps(asdict(p), ensure_ascii=False).encode() + b"\n" for p in pieces]
