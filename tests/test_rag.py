@@ -776,6 +776,47 @@ def test_what_holds_an_answer() -> None:
     assert reading.cited("six weeks!", [kettle, lamp]) == (kettle, lamp) and reading.cited("ten", [kettle]) == ()
 
 
+def test_an_answer_of_two_documents_needs_both() -> None:
+    row = Example("1", "q", "Six weeks", evidence=(("lamp", 1.0), ("kettle", 1.0)))
+    kettle, lamp, cup = found_in(kettle="every six weeks.", lamp="see the kettle", cup="after six weeks")
+    [early], [late] = found_in(kettle="no word of it"), found_in(lamp="the lamp again")
+    found = [cup, early, lamp, kettle, late]
+    assert reading.needed(found, row) == [kettle, lamp]  # what says it first, then the best of the other
+    assert reading.astray(found, row) == [cup] and not reading.astray([kettle, lamp], row)
+    assert reading.needed(found, replace(row, evidence=())) == [cup]
+    assert reading.astray([early, kettle], replace(row, evidence=(("kettle", 1.0),))) == [early]  # one manual, say
+    said = replace(row, completion="No.")
+    assert reading.holding(found, said) == [early, lamp, kettle, late] and reading.needed(found, said) == [lamp, early]
+    assert not reading.holding(found, replace(said, evidence=()))  # `no` stands anywhere
+
+
+@needs_embedder
+def test_two_documents_of_evidence_are_shown_together(home: Path, tmp_path: Path) -> None:
+    texts = {"d0": "Hoosick had 6,924 inhabitants.", "d1": "Route 67 ends in Hoosick.", "d2": "Route 66 ends in Troy.",
+             "d3": "Route 9 begins in Albany."}  # fmt: skip
+    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"id": k, "text": v}) for k, v in texts.items()))
+    data = Learnable("toy", "", "token_f1", documents=tmp_path / "d.jsonl")
+    made = Rag(k=2).apply(System(resolve("fake:hash"), home=home), data, Run(Store(home)))
+    row = Example("1", "How many live where Route 67 ends?", "6,924", evidence=(("d0", 1.0), ("d1", 1.0)))
+    shown = made.found([row.query])
+    assert {f.passage.document for f in shown[0]} == {"d1", "d2"}  # d0 is missed
+    seen: list[list[set[str]]] = []
+    for absent in (0.0, 1.0):
+        seen.append([{f.passage.document for f in here} for here in reading.taught(made, [row], shown, absent, 0)])
+    assert seen == [[{"d0", "d1"}], [{"d2", "d3"}]]
+
+    class Watched(System):
+        """Keeps what it is shown."""
+
+        def _generate(self, examples: Any, session: Any, progress: Any, found: Any, blind: bool) -> Any:
+            seen.append([{p.passage.document for p in f} for f in found])
+            return [Answer("x", passages=tuple(f)) for f in found]
+
+    watched = Watched(**{f.name: getattr(made, f.name) for f in fields(made)})
+    reading.measure(watched, [row], metrics.get("exact_match"), made.session)
+    assert seen[3:] == [[{"d0", "d1"}], [{"d2", "d3"}]]
+
+
 @needs_embedder
 def test_training_rows_are_shown_the_passage_and_distractors(data: Learnable, home: Path) -> None:
     made = Rag(k=1).apply(System(resolve("fake:hash"), home=home), data, Run(Store(home)))
