@@ -469,6 +469,56 @@ def test_a_long_document_leaves_room_for_others_in_a_ranking(home: Path) -> None
     assert [p.start for p in index.of(["A", "gone"])["A"]] == [*range(150)] and [*index.of(["gone", "B"])] == ["B"]
 
 
+HOPS = {"Route 67": "Route 67 is a state highway. It ends in Hoosick, near Troy.",
+        "Hoosick": "A town of 6,924 inhabitants.", "Route 66 (song)": "A song on a state highway.",
+        "Route 65": "A state highway that ends in Albany.", "Albany (town)": "A place of many people."}  # fmt: skip
+
+
+@needs_embedder
+def test_what_the_best_passages_name_comes_up(home: Path) -> None:
+    def index(texts: dict[str, str], more: int = 0) -> Index:
+        rows = [*texts.items(), *(("Hoosick", f"Nothing {n}") for n in range(more))]
+        pieces = [p for n, (k, v) in enumerate(rows) for p in passages(Document(str(n), k, v, "x"))]
+        return Index(home / "a" / build(pieces, home / "a", embed.Embedder(home)), embed.Embedder(home))
+
+    def places(made: Index, scores: dict[int, float]) -> list[float]:
+        return [round(made.hopped(scores)[n], 6) for n in sorted(scores)]
+
+    made, scores = index(HOPS), {0: 2.0, 1: 0.5, 2: 1.0, 3: 1.5, 4: 0.7}
+    assert places(made, scores) == [2.0, 0.9, 1.0, 1.5, 1.0]  # the town of the best gains 0.4, that of the second 0.3
+    assert places(made, {**scores, 3: 0.9})[4] == 0.7  # only the two best name
+    assert places(made, {0: 2.0, 2: 1.0}) == [2.0, 1.0]  # what is no candidate stays away
+    asked = "What is the population of where Route 67 ends?"
+    before = [f.passage.name for f in _blind(made).search([asked], 5)[0]]
+    after = [f.passage.name for f in made.search([asked], 5)[0]]
+    assert after.index("Hoosick") < before.index("Hoosick") and after[0] == before[0] == "Route 67"
+    assert made.rank([asked], 5) == _blind(made).rank([asked], 5)
+    assert places(index(HOPS, 2), scores)[1] == 0.9 and places(index(HOPS, 3), scores)[1] == 0.5  # four say nothing
+    headed = index({**HOPS, "Hoosick": "# Facts\nA town.\n# People\n6,924 inhabitants."})
+    assert headed[1].title == "Hoosick / Facts" and places(headed, {0: 2.0, 1: 0.4, 2: 0.5}) == [2.0, 0.4, 0.9]
+    assert places(_blind(made), scores) == [scores[n] for n in range(5)]  # an index of before
+
+
+def _blind(made: Index) -> Index:
+    """The same index, its titles unknown."""
+    blind = Index(made.folder, made.embedder)
+    blind.__dict__["_named"] = None
+    return blind
+
+
+def test_names_stand_whole() -> None:
+    from whet.retrieval import called, names
+
+    for text, name in (("in Hoosick.", "Hoosick"), ("(C++ and C#)", "C++"), ("서울특별시에서는 산다", "서울특별시"),
+                       ("住在北京大学城里", "北京大学"), ("Hoosicks and Hoosick", "Hoosick")):  # fmt: skip
+        assert names(text, name)
+    for text, name in (("in Hoosickville", "Hoosick"), ("in hoosick", "Hoosick"), ("서울특별시청", "서울특별시"),
+                       ("NewYork", "York"), ("तमिलनाडुी", "तमिलनाडु"), ("", "York")):  # fmt: skip
+        assert not names(text, name)
+    given = [("1", "Heat (1995 film)"), ("a/my_notes.txt", "my notes"), ("b.md", "Kettle"), ("York", "York")]
+    assert [called(passages(Document(d, t, "Text.", "x"))[0]) for d, t in given] == ["Heat", "", "Kettle", "York"]
+
+
 @needs_embedder
 def test_evidence_that_names_no_document_is_told(data: Learnable, home: Path) -> None:
     run, base = Run(Store(home)), System(resolve("fake:hash"), home=home)

@@ -8,19 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from whet.documents import PARTICLE
 from whet.engine import Session
 from whet.metrics import Metric, references, score_all, squad, stands
-from whet.retrieval import Found
+from whet.retrieval import BEHIND, Found
 from whet.retrieval import Source as Documents
-from whet.splits import UNSPACED
 from whet.task import Example
 
 if TYPE_CHECKING:
     from whet.system import System
 
 DEEP = 50  # passages of a question among which the one that holds the answer is looked for
-PARTICLES = re.compile(f"{PARTICLE}?(?![^\\W{UNSPACED}])")  # what may stand behind a Korean word
 POLAR = ("yes", "no")  # answers whose words stand anywhere, whatever is asked
 # How answers begin that only say that there is none, as `squad` writes them.
 DECLINES = re.compile("|".join((
@@ -47,7 +44,7 @@ def says(text: str, answer: str) -> bool:
     A Korean word may have a particle; words of scripts without spaces begin and end anywhere.
     """
     wanted = squad(answer)
-    return bool(wanted) and stands(squad(text), wanted, PARTICLES)
+    return bool(wanted) and stands(squad(text), wanted, BEHIND)
 
 
 def _evidence(example: Example) -> list[str]:
