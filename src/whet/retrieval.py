@@ -17,10 +17,11 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from whet.documents import HANGUL, MARKS, PARTICLE, PIECE, Document, Passage, passages
@@ -70,7 +71,7 @@ class Found:
 def identity(pieces: Sequence[Passage]) -> str:
     """What a generation is named by: its passages, and how words and meanings are told from them."""
     how = f"snowball, bigrams, marks, k1 {K1}, b {B}, names"
-    body = json.dumps([mark(), how, [asdict(p) for p in pieces]], sort_keys=True)
+    body = json.dumps([mark(), how, [vars(p) for p in pieces]], sort_keys=True)
     return hashlib.sha256(body.encode()).hexdigest()
 
 
@@ -82,17 +83,20 @@ def shown(passage: Passage) -> str:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def build(pieces: Sequence[Passage], folder: Path, embedder: Embedder, before: Index | None = None) -> str:
+def build(
+    pieces: Sequence[Passage], folder: Path, embedder: Embedder, known: Vectors | None = None,
+    places: Mapping[str, int] = MappingProxyType({}),
+) -> str:
     """Give a corpus a generation over these passages and make it current; returns its name.
 
-    Vectors of texts that the generation `before` holds are taken from there; only the others are embedded.
+    The vector of a text that has a place in those `known` is taken from there; only the others are embedded.
     """
     import numpy as np
 
     name = identity(pieces)
     with aside(folder / name) as work:
         texts = [shown(p) for p in pieces]
-        vectors = _vectors(texts, embedder, before)
+        vectors = _vectors(texts, embedder, known, places)
         if len(pieces) > EXACT:
             _into_lists(vectors, work / "near.faiss")
             vectors = vectors.astype(np.float16)
@@ -102,7 +106,7 @@ def build(pieces: Sequence[Passage], folder: Path, embedder: Embedder, before: I
             ranker = package("bm25s", "rag").BM25(method="lucene", k1=K1, b=B)
             ranker.index(stems, show_progress=False)
             ranker.save(str(work / "words"))
-        lines = [json.dumps(asdict(p), ensure_ascii=False).encode() + b"\n" for p in pieces]
+        lines = [json.dumps(vars(p), ensure_ascii=False).encode() + b"\n" for p in pieces]
         (work / "passages.jsonl").write_bytes(b"".join(lines))
         np.save(work / "named.npy", np.array(_nameable(pieces), bool), allow_pickle=False)
         np.save(work / "lines.npy", np.cumsum([0, *map(len, lines)], dtype=np.int64), allow_pickle=False)
@@ -113,16 +117,15 @@ def build(pieces: Sequence[Passage], folder: Path, embedder: Embedder, before: I
     return name
 
 
-def _vectors(texts: Sequence[str], embedder: Embedder, before: Index | None) -> Vectors:
+def _vectors(texts: Sequence[str], embedder: Embedder, known: Vectors | None, places: Mapping[str, int]) -> Vectors:
     import numpy as np
 
-    old = {shown(p): n for n, p in enumerate(before)} if before else {}
-    new = [t for t in dict.fromkeys(texts) if t not in old]
+    new = [t for t in dict.fromkeys(texts) if t not in places]
     made = np.asarray(embedder(new), np.float32)
     at = {text: n for n, text in enumerate(new)}
     result = np.empty((len(texts), made.shape[1]), np.float32)
     for n, text in enumerate(texts):
-        result[n] = before.dense[old[text]] if before and text in old else made[at[text]]
+        result[n] = made[at[text]] if known is None or text not in places else known[places[text]]
     return result
 
 
@@ -202,20 +205,20 @@ def change(
     """
     with _alone(folder):
         before = opened(folder, current(folder), home)
+        held = list(before)  # read once
         new, gone = list(put), set(drop)
-        here = {p.document for p in before}
-        if unknown := sorted(gone - here):
+        if unknown := sorted(gone - {p.document for p in held}):
             raise ArtifactError("no such document", expected="ids of documents", found=", ".join(unknown[:5]),
                                 do="see `whet documents SYSTEM`")  # fmt: skip
         gone |= {d.id for d in new}
-        pieces = [p for p in before if p.document not in gone]
+        pieces = [p for p in held if p.document not in gone]
         pieces += [p for d in new for p in passages(d, words)]
-        had = {shown(p) for p in before}
-        name = build(pieces, folder, Embedder(home), before)
+        places = {shown(p): n for n, p in enumerate(held)}
+        name = build(pieces, folder, Embedder(home), before.dense, places)
         for old in folder.iterdir():  # one generation back stays: who reads it still may
             if old.is_dir() and old.name not in (name, before.name):
                 shutil.rmtree(old, ignore_errors=True)
-        return name, len({shown(p) for p in pieces} - had)
+        return name, len({shown(p) for p in pieces} - places.keys())
 
 
 @contextmanager
