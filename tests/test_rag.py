@@ -435,6 +435,21 @@ def test_words_without_spaces_are_found(home: Path) -> None:
     assert len(index.search(["a"], 2)[0]) == 2 and index.search(["a"], 2, "words") == [[]]
 
 
+@needs_embedder
+def test_words_are_weighed_as_anserini_does(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from whet import baselines, retrieval
+
+    texts = ["red lamp", "red red kettle lamp glass", "kettle glass", "blue glass red red red steel cup"]
+    pieces = [Passage(str(n), "", text, "x", 0) for n, text in enumerate(texts)]
+    index = Index(home / "a" / build(pieces, home / "a", embed.Embedder(home)), embed.Embedder(home))
+    for question in ("red kettle", "glass lamp"):
+        [(words, _)] = index.candidates([question], 9)
+        [wanted] = baselines.bm25(texts, [question], k1=0.9, b=0.4)
+        assert [words.get(n, 0.0) for n in range(4)] == pytest.approx(wanted.tolist(), rel=1e-5)
+    monkeypatch.setattr(retrieval, "K1", 1.5)
+    assert retrieval.identity(pieces) != index.name  # an index of other weights is another
+
+
 def test_vowel_signs_are_part_of_words() -> None:
     from whet import retrieval
 
@@ -452,6 +467,50 @@ def test_a_long_document_leaves_room_for_others_in_a_ranking(home: Path) -> None
         assert found[0] == "A" and set(found) == set("ABCDEFGHIJ") and other[0] == "B", mix
     assert index.rank(["xyzzy"], 10, "words") == [[]] and len(index.rank(["kettle"], 99)[0]) == 10
     assert [p.start for p in index.of(["A", "gone"])["A"]] == [*range(150)] and [*index.of(["gone", "B"])] == ["B"]
+
+
+HOPS = {"Route 67": "Route 67 is a state highway. It ends in Hoosick, near Troy.",
+        "Hoosick": "A town of 6,924 inhabitants.", "Route 66 (song)": "A song on a state highway.",
+        "Route 65": "A state highway that ends in Albany.", "Albany (town)": "A place of many people."}  # fmt: skip
+
+
+@needs_embedder
+def test_what_the_best_passages_name_comes_up(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def index(texts: dict[str, str], more: int = 0) -> Index:
+        rows = [*texts.items(), *(("Hoosick", f"Nothing {n}") for n in range(more))]
+        pieces = [p for n, (k, v) in enumerate(rows) for p in passages(Document(str(n), k, v, "x"))]
+        return Index(home / "a" / build(pieces, home / "a", embed.Embedder(home)), embed.Embedder(home))
+
+    def places(made: Index, scores: dict[int, float]) -> list[float]:
+        return [round(made.hopped(scores)[n], 6) for n in sorted(scores)]
+
+    made, scores = index(HOPS), {0: 2.0, 1: 0.5, 2: 1.0, 3: 1.5, 4: 0.7}
+    assert places(made, scores) == [2.0, 0.9, 1.0, 1.5, 1.0]  # the town of the best gains 0.4, that of the second 0.3
+    assert places(made, {**scores, 3: 0.9})[4] == 0.7  # only the two best name
+    assert places(made, {0: 2.0, 2: 1.0}) == [2.0, 1.0]  # what is no candidate stays away
+    with monkeypatch.context() as fixed:
+        words = {0: 2.0, 1: 0.9, 2: 1.0, 3: 1.5, 4: 0.7}
+        fixed.setattr(Index, "candidates", lambda *_: iter([(words, dict.fromkeys(words, 0.5))]))
+        assert [f.passage.document for f in made.search(["q"], 3, "words")[0]] == ["0", "3", "1"]
+        assert made.rank(["q"], 3, "words") == [["0", "3", "2"]]  # a ranking stays as it is
+    assert places(index(HOPS, 2), scores)[1] == 0.9 and places(index(HOPS, 3), scores)[1] == 0.5  # four say nothing
+    headed = index({**HOPS, "Hoosick": "# Facts\nA town.\n# People\n6,924 inhabitants."})
+    assert headed[1].title == "Hoosick / Facts" and places(headed, {0: 2.0, 1: 0.4, 2: 0.5}) == [2.0, 0.4, 0.9]
+    made.__dict__["_named"] = None  # an index of before
+    assert places(made, scores) == [scores[n] for n in range(5)]
+
+
+def test_names_stand_whole() -> None:
+    from whet.retrieval import called, names
+
+    for text, name in (("in Hoosick.", "Hoosick"), ("(C++ and C#)", "C++"), ("서울특별시에서는 산다", "서울특별시"),
+                       ("住在北京大学城里", "北京大学"), ("Hoosicks and Hoosick", "Hoosick")):  # fmt: skip
+        assert names(text, name)
+    for text, name in (("in Hoosickville", "Hoosick"), ("in hoosick", "Hoosick"), ("서울특별시청", "서울특별시"),
+                       ("NewYork", "York"), ("तमिलनाडुी", "तमिलनाडु"), ("", "York")):  # fmt: skip
+        assert not names(text, name)
+    given = [("1", "Heat (1995 film)"), ("a/my_notes.txt", "my notes"), ("b.md", "Kettle"), ("York", "York")]
+    assert [called(passages(Document(d, t, "Text.", "x"))[0]) for d, t in given] == ["Heat", "", "Kettle", "York"]
 
 
 @needs_embedder
@@ -759,6 +818,47 @@ def test_what_holds_an_answer() -> None:
     for text, part in (("5.2 litres", "5"), ("version 2.10", "10"), ("at -5", "5"), ("no 1/2", "2"), ("2010-12", "12")):
         assert not reading.says(text, part) and reading.says(f"{text}, or {part}.", part)
     assert reading.cited("six weeks!", [kettle, lamp]) == (kettle, lamp) and reading.cited("ten", [kettle]) == ()
+
+
+def test_an_answer_of_two_documents_needs_both() -> None:
+    row = Example("1", "q", "Six weeks", evidence=(("lamp", 1.0), ("kettle", 1.0)))
+    kettle, lamp, cup = found_in(kettle="every six weeks.", lamp="see the kettle", cup="after six weeks")
+    [early], [late] = found_in(kettle="no word of it"), found_in(lamp="the lamp again")
+    found = [cup, early, lamp, kettle, late]
+    assert reading.needed(found, row) == [kettle, lamp]  # what says it first, then the best of the other
+    assert reading.astray(found, row) == [cup] and not reading.astray([kettle, lamp], row)
+    assert reading.needed(found, replace(row, evidence=())) == [cup]
+    assert reading.astray([early, kettle], replace(row, evidence=(("kettle", 1.0),))) == [early]  # one manual, say
+    said = replace(row, completion="No.")
+    assert reading.holding(found, said) == [early, lamp, kettle, late] and reading.needed(found, said) == [lamp, early]
+    assert not reading.holding(found, replace(said, evidence=()))  # `no` stands anywhere
+
+
+@needs_embedder
+def test_two_documents_of_evidence_are_shown_together(home: Path, tmp_path: Path) -> None:
+    texts = {"d0": "Hoosick had 6,924 inhabitants.", "d1": "Route 67 ends in Hoosick.", "d2": "Route 66 ends in Troy.",
+             "d3": "Route 9 begins in Albany."}  # fmt: skip
+    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"id": k, "text": v}) for k, v in texts.items()))
+    data = Learnable("toy", "", "token_f1", documents=tmp_path / "d.jsonl")
+    made = Rag(k=2).apply(System(resolve("fake:hash"), home=home), data, Run(Store(home)))
+    row = Example("1", "How many live where Route 67 ends?", "6,924", evidence=(("d0", 1.0), ("d1", 1.0)))
+    shown = made.found([row.query])
+    assert {f.passage.document for f in shown[0]} == {"d1", "d2"}  # d0 is missed
+    seen: list[list[set[str]]] = []
+    for absent in (0.0, 1.0):
+        seen.append([{f.passage.document for f in here} for here in reading.taught(made, [row], shown, absent, 0)])
+    assert seen == [[{"d0", "d1"}], [{"d2", "d3"}]]
+
+    class Watched(System):
+        """Keeps what it is shown."""
+
+        def _generate(self, examples: Any, session: Any, progress: Any, found: Any, blind: bool) -> Any:
+            seen.append([{p.passage.document for p in f} for f in found])
+            return [Answer("x", passages=tuple(f)) for f in found]
+
+    watched = Watched(**{f.name: getattr(made, f.name) for f in fields(made)})
+    reading.measure(watched, [row], metrics.get("exact_match"), made.session)
+    assert seen[3:] == [[{"d0", "d1"}], [{"d2", "d3"}]]
 
 
 @needs_embedder

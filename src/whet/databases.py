@@ -284,7 +284,7 @@ class Qdrant(Database):
             models.PointStruct(
                 id=_uuid(f"{p.document}\0{p.start}\0{p.text}"),
                 vector={"meaning": [float(x) for x in v], "words": self._sparse(shown(p))},
-                payload=dict(zip(FIELDS, asdict(p).values(), strict=True)),
+                payload=dict(zip(FIELDS, (p.document, p.title, p.text, p.where, p.start), strict=True)),
             )
             for p, v in rows
         ]

@@ -12,7 +12,7 @@ import time
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,18 @@ class Document:
 
 @dataclass(frozen=True)
 class Passage:
-    """A piece of a document: at most 200 words of one section. `start` is its first word's number in the document."""
+    """A piece of a document: at most 200 words of one section. `start` is its first word's number in the document.
+
+    `title` is the document's with the headings of the section; `name` the document's alone, empty where it has none of
+    its own.
+    """
 
     document: str
     title: str
     text: str
     where: str
     start: int
+    name: str = field(default="", compare=False)
 
 
 def load(
@@ -391,7 +396,7 @@ def passages(document: Document, words: int = WORDS, overlap: int | None = None)
     overlap = min(OVERLAP, words // 4) if overlap is None else overlap
     most = min(2 * words, PIECES * max(words, WORDS) // WORDS)
     made: list[Passage] = []
-    at = 0  # words of the document before the sentence at hand
+    at, name = 0, _own(document)  # words of the document before the sentence at hand
     for headings, text in _sections(document.text):
         title = " / ".join(dict.fromkeys(part for part in (document.title, *headings) if part))
         room = most - min(most // 2, _pieces([title]))
@@ -400,12 +405,18 @@ def passages(document: Document, words: int = WORDS, overlap: int | None = None)
         for sentence in [*_sentences(text, words, room), []]:
             full = len(here) + len(sentence) > words or _pieces(here) + _pieces(sentence) > room
             if len(here) > repeated and (not sentence or full):
-                made.append(Passage(document.id, title, " ".join(here), document.where, start))
+                made.append(Passage(document.id, title, " ".join(here), document.where, start, name))
                 here = _tail(here, min(overlap, words - len(sentence)), min(2 * overlap, room - _pieces(sentence)))
                 start, repeated = at - len(here), len(here)
             here = here + sentence
             at += len(sentence)
     return made
+
+
+def _own(document: Document) -> str:
+    """A document's title; empty where it is only the name of its file."""
+    file, title = Path(document.id), " ".join(document.title.split())
+    return "" if file.suffix.lower() in READERS and title == " ".join(file.stem.replace("_", " ").split()) else title
 
 
 def _marked(text: str) -> Iterator[tuple[int, str]]:

@@ -8,19 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from whet.documents import PARTICLE
 from whet.engine import Session
 from whet.metrics import Metric, references, score_all, squad, stands
-from whet.retrieval import Found
+from whet.retrieval import BEHIND, Found
 from whet.retrieval import Source as Documents
-from whet.splits import UNSPACED
 from whet.task import Example
 
 if TYPE_CHECKING:
     from whet.system import System
 
 DEEP = 50  # passages of a question among which the one that holds the answer is looked for
-PARTICLES = re.compile(f"{PARTICLE}?(?![^\\W{UNSPACED}])")  # what may stand behind a Korean word
+POLAR = ("yes", "no")  # answers whose words stand anywhere, whatever is asked
 # How answers begin that only say that there is none, as `squad` writes them.
 DECLINES = re.compile("|".join((
     r"(?:unknown|unanswerable|unbekannt|inconnue?|desconocid[oa]|不明|未知|모름|정답 없음)?$",
@@ -46,7 +44,7 @@ def says(text: str, answer: str) -> bool:
     A Korean word may have a particle; words of scripts without spaces begin and end anywhere.
     """
     wanted = squad(answer)
-    return bool(wanted) and stands(squad(text), wanted, PARTICLES)
+    return bool(wanted) and stands(squad(text), wanted, BEHIND)
 
 
 def _evidence(example: Example) -> list[str]:
@@ -68,6 +66,12 @@ def _around(system: System, examples: Sequence[Example], shown: Sequence[Sequenc
     return made
 
 
+def _saying(found: Sequence[Found], example: Example) -> list[Found]:
+    """The passages that say an answer word for word; none says a yes or a no, whose words prove nothing."""
+    answers = [a for a in references(example) if squad(a) not in POLAR]
+    return [f for f in found if any(says(f.passage.text, a) for a in answers)]
+
+
 def holding(found: Sequence[Found], example: Example) -> list[Found]:
     """The passages that hold what the example asks for: of a document of its evidence, and saying an answer.
 
@@ -75,8 +79,30 @@ def holding(found: Sequence[Found], example: Example) -> list[Found]:
     """
     ids = _evidence(example)
     named = [f for f in found if not ids or f.passage.document in ids]
-    said = [f for f in named if any(says(f.passage.text, a) for a in references(example))]
-    return said or (named if ids else [])
+    return _saying(named, example) or (named if ids else [])
+
+
+def needed(found: Sequence[Found], example: Example) -> list[Found]:
+    """The passages, in this order, that an answer is read from: of each document of the evidence, the best.
+
+    The best is the first that says an answer, else the first; those that say one come first. Without evidence, it is
+    the first of all that says one.
+    """
+    if not (ids := _evidence(example)):
+        return holding(found, example)[:1]
+    of = [[f for f in found if f.passage.document == name] for name in dict.fromkeys(ids)]
+    said = [_saying(some, example) for some in of]
+    return [s[0] for s in said if s] + [o[0] for o, s in zip(of, said, strict=True) if o and not s]
+
+
+def astray(found: Sequence[Found], example: Example) -> list[Found]:
+    """The passages that an answer is not read from: of documents that are no evidence.
+
+    Where the one document that is evidence is all there is, or no evidence is named: those that do not hold the answer.
+    """
+    ids, right = _evidence(example), holding(found, example)
+    others = [f for f in found if f.passage.document not in ids and f not in right]
+    return others if others or len(ids) > 1 else [f for f in found if f not in right]
 
 
 def cited(answer: str, shown: Sequence[Found]) -> tuple[Found, ...]:
@@ -94,27 +120,24 @@ def citations(answer: str, shown: Sequence[Found]) -> list[dict[str, Any]]:
 def taught(
     system: System, examples: Sequence[Example], shown: Sequence[Sequence[Found]], absent: float, seed: int
 ) -> list[list[Found]]:
-    """What training rows are shown (RAFT, Zhang et al. 2024): the passage that holds the answer, among distractors.
+    """What training rows are shown (RAFT, Zhang et al. 2024): the passages that hold the answer, among distractors.
 
-    Where retrieval missed it, it stands in front and the last one goes; a row that is shown nothing is shown it alone.
-    From a share `absent` of the rows it is taken out, and the next best stands there. Rows whose answer no passage
-    holds keep what was found; so do those of a closed set that name no evidence, as a label's word says nothing about a
-    passage.
+    That is one of each document of the evidence. What retrieval missed of them stands in front, and the last of the
+    others go; a row that is shown nothing is shown the first alone. From a share `absent` of the rows all of the
+    evidence is taken out, and the next best stand there. Rows whose answer no passage holds keep what was found; so do
+    those of a closed set that name no evidence, as a label's word says nothing about a passage.
     """
     made = []
     for example, here, more in zip(examples, shown, _around(system, examples, shown), strict=True):
+        most = max(1, len(here))
         if system.decoding.closed and not example.evidence:
             made.append(list(here))
-            continue
-        right = holding(more, example)
-        if random.Random(f"{seed}/{example.id}").random() < absent:
-            wrong = [f for f in more if f not in right and f not in here]
-            kept = [f for f in here if f not in right]
-            made.append([*kept, *wrong[: max(1, len(here)) - len(kept)]])
-        elif right and not any(f in right for f in here):
-            made.append([right[0], *here[:-1]])  # of what a short window does not hold, the last goes first
+        elif random.Random(f"{seed}/{example.id}").random() < absent:
+            made.append(astray(more, example)[:most])
         else:
-            made.append(list(here))
+            right = needed(more, example)[:most]
+            kept = [f for f in here if f not in right][: most - len(right)]  # the last go first
+            made.append([f for f in right if f not in here] + [f for f in here if f in right or f in kept])
     return made
 
 
@@ -123,7 +146,8 @@ class Reading:
     """Scores in percent, measured apart; None where no row is of that kind.
 
     `recall`: rows whose answer stands in what they were shown. `found` and `missed`: the score of those rows and of
-    the others. `oracle`: shown the right passage alone; `distracted`: shown as many as ever, none of them right.
+    the others. `oracle`: shown the right passages alone, one of each document of the evidence, as many as ever at most;
+    `distracted`: shown as many as ever, none of a document of the evidence.
     `faithful`: answers that stand in what was shown; `declined`: answers that are empty or say that it is not known.
     """
 
@@ -138,7 +162,7 @@ class Reading:
 
 
 def measure(system: System, examples: Sequence[Example], metric: Metric, session: Session) -> Reading:
-    """Read the same questions with the passages found, with the right one alone, and with wrong ones only."""
+    """Read the same questions with the passages found, with the right ones alone, and with wrong ones only."""
     given = system.answers(examples, session)
     answers, shown = [a.text for a in given], [a.passages for a in given]
     deep = _around(system, examples, shown)
@@ -154,8 +178,10 @@ def measure(system: System, examples: Sequence[Example], metric: Metric, session
 
     known = [n for n, good in enumerate(right) if good]
     asked = [examples[n] for n in known]
-    oracle = system.answers(asked, session, found=[right[n][:1] for n in known]) if asked else []
-    wrong = [[f for f in deep[n] if f not in right[n]][: max(1, len(shown[n]))] for n in known]
+    most = [max(1, len(here)) for here in shown]
+    alone = [needed(deep[n], examples[n])[: most[n]] for n in known]
+    oracle = system.answers(asked, session, found=alone) if asked else []
+    wrong = [astray(deep[n], examples[n])[: most[n]] for n in known]
     distracted = system.answers(asked, session, found=wrong) if asked else []
     return Reading(
         len(examples), 100 * sum(hit) / len(hit), part(True), part(False),

@@ -14,15 +14,17 @@ import re
 import shutil
 import unicodedata
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from whet.documents import HANGUL, MARKS, PIECE, Document, Passage, passages
+from whet.documents import HANGUL, MARKS, PARTICLE, PIECE, Document, Passage, passages
 from whet.embed import PACKAGE, Embedder, mark
 from whet.errors import ArtifactError, MethodError
 from whet.extras import package
@@ -41,13 +43,20 @@ if TYPE_CHECKING:
 RUN = re.compile(f"[{UNSPACED}{HANGUL}]{{2,}}")
 WORD = rf"[\w{MARKS}]{{2,}}"
 MIXES = ("both", "ranks", "words", "meaning")
+# A character within a word that spaces set off, and what may follow such a word: a Korean one may have two particles.
+INSIDE = re.compile(rf"[^\W{UNSPACED}]|[{MARKS}]")
+BEHIND = re.compile(f"{PARTICLE}{{0,2}}(?!{INSIDE.pattern})")
 Key = TypeVar("Key", int, str)
 DEPTH = 100  # passages of each ranking that are merged
+K1, B = 0.9, 0.4  # of BM25: Anserini's defaults (Yang et al. 2017)
 RANK_CONSTANT = 60  # of reciprocal rank fusion (Cormack et al. 2009)
 BATCH = 64  # questions whose similarities are held at once
 EXACT = 50_000  # passages up to which vectors are compared one by one; beyond, through FAISS's inverted lists
 COMPARED = 8  # questions that are compared with all of so many passages at once: 12 bytes for each pair
 NEAR_ENOUGH = 0.98  # share of the true ten nearest that the lists must give on a sample
+NAMING, HOP = 2, 0.2  # best passages whose text may name other documents; the share of their score that those gain
+SHORTEST, CARRIERS = 4, 3  # characters of a title that names, at least; documents that carry it, at most
+SUFFIX = re.compile(r"\s*\([^()]*\)$")  # what tells titles apart that are the same: (film), (1954)
 RERANKED = 20  # passages that a cross-encoder reads for each question, at least
 
 
@@ -61,7 +70,8 @@ class Found:
 
 def identity(pieces: Sequence[Passage]) -> str:
     """What a generation is named by: its passages, and how words and meanings are told from them."""
-    body = json.dumps([mark(), "snowball, bigrams, marks", [asdict(p) for p in pieces]], sort_keys=True)
+    how = f"snowball, bigrams, marks, k1 {K1}, b {B}, names"
+    body = json.dumps([mark(), how, [vars(p) for p in pieces]], sort_keys=True)
     return hashlib.sha256(body.encode()).hexdigest()
 
 
@@ -73,28 +83,32 @@ def shown(passage: Passage) -> str:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def build(pieces: Sequence[Passage], folder: Path, embedder: Embedder, before: Index | None = None) -> str:
+def build(
+    pieces: Sequence[Passage], folder: Path, embedder: Embedder, known: Vectors | None = None,
+    places: Mapping[str, int] = MappingProxyType({}),
+) -> str:
     """Give a corpus a generation over these passages and make it current; returns its name.
 
-    Vectors of texts that the generation `before` holds are taken from there; only the others are embedded.
+    The vector of a text that has a place in those `known` is taken from there; only the others are embedded.
     """
     import numpy as np
 
     name = identity(pieces)
     with aside(folder / name) as work:
         texts = [shown(p) for p in pieces]
-        vectors = _vectors(texts, embedder, before)
+        vectors = _vectors(texts, embedder, known, places)
         if len(pieces) > EXACT:
             _into_lists(vectors, work / "near.faiss")
             vectors = vectors.astype(np.float16)
         np.save(work / "dense.npy", vectors, allow_pickle=False)
         stems = _stems(texts)
         if any(stems.ids):
-            ranker = package("bm25s", "rag").BM25(method="lucene")
+            ranker = package("bm25s", "rag").BM25(method="lucene", k1=K1, b=B)
             ranker.index(stems, show_progress=False)
             ranker.save(str(work / "words"))
-        lines = [json.dumps(asdict(p), ensure_ascii=False).encode() + b"\n" for p in pieces]
+        lines = [json.dumps(vars(p), ensure_ascii=False).encode() + b"\n" for p in pieces]
         (work / "passages.jsonl").write_bytes(b"".join(lines))
+        np.save(work / "named.npy", np.array(_nameable(pieces), bool), allow_pickle=False)
         np.save(work / "lines.npy", np.cumsum([0, *map(len, lines)], dtype=np.int64), allow_pickle=False)
         files = {str(p.relative_to(work)): _hash(p) for p in sorted(work.rglob("*")) if p.is_file()}
         body = {"embedder": mark(), "passages": len(pieces), "files": files}
@@ -103,16 +117,15 @@ def build(pieces: Sequence[Passage], folder: Path, embedder: Embedder, before: I
     return name
 
 
-def _vectors(texts: Sequence[str], embedder: Embedder, before: Index | None) -> Vectors:
+def _vectors(texts: Sequence[str], embedder: Embedder, known: Vectors | None, places: Mapping[str, int]) -> Vectors:
     import numpy as np
 
-    old = {shown(p): n for n, p in enumerate(before)} if before else {}
-    new = [t for t in dict.fromkeys(texts) if t not in old]
+    new = [t for t in dict.fromkeys(texts) if t not in places]
     made = np.asarray(embedder(new), np.float32)
     at = {text: n for n, text in enumerate(new)}
     result = np.empty((len(texts), made.shape[1]), np.float32)
     for n, text in enumerate(texts):
-        result[n] = before.dense[old[text]] if before and text in old else made[at[text]]
+        result[n] = made[at[text]] if known is None or text not in places else known[places[text]]
     return result
 
 
@@ -128,6 +141,26 @@ def paired(text: str) -> str:
     """A text in NFC and, behind it, each pair of neighbouring characters where words are not told apart by spaces."""
     text = unicodedata.normalize("NFC", text)
     return " ".join([text, *(run[n : n + 2] for run in RUN.findall(text) for n in range(len(run) - 1))])
+
+
+def called(passage: Passage) -> str:
+    """What a passage's document is called in the text of others: its title without a suffix in brackets."""
+    return SUFFIX.sub("", passage.name)
+
+
+def names(text: str, name: str) -> bool:
+    """Whether a name stands in a text word for word, its case as it is; a Korean one may have particles."""
+    if name not in text:
+        return False
+    found = (f.span() for f in re.finditer(re.escape(name), text))
+    return any(BEHIND.match(text, end) and not (begin and INSIDE.match(text, begin - 1)) for begin, end in found)
+
+
+def _nameable(pieces: Sequence[Passage]) -> list[bool]:
+    """Of each passage whether its document's name says which document is meant."""
+    known = {p.document: called(p) for p in pieces}
+    carriers = Counter(known.values())
+    return [len(n := known[p.document]) >= SHORTEST and carriers[n] <= CARRIERS for p in pieces]
 
 
 def _into_lists(vectors: Vectors, file: Path) -> None:
@@ -172,20 +205,20 @@ def change(
     """
     with _alone(folder):
         before = opened(folder, current(folder), home)
+        held = list(before)  # read once
         new, gone = list(put), set(drop)
-        here = {p.document for p in before}
-        if unknown := sorted(gone - here):
+        if unknown := sorted(gone - {p.document for p in held}):
             raise ArtifactError("no such document", expected="ids of documents", found=", ".join(unknown[:5]),
                                 do="see `whet documents SYSTEM`")  # fmt: skip
         gone |= {d.id for d in new}
-        pieces = [p for p in before if p.document not in gone]
+        pieces = [p for p in held if p.document not in gone]
         pieces += [p for d in new for p in passages(d, words)]
-        had = {shown(p) for p in before}
-        name = build(pieces, folder, Embedder(home), before)
+        places = {shown(p): n for n, p in enumerate(held)}
+        name = build(pieces, folder, Embedder(home), before.dense, places)
         for old in folder.iterdir():  # one generation back stays: who reads it still may
             if old.is_dir() and old.name not in (name, before.name):
                 shutil.rmtree(old, ignore_errors=True)
-        return name, len({shown(p) for p in pieces} - had)
+        return name, len({shown(p) for p in pieces} - places.keys())
 
 
 @contextmanager
@@ -252,13 +285,39 @@ class Corpus(ABC, Generic[Key]):
         Candidates are the `depth` best of each. Equal ones stand in the order of the documents.
         """
 
+    def nameable(self, key: Key) -> bool:
+        """Whether a passage's document can be told by its name in the text of others; never, where no store knows."""
+        return False
+
     def search(self, questions: Sequence[str], k: int, mix: str = "both", reranker: str = "") -> list[list[Found]]:
-        """The k best passages for each question, best first; equal ones in the order of the documents."""
+        """The k best passages for each question, best first; equal ones in the order of the documents.
+
+        Those of documents that the best two name stand higher (see `hopped`).
+        """
         made: list[list[Found]] = []
         wanted = max(k, RERANKED) if reranker else k
         for question, (words, near) in zip(questions, self.candidates(questions, max(DEPTH, wanted)), strict=True):
-            found = [Found(self[p], near[p]) for p in merged(words, near, mix)[:wanted]]
+            order = _ordered(self.hopped(scored(words, near, mix)))
+            found = [Found(self[p], near[p]) for p in order[:wanted]]
             made.append(reranked(question, found, reranker)[:k] if reranker else found)
+        return made
+
+    def hopped(self, scores: Mapping[Key, float]) -> dict[Key, float]:
+        """Scores of candidates with a second hop: what a passage names, a question may ask about through it.
+
+        The best candidate of each other document that one of the two best passages names by its title gains a fifth of
+        that passage's score. Others are not fetched: with no score of their own they would stay behind.
+        """
+        made, order, seen = dict(scores), _ordered(scores), set[str]()
+        best = [(self[key], scores[key]) for key in order[:NAMING]]
+        for key in filter(self.nameable, order):
+            passage = self[key]
+            if passage.document in seen:
+                continue
+            seen.add(passage.document)
+            gains = [score for one, score in best if one.document != passage.document
+                     and names(one.text, called(passage))]  # fmt: skip
+            made[key] += HOP * max(gains, default=0.0)
         return made
 
     def rank(self, questions: Sequence[str], most: int, mix: str = "both") -> list[list[str]]:
@@ -312,6 +371,10 @@ class Index(Corpus[int]):
         begin, end = self._lines[number : number + 2]
         return Passage(**json.loads(self._text[begin:end]))
 
+    def nameable(self, number: int) -> bool:
+        """Whether at most three documents carry the title, and it is long enough; not told by an older index."""
+        return self._named is not None and bool(self._named[number])
+
     def ids(self) -> list[str]:
         """The ids of all documents, in their order."""
         return list(self._numbers)
@@ -336,6 +399,10 @@ class Index(Corpus[int]):
     @cached_property
     def _lines(self) -> Vectors:
         return self._array("lines")
+
+    @cached_property
+    def _named(self) -> Vectors | None:
+        return self._array("named") if (self.folder / "named.npy").exists() else None
 
     @cached_property
     def dense(self) -> Vectors:
@@ -384,21 +451,28 @@ class Index(Corpus[int]):
         return np.argsort(-(asked @ self.dense.T), axis=1, kind="stable")[:, :depth]
 
 
-def merged(words: Mapping[Key, float], near: Mapping[Key, float], mix: str) -> list[Key]:
-    """Candidates by words and by meaning as one ranking, best first; equal ones in order.
+def scored(words: Mapping[Key, float], near: Mapping[Key, float], mix: str) -> Mapping[Key, float]:
+    """Candidates by words and by meaning with one score each.
 
     `both`: the mean of the two scores, each scaled to 0 … 1 over the candidates (Bruch et al. 2023, who find it above
     reciprocal ranks). `ranks`: the sum of 1 / (60 + rank) (Cormack et al. 2009). `words`, `meaning`: one alone.
     """
     if mix in ("words", "meaning"):
-        scores: Mapping[Key, float] = words if mix == "words" else near
-    elif mix == "ranks":
-        orders = [{key: n for n, key in enumerate(merged(words, near, one), 1)} for one in ("words", "meaning")]
-        scores = {key: sum(1 / (RANK_CONSTANT + o[key]) for o in orders if key in o) for key in near}
-    else:
-        top = max(words.values(), default=1.0)
-        low, high = min(near.values(), default=0.0), max(near.values(), default=1.0)
-        scores = {k: words.get(k, 0.0) / top + (v - low) / ((high - low) or 1.0) for k, v in near.items()}
+        return words if mix == "words" else near
+    if mix == "ranks":
+        orders = [{key: n for n, key in enumerate(_ordered(one), 1)} for one in (words, near)]
+        return {key: sum(1 / (RANK_CONSTANT + o[key]) for o in orders if key in o) for key in near}
+    top = max(words.values(), default=1.0)
+    low, high = min(near.values(), default=0.0), max(near.values(), default=1.0)
+    return {k: words.get(k, 0.0) / top + (v - low) / ((high - low) or 1.0) for k, v in near.items()}
+
+
+def merged(words: Mapping[Key, float], near: Mapping[Key, float], mix: str) -> list[Key]:
+    """Candidates by words and by meaning as one ranking (see `scored`), best first; equal ones in order."""
+    return _ordered(scored(words, near, mix))
+
+
+def _ordered(scores: Mapping[Key, float]) -> list[Key]:
     return sorted(scores, key=lambda key: -scores[key])
 
 
