@@ -500,3 +500,14 @@ def test_chats_and_what_stands_beside_them(tmp_path):
     assert (guess.kind, guess.rows) == ("messages", 20) and {e.completion for e in every(task)} == {"A friend."}
     assert "columns not used: prompt, prompt_id" in guess.lines
     assert any("1 of 21 rows left out" in line and "'wizard'" in line for line in guess.lines)
+
+
+def test_numbers_and_labels_with_commas(tmp_path):
+    euro = [{"Text": f"a flat of {who} here", "Preis": f"{n + 1}.{n * 37 + 100},4{n % 10}"} for n, who in enumerate(WHO)]
+    guess, _ = made(tmp_path, euro, completion="Preis")
+    assert guess.metric == "number"
+    (tmp_path / "u").mkdir()
+    places = ("Washington, DC", "Portland, OR", "Portland, ME", "Seattle, WA")
+    guess, task = made(tmp_path / "u", [{"text": text, "label": places[n % 4]} for n, (text, _) in enumerate(REVIEWS)])
+    assert guess.metric == "accuracy" and set(task.labels) == set(places)
+    assert task.instruction == f"Answer with one of: {'; '.join(sorted(places))}."

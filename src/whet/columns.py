@@ -45,7 +45,7 @@ READINGS: Mapping[str, Callable[[str, int, str, str], bool]] = {  # how (answer,
     "its place, from 0": lambda answer, place, label, text: answer.removesuffix(".0") == str(place),
     "its place, from 1": lambda answer, place, label, text: answer.removesuffix(".0") == str(place + 1),
 }
-NUMBER = re.compile(r"-?\$?\d[\d,]*(\.\d+)?%?")
+NUMBER = re.compile(r"-?\$?(\d[\d,]*(\.\d+)?|\d{1,3}(\.\d{3})+,\d+)%?")
 
 
 @dataclass(frozen=True)

@@ -333,7 +333,8 @@ def _instruction(guess: Guess, rows: list[dict[str, Any]]) -> str:
         names = sorted({name for row in rows for name in row["completion"].split(", ")})
         return "Name all labels that fit, with commas between" + (f": {', '.join(names)}." if len(names) <= 30 else ".")
     if guess.labels and len(guess.labels) <= 10:
-        return f"Answer with one of: {', '.join(guess.labels)}."
+        between = "; " if any("," in label for label in guess.labels) else ", "
+        return f"Answer with one of: {between.join(guess.labels)}."
     return (
         "Name the label that fits."
         if guess.labels
