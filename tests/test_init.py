@@ -511,3 +511,32 @@ def test_numbers_and_labels_with_commas(tmp_path):
     guess, task = made(tmp_path / "u", [{"text": text, "label": places[n % 4]} for n, (text, _) in enumerate(REVIEWS)])
     assert guess.metric == "accuracy" and set(task.labels) == set(places)
     assert task.instruction == f"Answer with one of: {'; '.join(sorted(places))}."
+
+
+TAGS = ("bug", "login", "refund")
+
+
+def test_lists_are_several_labels_a_row(tmp_path):
+    rows = [{"text": text, "tags": [tag for m, tag in enumerate(TAGS) if n % 8 >> m & 1], "id": n}
+            for n, (text, _) in enumerate(REVIEWS)]  # fmt: skip
+    guess, task = made(tmp_path, rows, completion="tags")
+    wanted = {row["text"]: ", ".join(row["tags"]) or "none" for row in rows}
+    assert {e.prompt: e.completion for e in every(task)} == wanted and guess.rows == 60
+    assert (guess.metric, guess.labels) == ("set_f1", ()) and task.instruction.endswith(": bug, login, none, refund.")
+    assert any("'tags' holds lists" in line for line in guess.lines)
+    data = make_csv(tmp_path / "b.csv", "text,tags", [(row["text"], row["tags"]) for row in rows])
+    assert init(data, tmp_path / "csv", completion="tags").metric == "set_f1"
+    assert {e.prompt: e.completion for e in every(load(tmp_path / "csv"))} == wanted
+    (tmp_path / "one").mkdir()
+    guess, task = made(tmp_path / "one", [row | {"tags": row["tags"][:1] or ["none"]} for row in rows],
+                       completion="tags")  # fmt: skip
+    assert (guess.metric, task.labels) == ("accuracy", ("bug", "login", "none", "refund"))
+
+
+def test_lists_of_objects_are_json(tmp_path):
+    rows = [{"text": text, "entities": [{"text": WHO[n % 20], "label": "PER"}, {"text": "Köln", "label": "LOC"}]}
+            for n, (text, _) in enumerate(REVIEWS)]  # fmt: skip
+    guess, task = made(tmp_path, rows, completion="entities")
+    assert guess.metric == "set_f1" and task.instruction == "Answer with a JSON list."
+    assert {e.prompt: json.loads(e.completion) for e in every(task)} == {r["text"]: r["entities"] for r in rows}
+    assert every(task)[0].completion.startswith('[{"text":"') and len(every(task)[0].answers) == 1

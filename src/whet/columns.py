@@ -7,7 +7,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from whet.rows import Row, literal, short, suffix_of
 # What columns are called in public data, as `_name` writes it. The first name that a file has is taken: a label before
 # an answer (where both stand there, the answer is what is labelled), an answer before a mere class of the question.
 MANY = "labels"  # several a row, where its cells are lists
+NONE = "none"  # the answer of a row that has no label
 LABELS = ("gold_label", "label", "label_text", MANY, "라벨", "레이블")
 ANSWERS = ("completion", "answer", "answers", "answerkey", "answer_key", "correct_answer", "best_answer",
            "correct_option", "correct", "cop", "gold", "target", "output", "response", "summary", "highlights",
            "translation", "canonical_solution", "solution", "code", "result", "reply", "정답", "답변", "답", "응답",
            "요약")  # fmt: skip
+ALTERNATIVES = re.compile(r"(.*_)?(answers|aliases|references)")  # lists under these names hold accepted answers
 CLASSES = ("sentiment", "emotion", "polarity", "intent", "class", "category", "topic", "stars", "rating",
            "score", "감정", "의도", "분류")  # fmt: skip
 COMPLETIONS = (*LABELS, *ANSWERS, *CLASSES)
@@ -74,12 +76,40 @@ def unfolded(data: Path, rows: list[Row]) -> list[Row]:
         for values in parts:
             flat = _flat(values)
             for key, cell in flat.items():
-                if isinstance(cell, list) and key_of(key) == MANY:
-                    flat[key] = ", ".join(str(_named(names.get(key), item)) for item in cell)
+                if isinstance(cell, list) and (key in names or key_of(key) == MANY):
+                    named = [_named(names.get(key), item) for item in cell]
+                    flat[key] = ", ".join(map(str, named)) if key_of(key) == MANY else named
                 elif key in names:
                     flat[key] = _named(names[key], cell)
             found.append(Row(row.where, row.number, flat))
     return found
+
+
+def listed(rows: list[Row], key: str | None, lines: list[str]) -> tuple[list[Row], bool]:
+    """Rows with each list of a column as one text, and whether there were lists of several.
+
+    Items are joined by ", " (`NONE` for none), objects stay JSON. Lists of accepted answers stay as they are.
+    """
+    cells = [row.values.get(key or "") for row in rows]
+    read = [literal(cell) if isinstance(cell, str) and cell[:1] == "[" else None for cell in cells]
+    cells = [cell if found is None else found for cell, found in zip(cells, read, strict=True)]
+    items = [item for cell in cells if isinstance(cell, (list, tuple)) for item in cell]
+    if not key or not items or key_of(key) in ANSWERS or ALTERNATIVES.fullmatch(_plain_name(key)):
+        return rows, False
+    nested = any(isinstance(item, (list, dict)) for item in items)
+    many = nested or any(isinstance(cell, (list, tuple)) and len(cell) > 1 for cell in cells)
+    if many:
+        said = "JSON" if nested else "several labels a row, with commas between"
+        lines.append(f"column {key!r} holds lists: written as {said}")
+
+    def text(cell: Any) -> Any:
+        if not isinstance(cell, (list, tuple)):
+            return cell
+        if nested:
+            return json.dumps(cell, ensure_ascii=False, separators=(",", ":"), default=str)
+        return ", ".join(str(item) for item in cell) or NONE
+
+    return [replace(row, values={**row.values, key: text(cell)}) for row, cell in zip(rows, cells, strict=True)], many
 
 
 def _named(names: Sequence[str] | None, cell: Any) -> Any:

@@ -20,6 +20,7 @@ from whet.columns import (
     KEPT,
     LABELS,
     MANY,
+    NONE,
     NUMBER,
     SYSTEM,
     Columns,
@@ -27,6 +28,7 @@ from whet.columns import (
     count_words,
     find,
     key_of,
+    listed,
     renamed,
     texts,
     unfolded,
@@ -45,7 +47,6 @@ SHAPES = {
     "Alpaca": ({"instruction", "output"}, {"input", "system"}),
     "prompt and completion": ({"prompt", "completion"}, {"answers", "choices"}),
 }
-NONE = "none"  # the answer of a row that has no label
 FLAGS = {"0": False, "1": True, "false": False, "true": True}
 WORKED = re.compile(r"####\s*-?\$?[\d,.]+\s*\Z")  # GSM8K: the working, then the number
 
@@ -118,7 +119,7 @@ def _guess(
     data: Path, rows: list[Row], out: Path, prompt: tuple[str, ...], completion: str | None, broken: Broken
 ) -> tuple[Guess, list[dict[str, Any]]]:
     lines: list[str] = []
-    rows = rows if completion else _gathered(rows, prompt, lines)
+    rows, many = listed(rows, completion, lines) if completion else (_gathered(rows, prompt, lines), False)
     table = _table(rows)
     kind, left = ("columns", set()) if completion or (prompt and "chosen" not in table) else _shape(table)
     judging = "" if completion else _judging(kind, table)
@@ -145,7 +146,7 @@ def _guess(
         lines.insert(0, f"rows read as {kind}")
     plain = _plain_rows(data, rows, kind, columns, judging, broken, lines)
     answer = key_of(columns.completion) if columns else ""
-    metric, labels = _metric(kind, answer, _good(plain, plain) if kind == "thumbs" else plain, lines)
+    metric, labels = _metric(kind, answer, many, _good(plain, plain) if kind == "thumbs" else plain, lines)
     return Guess(kind, columns, labels, len(plain), metric, tuple(lines), out), plain
 
 
@@ -273,8 +274,13 @@ def _written(values: dict[str, Any], kind: str) -> dict[str, Any]:
     return row | {key: values[key] for key in ("answers", "choices", "evidence", "group") if key in values}
 
 
-def _metric(kind: str, name: str, rows: list[dict[str, Any]], lines: list[str]) -> tuple[str, tuple[str, ...]]:
-    """The metric and the closed set; rows' labels that differ in case or spaces alone are spelt in one way."""
+def _metric(
+    kind: str, name: str, many: bool, rows: list[dict[str, Any]], lines: list[str]
+) -> tuple[str, tuple[str, ...]]:
+    """The metric and the closed set; rows' labels that differ in case or spaces alone are spelt in one way.
+
+    `many` says that answers are lists.
+    """
     from whet.metrics import plain
 
     if kind in ("text", "pairs"):
@@ -287,7 +293,7 @@ def _metric(kind: str, name: str, rows: list[dict[str, Any]], lines: list[str]) 
         lines.append("metric accuracy: every row has its own choices")
         return "accuracy", ()
     answers = [row["completion"] for row in rows]
-    if name == MANY and any(", " in answer for answer in answers):
+    if many or (name == MANY and any(", " in answer for answer in answers)):
         lines.append("metric set_f1: several labels a row")
         return "set_f1", ()
     spelt = {plain(answer): answer.strip() for answer, _ in reversed(Counter(answers).most_common())}
@@ -329,6 +335,8 @@ def _telling(columns: Columns | None) -> dict[str, str]:
 def _instruction(guess: Guess, rows: list[dict[str, Any]]) -> str:
     if guess.kind == "text":
         return ""
+    if guess.metric == "set_f1" and all(row["completion"][:2] in ("[{", "[[", "[]") for row in rows):
+        return "Answer with a JSON list."
     if guess.metric == "set_f1":
         names = sorted({name for row in rows for name in row["completion"].split(", ")})
         return "Name all labels that fit, with commas between" + (f": {', '.join(names)}." if len(names) <= 30 else ".")
