@@ -540,3 +540,32 @@ def test_lists_of_objects_are_json(tmp_path):
     assert guess.metric == "set_f1" and task.instruction == "Answer with a JSON list."
     assert {e.prompt: json.loads(e.completion) for e in every(task)} == {r["text"]: r["entities"] for r in rows}
     assert every(task)[0].completion.startswith('[{"text":"') and len(every(task)[0].answers) == 1
+
+
+@pytest.mark.parametrize("mark", ["|", "; ", ", ", ","])
+def test_cells_of_several_labels(tmp_path, mark):
+    sets = [[tag for m, tag in enumerate(TAGS) if (n % 7 + 1) >> m & 1] for n in range(60)]
+    sets = [tags[::-1] if n % 2 else tags for n, tags in enumerate(sets)]
+    rows = [(text, mark.join(tags)) for (text, _), tags in zip(REVIEWS, sets, strict=True)]
+    guess = init(make_csv(tmp_path / "a.csv", "text,tags", rows), tmp_path / "t")
+    task = load(tmp_path / "t")
+    assert (guess.metric, task.labels) == ("set_f1", ()) and any("parted by" in line for line in guess.lines)
+    assert [e.completion for e in sorted(every(task), key=lambda e: int(e.prompt.split()[2]))] == [
+        ", ".join(tags) for tags in sets
+    ]
+    assert task.instruction == "Name all labels that fit, with commas between: bug, login, refund."
+
+
+@pytest.mark.parametrize("answers", [
+    ("Washington, DC", "Portland, OR", "Portland, ME", "Portland"), ("yes", "yes, if asked", "no", "no, never"),
+    ("1,5", "2,5", "2,0", "1", "2", "5", "0"), ("a|b",), ("bug", "login", "a|b"),
+])  # fmt: skip
+def test_labels_with_commas_stay_whole(tmp_path, answers):
+    _, task = made(tmp_path, [{"text": t, "label": answers[n % len(answers)]} for n, (t, _) in enumerate(REVIEWS)])
+    assert {e.completion for e in every(task)} == set(answers) and task.metric != "set_f1"
+
+
+def test_texts_with_commas_stay_texts(tmp_path):
+    said = ("Yes, of course", "No", "Yes", "Well, no, not before {}", "In {}, with {}, and then home", "{}, {}")
+    rows = [{"text": t, "answer": said[n % 6].format(WHO[n % 20], WHO[n % 7])} for n, (t, _) in enumerate(REVIEWS)]
+    assert made(tmp_path, rows)[0].metric in ("exact_match", "token_f1")

@@ -8,6 +8,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -392,3 +393,20 @@ def closed(answers: Sequence[str]) -> bool:
     if len(counts) > 20 and all(NUMBER.fullmatch(answer) for answer in counts):
         return all(answer.isdigit() for answer in counts) and int(max(counts, key=int)) < len(counts) + 1
     return all(count_words(answer) <= 6 for answer in counts)
+
+
+def parted(answers: Sequence[str]) -> tuple[str, list[str]]:
+    """The mark (| ; or ,) that parts answers into labels, and answers with commas instead; "" and [] where none does.
+
+    Labels are a closed set of which more than half stand alone in one row and in company in another: in "Portland, OR"
+    and "Portland, ME" none does.
+    """
+    for mark in "|;,":
+        rows = [list(dict.fromkeys(item.strip() for item in answer.split(mark) if item.strip())) for answer in answers]
+        labels = [[item.casefold() for item in row] for row in rows]
+        alone = {row[0] for row in labels if len(row) == 1}
+        company = {item for row in labels if len(row) > 1 for item in row}
+        decimal = mark == "," and any(re.search(r"\d,\d", answer) for answer in answers)
+        if not decimal and 2 * len(alone & company) > len(alone | company) and closed([*chain(*labels)]):
+            return mark, [", ".join(row) for row in rows]
+    return "", []

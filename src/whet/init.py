@@ -29,6 +29,7 @@ from whet.columns import (
     find,
     key_of,
     listed,
+    parted,
     renamed,
     texts,
     unfolded,
@@ -295,6 +296,12 @@ def _metric(
     answers = [row["completion"] for row in rows]
     if many or (name == MANY and any(", " in answer for answer in answers)):
         lines.append("metric set_f1: several labels a row")
+        return "set_f1", ()
+    mark, apart = parted(answers) if kind != "thumbs" and not any("answers" in row for row in rows) else ("", [])
+    if mark:
+        for row, answer in zip(rows, apart, strict=True):
+            row["completion"] = answer
+        lines.append(f"metric set_f1: several labels a row, parted by {mark!r}" + ", now by commas" * (mark != ","))
         return "set_f1", ()
     spelt = {plain(answer): answer.strip() for answer, _ in reversed(Counter(answers).most_common())}
     alike = [spelt[plain(answer)] for answer in answers]
