@@ -569,3 +569,12 @@ def test_texts_with_commas_stay_texts(tmp_path):
     said = ("Yes, of course", "No", "Yes", "Well, no, not before {}", "In {}, with {}, and then home", "{}, {}")
     rows = [{"text": t, "answer": said[n % 6].format(WHO[n % 20], WHO[n % 7])} for n, (t, _) in enumerate(REVIEWS)]
     assert made(tmp_path, rows)[0].metric in ("exact_match", "token_f1")
+
+
+def test_accepted_answers_that_are_labels_stay(tmp_path):
+    said = (["joy", "Fear"], ["fear", "dread"], ["joy"], ["fear ", "joy", "joy"])
+    rows = [{"prompt": text, "completion": said[n % 4][0], "answers": said[n % 4]} for n, (text, _) in enumerate(REVIEWS)]
+    guess, task = made(tmp_path, rows)
+    assert task.labels == ("fear", "joy") and "15 accepted answers left out: they are no label" in guess.lines
+    wanted = (("joy", "fear"), ("fear",), ("joy",), ("fear", "joy"))
+    assert {e.prompt: e.answers for e in every(task)} == {row["prompt"]: wanted[n % 4] for n, row in enumerate(rows)}

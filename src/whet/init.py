@@ -306,16 +306,24 @@ def _metric(
     spelt = {plain(answer): answer.strip() for answer, _ in reversed(Counter(answers).most_common())}
     alike = [spelt[plain(answer)] for answer in answers]
     if closed(alike):
+        strange = 0
         for row, answer in zip(rows, alike, strict=True):
             row["completion"] = answer
-            row.pop("answers", None)
+            said = row.pop("answers", [])
+            others = list(map(str, said if isinstance(said, list) else [said]))
+            kept = dict.fromkeys((answer, *(spelt[plain(other)] for other in others if plain(other) in spelt)))
+            strange += sum(plain(other) not in spelt for other in others)
+            if len(kept) > 1:
+                row["answers"] = list(kept)
+        if strange:
+            lines.append(f"{strange} accepted answers left out: they are no label")
         labels = tuple(sorted(set(alike), key=lambda label: label.zfill(9) if label.isdigit() else label))
-        said = f"{len(labels)} labels ({short(', '.join(labels), 80)[1:-1]}), each short and repeated"
+        told = f"{len(labels)} labels ({short(', '.join(labels), 80)[1:-1]}), each short and repeated"
         if len(labels) < len(set(answers)):
-            said += f"; {len(set(answers))} spellings of them made one each"
+            told += f"; {len(set(answers))} spellings of them made one each"
         if all(label.isdigit() for label in labels):
-            said += "; a model knows more of words: write names for these numbers where you can"
-        lines.append(f"metric accuracy: {said}")
+            told += "; a model knows more of words: write names for these numbers where you can"
+        lines.append(f"metric accuracy: {told}")
         return "accuracy", labels
     if all(NUMBER.fullmatch(answer.strip()) or WORKED.search(answer) for answer in answers):
         if name in (*LABELS, *CLASSES):
