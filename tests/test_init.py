@@ -165,7 +165,7 @@ SHAPES: dict[str, tuple[Any, str, str, str, str, str]] = {
                    "test": f"def check(c):\n    assert c() == {n}",
                    "entry_point": f"say{n}"},
         "prompt", "canonical_solution", "def say3():\n    \"\"\"Say 3 aloud.\"\"\"\n",
-        "    return 'the number 3'\n", "token_f1",
+        "    return 'the number 3'\n", "chrf",
     ),
     "Dolly": (
         lambda n: {"instruction": f"Say who {WHO[n]} is.", "context": "A book of names." if n == 3 else "",
@@ -206,7 +206,7 @@ SHAPES: dict[str, tuple[Any, str, str, str, str, str]] = {
     ),
     "translation": (
         lambda n: {"translation": {"en": f"{WHO[n]} is at home", "de": f"{WHO[n]} ist zu Hause"}},
-        "translation.en", "translation.de", "Dora is at home", "Dora ist zu Hause", "token_f1",
+        "translation.en", "translation.de", "Dora is at home", "Dora ist zu Hause", "chrf",
     ),
     "TriviaQA": (
         lambda n: {"question": f"Who is number {n}?", "answer": {"value": WHO[n], "aliases": [WHO[n], WHO[n][:2]]}},
@@ -578,3 +578,21 @@ def test_accepted_answers_that_are_labels_stay(tmp_path):
     assert task.labels == ("fear", "joy") and "15 accepted answers left out: they are no label" in guess.lines
     wanted = (("joy", "fear"), ("fear",), ("joy",), ("fear", "joy"))
     assert {e.prompt: e.answers for e in every(task)} == {row["prompt"]: wanted[n % 4] for n, row in enumerate(rows)}
+
+
+def test_translations(tmp_path):
+    rows = [(f"{who} buys {n} books for a friend", f"{who}는 책 {n}권을 샀다") for n, who in enumerate(WHO)]
+    guess = init(make_csv(tmp_path / "a.csv", "en,ko", rows), tmp_path / "t")
+    assert guess.metric == "chrf" and load(tmp_path / "t").instruction == "Translate from English to Korean."
+
+
+def test_code_is_scored_with_its_signs(tmp_path):
+    rows = [{"question": f"How many users of {who} are older than {n}?",
+             "sql": f"SELECT COUNT(*) FROM {who} WHERE age > {n}"} for n, who in enumerate(WHO)]  # fmt: skip
+    assert made(tmp_path, rows)[0].metric == "chrf"
+    said = [{"problem": row["question"], "solution": f"Press the button of {who}, then wait for {n} minutes or so."}
+            for n, (row, who) in enumerate(zip(rows, WHO, strict=True))]  # fmt: skip
+    for place, more in (("plain", ""), ("formulas", " So \\boxed{x = 3}.")):
+        (tmp_path / place).mkdir()
+        guess, _ = made(tmp_path / place, [row | {"solution": row["solution"] + more} for row in said])
+        assert guess.metric == "rouge_l"

@@ -48,6 +48,19 @@ READINGS: Mapping[str, Callable[[str, int, str, str], bool]] = {  # how (answer,
     "its place, from 0": lambda answer, place, label, text: answer.removesuffix(".0") == str(place),
     "its place, from 1": lambda answer, place, label, text: answer.removesuffix(".0") == str(place + 1),
 }
+# Columns that hold code, where its cells show it; and what is kept beside it for a metric that runs it.
+CODED = ("sql", "query", "code", "canonical_solution", "solution")
+TESTS = ("test", "tests", "test_list", "entry_point")
+CODE = re.compile(r"\w[(\[]|[<>=]|[;{}]\s*$|^\s*(return|def|class|import|select|with|SELECT|INSERT|UPDATE|DELETE|WITH)\b",
+                  re.MULTILINE)  # fmt: skip
+FORMULA = re.compile(r"\$|\\[a-z(\[]")  # TeX, in worked solutions
+LANGUAGES = dict(pair.split(":") for pair in (
+    "ar:Arabic bg:Bulgarian bn:Bengali ca:Catalan cs:Czech da:Danish de:German el:Greek en:English es:Spanish "
+    "et:Estonian eu:Basque fa:Persian fi:Finnish fr:French ga:Irish gl:Galician gu:Gujarati he:Hebrew hi:Hindi "
+    "hr:Croatian hu:Hungarian id:Indonesian is:Icelandic it:Italian ja:Japanese kk:Kazakh ko:Korean lt:Lithuanian "
+    "lv:Latvian mk:Macedonian mr:Marathi ms:Malay nb:Norwegian nl:Dutch no:Norwegian pl:Polish pt:Portuguese "
+    "ro:Romanian ru:Russian sk:Slovak sl:Slovenian sq:Albanian sr:Serbian sv:Swedish sw:Swahili ta:Tamil te:Telugu "
+    "th:Thai tr:Turkish uk:Ukrainian ur:Urdu uz:Uzbek vi:Vietnamese zh:Chinese").split())  # fmt: skip
 NUMBER = re.compile(r"-?\$?(\d[\d,]*(\.\d+)?|\d{1,3}(\.\d{3})+,\d+)%?")
 
 
@@ -382,6 +395,21 @@ def renamed(row: Row, columns: Columns) -> dict[str, Any]:
 def _title(column: str) -> str:
     said = re.sub(r"[\s_]+", " ", column.rsplit(".", 1)[-1]).strip()
     return said[:1].upper() + said[1:]
+
+
+def languages(columns: Columns | None) -> tuple[str, str] | None:
+    """The languages that prompt and answer are named by, such as ("English", "Korean"); None where they are not."""
+    if columns is None or len(columns.prompt) > 1:
+        return None
+    names = [LANGUAGES.get(_plain_name(key)) for key in (columns.prompt[0], columns.completion)]
+    return (names[0], names[1]) if names[0] and names[1] and names[0] != names[1] else None
+
+
+def coded(columns: Columns | None, answers: Sequence[str]) -> bool:
+    """Whether answers are code: their column's name says so, and four of five show it."""
+    named = columns is not None and key_of(columns.completion) in CODED
+    shown = sum(bool(CODE.search(answer)) and not FORMULA.search(answer) for answer in answers) if named else 0
+    return named and shown >= 0.8 * len(answers)
 
 
 def closed(answers: Sequence[str]) -> bool:

@@ -25,9 +25,11 @@ from whet.columns import (
     SYSTEM,
     Columns,
     closed,
+    coded,
     count_words,
     find,
     key_of,
+    languages,
     listed,
     parted,
     renamed,
@@ -146,8 +148,7 @@ def _guess(
     if kind not in ("text", "columns"):
         lines.insert(0, f"rows read as {kind}")
     plain = _plain_rows(data, rows, kind, columns, judging, broken, lines)
-    answer = key_of(columns.completion) if columns else ""
-    metric, labels = _metric(kind, answer, many, _good(plain, plain) if kind == "thumbs" else plain, lines)
+    metric, labels = _metric(kind, columns, many, _good(plain, plain) if kind == "thumbs" else plain, lines)
     return Guess(kind, columns, labels, len(plain), metric, tuple(lines), out), plain
 
 
@@ -276,7 +277,7 @@ def _written(values: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _metric(
-    kind: str, name: str, many: bool, rows: list[dict[str, Any]], lines: list[str]
+    kind: str, columns: Columns | None, many: bool, rows: list[dict[str, Any]], lines: list[str]
 ) -> tuple[str, tuple[str, ...]]:
     """The metric and the closed set; rows' labels that differ in case or spaces alone are spelt in one way.
 
@@ -294,6 +295,10 @@ def _metric(
         lines.append("metric accuracy: every row has its own choices")
         return "accuracy", ()
     answers = [row["completion"] for row in rows]
+    name = key_of(columns.completion) if columns else ""
+    if pair := languages(columns):
+        lines.append(f"metric chrf: translations from {pair[0]} to {pair[1]}")
+        return "chrf", ()
     if many or (name == MANY and any(", " in answer for answer in answers)):
         lines.append("metric set_f1: several labels a row")
         return "set_f1", ()
@@ -331,6 +336,9 @@ def _metric(
             return "pearson", ()
         lines.append("metric number: each answer is a number, or ends in one")
         return "number", ()
+    if coded(columns, answers):
+        lines.append("metric chrf: code, where each operator counts")
+        return "chrf", ()
     words = statistics.median(map(count_words, answers))
     metric = "exact_match" if words <= 3 else "token_f1" if words <= 10 else "rouge_l"
     lines.append(f"metric {metric}: free text, half of the answers have {words:g} words or fewer")
@@ -352,6 +360,8 @@ def _instruction(guess: Guess, rows: list[dict[str, Any]]) -> str:
         return ""
     if guess.metric == "set_f1" and all(row["completion"][:2] in ("[{", "[[", "[]") for row in rows):
         return "Answer with a JSON list."
+    if guess.metric == "chrf" and (pair := languages(guess.columns)):
+        return f"Translate from {pair[0]} to {pair[1]}."
     if guess.metric == "set_f1":
         names = sorted({name for row in rows for name in row["completion"].split(", ")})
         return "Name all labels that fit, with commas between" + (f": {', '.join(names)}." if len(names) <= 30 else ".")
