@@ -596,3 +596,12 @@ def test_code_is_scored_with_its_signs(tmp_path):
         (tmp_path / place).mkdir()
         guess, _ = made(tmp_path / place, [row | {"solution": row["solution"] + more} for row in said])
         assert guess.metric == "rouge_l"
+
+
+def test_tests_of_code_stand_in_the_rows(tmp_path):
+    rows = [SHAPES["HumanEval"][0](n) for n in range(20)]
+    guess, task = made(tmp_path, rows)
+    assert {e.prompt: dict(e.extra) for e in every(task)} == {
+        row["prompt"]: {"test": row["test"], "entry_point": row["entry_point"]} for row in rows
+    }
+    assert "columns not used: task_id" in guess.lines

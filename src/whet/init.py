@@ -16,6 +16,7 @@ from typing import Any
 from whet.columns import (
     ASIDE,
     CLASSES,
+    CODED,
     COMPLETIONS,
     KEPT,
     LABELS,
@@ -23,6 +24,7 @@ from whet.columns import (
     NONE,
     NUMBER,
     SYSTEM,
+    TESTS,
     Columns,
     closed,
     coded,
@@ -137,6 +139,12 @@ def _guess(
         system = [key for key in left if key_of(key) in SYSTEM]
         lines += [f"column {key!r} read as the system's turn" for key in system]
         left = left.difference(system)
+    beside: dict[str, dict[str, Any]] = {row.where: {} for row in rows}
+    if tests := [key for key in left if columns and key_of(columns.completion) in CODED and key in TESTS]:
+        lines.append(f"columns {', '.join(sorted(tests))} written beside: a metric of your own may run them")
+        left = left.difference(tests)
+        for row in rows:
+            beside[row.where] |= {key: row.values[key] for key in tests if row.values.get(key) is not None}
     if judging:
         kind = "thumbs"
         lines.append(f"column {judging!r} read as a judgement of the answers, of which the good ones alone are "
@@ -147,7 +155,7 @@ def _guess(
         lines.append("to say otherwise: --prompt COLUMN (again for each of several), --completion COLUMN")
     if kind not in ("text", "columns"):
         lines.insert(0, f"rows read as {kind}")
-    plain = _plain_rows(data, rows, kind, columns, judging, broken, lines)
+    plain = _plain_rows(data, rows, kind, columns, judging, beside, broken, lines)
     metric, labels = _metric(kind, columns, many, _good(plain, plain) if kind == "thumbs" else plain, lines)
     return Guess(kind, columns, labels, len(plain), metric, tuple(lines), out), plain
 
@@ -218,11 +226,12 @@ def _judgements(key: str, cells: Sequence[Any]) -> list[bool | float | None]:
 
 
 def _plain_rows(
-    data: Path, rows: Sequence[Row], kind: str, columns: Columns | None, judging: str, broken: Broken, lines: list[str]
-) -> list[dict[str, Any]]:
+    data: Path, rows: Sequence[Row], kind: str, columns: Columns | None, judging: str,
+    beside: Mapping[str, dict[str, Any]], broken: Broken, lines: list[str],
+) -> list[dict[str, Any]]:  # fmt: skip
     """Rows as they are written to files; those that lack a part are skipped, and counted with the first reason.
 
-    Raises TaskError where more than a few cannot be read.
+    `beside` has further fields by where a row stands. Raises TaskError where more than a few cannot be read.
     """
 
     def make(row: Row) -> tuple[str, dict[str, Any]]:
@@ -241,7 +250,7 @@ def _plain_rows(
         elif judging and said[where] is None:
             refused.append(f"{where} has no {judging}")
         else:
-            plain.append(_written(values, kind))
+            plain.append(_written(values, kind) | beside[where])
             if judging:
                 plain[-1]["label" if isinstance(said[where], bool) else "rating"] = said[where]
     if len(plain) < 2:
