@@ -605,3 +605,46 @@ def test_tests_of_code_stand_in_the_rows(tmp_path):
         row["prompt"]: {"test": row["test"], "entry_point": row["entry_point"]} for row in rows
     }
     assert "columns not used: task_id" in guess.lines
+
+
+USERS = [{"user_id": f"u{n // 6}", "text": text, "label": label} for n, (text, label) in enumerate(REVIEWS)]
+
+
+def test_a_column_of_users_becomes_the_group(tmp_path):
+    guess, _ = made(tmp_path, USERS)
+    assert "user_id repeats: rows of one user stand on both sides; use --group user_id" in guess.lines
+    (tmp_path / "g").mkdir()
+    guess, task = made(tmp_path / "g", USERS, group="user_id")
+    assert not any("user_id repeats" in line or "not used" in line for line in guess.lines)
+    sides = [{example.group for example in part} for part in (task.train, task.test)]
+    assert not sides[0] & sides[1] and sides[0] | sides[1] == {f"u{n}" for n in range(10)}
+    refused(lambda: made(tmp_path / "t", USERS, group="user"), "no column 'user'", "'user_id'")
+    once = [row | {"user_id": n} for n, row in enumerate(USERS)]
+    assert not any("repeats:" in line for line in init_lines(tmp_path / "once", once))
+    chats = [{"messages": [{"role": "user", "content": row["text"]}, {"role": "assistant", "content": "Well."}],
+              "sessionId": n // 2} for n, row in enumerate(USERS)]  # fmt: skip
+    assert any(line.startswith("sessionId repeats: rows of one session") for line in init_lines(tmp_path / "c", chats))
+    (tmp_path / "p").mkdir()
+    _, task = made(tmp_path / "p", [row | {"context": row["user_id"] * 9} for row in USERS], group="context")
+    assert every(task)[0].prompt.startswith("Context: u") and every(task)[0].group
+
+
+def init_lines(folder: Path, rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    folder.mkdir()
+    return made(folder, rows)[0].lines
+
+
+@pytest.mark.parametrize("parts", [("train", "Validation", "test"), ("train", "dev"), ("train", "test")])
+def test_a_column_named_split_is_kept_to(tmp_path, parts):
+    rows = [{"text": text, "mood": label, "split": parts[n // 2 % len(parts)]} for n, (text, label) in enumerate(REVIEWS)]
+    guess, task = made(tmp_path, rows)
+    assert any(line.endswith("as column 'split' says") for line in guess.lines) and guess.labels == ("neg", "pos")
+    for part, loaded in zip(parts, (task.train, task.test) if len(parts) == 2 else (task.train, task.dev, task.test),
+                            strict=True):  # fmt: skip
+        assert {e.prompt for e in loaded} == {row["text"] for row in rows if row["split"] == part}
+    assert not any(e.extra for e in every(task))
+    (tmp_path / "other").mkdir()
+    guess, _ = made(tmp_path / "other", [*rows, rows[0] | {"split": "later"}])
+    assert not any("as column 'split' says" in line for line in guess.lines)
+    pairs = [{"prompt": row["text"], "chosen": "a", "rejected": "b", "split": row["split"]} for row in rows]
+    assert "columns not used: split" in init_lines(tmp_path / "pairs", pairs)

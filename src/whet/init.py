@@ -11,18 +11,20 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from whet.columns import (
     ASIDE,
     CLASSES,
     CODED,
     COMPLETIONS,
+    CONTEXTS,
     KEPT,
     LABELS,
     MANY,
     NONE,
     NUMBER,
+    PROMPTS,
     SYSTEM,
     TESTS,
     Columns,
@@ -39,8 +41,11 @@ from whet.columns import (
     unfolded,
 )
 from whet.convert import standard
-from whet.errors import TaskError
+from whet.errors import TaskError, nearest
 from whet.rows import COLUMN, Broken, Row, read, short, sift, stem_of
+
+if TYPE_CHECKING:
+    from whet.task import Example
 
 SAID = ("completion", "response", "output", "reply")  # what somebody's judgement is about
 JUDGED = ("label", "thumb", "thumbs", "feedback", "rating")
@@ -53,6 +58,10 @@ SHAPES = {
     "prompt and completion": ({"prompt", "completion"}, {"answers", "choices"}),
 }
 FLAGS = {"0": False, "1": True, "false": False, "true": True}
+# Whose rows should not be parted, and what a column called `split` may say.
+OWNERS = re.compile(r"(?:.*_)?(?:(user|customer|author|patient)(?:_?(?:id|name))?|"
+                    r"(session|conversation|thread|document)_?id)")  # fmt: skip
+SIDES = {"train": "train", "training": "train", "test": "test"} | dict.fromkeys(("dev", "validation", "valid"), "dev")
 WORKED = re.compile(r"####\s*-?\$?[\d,.]+\s*\Z")  # GSM8K: the working, then the number
 
 
@@ -70,11 +79,12 @@ class Guess:
 
 
 def init(
-    data: Path, out: Path, *, name: str | None = None, prompt: Sequence[str] = (), completion: str | None = None
-) -> Guess:
+    data: Path, out: Path, *, name: str | None = None, prompt: Sequence[str] = (), completion: str | None = None,
+    group: str | None = None,
+) -> Guess:  # fmt: skip
     """Makes a task folder of one data file: guesses columns and metric, splits 80/20 (seeded, stratified).
 
-    `prompt` and `completion` name columns instead of having them guessed. Raises TaskError where the data cannot be
+    `prompt` and `completion` name columns instead of having them guessed, `group` one whose rows stay together. Raises TaskError where the data cannot be
     read, a named column does not exist, or `out` already holds a task.
     """
     data, out = Path(data), Path(out)
@@ -93,7 +103,11 @@ def init(
     read_ = read(data, broken, notes)
     if not read_:
         raise broken[0][1]
-    guess, rows = _guess(data, unfolded(data, read_), out, tuple(prompt), completion, broken)
+    found = unfolded(data, read_)
+    if group:
+        found = _grouped(data, found, group, (*prompt, completion))
+        notes.append(f"column {group!r} read as the group")
+    guess, rows = _guess(data, found, out, tuple(prompt), completion, broken)
     guess = replace(guess, lines=(*notes, *guess.lines))
     name = name or re.sub(r"[^\w.-]+", "-", stem_of(data.name)).strip("-.") or "task"
     header: dict[str, Any] = {"name": name, "instruction": _instruction(guess, rows), "metric": guess.metric}
@@ -101,16 +115,53 @@ def init(
         header["labels"] = list(guess.labels)
     if telling := _telling(guess.columns):
         header["columns"] = telling
-    kept, test = _halves(rows, bool(guess.labels))
+    how = "rows with the same prompt stay together" if "split" not in rows[0] else "as column 'split' says"
+    kept, dev, test = _parts(rows, bool(guess.labels))
     files = {"feedback.jsonl" if guess.kind == "pairs" else "train.jsonl": kept, "test.jsonl": test}
+    files |= {"dev.jsonl": dev} if dev else {}
     if guess.kind == "thumbs":
         files = {"feedback.jsonl": kept, "train.jsonl": _good(kept, rows), "test.jsonl": _good(test, rows)}
     if "feedback.jsonl" in files:
         header["feedback"] = "feedback.jsonl"
     said = ", ".join(f"{len(part)} rows to {file}" for file, part in files.items())
-    guess = replace(guess, lines=(*guess.lines, f"{said}; rows with the same prompt stay together"))
+    guess = replace(guess, lines=(*guess.lines, f"{said}; {how}"))
     _write(out, header, files)
     return guess
+
+
+def _grouped(data: Path, rows: list[Row], group: str, taken: Sequence[str | None]) -> list[Row]:
+    """Rows whose `group` is what a column says; it is read as nothing else, but as a prompt where it may be one."""
+    keys = dict.fromkeys(key for row in rows for key in row.values)
+    if group not in keys:
+        raise TaskError(f"{data.name} has no column {short(group)}", do=nearest(group, keys))
+    whole = group in taken or key_of(group) in (*PROMPTS, *CONTEXTS)
+    return [
+        replace(row, values={k: cell for k, cell in row.values.items() if whole or k != group}
+                | {"group": row.values.get(group)})
+        for row in rows
+    ]  # fmt: skip
+
+
+def _sided(rows: list[Row], taken: Sequence[str | None]) -> tuple[list[Row], dict[str, dict[str, Any]]]:
+    """Rows without a column `split`, and by where they stand its part: train and test, and dev beside these."""
+    key = next((key for row in rows[:1] for key in row.values if key.strip().lower() == "split" and key not in taken), None)
+    sides = [SIDES.get(str(row.values.get(key)).strip().lower(), "") for row in rows] if key else []
+    if not {"train"} < set(sides) or "" in sides:
+        return rows, {row.where: {} for row in rows}
+    if "test" not in sides:  # a validation set alone is what is held out
+        sides = [side.replace("dev", "test") for side in sides]
+    bare = [replace(row, values={k: cell for k, cell in row.values.items() if k != key}) for row in rows]
+    return bare, {row.where: {"split": side} for row, side in zip(rows, sides, strict=True)}
+
+
+def _owner(table: Mapping[str, list[Any]], left: Iterable[str], lines: list[str]) -> None:
+    """Points out a column of users, documents … that repeat and are about to be parted."""
+    repeated = {key: len(set(cells)) for key in left if OWNERS.fullmatch(key_of(key)) and (cells := texts(table[key]))}
+    repeated = {key: n for key, n in repeated.items() if 1 < n < len(texts(table[key]))}
+    if repeated and "group" not in table:
+        key = min(repeated, key=lambda key: (repeated[key], key))
+        who = next(filter(None, OWNERS.fullmatch(key_of(key)).groups()))  # type: ignore[union-attr]
+        lines.append(f"{key} repeats: rows of one {who} stand on both sides; use --group {key}")
 
 
 def _good(part: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -124,6 +175,7 @@ def _guess(
     data: Path, rows: list[Row], out: Path, prompt: tuple[str, ...], completion: str | None, broken: Broken
 ) -> tuple[Guess, list[dict[str, Any]]]:
     lines: list[str] = []
+    rows, more = _sided(rows, (*prompt, completion))
     rows, many = listed(rows, completion, lines) if completion else (_gathered(rows, prompt, lines), False)
     table = _table(rows)
     kind, left = ("columns", set()) if completion or (prompt and "chosen" not in table) else _shape(table)
@@ -139,12 +191,16 @@ def _guess(
         system = [key for key in left if key_of(key) in SYSTEM]
         lines += [f"column {key!r} read as the system's turn" for key in system]
         left = left.difference(system)
-    beside: dict[str, dict[str, Any]] = {row.where: {} for row in rows}
+    if kind == "pairs" or judging:
+        left = left | {"split"} if any(more.values()) else left
+        more = {where: {} for where in more}
+    elif not any(more.values()):
+        _owner(table, left, lines)
     if tests := [key for key in left if columns and key_of(columns.completion) in CODED and key in TESTS]:
         lines.append(f"columns {', '.join(sorted(tests))} written beside: a metric of your own may run them")
         left = left.difference(tests)
         for row in rows:
-            beside[row.where] |= {key: row.values[key] for key in tests if row.values.get(key) is not None}
+            more[row.where] |= {key: row.values[key] for key in tests if row.values.get(key) is not None}
     if judging:
         kind = "thumbs"
         lines.append(f"column {judging!r} read as a judgement of the answers, of which the good ones alone are "
@@ -155,7 +211,7 @@ def _guess(
         lines.append("to say otherwise: --prompt COLUMN (again for each of several), --completion COLUMN")
     if kind not in ("text", "columns"):
         lines.insert(0, f"rows read as {kind}")
-    plain = _plain_rows(data, rows, kind, columns, judging, beside, broken, lines)
+    plain = _plain_rows(data, rows, kind, columns, judging, more, broken, lines)
     metric, labels = _metric(kind, columns, many, _good(plain, plain) if kind == "thumbs" else plain, lines)
     return Guess(kind, columns, labels, len(plain), metric, tuple(lines), out), plain
 
@@ -386,9 +442,20 @@ def _instruction(guess: Guess, rows: list[dict[str, Any]]) -> str:
     )
 
 
-def _halves(rows: list[dict[str, Any]], closed: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    from whet.splits import cut  # both read their files through this module
-    from whet.task import Example
+def _parts(rows: list[dict[str, Any]], closed: bool) -> list[list[dict[str, Any]]]:
+    """Train, dev and test rows: as they say themselves, else 80 and 20 %."""
+    from whet.splits import cut  # it reads its rows through this module
+
+    sides = [row.pop("split", "") for row in rows]
+    if {"train", "test"} <= set(sides):
+        return [[row for row, side in zip(rows, sides, strict=True) if side == part]
+                for part in ("train", "dev", "test")]  # fmt: skip
+    kept, held = cut(_examples(rows), max(1, round(0.2 * len(rows))), seed=0, closed=closed)
+    return [[rows[i] for i in kept], [], [rows[i] for i in held]]
+
+
+def _examples(rows: list[dict[str, Any]]) -> list[Example]:
+    from whet.task import Example  # it reads its rows through this module
 
     examples = []
     for row in rows:
@@ -408,8 +475,7 @@ def _halves(rows: list[dict[str, Any]], closed: bool) -> tuple[list[dict[str, An
                 text=row.get("text"),
             )
         )
-    kept, held = cut(examples, max(1, round(0.2 * len(rows))), seed=0, closed=closed)
-    return [rows[i] for i in kept], [rows[i] for i in held]
+    return examples
 
 
 def _write(out: Path, header: Mapping[str, Any], files: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
