@@ -503,7 +503,8 @@ def test_chats_and_what_stands_beside_them(tmp_path):
 
 
 def test_numbers_and_labels_with_commas(tmp_path):
-    euro = [{"Text": f"a flat of {who} here", "Preis": f"{n + 1}.{n * 37 + 100},4{n % 10}"} for n, who in enumerate(WHO)]
+    prices = [f"{n + 1}.{n * 37 + 100},4{n % 10}" for n in range(len(WHO))]
+    euro = [{"Text": f"a flat of {who} here", "Preis": price} for who, price in zip(WHO, prices, strict=True)]
     guess, _ = made(tmp_path, euro, completion="Preis")
     assert guess.metric == "number"
     (tmp_path / "u").mkdir()
@@ -573,7 +574,8 @@ def test_texts_with_commas_stay_texts(tmp_path):
 
 def test_accepted_answers_that_are_labels_stay(tmp_path):
     said = (["joy", "Fear"], ["fear", "dread"], ["joy"], ["fear ", "joy", "joy"])
-    rows = [{"prompt": text, "completion": said[n % 4][0], "answers": said[n % 4]} for n, (text, _) in enumerate(REVIEWS)]
+    rows = [{"prompt": text, "completion": said[n % 4][0], "answers": said[n % 4]}
+            for n, (text, _) in enumerate(REVIEWS)]  # fmt: skip
     guess, task = made(tmp_path, rows)
     assert task.labels == ("fear", "joy") and "15 accepted answers left out: they are no label" in guess.lines
     wanted = (("joy", "fear"), ("fear",), ("joy",), ("fear", "joy"))
@@ -636,7 +638,8 @@ def init_lines(folder: Path, rows: list[dict[str, Any]]) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("parts", [("train", "Validation", "test"), ("train", "dev"), ("train", "test")])
 def test_a_column_named_split_is_kept_to(tmp_path, parts):
-    rows = [{"text": text, "mood": label, "split": parts[n // 2 % len(parts)]} for n, (text, label) in enumerate(REVIEWS)]
+    rows = [{"text": text, "mood": label, "split": parts[n // 2 % len(parts)]}
+            for n, (text, label) in enumerate(REVIEWS)]  # fmt: skip
     guess, task = made(tmp_path, rows)
     assert any(line.endswith("as column 'split' says") for line in guess.lines) and guess.labels == ("neg", "pos")
     for part, loaded in zip(parts, (task.train, task.test) if len(parts) == 2 else (task.train, task.dev, task.test),
@@ -648,3 +651,19 @@ def test_a_column_named_split_is_kept_to(tmp_path, parts):
     assert not any("as column 'split' says" in line for line in guess.lines)
     pairs = [{"prompt": row["text"], "chosen": "a", "rejected": "b", "split": row["split"]} for row in rows]
     assert "columns not used: split" in init_lines(tmp_path / "pairs", pairs)
+
+
+def test_rows_that_repeat_or_contradict_are_counted(tmp_path):
+    rows = [{"text": text, "label": label} for text, label in REVIEWS]
+    torn = [{"text": row["text"].upper(), "label": REVIEWS[n + 1][1]} for n, row in enumerate(rows[:3])]
+    lines = init_lines(tmp_path / "torn", [*rows, *rows[:5], *torn])
+    assert "5 rows repeat another row exactly" in lines
+    assert "3 prompts have different labels in different rows" in lines
+    skewed = [row | {"label": "rare" if n < 5 else "usual"} for n, row in enumerate(rows)]
+    [line] = [line for line in init_lines(tmp_path / "skewed", skewed) if "macro_f1" in line]
+    assert line.startswith("55 of 60 rows have the label 'usual'")
+    assert any("all 60 answers are the same: 'pos'" in line for line in init_lines(
+        tmp_path / "same", [row | {"label": "pos"} for row in rows]))  # fmt: skip
+    lines = init_lines(tmp_path / "sound", rows)
+    said = ("repeat another", "different labels", "macro_f1", "the same:")
+    assert not any(word in line for line in lines for word in said)

@@ -51,16 +51,18 @@ READINGS: Mapping[str, Callable[[str, int, str, str], bool]] = {  # how (answer,
 # Columns that hold code, where its cells show it; and what is kept beside it for a metric that runs it.
 CODED = ("sql", "query", "code", "canonical_solution", "solution")
 TESTS = ("test", "tests", "test_list", "entry_point")
-CODE = re.compile(r"\w[(\[]|[<>=]|[;{}]\s*$|^\s*(return|def|class|import|select|with|SELECT|INSERT|UPDATE|DELETE|WITH)\b",
-                  re.MULTILINE)  # fmt: skip
+CODE = re.compile(r"(?m)\w[(\[]|[<>=]|[;{}]\s*$|"
+                  r"^\s*(return|def|class|import|select|with|SELECT|INSERT|UPDATE|DELETE|WITH)\b")  # fmt: skip
 FORMULA = re.compile(r"\$|\\[a-z(\[]")  # TeX, in worked solutions
-LANGUAGES = dict(pair.split(":") for pair in (
+LANGUAGES = dict(re.findall(
+    r"(\w+):(\w+)",
     "ar:Arabic bg:Bulgarian bn:Bengali ca:Catalan cs:Czech da:Danish de:German el:Greek en:English es:Spanish "
     "et:Estonian eu:Basque fa:Persian fi:Finnish fr:French ga:Irish gl:Galician gu:Gujarati he:Hebrew hi:Hindi "
     "hr:Croatian hu:Hungarian id:Indonesian is:Icelandic it:Italian ja:Japanese kk:Kazakh ko:Korean lt:Lithuanian "
     "lv:Latvian mk:Macedonian mr:Marathi ms:Malay nb:Norwegian nl:Dutch no:Norwegian pl:Polish pt:Portuguese "
     "ro:Romanian ru:Russian sk:Slovak sl:Slovenian sq:Albanian sr:Serbian sv:Swedish sw:Swahili ta:Tamil te:Telugu "
-    "th:Thai tr:Turkish uk:Ukrainian ur:Urdu uz:Uzbek vi:Vietnamese zh:Chinese").split())  # fmt: skip
+    "th:Thai tr:Turkish uk:Ukrainian ur:Urdu uz:Uzbek vi:Vietnamese zh:Chinese",
+))  # fmt: skip
 NUMBER = re.compile(r"-?\$?(\d[\d,]*(\.\d+)?|\d{1,3}(\.\d{3})+,\d+)%?")
 
 

@@ -84,8 +84,9 @@ def init(
 ) -> Guess:  # fmt: skip
     """Makes a task folder of one data file: guesses columns and metric, splits 80/20 (seeded, stratified).
 
-    `prompt` and `completion` name columns instead of having them guessed, `group` one whose rows stay together. Raises TaskError where the data cannot be
-    read, a named column does not exist, or `out` already holds a task.
+    `prompt` and `completion` name columns instead of having them guessed, `group` one that says which rows stay
+    together. Raises TaskError where the data cannot be read, a named column does not exist, or `out` already holds a
+    task.
     """
     data, out = Path(data), Path(out)
     if not data.is_file():
@@ -144,7 +145,8 @@ def _grouped(data: Path, rows: list[Row], group: str, taken: Sequence[str | None
 
 def _sided(rows: list[Row], taken: Sequence[str | None]) -> tuple[list[Row], dict[str, dict[str, Any]]]:
     """Rows without a column `split`, and by where they stand its part: train and test, and dev beside these."""
-    key = next((key for row in rows[:1] for key in row.values if key.strip().lower() == "split" and key not in taken), None)
+    keys = (key for row in rows[:1] for key in row.values if key not in taken)
+    key = next((key for key in keys if key.strip().lower() == "split"), None)
     sides = [SIDES.get(str(row.values.get(key)).strip().lower(), "") for row in rows] if key else []
     if not {"train"} < set(sides) or "" in sides:
         return rows, {row.where: {} for row in rows}
@@ -213,6 +215,7 @@ def _guess(
         lines.insert(0, f"rows read as {kind}")
     plain = _plain_rows(data, rows, kind, columns, judging, more, broken, lines)
     metric, labels = _metric(kind, columns, many, _good(plain, plain) if kind == "thumbs" else plain, lines)
+    _doubts(kind, labels, plain, lines)
     return Guess(kind, columns, labels, len(plain), metric, tuple(lines), out), plain
 
 
@@ -408,6 +411,29 @@ def _metric(
     metric = "exact_match" if words <= 3 else "token_f1" if words <= 10 else "rouge_l"
     lines.append(f"metric {metric}: free text, half of the answers have {words:g} words or fewer")
     return metric, ()
+
+
+def _doubts(kind: str, labels: tuple[str, ...], rows: list[dict[str, Any]], lines: list[str]) -> None:
+    """Counts rows that repeat, prompts whose labels differ, and a label that most rows have."""
+    from whet.splits import mark
+
+    unlike = [{key: cell for key, cell in row.items() if key != "split"} for row in rows]
+    if twice := len(rows) - len({json.dumps(row, sort_keys=True, default=str) for row in unlike}):
+        lines.append(f"{twice} rows repeat another row exactly")
+    if labels:
+        said: dict[str, set[str]] = {}
+        for row, example in zip(rows, _examples(rows), strict=True):
+            said.setdefault(mark(example), set()).add(row["completion"])
+        if torn := sum(len(answers) > 1 for answers in said.values()):
+            lines.append(f"{torn} prompts have different labels in different rows")
+    if kind in ("text", "pairs"):
+        return
+    [(answer, most)] = Counter(row["completion"] for row in rows).most_common(1)
+    if most == len(rows):
+        lines.append(f"all {most} answers are the same: {short(answer)}; there is nothing to tell apart")
+    elif labels and most > 0.9 * len(rows):
+        lines.append(f"{most} of {len(rows)} rows have the label {short(answer)}: accuracy rewards saying it always; "
+                     "macro_f1 in task.yaml counts each label alike")  # fmt: skip
 
 
 def _telling(columns: Columns | None) -> dict[str, str]:
