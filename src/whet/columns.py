@@ -437,6 +437,7 @@ def parted(answers: Sequence[str]) -> tuple[str, list[str]]:
         alone = {row[0] for row in labels if len(row) == 1}
         company = {item for row in labels if len(row) > 1 for item in row}
         decimal = mark == "," and any(re.search(r"\d,\d", answer) for answer in answers)
-        if not decimal and 2 * len(alone & company) > len(alone | company) and closed([*chain(*labels)]):
+        free = 2 * len(alone & company) > len(alone | company)
+        if free and all(rows) and not decimal and closed([*chain(*labels)]):
             return mark, [", ".join(row) for row in rows]
     return "", []

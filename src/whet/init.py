@@ -116,7 +116,8 @@ def init(
         header["labels"] = list(guess.labels)
     if telling := _telling(guess.columns):
         header["columns"] = telling
-    how = "rows with the same prompt stay together" if "split" not in rows[0] else "as column 'split' says"
+    told = {"train", "test"} <= {row.get("split") for row in rows}
+    how = "as column 'split' says" if told else "rows with the same prompt stay together"
     kept, dev, test = _parts(rows, bool(guess.labels))
     files = {"feedback.jsonl" if guess.kind == "pairs" else "train.jsonl": kept, "test.jsonl": test}
     files |= {"dev.jsonl": dev} if dev else {}
@@ -351,8 +352,6 @@ def _metric(
 
     `many` says that answers are lists.
     """
-    from whet.metrics import plain
-
     if kind in ("text", "pairs"):
         metric = "perplexity" if kind == "text" else "win_rate"
         lines.append(
@@ -376,27 +375,7 @@ def _metric(
             row["completion"] = answer
         lines.append(f"metric set_f1: several labels a row, parted by {mark!r}" + ", now by commas" * (mark != ","))
         return "set_f1", ()
-    spelt = {plain(answer): answer.strip() for answer, _ in reversed(Counter(answers).most_common())}
-    alike = [spelt[plain(answer)] for answer in answers]
-    if closed(alike):
-        strange = 0
-        for row, answer in zip(rows, alike, strict=True):
-            row["completion"] = answer
-            said = row.pop("answers", [])
-            others = list(map(str, said if isinstance(said, list) else [said]))
-            kept = dict.fromkeys((answer, *(spelt[plain(other)] for other in others if plain(other) in spelt)))
-            strange += sum(plain(other) not in spelt for other in others)
-            if len(kept) > 1:
-                row["answers"] = list(kept)
-        if strange:
-            lines.append(f"{strange} accepted answers left out: they are no label")
-        labels = tuple(sorted(set(alike), key=lambda label: label.zfill(9) if label.isdigit() else label))
-        told = f"{len(labels)} labels ({short(', '.join(labels), 80)[1:-1]}), each short and repeated"
-        if len(labels) < len(set(answers)):
-            told += f"; {len(set(answers))} spellings of them made one each"
-        if all(label.isdigit() for label in labels):
-            told += "; a model knows more of words: write names for these numbers where you can"
-        lines.append(f"metric accuracy: {told}")
+    if labels := _labels(rows, lines):
         return "accuracy", labels
     if all(NUMBER.fullmatch(answer.strip()) or WORKED.search(answer) for answer in answers):
         if name in (*LABELS, *CLASSES):
@@ -411,6 +390,36 @@ def _metric(
     metric = "exact_match" if words <= 3 else "token_f1" if words <= 10 else "rouge_l"
     lines.append(f"metric {metric}: free text, half of the answers have {words:g} words or fewer")
     return metric, ()
+
+
+def _labels(rows: list[dict[str, Any]], lines: list[str]) -> tuple[str, ...]:
+    """The closed set of rows' answers, () where they are none; rows' labels are then spelt in one way."""
+    from whet.metrics import plain
+
+    answers = [row["completion"] for row in rows]
+    spelt = {plain(answer): answer.strip() for answer, _ in reversed(Counter(answers).most_common())}
+    alike = [spelt[plain(answer)] for answer in answers]
+    if not closed(alike):
+        return ()
+    strange = 0
+    for row, answer in zip(rows, alike, strict=True):
+        row["completion"] = answer
+        given = row.pop("answers", [])
+        others = [plain(str(other)) for other in (given if isinstance(given, list) else [given])]
+        kept = dict.fromkeys((answer, *(spelt[other] for other in others if other in spelt)))
+        strange += sum(other not in spelt for other in others)
+        if len(kept) > 1:
+            row["answers"] = list(kept)
+    if strange:
+        lines.append(f"{strange} accepted answers left out: they are no label")
+    labels = tuple(sorted(set(alike), key=lambda label: label.zfill(9) if label.isdigit() else label))
+    said = f"{len(labels)} labels ({short(', '.join(labels), 80)[1:-1]}), each short and repeated"
+    if len(labels) < len(set(answers)):
+        said += f"; {len(set(answers))} spellings of them made one each"
+    if all(label.isdigit() for label in labels):
+        said += "; a model knows more of words: write names for these numbers where you can"
+    lines.append(f"metric accuracy: {said}")
+    return labels
 
 
 def _doubts(kind: str, labels: tuple[str, ...], rows: list[dict[str, Any]], lines: list[str]) -> None:
