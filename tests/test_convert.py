@@ -41,6 +41,22 @@ def test_messages():
     assert standard(row(prompt=chat[:-1], completion="Ada")) == (expected, "conversational")
 
 
+def test_calls_of_tools():
+    calls = [{"id": "a", "type": "function", "function": {"name": "weather", "arguments": "{}"}}]
+    chat = [
+        {"role": "user", "content": "Rain in Köln?"},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "content": "sunny", "tool_call_id": "a"},
+        {"role": "assistant", "content": "No, sun."},
+    ]
+    history = (("user", "Rain in Köln?"), ("assistant", json.dumps(calls)))
+    assert standard(row(messages=chat))[0] == {"prompt": "sunny", "completion": "No, sun.", "history": history}
+    assert standard(row(messages=chat[:2]))[0] == {"prompt": "Rain in Köln?", "completion": json.dumps(calls)}
+    more = [*chat, {"role": "user", "content": "Thanks"}, {"role": "assistant", "content": "Bye"}]
+    assert standard(row(messages=more))[0]["history"] == (*history, ("tool", "sunny"), ("assistant", "No, sun."))
+    refused(lambda: standard(row(messages=chat[2:])), "no question")
+
+
 def test_sharegpt():
     chat = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
     assert standard(row(conversations=chat)) == ({"prompt": "hi", "completion": "hello"}, "ShareGPT")

@@ -165,7 +165,7 @@ SHAPES: dict[str, tuple[Any, str, str, str, str, str]] = {
                    "test": f"def check(c):\n    assert c() == {n}",
                    "entry_point": f"say{n}"},
         "prompt", "canonical_solution", "def say3():\n    \"\"\"Say 3 aloud.\"\"\"\n",
-        "    return 'the number 3'\n", "token_f1",
+        "    return 'the number 3'\n", "chrf",
     ),
     "Dolly": (
         lambda n: {"instruction": f"Say who {WHO[n]} is.", "context": "A book of names." if n == 3 else "",
@@ -206,7 +206,7 @@ SHAPES: dict[str, tuple[Any, str, str, str, str, str]] = {
     ),
     "translation": (
         lambda n: {"translation": {"en": f"{WHO[n]} is at home", "de": f"{WHO[n]} ist zu Hause"}},
-        "translation.en", "translation.de", "Dora is at home", "Dora ist zu Hause", "token_f1",
+        "translation.en", "translation.de", "Dora is at home", "Dora ist zu Hause", "chrf",
     ),
     "TriviaQA": (
         lambda n: {"question": f"Who is number {n}?", "answer": {"value": WHO[n], "aliases": [WHO[n], WHO[n][:2]]}},
@@ -500,3 +500,170 @@ def test_chats_and_what_stands_beside_them(tmp_path):
     assert (guess.kind, guess.rows) == ("messages", 20) and {e.completion for e in every(task)} == {"A friend."}
     assert "columns not used: prompt, prompt_id" in guess.lines
     assert any("1 of 21 rows left out" in line and "'wizard'" in line for line in guess.lines)
+
+
+def test_numbers_and_labels_with_commas(tmp_path):
+    prices = [f"{n + 1}.{n * 37 + 100},4{n % 10}" for n in range(len(WHO))]
+    euro = [{"Text": f"a flat of {who} here", "Preis": price} for who, price in zip(WHO, prices, strict=True)]
+    guess, _ = made(tmp_path, euro, completion="Preis")
+    assert guess.metric == "number"
+    (tmp_path / "u").mkdir()
+    places = ("Washington, DC", "Portland, OR", "Portland, ME", "Seattle, WA")
+    guess, task = made(tmp_path / "u", [{"text": text, "label": places[n % 4]} for n, (text, _) in enumerate(REVIEWS)])
+    assert guess.metric == "accuracy" and set(task.labels) == set(places)
+    assert task.instruction == f"Answer with one of: {'; '.join(sorted(places))}."
+
+
+TAGS = ("bug", "login", "refund")
+
+
+def test_lists_are_several_labels_a_row(tmp_path):
+    rows = [{"text": text, "tags": [tag for m, tag in enumerate(TAGS) if n % 8 >> m & 1], "id": n}
+            for n, (text, _) in enumerate(REVIEWS)]  # fmt: skip
+    guess, task = made(tmp_path, rows, completion="tags")
+    wanted = {row["text"]: ", ".join(row["tags"]) or "none" for row in rows}
+    assert {e.prompt: e.completion for e in every(task)} == wanted and guess.rows == 60
+    assert (guess.metric, guess.labels) == ("set_f1", ()) and task.instruction.endswith(": bug, login, none, refund.")
+    assert any("'tags' holds lists" in line for line in guess.lines)
+    data = make_csv(tmp_path / "b.csv", "text,tags", [(row["text"], row["tags"]) for row in rows])
+    assert init(data, tmp_path / "csv", completion="tags").metric == "set_f1"
+    assert {e.prompt: e.completion for e in every(load(tmp_path / "csv"))} == wanted
+    (tmp_path / "one").mkdir()
+    guess, task = made(tmp_path / "one", [row | {"tags": row["tags"][:1] or ["none"]} for row in rows],
+                       completion="tags")  # fmt: skip
+    assert (guess.metric, task.labels) == ("accuracy", ("bug", "login", "none", "refund"))
+
+
+def test_lists_of_objects_are_json(tmp_path):
+    rows = [{"text": text, "entities": [{"text": WHO[n % 20], "label": "PER"}, {"text": "Köln", "label": "LOC"}]}
+            for n, (text, _) in enumerate(REVIEWS)]  # fmt: skip
+    guess, task = made(tmp_path, rows, completion="entities")
+    assert guess.metric == "set_f1" and task.instruction == "Answer with a JSON list."
+    assert {e.prompt: json.loads(e.completion) for e in every(task)} == {r["text"]: r["entities"] for r in rows}
+    assert every(task)[0].completion.startswith('[{"text":"') and len(every(task)[0].answers) == 1
+
+
+@pytest.mark.parametrize("mark", ["|", "; ", ", ", ","])
+def test_cells_of_several_labels(tmp_path, mark):
+    sets = [[tag for m, tag in enumerate(TAGS) if (n % 7 + 1) >> m & 1] for n in range(60)]
+    sets = [tags[::-1] if n % 2 else tags for n, tags in enumerate(sets)]
+    rows = [(text, mark.join(tags)) for (text, _), tags in zip(REVIEWS, sets, strict=True)]
+    guess = init(make_csv(tmp_path / "a.csv", "text,tags", rows), tmp_path / "t")
+    task = load(tmp_path / "t")
+    assert (guess.metric, task.labels) == ("set_f1", ()) and any("parted by" in line for line in guess.lines)
+    assert [e.completion for e in sorted(every(task), key=lambda e: int(e.prompt.split()[2]))] == [
+        ", ".join(tags) for tags in sets
+    ]
+    assert task.instruction == "Name all labels that fit, with commas between: bug, login, refund."
+
+
+@pytest.mark.parametrize("answers", [
+    ("Washington, DC", "Portland, OR", "Portland, ME", "Portland"), ("yes", "yes, if asked", "no", "no, never"),
+    ("1,5", "2,5", "2,0", "1", "2", "5", "0"), ("a|b",), ("bug", "login", "a|b"),
+])  # fmt: skip
+def test_labels_with_commas_stay_whole(tmp_path, answers):
+    _, task = made(tmp_path, [{"text": t, "label": answers[n % len(answers)]} for n, (t, _) in enumerate(REVIEWS)])
+    assert {e.completion for e in every(task)} == set(answers) and task.metric != "set_f1"
+
+
+def test_texts_with_commas_stay_texts(tmp_path):
+    said = ("Yes, of course", "No", "Yes", "Well, no, not before {}", "In {}, with {}, and then home", "{}, {}")
+    rows = [{"text": t, "answer": said[n % 6].format(WHO[n % 20], WHO[n % 7])} for n, (t, _) in enumerate(REVIEWS)]
+    assert made(tmp_path, rows)[0].metric in ("exact_match", "token_f1")
+
+
+def test_accepted_answers_that_are_labels_stay(tmp_path):
+    said = (["joy", "Fear"], ["fear", "dread"], ["joy"], ["fear ", "joy", "joy"])
+    rows = [{"prompt": text, "completion": said[n % 4][0], "answers": said[n % 4]}
+            for n, (text, _) in enumerate(REVIEWS)]  # fmt: skip
+    guess, task = made(tmp_path, rows)
+    assert task.labels == ("fear", "joy") and "15 accepted answers left out: they are no label" in guess.lines
+    wanted = (("joy", "fear"), ("fear",), ("joy",), ("fear", "joy"))
+    assert {e.prompt: e.answers for e in every(task)} == {row["prompt"]: wanted[n % 4] for n, row in enumerate(rows)}
+
+
+def test_translations(tmp_path):
+    rows = [(f"{who} buys {n} books for a friend", f"{who}는 책 {n}권을 샀다") for n, who in enumerate(WHO)]
+    guess = init(make_csv(tmp_path / "a.csv", "en,ko", rows), tmp_path / "t")
+    assert guess.metric == "chrf" and load(tmp_path / "t").instruction == "Translate from English to Korean."
+
+
+def test_code_is_scored_with_its_signs(tmp_path):
+    rows = [{"question": f"How many users of {who} are older than {n}?",
+             "sql": f"SELECT COUNT(*) FROM {who} WHERE age > {n}"} for n, who in enumerate(WHO)]  # fmt: skip
+    assert made(tmp_path, rows)[0].metric == "chrf"
+    said = [{"problem": row["question"], "solution": f"Press the button of {who}, then wait for {n} minutes or so."}
+            for n, (row, who) in enumerate(zip(rows, WHO, strict=True))]  # fmt: skip
+    for place, more in (("plain", ""), ("formulas", " So \\boxed{x = 3}.")):
+        (tmp_path / place).mkdir()
+        guess, _ = made(tmp_path / place, [row | {"solution": row["solution"] + more} for row in said])
+        assert guess.metric == "rouge_l"
+
+
+def test_tests_of_code_stand_in_the_rows(tmp_path):
+    rows = [SHAPES["HumanEval"][0](n) for n in range(20)]
+    guess, task = made(tmp_path, rows)
+    assert {e.prompt: dict(e.extra) for e in every(task)} == {
+        row["prompt"]: {"test": row["test"], "entry_point": row["entry_point"]} for row in rows
+    }
+    assert "columns not used: task_id" in guess.lines
+
+
+USERS = [{"user_id": f"u{n // 6}", "text": text, "label": label} for n, (text, label) in enumerate(REVIEWS)]
+
+
+def test_a_column_of_users_becomes_the_group(tmp_path):
+    guess, _ = made(tmp_path, USERS)
+    assert "user_id repeats: rows of one user stand on both sides; use --group user_id" in guess.lines
+    (tmp_path / "g").mkdir()
+    guess, task = made(tmp_path / "g", USERS, group="user_id")
+    assert not any("user_id repeats" in line or "not used" in line for line in guess.lines)
+    sides = [{example.group for example in part} for part in (task.train, task.test)]
+    assert not sides[0] & sides[1] and sides[0] | sides[1] == {f"u{n}" for n in range(10)}
+    refused(lambda: made(tmp_path / "t", USERS, group="user"), "no column 'user'", "'user_id'")
+    once = [row | {"user_id": n} for n, row in enumerate(USERS)]
+    assert not any("repeats:" in line for line in init_lines(tmp_path / "once", once))
+    chats = [{"messages": [{"role": "user", "content": row["text"]}, {"role": "assistant", "content": "Well."}],
+              "sessionId": n // 2} for n, row in enumerate(USERS)]  # fmt: skip
+    assert any(line.startswith("sessionId repeats: rows of one session") for line in init_lines(tmp_path / "c", chats))
+    (tmp_path / "p").mkdir()
+    _, task = made(tmp_path / "p", [row | {"context": row["user_id"] * 9} for row in USERS], group="context")
+    assert every(task)[0].prompt.startswith("Context: u") and every(task)[0].group
+
+
+def init_lines(folder: Path, rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    folder.mkdir()
+    return made(folder, rows)[0].lines
+
+
+@pytest.mark.parametrize("parts", [("train", "Validation", "test"), ("train", "dev"), ("train", "test")])
+def test_a_column_named_split_is_kept_to(tmp_path, parts):
+    rows = [{"text": text, "mood": label, "split": parts[n // 2 % len(parts)]}
+            for n, (text, label) in enumerate(REVIEWS)]  # fmt: skip
+    guess, task = made(tmp_path, rows)
+    assert any(line.endswith("as column 'split' says") for line in guess.lines) and guess.labels == ("neg", "pos")
+    for part, loaded in zip(parts, (task.train, task.test) if len(parts) == 2 else (task.train, task.dev, task.test),
+                            strict=True):  # fmt: skip
+        assert {e.prompt for e in loaded} == {row["text"] for row in rows if row["split"] == part}
+    assert not any(e.extra for e in every(task))
+    (tmp_path / "other").mkdir()
+    guess, _ = made(tmp_path / "other", [*rows, rows[0] | {"split": "later"}])
+    assert not any("as column 'split' says" in line for line in guess.lines)
+    pairs = [{"prompt": row["text"], "chosen": "a", "rejected": "b", "split": row["split"]} for row in rows]
+    assert "columns not used: split" in init_lines(tmp_path / "pairs", pairs)
+
+
+def test_rows_that_repeat_or_contradict_are_counted(tmp_path):
+    rows = [{"text": text, "label": label} for text, label in REVIEWS]
+    torn = [{"text": row["text"].upper(), "label": REVIEWS[n + 1][1]} for n, row in enumerate(rows[:3])]
+    lines = init_lines(tmp_path / "torn", [*rows, *rows[:5], *torn])
+    assert "5 rows repeat another row exactly" in lines
+    assert "3 prompts have different labels in different rows" in lines
+    skewed = [row | {"label": "rare" if n < 5 else "usual"} for n, row in enumerate(rows)]
+    [line] = [line for line in init_lines(tmp_path / "skewed", skewed) if "macro_f1" in line]
+    assert line.startswith("55 of 60 rows have the label 'usual'")
+    assert any("all 60 answers are the same: 'pos'" in line for line in init_lines(
+        tmp_path / "same", [row | {"label": "pos"} for row in rows]))  # fmt: skip
+    lines = init_lines(tmp_path / "sound", rows)
+    said = ("repeat another", "different labels", "macro_f1", "the same:")
+    assert not any(word in line for line in lines for word in said)

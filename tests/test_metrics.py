@@ -351,6 +351,8 @@ def test_metrics_keep_no_state():
     ("it is -5", -5), ("\u22125 degrees", -5), ("pages 3-5", 5), ("-$5", -5), ("3/4", 0.75), ("2e-3", 0.002),
     ("12,5 %", 12.5), ("1,2,3", 3), (".5", 0.5), ("1,234,567", 1234567), ("none", None), ("1/0", None),
     ("9" * 400, None), ("12 ####", 12), ("x1 and x2 are 4.", 4),
+    ("1.234,56", 1234.56), ("-1.234.567,8 €", -1234567.8), ("€9.269,10", 9269.1), ("3.141", 3.141),
+    ("1.234,567.8", 567.8),
 ])  # fmt: skip
 def test_the_number_a_text_ends_in(text, value):
     assert number(text) == (value if value is None else pytest.approx(value))

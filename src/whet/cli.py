@@ -631,10 +631,11 @@ def feedback(
 @click.option("--name", default=None, help="Name of the task.")
 @click.option("--prompt", multiple=True, help="Column of the prompt; repeated, the columns stand one a line.")
 @click.option("--completion", default=None, help="Column of the answer.")
+@click.option("--group", default=None, help="Column of users, documents …: rows of one stay on one side of each split.")
 @common
 def init(
-    data: Path, out: Path | None, name: str | None, prompt: tuple[str, ...], completion: str | None, as_json: bool,
-    debug: bool,
+    data: Path, out: Path | None, name: str | None, prompt: tuple[str, ...], completion: str | None, group: str | None,
+    as_json: bool, debug: bool,
 ) -> None:  # fmt: skip
     """Write a task folder from DATA, saying what was guessed.
 
@@ -643,7 +644,7 @@ def init(
     from whet.init import init as run
 
     folder = out or Path(data.stem)
-    guess = run(data, folder, name=name, prompt=prompt, completion=completion)
+    guess = run(data, folder, name=name, prompt=prompt, completion=completion, group=group)
     if as_json:
         _print({"task": str(folder), "kind": guess.kind, "rows": guess.rows, "metric": guess.metric,
                 "labels": list(guess.labels), "guessed": list(guess.lines)})  # fmt: skip

@@ -7,7 +7,8 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from whet.rows import Row, literal, short, suffix_of
 # What columns are called in public data, as `_name` writes it. The first name that a file has is taken: a label before
 # an answer (where both stand there, the answer is what is labelled), an answer before a mere class of the question.
 MANY = "labels"  # several a row, where its cells are lists
+NONE = "none"  # the answer of a row that has no label
 LABELS = ("gold_label", "label", "label_text", MANY, "라벨", "레이블")
 ANSWERS = ("completion", "answer", "answers", "answerkey", "answer_key", "correct_answer", "best_answer",
            "correct_option", "correct", "cop", "gold", "target", "output", "response", "summary", "highlights",
            "translation", "canonical_solution", "solution", "code", "result", "reply", "정답", "답변", "답", "응답",
            "요약")  # fmt: skip
+ALTERNATIVES = re.compile(r"(.*_)?(answers|aliases|references)")  # lists under these names hold accepted answers
 CLASSES = ("sentiment", "emotion", "polarity", "intent", "class", "category", "topic", "stars", "rating",
            "score", "감정", "의도", "분류")  # fmt: skip
 COMPLETIONS = (*LABELS, *ANSWERS, *CLASSES)
@@ -46,7 +49,22 @@ READINGS: Mapping[str, Callable[[str, int, str, str], bool]] = {  # how (answer,
     "its place, from 0": lambda answer, place, label, text: answer.removesuffix(".0") == str(place),
     "its place, from 1": lambda answer, place, label, text: answer.removesuffix(".0") == str(place + 1),
 }
-NUMBER = re.compile(r"-?\$?\d[\d,]*(\.\d+)?%?")
+# Columns that hold code, where its cells show it; and what is kept beside it for a metric that runs it.
+CODED = ("sql", "query", "code", "canonical_solution", "solution")
+TESTS = ("test", "tests", "test_list", "entry_point")
+CODE = re.compile(r"(?m)\w[(\[]|[<>=]|[;{}]\s*$|"
+                  r"^\s*(return|def|class|import|select|with|SELECT|INSERT|UPDATE|DELETE|WITH)\b")  # fmt: skip
+FORMULA = re.compile(r"\$|\\[a-z(\[]")  # TeX, in worked solutions
+LANGUAGES = dict(re.findall(
+    r"(\w+):(\w+)",
+    "ar:Arabic bg:Bulgarian bn:Bengali ca:Catalan cs:Czech da:Danish de:German el:Greek en:English es:Spanish "
+    "et:Estonian eu:Basque fa:Persian fi:Finnish fr:French ga:Irish gl:Galician gu:Gujarati he:Hebrew hi:Hindi "
+    "hr:Croatian hu:Hungarian id:Indonesian is:Icelandic it:Italian ja:Japanese kk:Kazakh ko:Korean lt:Lithuanian "
+    "lv:Latvian mk:Macedonian mr:Marathi ms:Malay nb:Norwegian nl:Dutch no:Norwegian pl:Polish pt:Portuguese "
+    "ro:Romanian ru:Russian sk:Slovak sl:Slovenian sq:Albanian sr:Serbian sv:Swedish sw:Swahili ta:Tamil te:Telugu "
+    "th:Thai tr:Turkish uk:Ukrainian ur:Urdu uz:Uzbek vi:Vietnamese zh:Chinese",
+))  # fmt: skip
+NUMBER = re.compile(r"-?\$?(\d[\d,]*(\.\d+)?|\d{1,3}(\.\d{3})+,\d+)%?")
 
 
 @dataclass(frozen=True)
@@ -75,12 +93,40 @@ def unfolded(data: Path, rows: list[Row]) -> list[Row]:
         for values in parts:
             flat = _flat(values)
             for key, cell in flat.items():
-                if isinstance(cell, list) and key_of(key) == MANY:
-                    flat[key] = ", ".join(str(_named(names.get(key), item)) for item in cell)
+                if isinstance(cell, list) and (key in names or key_of(key) == MANY):
+                    named = [_named(names.get(key), item) for item in cell]
+                    flat[key] = ", ".join(map(str, named)) if key_of(key) == MANY else named
                 elif key in names:
                     flat[key] = _named(names[key], cell)
             found.append(Row(row.where, row.number, flat))
     return found
+
+
+def listed(rows: list[Row], key: str | None, lines: list[str]) -> tuple[list[Row], bool]:
+    """Rows with each list of a column as one text, and whether there were lists of several.
+
+    Items are joined by ", " (`NONE` for none), objects stay JSON. Lists of accepted answers stay as they are.
+    """
+    cells = [row.values.get(key or "") for row in rows]
+    read = [literal(cell) if isinstance(cell, str) and cell[:1] == "[" else None for cell in cells]
+    cells = [cell if found is None else found for cell, found in zip(cells, read, strict=True)]
+    items = [item for cell in cells if isinstance(cell, (list, tuple)) for item in cell]
+    if not key or not items or key_of(key) in ANSWERS or ALTERNATIVES.fullmatch(_plain_name(key)):
+        return rows, False
+    nested = any(isinstance(item, (list, dict)) for item in items)
+    many = nested or any(isinstance(cell, (list, tuple)) and len(cell) > 1 for cell in cells)
+    if many:
+        said = "JSON" if nested else "several labels a row, with commas between"
+        lines.append(f"column {key!r} holds lists: written as {said}")
+
+    def text(cell: Any) -> Any:
+        if not isinstance(cell, (list, tuple)):
+            return cell
+        if nested:
+            return json.dumps(cell, ensure_ascii=False, separators=(",", ":"), default=str)
+        return ", ".join(str(item) for item in cell) or NONE
+
+    return [replace(row, values={**row.values, key: text(cell)}) for row, cell in zip(rows, cells, strict=True)], many
 
 
 def _named(names: Sequence[str] | None, cell: Any) -> Any:
@@ -353,6 +399,21 @@ def _title(column: str) -> str:
     return said[:1].upper() + said[1:]
 
 
+def languages(columns: Columns | None) -> tuple[str, str] | None:
+    """The languages that prompt and answer are named by, such as ("English", "Korean"); None where they are not."""
+    if columns is None or len(columns.prompt) > 1:
+        return None
+    names = [LANGUAGES.get(_plain_name(key)) for key in (columns.prompt[0], columns.completion)]
+    return (names[0], names[1]) if names[0] and names[1] and names[0] != names[1] else None
+
+
+def coded(columns: Columns | None, answers: Sequence[str]) -> bool:
+    """Whether answers are code: their column's name says so, and four of five show it."""
+    named = columns is not None and key_of(columns.completion) in CODED
+    shown = sum(bool(CODE.search(answer)) and not FORMULA.search(answer) for answer in answers) if named else 0
+    return named and shown >= 0.8 * len(answers)
+
+
 def closed(answers: Sequence[str]) -> bool:
     """Whether answers are labels: short, so few that each returns; of many numbers, those that count through."""
     counts = Counter(answers)
@@ -362,3 +423,21 @@ def closed(answers: Sequence[str]) -> bool:
     if len(counts) > 20 and all(NUMBER.fullmatch(answer) for answer in counts):
         return all(answer.isdigit() for answer in counts) and int(max(counts, key=int)) < len(counts) + 1
     return all(count_words(answer) <= 6 for answer in counts)
+
+
+def parted(answers: Sequence[str]) -> tuple[str, list[str]]:
+    """The mark (| ; or ,) that parts answers into labels, and answers with commas instead; "" and [] where none does.
+
+    Labels are a closed set of which more than half stand alone in one row and in company in another: in "Portland, OR"
+    and "Portland, ME" none does.
+    """
+    for mark in "|;,":
+        rows = [list(dict.fromkeys(item.strip() for item in answer.split(mark) if item.strip())) for answer in answers]
+        labels = [[item.casefold() for item in row] for row in rows]
+        alone = {row[0] for row in labels if len(row) == 1}
+        company = {item for row in labels if len(row) > 1 for item in row}
+        decimal = mark == "," and any(re.search(r"\d,\d", answer) for answer in answers)
+        free = 2 * len(alone & company) > len(alone | company)
+        if free and all(rows) and not decimal and closed([*chain(*labels)]):
+            return mark, [", ".join(row) for row in rows]
+    return "", []

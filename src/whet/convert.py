@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from typing import Any
@@ -41,7 +42,10 @@ def as_text(value: object, where: str, field: str) -> str | None:
 
 
 def turns(value: object, where: str, field: str) -> list[tuple[str, str]]:
-    """A chat as (role, content) pairs: TRL and OpenAI messages (role, content) and ShareGPT turns (from, value)."""
+    """A chat as (role, content) pairs: TRL and OpenAI messages (role, content) and ShareGPT turns (from, value).
+
+    A turn that calls tools and says nothing is its calls, as JSON.
+    """
     if not isinstance(value, list) or not value:
         raise TaskError(
             f"{where}: {field} is not a chat", expected="a list of turns with role and content", found=short(value)
@@ -60,6 +64,8 @@ def turns(value: object, where: str, field: str) -> list[tuple[str, str]]:
                 found=short(role),
             )
         content = turn.get("content", turn.get("value"))
+        if not content and (calls := turn.get("tool_calls") or turn.get("function_call")):  # OpenAI's way to call tools
+            content = json.dumps(calls, ensure_ascii=False)
         if isinstance(content, list):
             content = "".join(_part(part, where, field) for part in content)
         text = as_text(content, where, f"the content of a turn of {field}")
@@ -150,7 +156,9 @@ def _transcript(text: object) -> object:
 
 
 def _last_user(chat: list[tuple[str, str]], where: str) -> tuple[list[tuple[str, str]], str]:
-    if not chat or chat[-1][0] != "user":
+    """The earlier turns, and the last: the user's, or what a tool said that the user's question was handed to."""
+    asked = any(role == "user" for role, _ in chat)
+    if not chat or chat[-1][0] not in (("user", "tool") if asked else ("user",)):
         raise TaskError(
             f"{where}: the chat has no question to answer",
             expected="a user turn before the last answer",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _NUMBER = re.compile(
     r"((?:(?<![\w.])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?)(?:/(\d+(?:\.\d+)?))?"
 )
+_CONTINENTAL = re.compile(r"(?<![\w.,])\d{1,3}(?:\.\d{3})+,\d+(?![\d.,]\d|\d)")  # 1.234,56
 _DECIMAL_COMMA = re.compile(r"(?<![\d,.])(\d+),(\d{1,2})(?![\d,.]\d|\d)")
 _SIGNS = {0x2212: "-", **dict.fromkeys(map(ord, "$€£¥₩"))}
 
@@ -28,9 +29,10 @@ def number(text: str) -> float | None:
     """The number that a text ends in: the last one, or the first behind GSM8K's `####`; None where there is none.
 
     Read are signs, decimal points (a comma before one or two digits, too), commas between thousands, exponents and
-    fractions: -1,234.5, 2e-3, 3/4.
+    fractions: -1,234.5, 2e-3, 3/4; and 1.234,56, with points between thousands where a comma follows.
     """
-    before, marked, behind = _DECIMAL_COMMA.sub(r"\1.\2", text.translate(_SIGNS)).rpartition("####")
+    text = _CONTINENTAL.sub(lambda found: found[0].replace(".", "").replace(",", "."), text.translate(_SIGNS))
+    before, marked, behind = _DECIMAL_COMMA.sub(r"\1.\2", text).rpartition("####")
     last = [*_NUMBER.finditer(behind)][: 1 if marked else None] or [*_NUMBER.finditer(before)]
     if not last:
         return None
