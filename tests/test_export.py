@@ -48,6 +48,10 @@ IDS = torch.tensor([[5, 9, 40, 7, 120, 33]])
 TEXTS = ("Hello  world", "naïve café — 12,345.67", "a\n\n\nb\n \n\tc", "🚀 서울 3 33 333 3333", "I'LL we'll HE'S he's",
          "  two in front", "two behind  ", "x=3+44444;\r\n{'a': [1]}", "<|im_start|>user\nhi<|im_end|>\n", " 7 of  9",
          "__mask__ing", "\u00a0odd\u2003spaces", "")  # fmt: skip
+FOLDED = (  # like Mistral's: what the system says stands in the first question
+    "<|endoftext|>{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }}[/INST]"
+    "{% elif m['role'] == 'system' %}{% else %} {{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
+)
 DEMOS = Demonstrations((("dull", "negative"), ("fine", "positive")))
 
 
@@ -97,6 +101,20 @@ def test_hf_is_read_without_whet(tmp_path: Path, fp32: None) -> None:
     sent = json.loads((made.folder / "request.json").read_text())
     turns = [{"role": "system", "content": "Say which."}, {"role": "user", "content": "{question}"}]
     assert sent == {"messages": turns, "max_tokens": 12, "temperature": 0.0}
+
+
+@pytest.mark.parametrize("one", [STRICT, FOLDED])  # one refuses a system turn, the other leaves it out
+def test_a_request_holds_no_turn_that_the_template_does_not_take(
+    one: str, tmp_path: Path, fp32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = export(system(tmp_path, template=one, demonstrations=DEMOS), "hf", tmp_path / "out")
+    sent = json.loads((made.folder / REQUEST).read_text())["messages"]
+    assert [m["role"] for m in sent] == ["user", "assistant"] * 2 + ["user"]
+    assert (sent[0]["content"], sent[-1]["content"]) == ("Say which.\n\ndull", "{question}")
+    AutoTokenizer.from_pretrained(made.folder).apply_chat_template(sent, tokenize=False)  # as a server does
+    monkeypatch.setattr("whet.export.takes_system", lambda tokenizer: True)
+    with pytest.raises(ArtifactError, match="the request does not become the System's prompt"):
+        export(system(tmp_path, template=one), "hf", tmp_path / "other")
 
 
 def test_adapters_are_merged(tmp_path: Path, fp32: None) -> None:
@@ -560,10 +578,6 @@ def test_labels_of_one_token_are_chosen_by_biases(tmp_path: Path, fp32: None) ->
 
 # --- Ollama ----------------------------------------------------------------------------------------------------------
 
-FOLDED = (  # like Mistral's: what the system says stands in the first question
-    "<|endoftext|>{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }}[/INST]"
-    "{% elif m['role'] == 'system' %}{% else %} {{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
-)
 DEFAULT = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}" + CHATML
 COUNTS = CHATML.replace("{{ m['content'] }}", "{{ m['content'] }} ({{ loop.index }} of {{ messages | length }})")
 
