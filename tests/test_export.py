@@ -23,6 +23,7 @@ from tokenizers.models import BPE, WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast
 
 from whet import model as models
+from whet import scorecard
 from whet.compress import folder as folders
 from whet.compress.layers import Codebook, Relaxed
 from whet.compress.packed import PackedLinear, bytes_of
@@ -691,6 +692,27 @@ def test_check_counts_tokens_that_differ(tmp_path: Path, fp32: None) -> None:
     longer = checks.Reopened("hand", session, lambda p: [(0, *t) for t in session.encode(p)],
                              lambda p, a: follow(p[1:], a))  # fmt: skip
     assert checks.compare(told, longer).encoded == 0 and not checks.compare(told, longer).good
+
+
+def test_a_sorted_tasks_classes_are_all_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_task(tmp_path / "toy", train=20, test=40)
+    rows = sorted((folder / "test.jsonl").read_text().splitlines(), key=lambda line: json.loads(line)["completion"])
+    (folder / "test.jsonl").write_text("\n".join(rows))
+    task, seen = load(folder), list[list[str]]()
+    answers = [e.completion for e in task.test]
+    assert len(set(answers)) == 2 and len(set(answers[:10])) == 1
+    told = checks.told
+    monkeypatch.setattr(checks, "PROMPTS", 10)
+    monkeypatch.setattr(checks, "ROWS", 10)
+    monkeypatch.setattr(checks, "told", lambda one, some, rest: (seen.append([e.completion for e in some]),
+                                                                 told(one, some, rest))[1])  # fmt: skip
+    one = system(tmp_path, decoding=Decoding(("good", "bad"), closed=True, prior=(-50.0, 50.0)))
+    scores = getattr(export(one, "hf", tmp_path / "out", task=task).check, "scores", None)
+    assert scores and scores.n == 10 and 0.3 < scores.system < 0.7  # the prior leaves one label
+    monkeypatch.setattr("whet.probe.probe", lambda place, home, some, metric: (
+        seen.append([e.completion for e in some]), (1.0, 1))[1])  # fmt: skip
+    scorecard.measure(scorecard.evaluate(one, task.test, get("accuracy")), one, task.test)
+    assert [len(set(some[:8])) for some in seen] == [2, 2]
 
 
 def test_scores_show_what_is_lost(tmp_path: Path) -> None:

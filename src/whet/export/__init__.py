@@ -18,6 +18,7 @@ from whet import model as models
 from whet.compress.folder import compressed, dense
 from whet.errors import ArtifactError, nearest
 from whet.prompt import SLOT, end_of_turn, fold_system, messages, takes_system
+from whet.splits import shared_order
 from whet.store import anew
 from whet.system import Demonstrations, System
 
@@ -254,10 +255,10 @@ def export(
 ) -> Exported:  # fmt: skip
     """Write a System for another engine, aside and then renamed; an older export in its place is replaced.
 
-    `kind` is the type of the weights (GGUF: also q8_0 and q4_0). The check asks 50 prompts (the task's first, where one
-    is given, which is scored, too: `Exported.kept`). Raises ArtifactError where the export does not answer like the
-    System, unless its type rounds more than bf16 does; MethodError or ModelError where the System has no weights or is
-    of a kind that the format does not know.
+    `kind` is the type of the weights (GGUF: also q8_0 and q4_0). The check asks 50 prompts (of the task, where one is
+    given, classes in turn; it is scored, too: `Exported.kept`). Raises ArtifactError where the export does not answer
+    like the System, unless its type rounds more than bf16 does; MethodError or ModelError where the System has no
+    weights or is of a kind that the format does not know.
     """
     from whet.export.gguf import TYPES
 
@@ -300,7 +301,7 @@ def _check(
     from whet.metrics import get
     from whet.scorecard import rows_of
 
-    rows = rows_of(task, "test" if task.test else "select") if task else ()
+    rows = shared_order(rows_of(task, "test" if task.test else "select"), task.closed, 0) if task else []
     examples = [*(e for e in rows if e.text is None), *checks.NEUTRAL][: checks.PROMPTS]
     bound = bool(biases(system, tokenizer, target))
     asked = askable(system, bound)

@@ -205,7 +205,7 @@ def score(
     whole: System, asked: System, bound: bool, name: str, rows: Sequence[Example], metric: Metric, other: Reopened,
     progress: Progress | None = None,
 ) -> Scores:  # fmt: skip
-    """What the `whole` System scores on rows, and what the export does, `asked` as it can be.
+    """What the `whole` System scores on the first `ROWS` of rows, and what the export does, `asked` as it can be.
 
     `bound`: a server that is asked so chooses among the labels; otherwise it writes its answer.
     """
