@@ -30,7 +30,7 @@ from whet.engine import Spent
 from whet.engine.fake import FakeSession
 from whet.engine.prefix import Row, arrange
 from whet.engine.torch import TorchSession
-from whet.errors import MethodError
+from whet.errors import ArtifactError, MethodError
 from whet.methods import Run, make
 from whet.methods.quantize import HEADER, Quantize, _swapping
 from whet.metrics import Outcome, get
@@ -657,7 +657,8 @@ def test_improve_makes_it_small_enough_or_names_the_nearest(
     trials = {t["name"]: t for t in found.result["trials"]}
     assert found.result["chosen"]["name"] == named
     assert (trials[named]["status"] == "done") is met
-    assert "KB" in trials["base"]["why"] or "MB" in trials["base"]["why"]
+    assert "KB on disk" in trials["base"]["why"]
+    assert {"arm": "made small enough for limits", "minutes": 0.25, "most": True} in found.result["plan"]
     said = " ".join(found.result["notes"])
     assert ("the nearest is handed over" in said) is not met
     stored = sum(p.stat().st_size for p in (tmp_path / "out" / "system").rglob("*.safetensors"))
@@ -681,7 +682,9 @@ def limited_job(
     """
     run = SimpleNamespace(sessions={"base": FakeSession("hash")}, tidy=lambda: None)
 
-    def enter(recipe: Recipe, *_: Any, **__: Any) -> Trial:
+    def enter(recipe: Recipe, *_: Any, **bounds: Any) -> Trial:
+        job.bounds.append((bounds["tokens"], bounds["healing"]))
+        race.left -= race.each
         run.sessions[recipe.name] = TorchSession(make_model("llama"), make_tokenizer())
         made = trial(recipe.name, made_of)
         job.race.trials.append(made)
@@ -697,11 +700,12 @@ def limited_job(
         return mark(one, status="refused", why="forgets") if forgets in one.name else one
 
     base = trial("", 200)
-    race = SimpleNamespace(base=base, trials=[base], seconds=0.0, left=10.0, select=[0] * 4, enter=enter, mark=mark,
-                           merit=lambda t: t.card.score, speed=lambda _: SimpleNamespace(train=1.0))  # fmt: skip
+    race = SimpleNamespace(base=base, trials=[base], seconds=0.0, left=10.0, each=0.0, select=[0] * 4, enter=enter,
+                           mark=mark, merit=lambda t: t.card.score,
+                           speed=lambda _: SimpleNamespace(train=10_000.0))  # fmt: skip
     job = SimpleNamespace(task=SimpleNamespace(limits=Limits(size=100)), race=race, bases=[base.system], shrinking=0.0,
                           run=run, wish=SimpleNamespace(methods=(), seed=0), metric=get("accuracy"), notes=[],
-                          skipped=[], tight=False)  # fmt: skip
+                          skipped=[], tight=False, bounds=[])  # fmt: skip
     monkeypatch.setattr("whet.search.limits._measured", lambda _, __, card: card)
     monkeypatch.setattr("whet.search.limits._expected", lambda _, __, cut, ___: sizes.get(Recipe(cut).name, 0.0))
     monkeypatch.setattr("whet.search._keeping", keeping)
@@ -761,9 +765,53 @@ def test_students_that_would_be_too_large_are_not_taught(monkeypatch: pytest.Mon
     job = limited_job(monkeypatch, made_of=150, **dict.fromkeys(large, 120.0))
     assert limits.within(job, None) is not None and "nearest" in job.notes[0]
     assert [d["method"] for d in job.skipped] == [parse(one).name for one in large]
-    assert "0.0 MB" in job.skipped[0]["why"]
+    assert job.skipped[0]["why"] == "it would take about 0.1 KB, 0.1 allowed"
     assert not any("prune(width" in t.name for t in job.race.trials)
     assert "share+distill" in job.race.trials[-1].name  # the last is tried all the same, and may be the nearest
+
+
+def test_what_cannot_be_measured_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*calls: int) -> Any:
+        count = iter(range(9))
+
+        def measured(_: Any, __: Any, card: Any) -> Any:
+            if next(count) in calls:
+                raise ArtifactError("cannot measure it", found="Killed")
+            return card
+
+        return measured
+
+    job = limited_job(monkeypatch)
+    monkeypatch.setattr("whet.search.limits._measured", failing(1))
+    found = limits.within(job, None)
+    assert found is not None and found.name == "quantize(bits=4)"
+    assert job.race.trials[1].status == "refused" and "could not be measured: cannot" in job.race.trials[1].why
+    job, small = limited_job(monkeypatch), trial("quantize", 50)
+    monkeypatch.setattr("whet.search.limits._measured", failing(0))
+    assert limits.within(job, small) is small and "quantize could not be measured" in job.notes[0]
+    monkeypatch.setattr("whet.search.limits._measured", failing(1))  # the base, which is not known to keep within them
+    assert limits.within(job, small) is small and job.tight and "base could not be measured" in job.notes[1]
+
+
+def test_a_new_student_is_taught_for_as_long_as_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = limited_job(monkeypatch, made_of=150)
+    job.race.trials.append(replace(trial("finetune", 200, 0.75), notes={"allowed": 50_000}))
+    job.race.each = 2.5  # seconds that each takes, of 10
+    assert limits.within(job, job.race.trials[1]) is not None
+    # The training that is reused keeps its bound; students get 10,000 tokens a second, less what validation takes.
+    assert job.bounds == [(50_000, None)] * 3 + [(50_000, 21_250)]
+    assert len(job.skipped) == len(limits.SMALLER) - 4 and "only 0:00 of the budget" in job.skipped[0]["why"]
+    job = limited_job(monkeypatch, made_of=150)
+    job.race.trials.append(replace(trial("finetune", 200, 0.75), notes={"allowed": 50_000}))
+    limits.within(job, job.race.trials[1])
+    assert {healing for _, healing in job.bounds} == {None, 50_000} and not job.skipped
+
+
+def test_without_rows_to_select_by_the_limits_are_only_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = limited_job(monkeypatch)
+    job.race.select, job.race.base = [], None
+    alone = replace(trial("rag", 200), card=None)
+    assert limits.within(job, alone) is alone and "no rows to select by" in job.notes[0] and not job.bounds
 
 
 def test_what_stands_around_a_slow_answer_goes_first() -> None:
