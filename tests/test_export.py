@@ -40,6 +40,7 @@ from whet.export.vllm import packs, serve
 from whet.methods import Run, make
 from whet.metrics import Outcome, get
 from whet.prompt import messages, render
+from whet.retention import Lost
 from whet.retrieval import Source
 from whet.store import Store
 from whet.system import Decoding, Demonstrations, System
@@ -745,6 +746,11 @@ def test_few_rows_do_not_make_an_export_as_good(lost: int, n: int, kept: bool) -
     made = Exported(Path("x"), "gguf", "q4_0", (), 1, (("retrieval", "none"),), checked)
     assert made.kept is kept and made.why.startswith("rounding to q4_0 costs too much: toy loses" * (not kept))
     assert replace(made, check=None).kept is None
+
+
+def test_a_loss_of_nothing_has_no_sign() -> None:
+    nothing = Lost("toy", 3, 0.5, 0.5, -0.0, -0.04, 0.0, 1.0, -0.0, 31.0, True)
+    assert "toy loses 0.0 points [0.0, 0.0] on 3 rows" in str(nothing) and "bound 0.0 of" in str(nothing)
 
 
 def test_likelihoods_are_compared_and_what_is_not_is_named(tmp_path: Path, fp32: None) -> None:
