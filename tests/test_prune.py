@@ -568,6 +568,8 @@ def test_pruning_is_repeatable_and_not_repeated(
     one, first = prune(system, data, tmp_path / "a", layers=0.5)
     two, _ = prune(system, data, tmp_path / "b", layers=0.5)
     assert one.fingerprint == two.fingerprint
+    few = len(calibration(system, data, first, first.session(system.model)).tokens)  # type: ignore[arg-type]
+    assert first.session(system.model).spent.prefilled_tokens > 10 * few  # two rounds of four losses, and two more
     monkeypatch.setattr("whet.compress.depth.drop", lambda *a: pytest.fail("pruned again"))
     other = replace(system, decoding=replace(system.decoding, prior=(5.0, -5.0)))  # it does not matter to what is cut
     for one_of in (system, other):

@@ -497,6 +497,7 @@ def test_siblings_of_tied_layers_count_each_input_once(tmp_path: Path) -> None:
 
     session, tokens = TorchSession(module, make_tokenizer()), arrange(rows).unique_tokens
     calibrate.walk(session, rows, look, None)
+    assert 2 * tokens <= session.spent.prefilled_tokens <= 3 * tokens  # each layer is run before and after its visit
     one = System(ModelRef("x", "x"), "x")
     with _swapping(module) as work, pytest.MonkeyPatch.context() as patch:
         patch.setattr("whet.compress.moments.rows_of", lambda *_: rows)
