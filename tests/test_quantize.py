@@ -31,7 +31,7 @@ from whet.engine.fake import FakeSession
 from whet.engine.prefix import Row, arrange
 from whet.engine.torch import TorchSession
 from whet.errors import ArtifactError, MethodError
-from whet.methods import Run, make
+from whet.methods import Run, lacking, make
 from whet.methods.quantize import HEADER, Quantize, _swapping
 from whet.metrics import Outcome, get
 from whet.model import ModelRef, load, resolve
@@ -331,6 +331,21 @@ def test_quantize_gives_a_smaller_model_that_answers_alike(given_settings: dict[
     assert method.apply(base, task(), Run(Store(tmp_path / "home"))).fingerprint == made.fingerprint
     with pytest.raises(MethodError, match="quantized already"):
         Quantize(bits=4).apply(made, task(), run)
+
+
+def test_without_rows_weights_are_rounded_by_themselves(tmp_path: Path) -> None:
+    base, run = system(tmp_path / "model", tmp_path / "home"), Run(Store(tmp_path / "home"))
+    none = replace(task(), train=())
+    assert lacking(Quantize(), base, none) and lacking(Quantize(rounding="nearest"), base, none)  # that one is smoothed
+    plain = {"activations": False, "rounding": "nearest"}
+    for how in (plain, {"bits": 4, "rounding": "nearest"}, {"bits": 4, "rounding": "hqq", "group": 16}):
+        method = make("quantize", how)
+        made, wanted = (Recipe((method,)).run(base, data, run) for data in (none, task()))
+        given, other = (load(one.model, tmp_path / "home")[0].state_dict() for one in (made, wanted))
+        assert given.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in given.items())
+    least = run.notes["quantized"]["bytes"]
+    Recipe((method,)).run(base, replace(none, limits=Limits(size=least + 9000)), run)
+    assert run.notes["quantized"]["met"] and run.notes["quantized"]["kept_in_8"] > 0
 
 
 def test_limits_keep_the_worst_layers_in_eight_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

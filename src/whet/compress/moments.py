@@ -125,6 +125,19 @@ def walk(
                 progress(index + 1, len(layers))
 
 
+def bare(session: TorchSession, visit: Visit, progress: Callable[[int, int], None] | None) -> None:
+    """Like `walk` without rows: of what layers are given nothing is known, and all inputs count alike."""
+    layers = linear_layers(session.module)
+    for index, layer in enumerate(layers):
+        found = {n: one for n, one in layer.named_modules() if isinstance(one, nn.Linear)}
+        moments = {n: Moments.of(one.in_features) for n, one in found.items()}
+        for one in moments.values():
+            one.second.fill_diagonal_(1.0)
+        visit(index, layer, moments)
+        if progress:
+            progress(index + 1, len(layers))
+
+
 def follow(
     session: TorchSession, rows: Sequence[Row], visit: Visit, progress: Callable[[int, int], None] | None
 ) -> None:  # fmt: skip
