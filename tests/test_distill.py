@@ -580,6 +580,27 @@ def test_a_teacher_is_asked_once(system: System, tmp_path: Path, monkeypatch: py
     assert asked == [32]  # elsewhere nothing is known of it
 
 
+def test_what_a_served_teacher_did_not_answer_is_asked_again(
+    system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a server is down for a while: its silence is no answer, and is not kept as one."""
+    asked, some, plain, down = list[int](), list(rows(8)), FakeSession.generate, [3]
+
+    def generate(self: Any, prompts: Any, *args: Any, **settings: Any) -> Any:
+        asked.append(len(prompts))
+        told = plain(self, prompts, *args, **settings)
+        lost = [tuple(replace(g, text="", finish="stop") for g in one) for one in told[: down[0]]]
+        return [*lost, *told[len(lost) :]]
+
+    monkeypatch.setattr(FakeSession, "generate", generate)
+    teacher = replace(system, model=models.resolve("fake:echo"), decoding=Decoding(max_tokens=6))
+    student, run = replace(system, decoding=Decoding(max_tokens=6)), Run(Store(tmp_path))
+    for down[0], heard in ((3, 5), (3, 5), (0, 8), (0, 8)):
+        found = Distill()._ask(teacher, student, some, False, FakeSession("echo"), run)
+        assert len(found) == heard and all(said.text for said in found.values())
+    assert asked == [8, 3, 3]
+
+
 def test_prompts_in_a_file_suffice(system: System, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n\n".join(e.prompt for e in rows(40)))
     method = Distill(unlabelled=str(tmp_path / "prompts.txt"), **QUICK)

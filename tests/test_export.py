@@ -23,6 +23,7 @@ from tokenizers.models import BPE, WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast
 
 from whet import model as models
+from whet import scorecard
 from whet.compress import folder as folders
 from whet.compress.layers import Codebook, Relaxed
 from whet.compress.packed import PackedLinear, bytes_of
@@ -39,6 +40,7 @@ from whet.export.vllm import packs, serve
 from whet.methods import Run, make
 from whet.metrics import Outcome, get
 from whet.prompt import messages, render
+from whet.retention import Lost
 from whet.retrieval import Source
 from whet.store import Store
 from whet.system import Decoding, Demonstrations, System
@@ -48,6 +50,10 @@ IDS = torch.tensor([[5, 9, 40, 7, 120, 33]])
 TEXTS = ("Hello  world", "naïve café — 12,345.67", "a\n\n\nb\n \n\tc", "🚀 서울 3 33 333 3333", "I'LL we'll HE'S he's",
          "  two in front", "two behind  ", "x=3+44444;\r\n{'a': [1]}", "<|im_start|>user\nhi<|im_end|>\n", " 7 of  9",
          "__mask__ing", "\u00a0odd\u2003spaces", "")  # fmt: skip
+FOLDED = (  # like Mistral's: what the system says stands in the first question
+    "<|endoftext|>{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }}[/INST]"
+    "{% elif m['role'] == 'system' %}{% else %} {{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
+)
 DEMOS = Demonstrations((("dull", "negative"), ("fine", "positive")))
 
 
@@ -97,6 +103,20 @@ def test_hf_is_read_without_whet(tmp_path: Path, fp32: None) -> None:
     sent = json.loads((made.folder / "request.json").read_text())
     turns = [{"role": "system", "content": "Say which."}, {"role": "user", "content": "{question}"}]
     assert sent == {"messages": turns, "max_tokens": 12, "temperature": 0.0}
+
+
+@pytest.mark.parametrize("one", [STRICT, FOLDED])  # one refuses a system turn, the other leaves it out
+def test_a_request_holds_no_turn_that_the_template_does_not_take(
+    one: str, tmp_path: Path, fp32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = export(system(tmp_path, template=one, demonstrations=DEMOS), "hf", tmp_path / "out")
+    sent = json.loads((made.folder / REQUEST).read_text())["messages"]
+    assert [m["role"] for m in sent] == ["user", "assistant"] * 2 + ["user"]
+    assert (sent[0]["content"], sent[-1]["content"]) == ("Say which.\n\ndull", "{question}")
+    AutoTokenizer.from_pretrained(made.folder).apply_chat_template(sent, tokenize=False)  # as a server does
+    monkeypatch.setattr("whet.export.takes_system", lambda tokenizer: True)
+    with pytest.raises(ArtifactError, match="the request does not become the System's prompt"):
+        export(system(tmp_path, template=one), "hf", tmp_path / "other")
 
 
 def test_adapters_are_merged(tmp_path: Path, fp32: None) -> None:
@@ -560,10 +580,6 @@ def test_labels_of_one_token_are_chosen_by_biases(tmp_path: Path, fp32: None) ->
 
 # --- Ollama ----------------------------------------------------------------------------------------------------------
 
-FOLDED = (  # like Mistral's: what the system says stands in the first question
-    "<|endoftext|>{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }}[/INST]"
-    "{% elif m['role'] == 'system' %}{% else %} {{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
-)
 DEFAULT = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}" + CHATML
 COUNTS = CHATML.replace("{{ m['content'] }}", "{{ m['content'] }} ({{ loop.index }} of {{ messages | length }})")
 
@@ -679,6 +695,27 @@ def test_check_counts_tokens_that_differ(tmp_path: Path, fp32: None) -> None:
     assert checks.compare(told, longer).encoded == 0 and not checks.compare(told, longer).good
 
 
+def test_a_sorted_tasks_classes_are_all_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_task(tmp_path / "toy", train=20, test=40)
+    rows = sorted((folder / "test.jsonl").read_text().splitlines(), key=lambda line: json.loads(line)["completion"])
+    (folder / "test.jsonl").write_text("\n".join(rows))
+    task, seen = load(folder), list[list[str]]()
+    answers = [e.completion for e in task.test]
+    assert len(set(answers)) == 2 and len(set(answers[:10])) == 1
+    told = checks.told
+    monkeypatch.setattr(checks, "PROMPTS", 10)
+    monkeypatch.setattr(checks, "ROWS", 10)
+    monkeypatch.setattr(checks, "told", lambda one, some, rest: (seen.append([e.completion for e in some]),
+                                                                 told(one, some, rest))[1])  # fmt: skip
+    one = system(tmp_path, decoding=Decoding(("good", "bad"), closed=True, prior=(-50.0, 50.0)))
+    scores = getattr(export(one, "hf", tmp_path / "out", task=task).check, "scores", None)
+    assert scores and scores.n == 10 and 0.3 < scores.system < 0.7  # the prior leaves one label
+    monkeypatch.setattr("whet.probe.probe", lambda place, home, some, metric: (
+        seen.append([e.completion for e in some]), (1.0, 1))[1])  # fmt: skip
+    scorecard.measure(scorecard.evaluate(one, task.test, get("accuracy")), one, task.test)
+    assert [len(set(some[:8])) for some in seen] == [2, 2]
+
+
 def test_scores_show_what_is_lost(tmp_path: Path) -> None:
     task = load(write_task(tmp_path / "toy", train=20, test=40))
     labels = Decoding(("good", "bad"), closed=True, prior=(-50.0, 50.0))
@@ -709,6 +746,11 @@ def test_few_rows_do_not_make_an_export_as_good(lost: int, n: int, kept: bool) -
     made = Exported(Path("x"), "gguf", "q4_0", (), 1, (("retrieval", "none"),), checked)
     assert made.kept is kept and made.why.startswith("rounding to q4_0 costs too much: toy loses" * (not kept))
     assert replace(made, check=None).kept is None
+
+
+def test_a_loss_of_nothing_has_no_sign() -> None:
+    nothing = Lost("toy", 3, 0.5, 0.5, -0.0, -0.04, 0.0, 1.0, -0.0, 31.0, True)
+    assert "toy loses 0.0 points [0.0, 0.0] on 3 rows" in str(nothing) and "bound 0.0 of" in str(nothing)
 
 
 def test_likelihoods_are_compared_and_what_is_not_is_named(tmp_path: Path, fp32: None) -> None:

@@ -30,8 +30,8 @@ from whet.engine import Spent
 from whet.engine.fake import FakeSession
 from whet.engine.prefix import Row, arrange
 from whet.engine.torch import TorchSession
-from whet.errors import MethodError
-from whet.methods import Run, make
+from whet.errors import ArtifactError, MethodError
+from whet.methods import Run, lacking, make
 from whet.methods.quantize import HEADER, Quantize, _swapping
 from whet.metrics import Outcome, get
 from whet.model import ModelRef, load, resolve
@@ -333,6 +333,21 @@ def test_quantize_gives_a_smaller_model_that_answers_alike(given_settings: dict[
         Quantize(bits=4).apply(made, task(), run)
 
 
+def test_without_rows_weights_are_rounded_by_themselves(tmp_path: Path) -> None:
+    base, run = system(tmp_path / "model", tmp_path / "home"), Run(Store(tmp_path / "home"))
+    none = replace(task(), train=())
+    assert lacking(Quantize(), base, none) and lacking(Quantize(rounding="nearest"), base, none)  # that one is smoothed
+    plain = {"activations": False, "rounding": "nearest"}
+    for how in (plain, {"bits": 4, "rounding": "nearest"}, {"bits": 4, "rounding": "hqq", "group": 16}):
+        method = make("quantize", how)
+        made, wanted = (Recipe((method,)).run(base, data, run) for data in (none, task()))
+        given, other = (load(one.model, tmp_path / "home")[0].state_dict() for one in (made, wanted))
+        assert given.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in given.items())
+    least = run.notes["quantized"]["bytes"]
+    Recipe((method,)).run(base, replace(none, limits=Limits(size=least + 9000)), run)
+    assert run.notes["quantized"]["met"] and run.notes["quantized"]["kept_in_8"] > 0
+
+
 def test_limits_keep_the_worst_layers_in_eight_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = system(tmp_path / "model", tmp_path / "home")
     run = Run(Store(tmp_path / "home"))
@@ -497,6 +512,7 @@ def test_siblings_of_tied_layers_count_each_input_once(tmp_path: Path) -> None:
 
     session, tokens = TorchSession(module, make_tokenizer()), arrange(rows).unique_tokens
     calibrate.walk(session, rows, look, None)
+    assert 2 * tokens <= session.spent.prefilled_tokens <= 3 * tokens  # each layer is run before and after its visit
     one = System(ModelRef("x", "x"), "x")
     with _swapping(module) as work, pytest.MonkeyPatch.context() as patch:
         patch.setattr("whet.compress.moments.rows_of", lambda *_: rows)
@@ -657,7 +673,8 @@ def test_improve_makes_it_small_enough_or_names_the_nearest(
     trials = {t["name"]: t for t in found.result["trials"]}
     assert found.result["chosen"]["name"] == named
     assert (trials[named]["status"] == "done") is met
-    assert "KB" in trials["base"]["why"] or "MB" in trials["base"]["why"]
+    assert "KB on disk" in trials["base"]["why"]
+    assert {"arm": "made small enough for limits", "minutes": 0.25, "most": True} in found.result["plan"]
     said = " ".join(found.result["notes"])
     assert ("the nearest is handed over" in said) is not met
     stored = sum(p.stat().st_size for p in (tmp_path / "out" / "system").rglob("*.safetensors"))
@@ -681,7 +698,9 @@ def limited_job(
     """
     run = SimpleNamespace(sessions={"base": FakeSession("hash")}, tidy=lambda: None)
 
-    def enter(recipe: Recipe, *_: Any, **__: Any) -> Trial:
+    def enter(recipe: Recipe, *_: Any, **bounds: Any) -> Trial:
+        job.bounds.append((bounds["tokens"], bounds["healing"]))
+        race.left -= race.each
         run.sessions[recipe.name] = TorchSession(make_model("llama"), make_tokenizer())
         made = trial(recipe.name, made_of)
         job.race.trials.append(made)
@@ -697,11 +716,12 @@ def limited_job(
         return mark(one, status="refused", why="forgets") if forgets in one.name else one
 
     base = trial("", 200)
-    race = SimpleNamespace(base=base, trials=[base], seconds=0.0, left=10.0, select=[0] * 4, enter=enter, mark=mark,
-                           merit=lambda t: t.card.score, speed=lambda _: SimpleNamespace(train=1.0))  # fmt: skip
+    race = SimpleNamespace(base=base, trials=[base], seconds=0.0, left=10.0, each=0.0, select=[0] * 4, enter=enter,
+                           mark=mark, merit=lambda t: t.card.score,
+                           speed=lambda _: SimpleNamespace(train=10_000.0))  # fmt: skip
     job = SimpleNamespace(task=SimpleNamespace(limits=Limits(size=100)), race=race, bases=[base.system], shrinking=0.0,
                           run=run, wish=SimpleNamespace(methods=(), seed=0), metric=get("accuracy"), notes=[],
-                          skipped=[], tight=False)  # fmt: skip
+                          skipped=[], tight=False, bounds=[])  # fmt: skip
     monkeypatch.setattr("whet.search.limits._measured", lambda _, __, card: card)
     monkeypatch.setattr("whet.search.limits._expected", lambda _, __, cut, ___: sizes.get(Recipe(cut).name, 0.0))
     monkeypatch.setattr("whet.search._keeping", keeping)
@@ -761,9 +781,53 @@ def test_students_that_would_be_too_large_are_not_taught(monkeypatch: pytest.Mon
     job = limited_job(monkeypatch, made_of=150, **dict.fromkeys(large, 120.0))
     assert limits.within(job, None) is not None and "nearest" in job.notes[0]
     assert [d["method"] for d in job.skipped] == [parse(one).name for one in large]
-    assert "0.0 MB" in job.skipped[0]["why"]
+    assert job.skipped[0]["why"] == "it would take about 0.1 KB, 0.1 allowed"
     assert not any("prune(width" in t.name for t in job.race.trials)
     assert "share+distill" in job.race.trials[-1].name  # the last is tried all the same, and may be the nearest
+
+
+def test_what_cannot_be_measured_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*calls: int) -> Any:
+        count = iter(range(9))
+
+        def measured(_: Any, __: Any, card: Any) -> Any:
+            if next(count) in calls:
+                raise ArtifactError("cannot measure it", found="Killed")
+            return card
+
+        return measured
+
+    job = limited_job(monkeypatch)
+    monkeypatch.setattr("whet.search.limits._measured", failing(1))
+    found = limits.within(job, None)
+    assert found is not None and found.name == "quantize(bits=4)"
+    assert job.race.trials[1].status == "refused" and "could not be measured: cannot" in job.race.trials[1].why
+    job, small = limited_job(monkeypatch), trial("quantize", 50)
+    monkeypatch.setattr("whet.search.limits._measured", failing(0))
+    assert limits.within(job, small) is small and "quantize could not be measured" in job.notes[0]
+    monkeypatch.setattr("whet.search.limits._measured", failing(1))  # the base, which is not known to keep within them
+    assert limits.within(job, small) is small and job.tight and "base could not be measured" in job.notes[1]
+
+
+def test_a_new_student_is_taught_for_as_long_as_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = limited_job(monkeypatch, made_of=150)
+    job.race.trials.append(replace(trial("finetune", 200, 0.75), notes={"allowed": 50_000}))
+    job.race.each = 2.5  # seconds that each takes, of 10
+    assert limits.within(job, job.race.trials[1]) is not None
+    # The training that is reused keeps its bound; students get 10,000 tokens a second, less what validation takes.
+    assert job.bounds == [(50_000, None)] * 3 + [(50_000, 21_250)]
+    assert len(job.skipped) == len(limits.SMALLER) - 4 and "only 0:00 of the budget" in job.skipped[0]["why"]
+    job = limited_job(monkeypatch, made_of=150)
+    job.race.trials.append(replace(trial("finetune", 200, 0.75), notes={"allowed": 50_000}))
+    limits.within(job, job.race.trials[1])
+    assert {healing for _, healing in job.bounds} == {None, 50_000} and not job.skipped
+
+
+def test_without_rows_to_select_by_the_limits_are_only_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = limited_job(monkeypatch)
+    job.race.select, job.race.base = [], None
+    alone = replace(trial("rag", 200), card=None)
+    assert limits.within(job, alone) is alone and "no rows to select by" in job.notes[0] and not job.bounds
 
 
 def test_what_stands_around_a_slow_answer_goes_first() -> None:

@@ -159,7 +159,7 @@ def _word(line: str) -> tuple[str, str]:
     return str(label), str(said)
 
 
-def _fold_system(chat: Chat) -> Chat:
+def fold_system(chat: Chat) -> Chat:
     """The system turn put in front of the first user turn, for templates that know no system role."""
     if not chat or chat[0][0] != "system":
         return chat
@@ -191,7 +191,7 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, system: bool =
 
     if isinstance(prompt, str):
         return prompt
-    chat = prompt if system else _fold_system(prompt)
+    chat = prompt if system else fold_system(prompt)
     made = as_turns(chat, specials_of(tokenizer), asides_of(tokenizer))
     template = tokenizer.get_chat_template()
     try:

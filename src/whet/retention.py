@@ -118,9 +118,9 @@ class Lost:
     def __str__(self) -> str:
         verb, sign = ("gains", -1) if self.lost < 0 else ("loses", 1)
         low, high = sorted((sign * self.low, sign * self.high))
-        return (f"{self.task} {verb} {sign * self.lost:.1f} points [{low:.1f}, {high:.1f}] on {self.n} rows "
+        return (f"{self.task} {verb} {sign * self.lost:z.1f} points [{low:z.1f}, {high:z.1f}] on {self.n} rows "
                 f"({self.before:.3g} to {self.after:.3g}); {self.allowed:g} allowed, "
-                f"one-sided bound {self.bound:.1f} of {self.most:.1f}")  # fmt: skip
+                f"one-sided bound {self.bound:z.1f} of {self.most:.1f}")  # fmt: skip
 
 
 def loss(name: str, before: Scorecard, after: Scorecard, metric: Metric, allowed: float, seed: int = 0) -> Lost:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,11 +31,12 @@ BATCH = 512  # tokens per pass: each of them has logits
 class Calibration:
     """Train rows as the System renders them: the beginning that all share, and behind it question and answer.
 
-    `sizes` are the tokens of each row's answer.
+    `sizes` are the tokens of each row's answer; what losses cost is put down to the `payer`.
     """
 
     rows: tuple[Row, ...]
     sizes: tuple[int, ...]
+    payer: TorchSession | None = field(default=None, compare=False, repr=False)
 
     @property
     def tokens(self) -> set[int]:
@@ -52,7 +53,10 @@ class Calibration:
 
     def losses(self, module: Any, tokenizer: Any) -> dict[str, float]:
         """Mean negative log-likelihood per token, in nats, of `answers` and of `questions`; 0 where there are none."""
-        scored = TorchSession(module, tokenizer, batch_tokens=BATCH).score_rows(self.rows)
+        session = TorchSession(module, tokenizer, batch_tokens=BATCH)
+        scored = session.score_rows(self.rows)
+        if self.payer is not None:
+            self.payer.spent += session.spent
         parts: dict[str, list[float]] = {"answers": [], "questions": []}
         for [values], size in zip(scored, self.sizes, strict=True):
             parts["answers"].extend(values[len(values) - size :])
@@ -93,7 +97,7 @@ def calibration(system: System, data: Learnable, run: Run, session: TorchSession
     prompts = [r.prompt for r in rows]
     same = max(1, min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1))
     whole = tuple(Row(r.prompt[:same], ((*r.prompt[same:], *r.continuations[0]),)) for r in rows)
-    return Calibration(whole, tuple(len(r.continuations[0]) for r in rows))
+    return Calibration(whole, tuple(len(r.continuations[0]) for r in rows), session)
 
 
 def watch(

@@ -82,7 +82,9 @@ def drop(
     kept, gone = list(range(len(layers(session.module)))), list[Dropped]()
     module, whole, tokenizer = session.module, len(kept), session.tokenizer
     while len(kept) > many:
-        felt = influence(TorchSession(module, tokenizer), look.rows)
+        current = TorchSession(module, tokenizer)
+        felt = influence(current, look.rows)
+        session.spent += current.spent
         order = sorted(range(len(kept)), key=lambda i: felt[i])
         found = {
             i: look.loss(keep(session.module, [*kept[:i], *kept[i + 1 :]]), tokenizer)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from whet.compress.layers import KINDS
 from whet.compress.structure import family, hooked
 from whet.compress.structure import layers as layers_of
+from whet.engine import Spent
 from whet.engine.prefix import Row, arrange
 from whet.engine.torch import TorchSession, using_tree
 from whet.errors import MethodError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 SAMPLE = 256  # inputs of each layer that are kept as they are
 MOST_TOKENS = 65_536  # of the rows that are run through the layers: the states of all are held at once
+WALKED, FOLLOWED = 2, 6  # times that a layer is run on each row, about: of `follow`, some runs end in the middle
 OUTSIDE = 0.1  # of a decoder's weights may be other than those of linear layers (short convolutions)
 
 
@@ -113,7 +115,7 @@ def walk(
 
     A layer is run again after its visit, so that the next one sees what the changed layer makes.
     """
-    with _running(session, rows) as (layers, states, given):
+    with _running(session, rows, WALKED) as (layers, states, given):
         for index, layer in enumerate(layers):
             with _watched(layer) as moments:
                 _through(layer, states, given(index))
@@ -121,6 +123,19 @@ def walk(
             states = _through(layer, states, given(index))
             if progress:
                 progress(index + 1, len(layers))
+
+
+def bare(session: TorchSession, visit: Visit, progress: Callable[[int, int], None] | None) -> None:
+    """Like `walk` without rows: of what layers are given nothing is known, and all inputs count alike."""
+    layers = linear_layers(session.module)
+    for index, layer in enumerate(layers):
+        found = {n: one for n, one in layer.named_modules() if isinstance(one, nn.Linear)}
+        moments = {n: Moments.of(one.in_features) for n, one in found.items()}
+        for one in moments.values():
+            one.second.fill_diagonal_(1.0)
+        visit(index, layer, moments)
+        if progress:
+            progress(index + 1, len(layers))
 
 
 def follow(
@@ -131,7 +146,7 @@ def follow(
     So each part of a layer sees what the changed parts before it make; and its moments tell the drift, how far that is
     off what the unchanged model, which runs beside, gives to it.
     """
-    with _running(session, rows) as (layers, states, given):
+    with _running(session, rows, FOLLOWED) as (layers, states, given):
         unchanged = list(states)
         for index, layer in enumerate(layers):
             told, before = given(index), copy.deepcopy(layer)
@@ -150,9 +165,11 @@ def follow(
 
 @contextmanager
 def _running(
-    session: TorchSession, rows: Sequence[Row]
+    session: TorchSession, rows: Sequence[Row], times: int
 ) -> Iterator[tuple[nn.ModuleList, list[Tensor], Callable[[int], list[Given]]]]:
     """The layers, the states that go into the first of them, pass by pass, and what each layer is called with beside.
+
+    The session has then read the rows so many `times`.
     """
     module, layers = session.module, linear_layers(session.module)
     config = module.config.get_text_config()
@@ -161,6 +178,7 @@ def _running(
     if getattr(config, "hidden_size_per_layer_input", 0):  # Gemma: each is given something of its own
         first = list(range(len(layers)))
     made = batched(module, rows, shares(module, rows))
+    session.spent += Spent(prefilled_tokens=times * sum(pack.tokens for pack in made))
     with using_tree(module, shared=made[0].plan is not None), torch.no_grad():
         caught = [_caught(module, {n: layers[n] for n in set(first)}, pack) for pack in made]
         yield layers, [state for state, _ in caught], lambda index: [of[first[index]] for _, of in caught]

@@ -62,7 +62,9 @@ def narrow(
         if hasattr(mlp, "intermediate_size"):
             mlp.intermediate_size = width
 
-    walk(TorchSession(module, session.tokenizer), rows, visit, progress)
+    narrowed = TorchSession(module, session.tokenizer)
+    walk(narrowed, rows, visit, progress)
+    session.spent += narrowed.spent
     config.intermediate_size = width
     return module
 

@@ -17,7 +17,8 @@ from whet import __version__
 from whet import model as models
 from whet.compress.folder import compressed, dense
 from whet.errors import ArtifactError, nearest
-from whet.prompt import SLOT, ends_of, messages
+from whet.prompt import SLOT, ends_of, fold_system, messages, takes_system
+from whet.splits import shared_order
 from whet.store import anew
 from whet.system import Demonstrations, System
 
@@ -132,14 +133,16 @@ def left_out(system: System, target: str, bound: bool = False) -> tuple[Left, ..
     return tuple(left)
 
 
-def request(system: System, bias: dict[str, float], thinks: bool = False) -> dict[str, Any]:
+def request(system: System, bias: dict[str, float], thinks: bool = False, folds: bool = False) -> dict[str, Any]:
     """What to send to a server that speaks OpenAI's HTTP API, `{question}` in the last message replaced.
 
-    Of a model that `thinks` aloud unless it is told not to, the server is told.
+    Of a model that `thinks` aloud unless it is told not to, the server is told. Where the template takes no system
+    turn, the instruction `folds` into the first question, as the System has it.
     """
     decoding = system.decoding
     demos = [(q, decoding.said(a)) for q, a in system.demonstrations.pool]
     chat = messages(system.instruction, demos, SLOT, frame=system.frame)
+    chat = fold_system(chat) if folds else chat
     return {
         "messages": [{"role": role, "content": content} for role, content in chat],
         "max_tokens": 1 if bias else decoding.max_tokens, "temperature": decoding.temperature,
@@ -232,7 +235,8 @@ def _write(system: System, target: str, kind: str, work: Path) -> tuple[tuple[Le
                       "it either, prompts go in bare"),)  # fmt: skip
     else:
         thinks = "enable_thinking" in (tokenizer.chat_template or "")
-        body = json.dumps(request(asked, bias, thinks), indent=1, ensure_ascii=False)
+        sent = request(asked, bias, thinks, not takes_system(tokenizer))
+        body = json.dumps(sent, indent=1, ensure_ascii=False)
         (work / REQUEST).write_text(body + "\n", encoding="utf-8")
     (work / "README.md").write_text(_readme(asked, target, context, left), encoding="utf-8")
     return left, tokenizer, packed.rounded
@@ -244,10 +248,10 @@ def export(
 ) -> Exported:  # fmt: skip
     """Write a System for another engine, aside and then renamed; an older export in its place is replaced.
 
-    `kind` is the type of the weights (GGUF: also q8_0 and q4_0). The check asks 50 prompts (the task's first, where one
-    is given, which is scored, too: `Exported.kept`). Raises ArtifactError where the export does not answer like the
-    System, unless its type rounds more than bf16 does; MethodError or ModelError where the System has no weights or is
-    of a kind that the format does not know.
+    `kind` is the type of the weights (GGUF: also q8_0 and q4_0). The check asks 50 prompts (of the task, where one is
+    given, classes in turn; it is scored, too: `Exported.kept`). Raises ArtifactError where the export does not answer
+    like the System, unless its type rounds more than bf16 does; MethodError or ModelError where the System has no
+    weights or is of a kind that the format does not know.
     """
     from whet.export.gguf import TYPES
 
@@ -290,7 +294,7 @@ def _check(
     from whet.metrics import get
     from whet.scorecard import rows_of
 
-    rows = rows_of(task, "test" if task.test else "select") if task else ()
+    rows = shared_order(rows_of(task, "test" if task.test else "select"), task.closed, 0) if task else []
     examples = [*(e for e in rows if e.text is None), *checks.NEUTRAL][: checks.PROMPTS]
     bound = bool(biases(system, tokenizer, target))
     asked = askable(system, bound)
@@ -299,6 +303,8 @@ def _check(
         other = checks.reopen(work, FILE if target in ("gguf", "ollama") else None, tokenizer, Path(home))
         if other is None:
             return None
+        if target != "ollama":
+            checks.requested(asked, json.loads((work / REQUEST).read_text(encoding="utf-8")), other)
         found = checks.compare(told, other, _progress(watch, "comparing answers"))
         if not found.good and kind not in ROUNDED:
             raise ArtifactError(

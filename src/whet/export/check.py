@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -18,8 +18,9 @@ from whet.compress.folder import dense
 from whet.engine import Progress, Prompt, Sampling, Session
 from whet.engine.prefix import Row, Tokens
 from whet.engine.torch import TorchSession
-from whet.errors import WhetError
+from whet.errors import ArtifactError, EngineError, WhetError
 from whet.metrics import Metric
+from whet.prompt import SLOT, render
 from whet.retention import ALLOWED, Lost, loss
 from whet.system import System
 from whet.task import Example, Task
@@ -165,6 +166,24 @@ def _rounds(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> torch.Tensor
     return (given[0] / step).round().clamp(-128, 127) * step
 
 
+def requested(system: System, sent: Mapping[str, Any], other: Reopened) -> None:
+    """Raise ArtifactError where the export's template does not make the System's prompt of the request as it stands.
+    """
+    session: Any = other.session  # over a model: it has a tokenizer
+    *before, last = [(m["role"], m["content"]) for m in sent["messages"]]
+    example = NEUTRAL[0]
+    meant = render(session.tokenizer, system.prompts([example])[0], system=session.system)
+    try:
+        made = render(session.tokenizer, (*before, (last[0], last[1].replace(SLOT, example.prompt))))
+    except EngineError as error:
+        made = str(error)
+    if made != meant:
+        raise ArtifactError(
+            "the request does not become the System's prompt", expected=repr(meant[-200:]), found=repr(made[-200:]),
+            do="--no-check writes it all the same",
+        )  # fmt: skip
+
+
 def compare(told: Told, other: Reopened, progress: Progress | None = None) -> Check:
     """What the System answered against what the export would have said at each place."""
     theirs = other.encode(told.prompts)
@@ -186,7 +205,7 @@ def score(
     whole: System, asked: System, bound: bool, name: str, rows: Sequence[Example], metric: Metric, other: Reopened,
     progress: Progress | None = None,
 ) -> Scores:  # fmt: skip
-    """What the `whole` System scores on rows, and what the export does, `asked` as it can be.
+    """What the `whole` System scores on the first `ROWS` of rows, and what the export does, `asked` as it can be.
 
     `bound`: a server that is asked so chooses among the labels; otherwise it writes its answer.
     """

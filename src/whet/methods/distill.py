@@ -18,6 +18,7 @@ from whet.engine import Session
 from whet.errors import MethodError
 from whet.methods import Need, Run
 from whet.prompt import SLOT
+from whet.store import write_text
 from whet.system import Demonstrations, System, load
 from whet.task import Example, Learnable
 
@@ -343,10 +344,10 @@ class Distill:
         """What the teacher says to each row; to plain text, nothing.
 
         Answers outside a closed set are left out, and reasons that came to no answer (`Decoding.after`).
-        Its answers are kept in the store: asking is what costs most, above all where it is a server.
+        Its answers are kept in the store: asking is what costs most, above all where it is a server. What that did not
+        answer is asked again next time.
         """
         from whet.engine.torch import TorchSession
-        from whet.model import aside
         from whet.task import rows_hash
 
         prompted = [e for e in rows if e.text is None]
@@ -362,26 +363,33 @@ class Distill:
         # What was said depends on the teacher alone, whatever device the student is on.
         body = json.dumps(["answers", asked.state, scored, rows_hash(prompted), voice.protocol], sort_keys=True)
         place = run.store.artifact(hashlib.sha256(body.encode()).hexdigest())
-        if not (place / "answers.json").exists():
+        file = place / "answers.json"
+
+        def silent(one: Any) -> bool:  # a server that did not answer has not said nothing
+            return one is None or (teacher.model.remote and not one[0] and one[1] != "length")
+
+        found: list[Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else [None] * len(prompted)
+        if lacking := [i for i, one in enumerate(found) if silent(one)]:
+            some = [prompted[i] for i in lacking]
             if scored:
-                found: list[Any] = asked.label_scores(prompted, voice, told, blind=True)[0]
+                new: list[Any] = asked.label_scores(some, voice, told, blind=True)[0]
             else:
-                found = [(a.text, a.finish) for a in asked.answers(prompted, voice, told, blind=True)]
-            with aside(place) as work:
-                (work / "answers.json").write_text(json.dumps(found), encoding="utf-8")
-        found = json.loads((place / "answers.json").read_text(encoding="utf-8"))
+                new = [(a.text, a.finish) for a in asked.answers(some, voice, told, blind=True)]
+            for i, one in zip(lacking, new, strict=True):
+                found[i] = one
+            place.mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps([None if silent(one) else one for one in found]))
         if scored:
             scores = {e: _calibrated(teacher, e, sets[e], one) for e, one in zip(prompted, found, strict=True)}
             sharp = sharpness(list(scores.values()))
             return {e: Said(sets[e][one.index(max(one))], softmax(one, sharp)) for e, one in scores.items()}
         said = {e: Said("") for e in rows if e.text is not None and not closed}
-        for e, (one, finish) in zip(prompted, found, strict=True):
+        answered = [(e, *one) for e, one in zip(prompted, found, strict=True) if not silent(one)]
+        for e, one, finish in answered:
             near = [c for c in sets.get(e, ()) if metrics.plain(c) == metrics.plain(one)]
             meant = [c for c in near if c == one] or near
             if meant:
                 said[e] = Said(meant[0], _only(meant[0], sets[e]))
-            elif teacher.model.remote and not one and finish == "stop":
-                continue  # a server that did not answer has not said nothing
             elif not closed and finish != "unmarked" and student.decoding.after in one:
                 said[e] = Said(one, whole=finish == "stop")
         return said

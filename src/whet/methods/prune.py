@@ -56,15 +56,14 @@ class Prune:
         from whet.task import rows_hash
         from whet.train.lesson import key
 
+        system = system.uncalibrated
         said = vocabulary.said(system, data, run.seed) if self.vocabulary else []
         how = [NARROW_BY, NARROW_TOKENS, "drawn"] if self.width < 1 else []  # neurons were chosen otherwise before
         name = key("prune", asdict(self), system.state, rows_hash(data.train), said, run.seed, *how)
         if finished(run, name):
-            made = settled(system, run, name)
-        else:
-            module, tokenizer, notes = self._pruned(system, data, run, said)
-            made = settle(system, run, module, tokenizer, name, {"prune": notes})
-        return made.uncalibrated
+            return settled(system, run, name)
+        module, tokenizer, notes = self._pruned(system, data, run, said)
+        return settle(system, run, module, tokenizer, name, {"prune": notes})
 
     def _pruned(
         self, system: System, data: Learnable, run: Run, said: Sequence[str]

@@ -30,7 +30,7 @@ WORTH = 0.9  # of the error may be left after smoothing, or it is not done
 
 @dataclass(frozen=True)
 class Quantize:
-    """Weights in few bits, judged on rows of the task, the embedding included.
+    """Weights in few bits, judged on rows of the task (without, by themselves), the embedding included.
 
     8 bits: one step a row; with `activations`, what is multiplied is rounded, too, so that long prompts run on integer
     kernels (dynamic, by token), and outliers are moved into the weights where that helps (SmoothQuant). 4 bits: a step
@@ -66,6 +66,8 @@ class Quantize:
             raise ValueError("hqq rounds to 4 bits; set bits=4, or rounding=nearest or gptq")
         if 4 not in (self.bits, self.embedding) and (self.group or self.zero):
             raise ValueError("group and zero are for 4 bits; set bits=4 or embedding=4, or leave them out")
+        if self.rounding != "gptq" and not (self.bits == 8 and self.activations):
+            object.__setattr__(self, "needs", ("weights",))
 
     def space(self) -> Mapping[str, Sequence[Any]]:
         """The settings worth trying at these bits: what rounds in groups is for 4, activations are for 8."""
@@ -114,7 +116,7 @@ class Quantize:
         from whet.compress.structure import size
 
         was, most = size(session.module)["bytes"], data.limits.size
-        rows = rows_of(system, data.train, session, self.rows, run.seed)
+        rows = rows_of(system, data.train, session, self.rows, run.seed) if data.train else []
         wide, embedding = frozenset[int](), self.embedding or 8
         if most is not None and self.bits == 4:
             wide, embedding = self._spared(session, rows, most, run)
@@ -149,7 +151,7 @@ class Quantize:
 
     def _round(self, session: Any, rows: Any, work: _Work, wide: frozenset[int] | None, progress: Any) -> None:
         """Every linear layer packed, those over weights `wide` in 8 bits; None: what 8 bits would leave is noted."""
-        from whet.compress.moments import follow, walk
+        from whet.compress.moments import bare, follow, walk
         from whet.compress.rounding import compensated
 
         uses, whole = work.uses(), self._eight
@@ -178,6 +180,8 @@ class Quantize:
                 how = whole if wide and id(linear.weight) in wide else self
                 work.pack(linear, how._packed(weight, second, tokens), second, weight)
 
+        if not rows:
+            return bare(session, visit, progress)
         # In 8 bits there is next to nothing to make good for, and what is smoothed lies in two parts of a layer.
         (follow if self.bits == 4 and self.rounding == "gptq" else walk)(session, rows, visit, progress)
 

@@ -54,13 +54,12 @@ class Share:
         from whet.task import rows_hash
         from whet.train.lesson import key
 
+        system = system.uncalibrated
         name = key("share", asdict(self), system.state, rows_hash(data.train), run.seed)
         if finished(run, name):
-            made = settled(system, run, name)
-        else:
-            module, tokenizer, notes = self._shared(system, data, run)
-            made = settle(system, run, module, tokenizer, name, {"share": notes})
-        return made.uncalibrated
+            return settled(system, run, name)
+        module, tokenizer, notes = self._shared(system, data, run)
+        return settle(system, run, module, tokenizer, name, {"share": notes})
 
     def _shared(self, system: System, data: Learnable, run: Run) -> tuple[Any, Any, dict[str, Any]]:
         """(module, tokenizer, notes)."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from whet.engine import Spent
 from whet.errors import MethodError, WhetError
 from whet.methods import Method
+from whet.progress import clock
 from whet.retention import ALLOWED, loss
 from whet.scorecard import Scorecard, measure, size_bytes
+from whet.search import training
 from whet.search.recipe import Recipe, parse
 from whet.system import System
 from whet.task import Limits
@@ -45,12 +48,18 @@ def beyond(limits: Limits, card: Scorecard) -> str:
     """In what a measured System goes beyond the limits, in words; empty where it keeps within them."""
     found = []
     if limits.size is not None and card.size_bytes is not None and card.size_bytes > limits.size:
-        found.append(f"{card.size_bytes / 1e6:.1f} MB on disk, {limits.size / 1e6:.1f} allowed")
+        found.append(_bytes(card.size_bytes, limits.size, " on disk"))
     if limits.memory is not None and card.memory_bytes is not None and card.memory_bytes > limits.memory:
-        found.append(f"{card.memory_bytes / 1e6:.0f} MB of memory, {limits.memory / 1e6:.0f} allowed")
+        found.append(_bytes(card.memory_bytes, limits.memory, " of memory"))
     if limits.latency is not None and card.latency_ms is not None and card.latency_ms > limits.latency:
         found.append(f"{card.latency_ms:.0f} ms an answer, {limits.latency:.0f} allowed")
     return ", ".join(found)
+
+
+def _bytes(used: float, allowed: float, where: str = "") -> str:
+    """What is used and what is allowed, in the unit that suits the latter."""
+    unit, size = ("MB", 1e6) if allowed >= 1e6 else ("KB", 1e3)
+    return f"{used / size:.1f} {unit}{where}, {allowed / size:.1f} allowed"
 
 
 def _excess(limits: Limits, card: Scorecard) -> float:
@@ -97,10 +106,16 @@ def within(job: _Job, finalist: Trial | None) -> Trial | None:
 
     limits, race = job.task.limits, job.race
     start = finalist or race.base
+    if limited(limits) and not race.select:
+        job.notes.append("nothing is made smaller for the limits: there are no rows to select by")
     if not limited(limits) or start is None or start.card is None or start.system.model.remote:
         return finalist
     race.seconds += job.shrinking  # what was set aside for this
-    used = _measured(job, start.system, start.card)
+    try:
+        used = _measured(job, start.system, start.card)
+    except WhetError as error:
+        job.notes.append(f"nothing is made smaller for the limits: {start.name} could not be measured: {error}")
+        return finalist
     over = beyond(limits, used)
     job.tight = bool(over) if start is race.base else _too_much(job, race.base)
     if not over:
@@ -110,25 +125,21 @@ def within(job: _Job, finalist: Trial | None) -> Trial | None:
     origin = next((b for b in job.bases if b.model.content == start.system.model.content), job.bases[0])
     # The bound of a training is part of what it is known by: with another one it would be trained anew.
     tokens = start.notes.get("allowed") or int(max(0.0, race.left) * race.speed(start.system).train)
-    steps, packed, whole_size = _steps(limits, start.system), 1.0, used.size_bytes
-    for text in steps:
-        whole = parse(text).methods
-        wished = tuple(m for m in whole if not job.wish.methods or m.name in job.wish.methods)
-        if wished[:1] != whole[:1]:
-            continue
-        if (recipe := smaller(start.recipe, Recipe(wished))) == start.recipe:
-            continue
-        opened = set(job.run.sessions)
-        if text != steps[-1] and (size := _expected(job, start, wished, packed)) > (limits.size or size):
-            why = f"it would take about {size / 1e6:.1f} MB, {(limits.size or 0) / 1e6:.1f} allowed"
+    steps, packed, whole_size, tried = _steps(limits, start.system), 1.0, used.size_bytes, False
+    for text, wished, recipe in _candidates(job, start, steps):
+        opened, most, why = set(job.run.sessions), _healing(job, wished, start, tokens), ""
+        if (tried and race.left <= 0) or (most is not None and most < training.LEAST_TOKENS):
+            why = f"only {clock(max(0.0, race.left))} of the budget would be left for it"
+        elif text != steps[-1] and (size := _expected(job, start, wished, packed)) > (limits.size or size):
+            why = f"it would take about {_bytes(size, limits.size or 0)}"
+        if why:
             job.skipped.append({"method": recipe.name, "why": why})
             continue
-        trial = race.enter(recipe, origin, tokens=tokens, label=start.label)
-        if trial.card is not None:
-            used = _measured(job, trial.system, trial.card)
-            if text == PACKED and used.size_bytes and whole_size:
-                packed = used.size_bytes / whole_size
-            over, excess = beyond(limits, used), _excess(limits, used)
+        trial, tried = race.enter(recipe, origin, tokens=tokens, label=start.label, healing=most), True
+        if (found := _told(job, trial)) is not None:
+            if text == PACKED and found.size_bytes and whole_size:
+                packed = found.size_bytes / whole_size
+            over, excess = beyond(limits, found), _excess(limits, found)
             if not over or excess < least:  # else it is not handed over, whatever it forgets
                 trial = _keeping(job, trial)
             keeps = trial.status != "refused"
@@ -140,9 +151,18 @@ def within(job: _Job, finalist: Trial | None) -> Trial | None:
         for model in set(job.run.sessions) - opened:  # what was tried in vain holds no memory
             job.run.sessions.pop(model).close()
         job.run.tidy()
-        if race.left <= 0:
-            break
     return _other(job, finalist) or _nearest(job, finalist, start, nearest)
+
+
+def _candidates(
+    job: _Job, start: Trial, steps: Sequence[str]
+) -> Iterator[tuple[str, tuple[Method, ...], Recipe]]:
+    """The steps that may be tried: each with those of its methods that were asked for, and the recipe they make."""
+    for text in steps:
+        whole = parse(text).methods
+        wished = tuple(m for m in whole if not job.wish.methods or m.name in job.wish.methods)
+        if wished[:1] == whole[:1] and (recipe := smaller(start.recipe, Recipe(wished))) != start.recipe:
+            yield text, wished, recipe
 
 
 def _nearest(job: _Job, finalist: Trial | None, start: Trial, nearest: Trial) -> Trial | None:
@@ -170,11 +190,37 @@ def _expected(job: _Job, start: Trial, wished: tuple[Method, ...], packed: float
     return (size_bytes(made) or 0) * (packed if any(m.name == "quantize" for m in wished) else 1.0)
 
 
+def _healing(job: _Job, wished: tuple[Method, ...], start: Trial, most: int) -> int | None:
+    """The bound of a distillation that is new: `most` tokens, and no more than there is time for; None without one.
+
+    Trainings before it keep the bound that they are known by.
+    """
+    if not any(m.name == "distill" for m in wished):
+        return None
+    left = max(0.0, job.race.left) * (1 - training.VALIDATED)
+    return min(most, int(left * job.race.speed(start.system).train))
+
+
+def _told(job: _Job, trial: Trial) -> Scorecard | None:
+    """A trial's card with what the limits are about; None, and the trial refused, where that cannot be measured."""
+    if trial.card is None:
+        return None
+    try:
+        return _measured(job, trial.system, trial.card)
+    except WhetError as error:  # a process that was killed for its memory, say
+        job.race.mark(trial, status="refused", why=f"could not be measured: {error}")
+        return None
+
+
 def _too_much(job: _Job, trial: Trial | None) -> bool:
-    """Whether a trial's System goes beyond the limits."""
+    """Whether a trial's System goes beyond the limits, or cannot be measured against them."""
     if trial is None or trial.card is None:
         return False
-    return bool(beyond(job.task.limits, _measured(job, trial.system, trial.card)))
+    try:
+        return bool(beyond(job.task.limits, _measured(job, trial.system, trial.card)))
+    except WhetError as error:
+        job.notes.append(f"{trial.name} could not be measured against the limits: {error}")
+        return True
 
 
 def _better(job: _Job, small: Trial, finalist: Trial | None) -> Trial:

@@ -153,6 +153,8 @@ def planned(job: _Job) -> Tries:
     elif arms and not wished:
         rest = max(0.0, race.seconds - sum(costs.values()))
         job.plan.append({"arm": "settings next to the best arm's", "minutes": rest / 60, "most": True})
+    if job.shrinking and race.select:
+        job.plan.append({"arm": "made small enough for limits", "minutes": job.shrinking / 60, "most": True})
     tries = Tries(arms, wished, tuned) if race.select else _unselected(job, tuned)
     job.plan.append({"arm": "confirm on sealed data", "minutes": job.reserve / 60})
     return tries

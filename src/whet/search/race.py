@@ -109,12 +109,15 @@ class Race:
 
     def enter(
         self, recipe: Recipe, start: System, *, rung: int = 0, examples: int | None = None, tokens: int | None = None,
-        label: str = "",
+        label: str = "", healing: int | None = None,
     ) -> Trial:  # fmt: skip
-        """Run a recipe (or take its finished trial from the store) and score it on the first `examples` of select."""
+        """Run a recipe (or take its finished trial from the store) and score it on the first `examples` of select.
+
+        `tokens` bounds its trainings, `healing` its distillation where that has a bound of its own.
+        """
         rows = self.select[:examples] if examples else self.select
         files = recipe.files(self.data.folder)
-        key = json.dumps([recipe.record, files, start.fingerprint, rung, len(rows), tokens], sort_keys=True)
+        key = json.dumps([recipe.record, files, start.fingerprint, rung, len(rows), tokens, healing], sort_keys=True)
         self.watch.arm(f"{recipe.name}{label}", self.left)
         kept = None if self.live else self._kept(key)
         if time.monotonic() > self.deadline and kept is None and recipe.methods:  # the base is always measured
@@ -126,12 +129,12 @@ class Race:
         run = replace(self.run, trained_tokens=tokens, spent=Spent(), notes={}, tell=self.watch.tell)
         run.session(start.model)
         before = _opened(run)
-        made = _made(recipe, files, start, tokens)
+        made = _made(recipe, files, start, tokens, healing)
         try:
             if kept:
                 system, spent, notes, status, why = self._revive(kept, start)
             else:
-                system, spent, notes, status, why = self._apply(recipe, made, start, run)
+                system, spent, notes, status, why = self._apply(recipe, made, start, run, healing)
             self.made[made] = (system, notes)
             card = self._score(system, len(rows)) if status == "done" and rows else None
         except StoreError:
@@ -175,13 +178,13 @@ class Race:
         return sum((Spent(**cost) for name, cost in mine.items() if name in before), Spent())
 
     def _apply(
-        self, recipe: Recipe, name: str, start: System, run: Run
+        self, recipe: Recipe, name: str, start: System, run: Run, healing: int | None
     ) -> tuple[System, Spent, dict[str, Any], str, str]:
         made = self.made.get(name)
         if made is not None:  # a later rung scores the same System on more examples
             return made[0], Spent(), made[1], "done", ""
         before = _opened(run)
-        system = recipe.run(start, self.data, run)
+        system = recipe.run(start, self.data, run, healing)
         return system, _since(run, before) + run.spent, run.notes, "done", ""
 
     def _kept(self, key: str) -> dict[str, Any] | None:
@@ -277,9 +280,9 @@ class Race:
         return trial.card.score if self.metric.higher_is_better else -trial.card.score
 
 
-def _made(recipe: Recipe, files: Mapping[str, str], start: System, tokens: int | None) -> str:
+def _made(recipe: Recipe, files: Mapping[str, str], start: System, tokens: int | None, healing: int | None) -> str:
     """Under which the System that a recipe made is remembered within a race."""
-    return json.dumps([recipe.record, files, start.fingerprint, tokens], sort_keys=True)
+    return json.dumps([recipe.record, files, start.fingerprint, tokens, healing], sort_keys=True)
 
 
 def _opened(run: Run) -> list[tuple[Session, Spent]]:

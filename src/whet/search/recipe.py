@@ -91,11 +91,19 @@ class Recipe:
             do = "take a local --model" if "weights" in missing else "add it to the task"
             raise MethodError(f"{self.name} cannot run", expected=missing, found="none", do=do)
 
-    def run(self, system: System, data: Learnable, run: Run) -> System:
-        """Apply the methods in order. Raises MethodError as `possible` does."""
+    def run(self, system: System, data: Learnable, run: Run, healing: int | None = None) -> System:
+        """Apply the methods in order; `healing` bounds a distillation, where it is not to have the others' bound.
+
+        Raises MethodError as `possible` does.
+        """
         self.possible(system, data)
-        for method in self.methods:
-            system = method.apply(system, data, run)
+        most = run.trained_tokens
+        try:
+            for method in self.methods:
+                run.trained_tokens = most if healing is None or method.name != "distill" else healing
+                system = method.apply(system, data, run)
+        finally:
+            run.trained_tokens = most
         return system
 
 
