@@ -120,7 +120,7 @@ def within(job: _Job, finalist: Trial | None) -> Trial | None:
     job.tight = bool(over) if start is race.base else _too_much(job, race.base)
     if not over:
         return finalist
-    start = race.mark(start, status="refused" if finalist else start.status, why=over)
+    start = race.mark(start, status="refused" if finalist else start.status, why=over, card=used)
     nearest, least = start, _excess(limits, used)
     origin = next((b for b in job.bases if b.model.content == start.system.model.content), job.bases[0])
     # The bound of a training is part of what it is known by: with another one it would be trained anew.
@@ -137,6 +137,7 @@ def within(job: _Job, finalist: Trial | None) -> Trial | None:
             continue
         trial, tried = race.enter(recipe, origin, tokens=tokens, label=start.label, healing=most), True
         if (found := _told(job, trial)) is not None:
+            trial = race.mark(trial, card=found)
             if text == PACKED and found.size_bytes and whole_size:
                 packed = found.size_bytes / whole_size
             over, excess = beyond(limits, found), _excess(limits, found)
