@@ -569,6 +569,23 @@ def test_the_latency_of_rankings_is_that_of_looking_up(
     assert set(json.loads(capsys.readouterr().out)) == {"latency_ms", "memory_bytes"}
 
 
+def test_a_distillation_may_have_a_bound_of_its_own(tmp_path: Path) -> None:
+    seen: list[object] = []
+
+    def method(name: str) -> Any:
+        def apply(system: System, _: object, run: Run) -> System:
+            seen.append((name, run.trained_tokens))
+            return system
+
+        return SimpleNamespace(name=name, needs=(), invalidates=(), apply=apply)
+
+    both, run = Recipe((method("finetune"), method("distill"))), Run(Store(tmp_path), trained_tokens=50)
+    base, data = System(resolve("fake:hash")), Learnable("t", "Say.", "accuracy", ())
+    both.run(base, data, run, 20)
+    both.run(base, data, run)
+    assert seen == [("finetune", 50), ("distill", 20), ("finetune", 50), ("distill", 50)] and run.trained_tokens == 50
+
+
 def test_limits_are_measured_on_rows_to_select_by(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
     monkeypatch.setattr("whet.search.limits.measure", lambda card, system, rows: seen.append(rows))
