@@ -336,7 +336,7 @@ def test_improve_tries_it_as_large_as_the_budget_allows(base: System, monkeypatc
     free = replace(DATA, labels=(), metric="token_f1")
     assert "prompting" in [r.name for r in prompting_recipes(free)]
     assert "prompting" not in [r.name for r in prompting_recipes(replace(free, metric="recall@5"))]
-    assert prompting_recipes(free)[-1].name == "prompting(reason=True)"  # the dearest comes last
+    assert prompting_recipes(free)[-1].name == "prompting(reason=true)"  # the dearest comes last
     run, wish = run_with(FakeSession("hash"), base), Wish(methods=("prompting",))
     found, rates = {}, {base.model.content: Rates(1e3, 1e3, 1e3)}
     for most in (1e9, 9.0, 0.5):
