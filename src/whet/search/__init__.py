@@ -173,13 +173,7 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
         bases.append(base_system(ref, task, splits.learnable, run.session(ref), store.home))
     if wish.recipe:
         parse(wish.recipe).possible(training.at_hand(bases), splits.learnable)
-    for base in bases if metric.name == "perplexity" else ():
-        how = run.session(base.model).protocol
-        if any(how.get("scoring_raw", "echo") != "echo" for e in (*splits.select, *splits.confirm) if e.text):
-            raise MethodError(
-                "perplexity needs log-probabilities of whole texts", expected="a server that echoes texts",
-                found=base.model.base, do="take a local model, or another metric",
-            )  # fmt: skip
+    _echoing(bases, splits, metric, run)
     output.claim(folder, key, task.name)  # not before: a command that could not run is corrected, not another one
     rates = {b.model.content: measure_rates(b, run.session(b.model), store, watch.say) for b in bases}
     local = training.at_hand(bases)
@@ -216,6 +210,17 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
                 parts.search, watch, run, live=_live(task))  # fmt: skip
     return _Job(task, wish, splits, metric, store, watch, key, folder, run, bases, parts.reserve, race, earlier,
                 shrinking=shrinking, judge=judge, notes=notes)  # fmt: skip
+
+
+def _echoing(bases: Sequence[System], splits: Splits, metric: Metric, run: Run) -> None:
+    """Raise MethodError where perplexity is asked of a server that gives no log-probabilities of whole texts."""
+    for base in bases if metric.name == "perplexity" else ():
+        how = run.session(base.model).protocol
+        if any(how.get("scoring_raw", "echo") != "echo" for e in (*splits.select, *splits.confirm) if e.text):
+            raise MethodError(
+                "perplexity needs log-probabilities of whole texts", expected="a server that echoes texts",
+                found=base.model.base, do="take a local model, or another metric",
+            )  # fmt: skip
 
 
 def _readable(task: Task, wish: Wish, data: Learnable, run: Run) -> None:

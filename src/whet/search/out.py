@@ -78,24 +78,7 @@ def result(
         if card:
             body |= {"latency_ms": card.latency_ms, "size_bytes": card.size_bytes, "memory_bytes": card.memory_bytes}
         trials.append(body)
-    selection = None
-    if finalist and finalist.card and confirmed and "chosen" in cards:
-        on_select, on_confirm = finalist.card.score, cards["chosen"].score
-        sign = 1 if job.metric.higher_is_better else -1
-        selection = {
-            "select": on_select, "confirm": on_confirm, "shrinkage": sign * (on_select - on_confirm),
-            "select_gain": finalist.against_base.difference if finalist.against_base else None,
-            "confirm_gain": confirmed["difference"],
-        }  # fmt: skip
     card = cards.get("base") or (job.race.base.card if job.race.base else None)
-    truncated = {name: c.truncated for name, c in cards.items() if c.truncated}
-    unended = {name: c for name, c in cards.items() if c.unended}
-    failed = {name: c.failed for name, c in cards.items() if c.failed}
-    notes = list(job.notes)
-    notes += [f"{n} prompts of {name} were longer than the context window: shortened" for name, n in truncated.items()]
-    notes += [f"{c.unended} of {c.n} answers of {name} were cut at {_room(job, name, finalist)} tokens: more room is "
-              "`max_tokens` in task.yaml" for name, c in unended.items()]  # fmt: skip
-    notes += [f"the metric failed on {n} examples of {name}" for name, n in failed.items()]
     return {
         "task": job.task.name,
         "model": job.bases[0].model.base if len(job.bases) == 1 else [b.model.base for b in job.bases],
@@ -110,21 +93,45 @@ def result(
                    "handed": handed is not None, "model": (handed.system if handed else job.bases[0]).model.base,
                    "gain_by_step": _gains(job, handed)},
         "confirm": confirmed,
-        "selection": selection,
+        "selection": _selection(job, finalist, confirmed, cards),
         "protocol": card.protocol if card else {},
         "versions": versions,
         "rates": vars(job.race.speed(job.bases[0])),
         "plan": job.plan,
         "left_out": job.skipped,
         "dropped": {"count": len(job.splits.dropped), "examples": [list(d) for d in job.splits.dropped[:50]]},
-        "notes": notes,
+        "notes": [*job.notes, *_shortcomings(job, finalist, cards)],
     }  # fmt: skip
 
 
-def _room(job: _Job, name: str, finalist: Trial | None) -> int:
-    """How many tokens an answer of the base or of the finalist may have."""
-    system = finalist.system if finalist and name != "base" else job.bases[0]
-    return system.decoding.max_tokens
+def _selection(
+    job: _Job, finalist: Trial | None, confirmed: dict[str, Any] | None, cards: dict[str, Scorecard]
+) -> dict[str, Any] | None:
+    """What select said of the finalist beside what the sealed data says; None where nothing was confirmed."""
+    if not (finalist and finalist.card and confirmed and "chosen" in cards):
+        return None
+    on_select, on_confirm = finalist.card.score, cards["chosen"].score
+    sign = 1 if job.metric.higher_is_better else -1
+    return {
+        "select": on_select, "confirm": on_confirm, "shrinkage": sign * (on_select - on_confirm),
+        "select_gain": finalist.against_base.difference if finalist.against_base else None,
+        "confirm_gain": confirmed["difference"],
+    }  # fmt: skip
+
+
+def _shortcomings(job: _Job, finalist: Trial | None, cards: dict[str, Scorecard]) -> list[str]:
+    """What went wrong while sealed rows were answered: prompts and answers that were cut, failures of the metric."""
+    found = []
+    for name, card in cards.items():
+        if card.truncated:
+            found.append(f"{card.truncated} prompts of {name} were longer than the context window: shortened")
+        if card.unended:
+            room = (finalist.system if finalist and name != "base" else job.bases[0]).decoding.max_tokens
+            found.append(f"{card.unended} of {card.n} answers of {name} were cut at {room} tokens: more room is "
+                         "`max_tokens` in task.yaml")  # fmt: skip
+        if card.failed:
+            found.append(f"the metric failed on {card.failed} examples of {name}")
+    return found
 
 
 def _gains(job: _Job, handed: Trial | None) -> list[dict[str, Any]]:
