@@ -19,6 +19,7 @@ from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession
 from whet.errors import ArtifactError, MethodError, TaskError
 from whet.feedback import Judged, paired
+from whet.general import tasks
 from whet.memory import Known, as_task, at_hand, carried, for_task, known, made_up, remember
 from whet.methods import Run, lacking, make
 from whet.methods.continual import Continual, replayed_share
@@ -88,8 +89,17 @@ def test_a_stream_of_updates_by_hand() -> None:
     assert found.forgetting == pytest.approx((0.05 + 0.1) / 2) and found.backward == pytest.approx(-(0.05 + 0.1) / 2)
     lower = updates([({"a": 20.0}, {"a": 30.0, "b": 0.5})], {"a"})  # a perplexity is no share to average
     assert lower.matrix == ((20.0, None), (30.0, 0.5)) and (lower.average, lower.forgetting) == (0.5, None)
+    ahead = updates([one, one, one], ahead=[None, 0.2, -0.1])  # what is taught first has nothing to be ahead of
+    assert ahead.forward == pytest.approx(0.05) and found.forward is None
     alone = updates([({}, {"a": 0.5})])
     assert alone.average == 0.5 and alone.forgetting is None and alone.backward is None
+
+
+def test_common_questions_have_one_right_answer_each() -> None:
+    text, asked = tasks()
+    assert len(text.test) == 6 and all(e.text and len(e.text.split()) > 60 for e in text.test)
+    assert len({e.prompt for e in asked.test}) == len(asked.test) == 48
+    assert all(len(set(e.choices)) == 4 and e.completion in e.choices for e in asked.test)
 
 
 # --- penalties -------------------------------------------------------------------------------------------------------
@@ -626,6 +636,11 @@ def test_update_teaches_keeps_and_says_so(taught: Any, whet: Any, tmp_path: Path
     table = body["stream"]
     assert table["tasks"] == ["first", "second"] and table["matrix"][0] == [lost["before"], None]
     assert table["matrix"][1] == [lost["after"], body["after"]] and body["from_base"] > 0
+    everything = body["general"]  # a model of random weights knows nothing, and its training on two words costs that
+    assert everything["n"] == 48 and everything["low"] <= everything["high"] and min(everything["perplexity"]) > 1
+    assert everything["perplexity"][0] != everything["perplexity"][1]
+    [history] = made.card["taught"][-1:]
+    assert table["forward"] == history["ahead"] and -1 <= history["ahead"] <= 1
     assert made.card["taught"] == [{**made.card["taught"][0], "task": "second", "from": system.fingerprint}]
     for name in ("first", "second"):  # each is asked its own way
         code, card, _ = whet("evaluate", out, folder / name)

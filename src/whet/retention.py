@@ -64,7 +64,7 @@ class Stream:
 
     `average`: of all tasks at the end, None where all are perplexities. Over those that were there before the last
     update, None where none was: `forgetting`, the mean drop from their best, and `backward` transfer, the mean gain
-    since they were first measured.
+    since they were first measured. `forward` transfer: what tasks scored before they were learnt, more than the base.
     """
 
     tasks: tuple[str, ...]
@@ -72,15 +72,18 @@ class Stream:
     average: float | None
     forgetting: float | None
     backward: float | None
+    forward: float | None
 
 
 def stream(
-    scores: Sequence[tuple[Mapping[str, float], Mapping[str, float]]], lower: Collection[str] = ()
-) -> Stream:
+    scores: Sequence[tuple[Mapping[str, float], Mapping[str, float]]], lower: Collection[str] = (),
+    ahead: Sequence[float | None] = (),
+) -> Stream:  # fmt: skip
     """The figures of one or more updates, oldest first, each as scores of its tasks before and after, by name.
 
     What a task scored after one update is, on the rows that it is measured by later, what it scored before the next.
-    Of the tasks in `lower` less is better (perplexities): they stand in the matrix, and in no figure.
+    Of the tasks in `lower` less is better (perplexities): they stand in the matrix, and in no figure. `ahead`: of each
+    update, what its task scored before it, more than the base model; None where that was not measured.
     """
     (start, _), *_ = scores
     rows = [start, *(after for _, after in scores)]
@@ -92,6 +95,7 @@ def stream(
         tasks, tuple(tuple(row.get(t) for t in tasks) for row in rows), fmean(last.values()) if last else None,
         fmean(max(seen) - end for end, seen in ended) if ended else None,
         fmean(end - seen[0] for end, seen in ended) if ended else None,
+        fmean(early) if (early := [a for a in ahead if a is not None]) else None,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from whet import stats
 from whet.errors import MethodError
 from whet.feedback import UNCHECKED, Agreement, Versus, agreed, paired, weighted, words
 from whet.feedback import load as load_feedback
+from whet.general import Ability, ability
 from whet.memory import Known, as_task, at_hand, carried, known, remember
 from whet.methods import Method, Run, make
 from whet.methods.calibrate import Calibrate
@@ -34,7 +35,8 @@ class Update:
 
     `paired` compares after with before on the task's held-out rows; `length` is words per answer, before and after;
     `drift` the KL divergence from before, in nats per token, and `from_base` that from the model before all updates;
-    None where no held-out row has an answer to take it from. `stream`: all updates of the System so far.
+    None where no held-out row has an answer to take it from. `general`: what it did to all else; None where the
+    weights are the same. `stream`: all updates of the System so far.
     `agreement`: how far the judge of a win rate agrees with the held-out pairs; None without any.
     `dropped` are rows and judgements that leak, as (id, why); `unused` the judgements that dpo finds no pair for.
     `refused` says why it should not be used; empty: it may.
@@ -49,6 +51,7 @@ class Update:
     length: tuple[float, float]
     drift: float | None
     from_base: float | None
+    general: Ability | None
     stream: Stream
     agreement: Agreement | None
     dropped: tuple[tuple[str, str], ...]
@@ -63,6 +66,7 @@ class Update:
             "before": self.before.score, "after": self.after.score, **asdict(self.paired),
             "earlier": [asdict(one) for one in self.lost], "unmeasured": list(self.unmeasured),
             "length": list(self.length), "drift": self.drift, "from_base": self.from_base,
+            "general": self.general and asdict(self.general),
             "stream": asdict(self.stream), "agreement": self.agreement and list(self.agreement.accuracy),
             "refused": self.refused,
             "dropped": [{"id": name, "why": why} for name, why in self.dropped], "unused": list(self.unused),
@@ -71,10 +75,11 @@ class Update:
 
 
 def told(made: Update) -> list[str]:
-    """Drift, how often the judge of a win rate is right, and the matrix of all updates with its figures, as lines."""
+    """Drift, general ability, how often a win rate's judge is right, and the matrix of all updates, as lines."""
     lines = ["drift not measured: no answers"]
     if made.drift is not None:
         lines = [f"drift {made.drift:.3f} nats a token, {made.from_base:.3f} from the base"]
+    lines += [str(made.general)] if made.general else []
     if made.before.metric == "win_rate":
         lines.append(str(made.agreement or UNCHECKED))
     found, width = made.stream, max(9, *map(len, made.stream.tasks)) + 2
@@ -84,8 +89,9 @@ def told(made: Update) -> list[str]:
     for n, row in enumerate(found.matrix):
         when = f"update {n}" if n else "start"
         lines.append("".join(f"{cell:>{width}}" for cell in (when, *map(figure, row))))
+    forward = "" if found.forward is None else f", forward {100 * found.forward:+.1f}"
     lines.append(f"average {figure(found.average)}; of the earlier tasks, {100 * found.forgetting:.1f} points lost "
-                 f"from their best, backward transfer {100 * found.backward:+.1f}")  # fmt: skip
+                 f"from their best, backward transfer {100 * found.backward:+.1f}{forward}")  # fmt: skip
     return lines
 
 
@@ -179,13 +185,18 @@ def update(
     lost = _lost((start, given, after), task, tasks, (*cards, metric) if itself else None, run)
     length = _length(cards[0]), _length(cards[1])
     moved = _drift(start, after, splits, run)
+    general = None if after.model == start.model else ability(start, after, run)
+    base = _beneath(start, run)
+    from_base = moved if base is None or moved is None else _drift(base, after, splits, run)
+    ahead = None if own(system, task) else _ahead(base, cards[0], rows, metric, run)
     memory = remember(after, splits.learnable, tasks, splits.select or rows, seed=run.seed)
     found = [one for one in lost if one.task in {task.name, *(t.name for t in tasks)}]
     scores = {e.task: e.before for e in found}, {e.task: e.after for e in found} | {task.name: cards[1].score}
-    card = _card(system, method, task, cards[1], memory, scores)
+    card = _history(system, method, task, cards[1], memory, scores, ahead)
     falling = {one.name for one in tasks if not get(one.metric, one.folder, task.trusted).higher_is_better}
     falling |= set() if metric.higher_is_better else {task.name}
-    updates = stream([one["scores"] for one in card["taught"] if "scores" in one], falling)
+    measured = [one for one in card["taught"] if "scores" in one]
+    updates = stream([one["scores"] for one in measured], falling, [one.get("ahead") for one in measured])
     compared = stats.compare(cards[0].outcomes, cards[1].outcomes, metric, run.seed)
     named = {one.task for one in lost}
     why = _refused(cards, lost, metric, task, run)
@@ -193,7 +204,7 @@ def update(
     return Update(
         replace(after, card=card), *cards, compared, lost,
         tuple(one.name for one in tasks if not one.held and one.name not in named), length, moved,
-        _from_base(start, after, splits, run, moved), updates,
+        from_base, general, updates,
         agreed(metric.judge, rows, run.seed) if isinstance(metric, Versus) else None,
         splits.dropped, unused, "; ".join(why),
         {k: v for k, v in run.notes.items() if k != "curves"},
@@ -263,14 +274,15 @@ def _calibrated(given: System, taught: System, splits: Splits, metric: Metric, r
     return made if better else taught
 
 
+def _card(one: System, rows: Sequence[Example], metric: Metric, run: Run) -> Scorecard:
+    return evaluate(one, rows, metric, session=run.session(one.model), split="test", seed=run.seed,
+                    store=run.store, progress=run.progress("answering"))  # fmt: skip
+
+
 def _cards(
     first: System, second: System, rows: Sequence[Example], metric: Metric, run: Run
 ) -> tuple[Scorecard, Scorecard]:
-    def scored(one: System) -> Scorecard:
-        return evaluate(one, rows, metric, session=run.session(one.model), split="test", seed=run.seed,
-                        store=run.store, progress=run.progress("answering"))  # fmt: skip
-
-    return scored(first), scored(second)
+    return _card(first, rows, metric, run), _card(second, rows, metric, run)
 
 
 def _lost(
@@ -308,23 +320,31 @@ def _drift(before: System, after: System, splits: Splits, run: Run) -> float | N
     return drift(old, new, render_rows(before, rows, old)[0])
 
 
-def _from_base(start: System, after: System, splits: Splits, run: Run, moved: float | None) -> float | None:
-    """The drift from the model before all that it was taught; `moved` is that from the start."""
+def _beneath(start: System, run: Run) -> System | None:
+    """The System on the model before all that it was taught; None where that is the one that it has."""
     whole = tuple(t for t in start.model.standing if t.kind == "model")  # a smaller model is what there is
     base = replace(start, model=replace(start.model, transforms=whole))
-    if moved is None or base.model == start.model:
-        return moved
+    if base.model == start.model:
+        return None
     run.sessions.pop(start.model)  # two models at a time are enough
     run.tidy()
-    return _drift(base, after, splits, run)
+    return base
 
 
-def _card(
+def _ahead(base: System | None, before: Scorecard, rows: Sequence[Example], metric: Metric, run: Run) -> float | None:
+    """Forward transfer: what the System scored on a task that it had not learnt, more than its base does."""
+    if base is None or metric.name == "win_rate" or not metric.higher_is_better:
+        return None
+    return before.score - _card(base, rows, metric, run).score
+
+
+def _history(
     old: System, method: Method, task: Task, card: Scorecard, memory: list[dict[str, Any]],
-    scores: tuple[Mapping[str, float], Mapping[str, float]],
+    scores: tuple[Mapping[str, float], Mapping[str, float]], ahead: float | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Where the new System comes from, what it and its tasks scored, before and after, and what it carries."""
     recipe = Recipe((method,)).name
-    taught = [*old.card.get("taught", ()), {"task": task.name, "data": task.fingerprint, "recipe": recipe,
-                                            "from": old.fingerprint, "scores": list(scores)}]  # fmt: skip
+    this = {"task": task.name, "data": task.fingerprint, "recipe": recipe, "from": old.fingerprint,
+            "scores": list(scores), "ahead": ahead}  # fmt: skip
+    taught = [*old.card.get("taught", ()), this]
     return {"task": task.name, "recipe": recipe, "scorecard": card.record(), "taught": taught, "memory": memory}
