@@ -825,6 +825,13 @@ def test_command(
     code, out, _ = whet(capsys, "export", "s", "--to", "hf")
     assert code == 0 and "scores   not compared: no task was named (--task)\n" in out
     assert (tmp_path / "there" / REQUEST).exists()
+    run = {"folder": str((tmp_path / "toy").resolve())}  # as improve leaves beside the System that it made
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    code, out, _ = whet(capsys, "export", "s", "--to", "hf", "--json")
+    assert json.loads(out)["check"]["scores"]["task"] == "toy"
+    (tmp_path / "toy" / "task.yaml").write_text("metric: [")
+    code, out, _ = whet(capsys, "export", "s", "--to", "hf")
+    assert code == 0 and "no task was named" in out
 
 
 def test_engines_draw_from_all_tokens(tmp_path: Path) -> None:

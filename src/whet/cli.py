@@ -495,7 +495,8 @@ def chat(system: str, trust: bool, as_json: bool, debug: bool) -> None:
 @click.option("--out", default=None, type=click.Path(path_type=Path), help="Folder for the export [SYSTEM-FORMAT].")
 @click.option("--type", "kind", default="bf16", show_default=True,
               help="Of the weights: bf16, f16, f32; gguf and ollama: also q8_0, q4_0.")  # fmt: skip
-@click.option("--task", default=None, type=click.Path(), help="Check it on this task's prompts, and score both on it.")
+@click.option("--task", default=None, type=click.Path(), help="Check it on this task's prompts, and score both on it "
+              "[the task that improve made SYSTEM for].")  # fmt: skip
 @click.option("--check/--no-check", default=True, show_default=True, help="Read it back and compare its answers.")
 @click.option("--trust", is_flag=True, help="Run code that the task brings along.")
 @common
@@ -512,6 +513,7 @@ def export(
     from whet import export as exporting
     from whet.model import resolve
     from whet.progress import figure
+    from whet.search.out import made_for
     from whet.store import home_folder
     from whet.system import System, load
     from whet.task import load as load_task
@@ -520,7 +522,7 @@ def export(
     opened = load(system, trust=trust) if made else System(resolve(system), home=home_folder())
     folder = out or Path(f"{Path(system).name}-{target}")
     with _watched(as_json, f"export to {target}") as watch:
-        loaded = load_task(task, trust=trust) if task else None
+        loaded = load_task(task, trust=trust) if task else made_for(Path(system), trust)
         done = exporting.export(opened, target, folder, kind=kind, task=loaded, check=check, watch=watch)
     if as_json:
         _print(done.record())

@@ -174,7 +174,8 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
     if wish.recipe:
         parse(wish.recipe).possible(training.at_hand(bases), splits.learnable)
     _echoing(bases, splits, metric, run)
-    output.claim(folder, key, task.name)  # not before: a command that could not run is corrected, not another one
+    # Not before: a command that could not run is corrected, not another one.
+    output.claim(folder, key, task.name, task.folder)
     rates = {b.model.content: measure_rates(b, run.session(b.model), store, watch.say) for b in bases}
     local = training.at_hand(bases)
     judge = Spent()

@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 from whet import report
 from whet.engine import Spent
-from whet.errors import StoreError
+from whet.errors import StoreError, WhetError
 from whet.metrics import Outcome
 from whet.scorecard import Scorecard
 from whet.store import write_text
 from whet.system import System
+from whet.task import Task, load
 
 if TYPE_CHECKING:
     from whet.search import _Job
     from whet.search.race import Trial
 
 
-def claim(folder: Path, key: str, task: str) -> None:
-    """Take an out folder for a run: new, empty, or the same run's.
+def claim(folder: Path, key: str, task: str, place: Path) -> None:
+    """Take an out folder for a run of a task, which lies at `place`: new, empty, or the same run's.
 
     Raises StoreError where it holds another run or something else, or cannot be written.
     """
@@ -47,7 +48,16 @@ def claim(folder: Path, key: str, task: str) -> None:
             )
     elif listed:
         raise StoreError(f"{folder} is not empty", expected="a new folder", do="choose another --out")
-    write_text(mark, json.dumps({"key": key, "task": task}) + "\n")
+    write_text(mark, json.dumps({"key": key, "task": task, "folder": str(place.resolve())}) + "\n")
+
+
+def made_for(system: Path, trust: bool = False) -> Task | None:
+    """The task that `improve` made a System for; None where no such run lies here, or its task cannot be read."""
+    try:
+        place = json.loads((system.resolve().parent / "run.json").read_text(encoding="utf-8"))["folder"]
+        return load(place, trust=trust)
+    except (OSError, ValueError, KeyError, TypeError, WhetError):
+        return None
 
 
 def _same(a: Trial | None, b: Trial | None) -> bool:
