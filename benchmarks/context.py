@@ -2,11 +2,12 @@
 
 Parts: `prompting` (zero-shot, whet's prompting with and without calibration; peers: DSPy's
 BootstrapFewShotWithRandomSearch and MIPROv2, given at least as many tokens to choose by) and `fewshot` (whet's
-selections, calibrated; peers: DSPy's KNNFewShot, lm-evaluation-harness's few-shot). Every side learns from the same
-train rows and is scored on the same first rows of confirm. DSPy runs on the same model through a small adapter, which
-joins its threads' requests to batches; while it optimizes, labels are decoded under constraint, so that it compares
-answers and no parsing errors. Its programs are scored twice: by their own parsing of free generation, and by whet's
-scoring of the labels behind their prompts. Differences are paired, with 95 % intervals.
+selections, calibrated; peers: DSPy's KNNFewShot, lm-evaluation-harness's few-shot). `chosen` is whichever of whet's
+scores best on select rows, as `whet improve` would hand it over; its tokens are all of theirs. Every side learns from
+the same train rows and is scored on the same first rows of confirm. DSPy runs on the same model through a small
+adapter, which joins its threads' requests to batches; while it optimizes, labels are decoded under constraint, so that
+it compares answers and no parsing errors. Its programs are scored twice: by their own parsing of what they write, and by
+whet's scoring of the labels behind their prompts. Differences are paired, with 95 % intervals.
 
 A run that is stopped goes on where it was with `--home DIR`, which keeps what each side reached.
 
@@ -36,6 +37,7 @@ WAIT = 0.02  # seconds for which the adapter gathers requests of other threads
 TRAINSET = 200  # rows that DSPy takes demonstrations from
 VALSET = 32  # rows that DSPy's optimizers compare on: more of them, fewer candidates for as many tokens
 THREADS = 16
+SELECT = 100  # rows that whet's best of a part is chosen by
 
 
 @dataclass
@@ -56,6 +58,7 @@ class Bench:
     task: Any
     data: Any
     rows: Sequence[Any]
+    select: Sequence[Any]
     base: Any
     metric: Any
     run: Any
@@ -80,19 +83,36 @@ class Bench:
         found = common.kept(self.folder, name, lambda: [asdict(side) for side in make()])
         return [self.done(Side(**{**side, "outcomes": common.outcomes(side["outcomes"])})) for side in found]
 
-    def whet(self, name: str, text: str) -> Side:
-        """A recipe of whet's."""
-        from whet.metrics import score_all
+    def made(self, text: str) -> Any:
+        """The System of a recipe of whet's."""
         from whet.search.recipe import Recipe, parse
 
         self.run.notes.clear()
+        return (parse(text) if text else Recipe()).run(self.base, self.data, self.run)
+
+    def scored(self, system: Any, rows: Sequence[Any]) -> Any:
+        """Outcomes of a System on rows."""
+        from whet.metrics import score_all
+
+        return score_all(self.metric, [a.text for a in system.answers(rows, self.session)], rows)
+
+    def whet(self, name: str, text: str) -> Side:
+        """A recipe of whet's."""
         tokens, begun = self.spent(), time.perf_counter()
-        made = (parse(text) if text else Recipe()).run(self.base, self.data, self.run)
+        made = self.made(text)
         tokens, seconds = self.spent() - tokens, time.perf_counter() - begun
-        answers = [a.text for a in made.answers(self.rows, self.session)]
-        note = self.run.notes.get("prompting", {})
-        outcomes = score_all(self.metric, answers, self.rows)
-        return Side(name, outcomes, tokens, seconds, note.get("prompt", ""))
+        prompt = self.run.notes.get("prompting", {}).get("prompt", "")
+        return Side(name, self.scored(made, self.rows), tokens, seconds, prompt)
+
+    def chosen(self, part: str) -> Side:
+        """The best of whet's recipes of a part, by rows to select by."""
+        tokens, begun, best = self.spent(), time.perf_counter(), (-1.0, "", self.base)
+        for text in WHET[part].values():
+            made = self.made(text)
+            score = self.metric.aggregate(self.scored(made, self.select))
+            best = (score, text, made) if score > best[0] else best
+        tokens, seconds = self.spent() - tokens, time.perf_counter() - begun
+        return Side(f"{part}, chosen", self.scored(best[2], self.rows), tokens, seconds, best[1])
 
     def done(self, side: Side) -> Side:
         """Say at once what a side reached: a run may be stopped before its table."""
@@ -334,7 +354,8 @@ WHET = {
     "fewshot": {"fewshot": "fewshot", "fewshot+calibrate": "fewshot+calibrate",
                 "diverse+calibrate": "fewshot(selection=diverse)+calibrate",
                 "bootstrapped+calibrate": "fewshot(selection=bootstrapped)+calibrate",
-                "nearest": "fewshot(k=8,selection=nearest)"},
+                "nearest": "fewshot(k=8,selection=nearest)",
+                "nearest+calibrate": "fewshot(k=8,selection=nearest)+calibrate"},
 }  # fmt: skip
 
 
@@ -348,6 +369,7 @@ def sides(options: Any, bench: Bench) -> list[Side]:
     for part in parts:
         ours = [side for name, text in WHET[part].items() for side in mine(name, text)]
         found += ours
+        found += bench.kept(f"{part} chosen", partial(lambda p: [bench.chosen(p)], part))
         if "dspy" in options.peers.split(","):
             found += dspy_sides(bench, part, max(s.tokens for s in ours))
         if part == "fewshot" and "lm-eval" in options.peers.split(","):
@@ -383,8 +405,9 @@ def prepared(options: Any, name: str, folder: Path) -> Bench:
     ref = resolve(options.model)
     base = base_system(ref, task, splits.learnable, run.session(ref), store.home)
     rows = shared_order(splits.confirm, task.closed, options.seed)[: options.rows]
-    return Bench(task, splits.learnable, rows, replace(base, home=store.home), get(task.metric), run, options.seed,
-                 options.home)  # fmt: skip
+    select = shared_order(splits.select, task.closed, options.seed)[:SELECT]
+    return Bench(task, splits.learnable, rows, select, replace(base, home=store.home), get(task.metric), run,
+                 options.seed, options.home)  # fmt: skip
 
 
 def report(options: Any, bench: Bench, found: Sequence[Side]) -> list[dict[str, Any]]:
