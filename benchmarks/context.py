@@ -6,8 +6,8 @@ selections, calibrated; peers: DSPy's KNNFewShot, lm-evaluation-harness's few-sh
 scores best on select rows, as `whet improve` would hand it over; its tokens are all of theirs. Every side learns from
 the same train rows and is scored on the same first rows of confirm. DSPy runs on the same model through a small
 adapter, which joins its threads' requests to batches; while it optimizes, labels are decoded under constraint, so that
-it compares answers and no parsing errors. Its programs are scored twice: by their own parsing of what they write, and by
-whet's scoring of the labels behind their prompts. Differences are paired, with 95 % intervals.
+it compares answers and no parsing errors. Its programs are scored twice: by their own parsing of what they write, and
+by whet's scoring of the labels behind their prompts. Differences are paired, with 95 % intervals.
 
 A run that is stopped goes on where it was with `--home DIR`, which keeps what each side reached.
 

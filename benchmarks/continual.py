@@ -157,7 +157,7 @@ def joint(tasks: Sequence[Any], setting: Setting) -> Ended:
             rows += render_rows(system, fit, live)[0]
             checks += render_rows(system, held, live)[0]
         count = round(method.epochs * len(rows) / method.batch)
-        return Lesson(steps(rows, method.batch, run.seed), NextToken(), Settings(Schedule(method.learning_rate, count)),
+        return Lesson(steps(rows, method.batch, run.seed), NextToken(), Settings(Schedule(method.rate, count)),
                       lambda: mean_loss(live, checks))  # fmt: skip
 
     name = key("joint", asdict(method), setting.base.fingerprint, [rows_hash(d.train) for _, d in parts], run.seed)

@@ -1210,7 +1210,7 @@ def test_finetune_without_completions(system: System, home: Path) -> None:
         METHOD.apply(system, bare, Run(Store(home)))
 
 
-@pytest.mark.parametrize("setting", [{"rank": 0}, {"batch": 0}, {"learning_rate": 0.0}, {"epochs": -1.0}])
+@pytest.mark.parametrize("setting", [{"rank": 0}, {"batch": 0}, {"learning_rate": -1.0}, {"epochs": -1.0}])
 def test_wrong_settings(setting: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="positive"):
         FineTune(**setting)
@@ -1306,6 +1306,9 @@ def test_every_kind_of_adapter_gets_as_many_learning_rates() -> None:
     assert rates(FineTune(adapter="full")) == pytest.approx([1e-4, 3e-5, 2e-4])
     assert rates(FineTune(adapter="full", learning_rate=5e-5)) == pytest.approx([5e-5, 3e-5, 1e-4, 2e-4])
     assert rates(Continual(adapter="full")) == pytest.approx([1e-4, 3e-5])
+    assert FineTune().rate == FineTune(adapter="full", learning_rate=1e-3).rate == 1e-3
+    assert FineTune(adapter="full").rate == 1e-4
+    assert [arm.share for arm in tune.candidates(Continual(), "share")] == [0.0, 0.125, 1 / 3]  # type: ignore[attr-defined]
     assert rates(Distill()) == [0.0, 1e-4, 6e-4]  # 0 leaves it to the model's size
 
 

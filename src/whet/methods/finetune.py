@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 CROSS_EPOCHS = 2.0  # of the trainings that suspects are told by: longer ones learn wrong labels by heart
 SAMPLED = 256  # rows looked at to tell how many tokens a row costs
 CHECKED = 0.06  # rows to validate on as a share of the rows trained on: looking must not cost more than learning
+RATES = (1e-3, 1e-4)  # peaks of the schedule: of adapters, and of full training
 
 
 class Disputed(tuple["Suspect", ...]):
@@ -36,8 +37,8 @@ class Disputed(tuple["Suspect", ...]):
 class FineTune:
     """Fine-tuning with completion-only loss, early stopping on a validation cut from train, best weights kept.
 
-    Defaults: LoRA of rank 16 and alpha 2·rank (as in the LoRA literature), learning rate 1e-3 and 32 rows a step
-    (measured in LOG.md; full training wants a tenth of that). `epochs` is what is wanted; the budget may allow less,
+    Defaults: LoRA of rank 16 and alpha 2·rank (as in the LoRA literature), 32 rows a step; `learning_rate` 0 takes
+    1e-3, and 1e-4 for full training (measured in LOG.md). `epochs` is what is wanted; the budget may allow less,
     and a short training takes smaller steps, so that there are enough of them. `clean` leaves out rows whose label is
     probably wrong. A System with documents is trained to read them (RAFT): from a share `absent` of the rows the
     passage that holds the answer is taken out. `bits` of the frozen base: 8 or 4 save memory in training (QLoRA); the
@@ -52,7 +53,7 @@ class FineTune:
 
     adapter: str = "lora"
     rank: int = 16
-    learning_rate: float = 1e-3
+    learning_rate: float = 0.0
     epochs: float = 3.0
     batch: int = 32
     recompute: bool = False
@@ -61,8 +62,8 @@ class FineTune:
     bits: int = 16
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.batch < 1 or self.learning_rate <= 0 or self.epochs <= 0:
-            raise ValueError("rank, batch, learning_rate and epochs are positive")
+        if self.rank < 1 or self.batch < 1 or self.learning_rate < 0 or self.epochs <= 0:
+            raise ValueError("rank, batch and epochs are positive, and learning_rate is not negative")
         if self.adapter not in ("lora", "rslora", "dora", "full"):
             raise ValueError(f"adapter is {self.adapter!r}; one of lora, rslora, dora, full")
         if not 0 <= self.absent < 1:
@@ -70,11 +71,16 @@ class FineTune:
         if self.bits not in (4, 8, 16) or (self.bits < 16 and self.adapter == "full"):
             raise ValueError(f"bits is {self.bits}; 4, 8 or 16, and 16 for full training")
 
+    @property
+    def rate(self) -> float:
+        """The learning rate that it trains with."""
+        return self.learning_rate or RATES[self.adapter == "full"]
+
     def space(self) -> Mapping[str, Sequence[Any]]:
         """The settings worth trying; every kind of adapter gets as many learning rates."""
-        tenth = 0.1 if self.adapter == "full" else 1.0
+        rates = (3e-5, 1e-4, 2e-4) if self.adapter == "full" else (3e-4, 1e-3, 2e-3)
         return {
-            "learning_rate": (3e-4 * tenth, 1e-3 * tenth, 2e-3 * tenth),
+            "learning_rate": rates,
             "rank": (8, 16, 32),
             "batch": (8, 16, 32),
             "epochs": (1.0, 3.0),
@@ -191,7 +197,7 @@ class FineTune:
         return Lesson(
             steps(rows, batch, run.seed),
             NextToken(),
-            Settings(Schedule(self.learning_rate, count), validations=validations(count), recompute=self.recompute),
+            Settings(Schedule(self.rate, count), validations=validations(count), recompute=self.recompute),
             (lambda: mean_loss(live, checks)) if checks else None,
             {"rows": len(rows), "batch": size, "shortened": cut, **found, "row_tokens": _lengths(rows)},
             after,

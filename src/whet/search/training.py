@@ -32,7 +32,7 @@ NAMED = 5  # of them in a note
 LEAST_WRONG = 0.01  # of labels: fewer are named where all are right
 UNTAUGHT = ("prune", "share", "quantize")  # methods that change weights without training them
 OTHERS: tuple[dict[str, Any], ...] = (  # settings of further trainings, while the budget lasts
-    {"learning_rate": 3e-4}, {"adapter": "dora"}, {"adapter": "full", "learning_rate": 1e-4}, {"rank": 64},
+    {"learning_rate": 3e-4}, {"adapter": "dora"}, {"adapter": "full"}, {"rank": 64},
 )  # fmt: skip
 SAMPLED = 4.0  # trainings that reinforcement's sampling takes, about; if it was asked for by name, one will do
 

@@ -57,14 +57,12 @@ def timed(
 def candidates(method: Method, name: str = "learning_rate") -> list[Method]:
     """The method with each of the values of one setting that are worth trying; its own comes first.
 
-    A default that is not worth trying here (a learning rate, by the kind of adapter) makes way for the middle one of
-    those that are; 0, which leaves the choice to the method, does not.
+    A learning rate of 0 is the one that the method takes by itself (`rate`), where it can say so without the model.
     """
-    own, worth = getattr(method, name), method.space().get(name, ())
-    default = next(f.default for f in fields(method) if f.name == name)  # type: ignore[arg-type]
-    if own and own == default and worth and own not in worth:
-        own = worth[len(worth) // 2]
-    values = [own, *(v for v in worth if v != own)]
+    own = getattr(method, name)
+    if name == "learning_rate":
+        own = own or getattr(method, "rate", own)
+    values = [own, *(v for v in method.space().get(name, ()) if v != own)]
     return [replace(method, **{name: value}) for value in values]  # type: ignore[type-var]
 
 
