@@ -887,8 +887,13 @@ def test_facts_are_taught_within_the_budget_and_an_edit_as_an_update(tiny: Syste
     made = method.apply(tiny, data, run)
     assert made.model != tiny.model and not made.sources and 0 < run.spent.trained_tokens < 6000
     assert run.notes["taught"] == run.notes["new"] > 10 and not set(run.notes["seen"]) & set(run.notes["held"])
+    asked = run.notes["phrasings"]  # both ways on the same questions
+    assert asked["n"] > 10 and asked["taught"].keys() == asked["looked up"].keys() == {"seen", "unseen", "ms"}
+    assert all(0 <= asked[way][kind] <= 100 for way in ("taught", "looked up") for kind in ("seen", "unseen"))
+    assert run.notes["general"].startswith("general ability: perplexity of plain text ")
     again = Run(Store(home), trained_tokens=3000)
     assert method.apply(tiny, data, again).fingerprint == made.fingerprint and again.spent == run.spent
+    assert again.notes["phrasings"] == asked
     made.save(home / "system")
     assert system.load(home / "system", home).card["facts"] == made.card["facts"]
     with pytest.raises(MethodError, match="nothing new to teach"):

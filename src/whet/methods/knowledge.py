@@ -25,6 +25,7 @@ DIRECT = ("{}?", "Question: {}?", "Answer in a word or two: {}?")  # whose phras
 HELD = 4  # of these are never trained on, so that unseen phrasings can be measured
 FEW, MOST_ANSWERS = 3, 20  # subjects that share an object, where a question is asked backwards; answers of a fact
 MOST_FACTS = 20_000
+PROBED = 24  # facts that are asked for in seen and in unseen phrasings once they were taught
 REPLAYED = 0.25  # of each step's rows are what the model said before
 HOPS, MOST_HOPS = 2, 3  # where train does not tell, and at most
 
@@ -143,7 +144,35 @@ class Knowledge:
                           share=REPLAYED)  # fmt: skip
         made = plain.apply(start, replace(data, train=(*rows, *known)), run)
         card = {**system.card, "facts": sorted({one.key for one in every} & (before | {one.key for one in chosen}))}
+        if run.fidelity == 1:
+            self._compare(graph, chosen, system, made, data, run)
         return replace(made, card=card)
+
+    def _compare(
+        self, graph: Graph, chosen: Sequence[Asked], before: System, taught: System, data: Learnable, run: Run
+    ) -> None:
+        """Note how the taught model and the one before, which looks them up, answer the same questions about facts.
+
+        Each in a phrasing that was trained on and in one that was not, in percent of the answers that contain an
+        accepted one, and milliseconds an answer; and what the teaching did to all else.
+        """
+        from whet.general import ability
+        from whet.metrics import get
+        from whet.scorecard import evaluate
+
+        quiet, metric, draw = replace(run, notes={}), get("contains"), random.Random(run.seed)
+        looked = replace(self, mode="lookup")._shown(graph, before, data, quiet)
+        some = draw.sample(chosen, min(PROBED, len(chosen)))
+        found: dict[str, dict[str, float]] = {"taught": {}, "looked up": {}}
+        for kind, shown in zip(("seen", "unseen"), frames(run.seed), strict=True):
+            rows = [Example(f"{kind}-{n}", put(draw.choice(shown), one.phrase), one.answers[0], one.answers)
+                    for n, one in enumerate(some)]  # fmt: skip
+            for name, system in (("taught", taught), ("looked up", looked)):
+                card = evaluate(system, rows, metric, session=run.session(system.model), split=f"{kind} phrasings",
+                                seed=run.seed, store=run.store, progress=run.progress("asking for facts"))  # fmt: skip
+                found[name] |= {kind: 100 * card.score, "ms": 1000 * card.seconds / card.n}
+        general = ability(before, taught, run)
+        run.notes.update(phrasings={**found, "n": len(some)}, general=str(general))
 
 
 def _rows(one: Asked, shown: Sequence[str], tokenizer: Any) -> list[Example]:

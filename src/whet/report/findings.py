@@ -57,6 +57,16 @@ def _suspects(value: Any) -> str:
     return f"{len(named)} rows left out for a label that looks wrong, the surest: {some}" if named else ""
 
 
+def _phrasings(value: Any) -> str:
+    body, said = record(value), []
+    for name in ("taught", "looked up"):
+        seen, unseen, took = (number(record(body.get(name)).get(key)) for key in ("seen", "unseen", "ms"))
+        if seen is not None and unseen is not None and took is not None:
+            said.append(f"{name} {seen:.1f} and {unseen:.1f} ({view.count(round(took))} ms an answer)")
+    asked = f"{view.count(number(body.get('n')))} facts, in phrasings that were trained on and in others, % right"
+    return f"{asked}: {', '.join(said)}" if said else ""
+
+
 def _quantized(value: Any) -> str:
     body = record(value)
     was, now = (view.size(number(body.get(key))) for key in ("was", "bytes"))
@@ -97,5 +107,6 @@ def _short(value: Any) -> str:
 
 WORDS: dict[str, Callable[[Any], str]] = {
     "fit": _fit, "twice_the_data": _twice, "row_tokens": _row_tokens, "suspects": _suspects, "quantized": _quantized,
+    "phrasings": _phrasings, "general": line,
 }  # fmt: skip
-SILENT = {"verdict", "artifact", "teacher_artifact"}  # told elsewhere, or names of files
+SILENT = {"verdict", "artifact", "teacher_artifact", "seen", "held"}  # told elsewhere, names of files, phrasings
