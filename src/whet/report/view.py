@@ -145,7 +145,8 @@ def size(value: float | None) -> str:
     """Bytes as kB, MB or GB (powers of ten)."""
     if value is None:
         return "–"
-    unit, divisor = next(((u, d) for u, d in UNITS if value >= d), ("B", 1.0))
+    # What three digits would round to 1000 of a unit is 1 of the next.
+    unit, divisor = next(((u, d) for u, d in UNITS if value >= 0.9995 * d), ("B", 1.0))
     return f"{value / divisor:.3g} {unit}" if value < 1000 * divisor else f"{value / divisor:,.0f} {unit}"
 
 
