@@ -257,6 +257,14 @@ def test_durations_and_sizes() -> None:
     assert view.size(2_500_000_000_000) == "2,500 GB"
 
 
+def test_forgetting_has_one_decimal_and_the_pages_minus_sign() -> None:
+    result = rich()
+    for one, points in zip(result["trials"], (1.9230769230769231, -0.5128205, -0.01, None), strict=False):
+        one["forgetting"] = points
+    shown = [row[7] for row in report._trial_rows(result, view.Scale.of(result))]
+    assert shown[:4] == ["1.9", "−0.5", "0.0", ""]
+
+
 # -- what is shown -----------------------------------------------------------------------------------------------
 
 

@@ -128,6 +128,11 @@ def p_value(p: float | None) -> str:
     return "" if p is None else "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
+def lost(points: float | None) -> str:
+    """Points that an earlier task lost, such as "1.9"; empty for None."""
+    return "" if points is None else f"{points:z.1f}".replace("-", "−")
+
+
 def duration(seconds: float | None) -> str:
     """Seconds as s, min or h."""
     if seconds is None:
