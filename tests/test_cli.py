@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_search import write_task
@@ -189,6 +190,24 @@ def test_doctor_says_what_mends(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = whet(capsys, "doctor", "--json")
     body = json.loads(out)
     assert code == 0 and all(f["ok"] or f["mend"] for f in body["findings"])
+
+
+def test_doctor_measures_the_disk_that_the_store_is_to_lie_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    from whet import doctor
+
+    asked = []
+    usage = shutil.disk_usage
+
+    def measured(place: Path) -> Any:
+        asked.append(place)
+        return usage(place)
+
+    monkeypatch.setenv("WHET_HOME", str(tmp_path / "not" / "made"))
+    monkeypatch.setattr("shutil.disk_usage", measured)
+    doctor._machine()
+    assert asked == [tmp_path]
 
 
 def test_heavy_libraries_wait_until_they_are_needed() -> None:
