@@ -418,7 +418,7 @@ class System:
         body = {
             "whet": __version__,
             "fingerprint": self.fingerprint,
-            "base": self.model.base,
+            "base": self.model.lasting,
             "self_contained": self_contained,
             **self.settings,
             "card": self.card,
@@ -452,7 +452,7 @@ def _card_text(system: System) -> str:
     sources = [f"{s.k} {s.settings.get('kind', 'passages')} of `{s.fingerprint[:16]}`" for s in system.sources]
     lines = [
         f"# A System for {card.get('task', 'a task')}", "",
-        f"- base: `{system.model.base}` (`{system.model.content[:16]}`)",
+        f"- base: `{system.model.lasting}` (`{system.model.content[:16]}`)",
         f"- transforms: {', '.join(f'{t.kind} `{t.fingerprint[:16]}`' for t in system.model.standing) or 'none'}",
         f"- demonstrations: {shown}",
         f"- sources: {', '.join(sources) or 'none'}",
