@@ -147,6 +147,22 @@ def test_a_metric_that_is_code_needs_trust(capsys: pytest.CaptureFixture[str], t
     assert [r["id"] for r in rows if r["error"]] == ["test3"]
 
 
+@pytest.mark.parametrize("command", [("apply", "fewshot", "TASK", "--system", "fake:keyword"), ("update", "made", "TASK")])
+@pytest.mark.parametrize(("out", "says"), [("full", "holds something else"), ("full/file/new", "cannot write")])
+def test_an_out_that_cannot_be_written_is_told_before_the_work(
+    capsys: pytest.CaptureFixture[str], task: str, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], out: str,
+    says: str,
+) -> None:  # fmt: skip
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("the task was read")
+
+    Path("full").mkdir()
+    Path("full/file").write_text("mine")
+    monkeypatch.setattr("whet.task.load", work)
+    code, _, err = whet(capsys, *[task if a == "TASK" else a for a in command], "--out", out)
+    assert code == 2 and says in one_line(err) and Path("full/file").read_text() == "mine"
+
+
 def test_strict_names_the_leak(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     folder = write_task(tmp_path / "leaky", train=120, test=40)
     first = (folder / "test.jsonl").read_text().splitlines()[0]

@@ -334,11 +334,12 @@ def apply(
     from whet.search import tune
     from whet.search.budget import seconds
     from whet.search.recipe import Recipe
-    from whet.store import Store
+    from whet.store import Store, place_for
     from whet.task import load
     from whet.train.team import team
     from whet.update import check
 
+    place_for(out, "system.json")
     settings = _settings((*pairs, *more))
     made = make(method, settings)
     if budget is not None and "learning_rate" not in made.space():
@@ -408,11 +409,12 @@ def update(
     from whet.errors import MethodError
     from whet.methods import Run
     from whet.progress import apart, figure
-    from whet.store import Store
+    from whet.store import Store, place_for
     from whet.system import load
     from whet.task import load as load_task
     from whet.train.team import team
 
+    place_for(out, "system.json")
     loaded = load_task(task, trust=trust)
     with _watched(as_json, "update", loaded.notes) as watch:
         run = Run(Store(), seed, tell=watch.tell)

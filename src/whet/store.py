@@ -70,15 +70,23 @@ def write_text(path: Path, text: str) -> None:
         raise StoreError(f"cannot write {path}", found=found, do="free space, or choose another --out") from error
 
 
+def place_for(folder: Path, mark: str) -> None:
+    """Raise StoreError where `anew` could not write a folder there, as far as that can be told before the work."""
+    ours = folder.is_dir() and ((folder / mark).exists() or not any(folder.iterdir()))
+    if folder.exists() and not ours:
+        raise StoreError(f"{folder} holds something else", expected="an empty or new folder", do="name another")
+    above = next(p for p in folder.absolute().parents if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise StoreError(f"cannot write {folder}", found=f"{above}, which nothing can be put into", do="choose --out")
+
+
 @contextmanager
 def anew(folder: Path, mark: str) -> Iterator[Path]:
     """Write a folder aside and put it in the place of an older one of its kind, which holds the file `mark`.
 
     Raises StoreError where the folder holds something else or cannot be written; the old one stays then.
     """
-    ours = folder.is_dir() and ((folder / mark).exists() or not any(folder.iterdir()))
-    if folder.exists() and not ours:
-        raise StoreError(f"{folder} holds something else", expected="an empty or new folder", do="name another")
+    place_for(folder, mark)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         place = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
