@@ -147,6 +147,22 @@ def test_a_metric_that_is_code_needs_trust(capsys: pytest.CaptureFixture[str], t
     assert [r["id"] for r in rows if r["error"]] == ["test3"]
 
 
+def test_a_place_for_answers_that_cannot_be_is_told_before_the_work(
+    capsys: pytest.CaptureFixture[str], task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, err = whet(capsys, "evaluate", "fake:keyword", task, "--answers", "no/such/a.jsonl")
+    assert code == 2 and not out and "no folder" in one_line(err) and "answering" not in err and "--out" not in err
+    code, _, err = whet(capsys, "evaluate", "fake:keyword", task, "--answers", ".")
+    assert code == 2 and "is a folder" in one_line(err)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.mkstemp", full)  # the disk fills up on the way: the figures are told all the same
+    code, out, err = whet(capsys, "evaluate", "fake:keyword", task, "--answers", "a.jsonl", "--json")
+    assert code == 2 and json.loads(out)["n"] == 40 and "No space left" in one_line(err) and "--out" not in err
+
+
 @pytest.mark.parametrize("command", [("apply", "fewshot", "TASK", "--system", "fake:keyword"), ("update", "made", "TASK")])
 @pytest.mark.parametrize(("out", "says"), [("full", "holds something else"), ("full/file/new", "cannot write")])
 def test_an_out_that_cannot_be_written_is_told_before_the_work(

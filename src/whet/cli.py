@@ -19,6 +19,8 @@ from whet.errors import WhetError, nearest
 
 if TYPE_CHECKING:
     from whet.progress import Watch
+    from whet.reading import Reading
+    from whet.scorecard import Scorecard
     from whet.system import System
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -227,9 +229,11 @@ def evaluate(
 
     from whet import scorecard
     from whet.methods import Run
-    from whet.store import Store, write_text
+    from whet.store import Store, place_for_file, write_text
     from whet.task import load
 
+    if answers:
+        place_for_file(answers)
     loaded = load(task, trust=trust)
     rows = scorecard.rows_of(loaded, split)
     with _watched(as_json, f"{system} on {split}", loaded.notes) as watch:
@@ -242,11 +246,18 @@ def evaluate(
             watch.tell("measuring latency and memory", 0, 1)
             card = scorecard.measure(card, opened, rows)
         read = _reading(opened, rows, metric, watch) if reading else None
-    if answers:
-        write_text(answers, "".join(json.dumps(asdict(o), ensure_ascii=False) + "\n" for o in card.outcomes))
     if as_json:
         _print(card.record() | ({"reading": asdict(read)} if read else {}))
-        return
+    else:
+        _tell(card, read)
+    if answers:
+        write_text(answers, "".join(json.dumps(asdict(o), ensure_ascii=False) + "\n" for o in card.outcomes))
+
+
+def _tell(card: Scorecard, read: Reading | None) -> None:
+    """Print a scorecard for people."""
+    from dataclasses import asdict
+
     from whet.progress import figure
 
     print(f"{card.metric}  {figure(card.score)}  [{figure(card.low)}, {figure(card.high)}]  on {card.n} examples")

@@ -67,7 +67,16 @@ def write_text(path: Path, text: str) -> None:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
         found = error.strerror or str(error)
-        raise StoreError(f"cannot write {path}", found=found, do="free space, or choose another --out") from error
+        raise StoreError(f"cannot write {path}", found=found, do="free space, or choose another place") from error
+
+
+def place_for_file(path: Path) -> None:
+    """Raise StoreError where `write_text` could not write a file, as far as that can be told before the work."""
+    above = path.absolute().parent
+    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        found = f"{path} is a folder" if path.is_dir() else f"no folder {above} to write into"
+        raise StoreError(f"cannot write {path}", expected="a file in a folder that can be written", found=found,
+                         do="make the folder, or name another file")  # fmt: skip
 
 
 def place_for(folder: Path, mark: str) -> None:
