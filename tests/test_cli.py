@@ -134,6 +134,33 @@ def test_texts_are_timed_where_nothing_is_answered(
     assert code == 0 and card["latency_ms"] > 0 and card["memory_bytes"] > 0 and card["size_bytes"] is not None
 
 
+def test_what_was_evaluated_is_not_run_again(
+    capsys: pytest.CaptureFixture[str], task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that after Ctrl-C the same command goes on, as it says; another row or model is another score."""
+    from whet.engine.fake import FakeSession
+
+    _, first, _ = whet(capsys, "evaluate", "fake:keyword", task, "--json")
+    asked, score = list[FakeSession](), FakeSession.score
+
+    def scored(self: FakeSession, *rows: Any, **settings: Any) -> Any:
+        asked.append(self)
+        return score(self, *rows, **settings)
+
+    monkeypatch.setattr(FakeSession, "score", scored)
+    _, again, _ = whet(capsys, "evaluate", "fake:keyword", task, "--json")
+    assert json.loads(again) == json.loads(first) and not asked
+    code, out, _ = whet(capsys, "compare", "fake:keyword", "fake:hash", task, "--json")
+    assert code == 0 and json.loads(out)["first"]["score"] == json.loads(first)["score"] and len(set(asked)) == 1
+    asked.clear()
+    whet(capsys, "compare", "fake:keyword", "fake:hash", task)
+    assert not asked
+    with (Path(task) / "test.jsonl").open("a") as rows:
+        rows.write("\n" + json.dumps({"prompt": "another film, great", "completion": "good"}) + "\n")
+    whet(capsys, "evaluate", "fake:keyword", task)
+    assert asked
+
+
 def test_a_metric_that_is_code_needs_trust(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     folder = write_task(tmp_path / "own", train=120, test=40, metric="mine.py:f")
     lines = ["def f(answer, example):", "    if example.id == 'test3':", "        raise KeyError('odd')",

@@ -241,6 +241,7 @@ def evaluate(
         run = Run(Store(), seed, tell=watch.tell)
         metric = _metric(opened, loaded, run, trust)
         card = scorecard.evaluate(opened, rows, metric, split=split, seed=seed,
+                                   store=scorecard.lasting(run.store, opened),
                                    progress=lambda done, of: watch.tell("answering", done, of))  # fmt: skip
         if not opened.model.remote:
             watch.tell("measuring latency and memory", 0, 1)
@@ -294,8 +295,9 @@ def compare(first: str, second: str, task: str, split: str, seed: int, trust: bo
     loaded = load(task, trust=trust)
     with _watched(as_json, f"{first} against {second}", loaded.notes) as watch:
         opened = (_system(first, loaded, trust), _system(second, loaded, trust))
-        metric = _metric(opened[0], loaded, Run(Store(), seed, tell=watch.tell), trust)
-        a, b, paired = compared(*opened, loaded, split=split, seed=seed, metric=metric,
+        run = Run(Store(), seed, tell=watch.tell)
+        metric = _metric(opened[0], loaded, run, trust)
+        a, b, paired = compared(*opened, loaded, split=split, seed=seed, metric=metric, store=run.store,
                            progress=lambda done, of: watch.tell("answering", done, of))  # fmt: skip
     if as_json:
         _print({"first": a.record(), "second": b.record(), **asdict(paired)})

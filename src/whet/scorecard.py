@@ -130,6 +130,11 @@ def evaluate(
                      unended=extra["unended"])  # fmt: skip
 
 
+def lasting(store: Store | None, system: System) -> Store | None:
+    """The store, where what the System answers can be kept: what a server holds may change behind its name."""
+    return None if system.servers else store
+
+
 def join(first: Scorecard, second: Scorecard, metric: Metric, seed: int) -> Scorecard:
     """One scorecard of two on different rows; what it spent and took is the second's, the first being paid for."""
     outcomes = (*first.outcomes, *second.outcomes)
@@ -262,7 +267,8 @@ def compare(
     metric = metric or get(task.metric, task.folder, task.trusted)
     rows = rows_of(task, split)
     cards = [
-        evaluate(s, rows, metric, split=split, seed=seed, store=store, progress=progress) for s in (first, second)
+        evaluate(s, rows, metric, split=split, seed=seed, store=lasting(store, s), progress=progress)
+        for s in (first, second)
     ]
     cards[1] = alike(cards[1], cards[0], metric, seed)
     return cards[0], cards[1], stats.compare(cards[0].outcomes, cards[1].outcomes, metric, seed)
