@@ -134,6 +134,30 @@ def test_texts_are_timed_where_nothing_is_answered(
     assert code == 0 and card["latency_ms"] > 0 and card["memory_bytes"] > 0 and card["size_bytes"] is not None
 
 
+def test_select_is_cut_by_the_seed_that_a_system_was_made_with(capsys: pytest.CaptureFixture[str], task: str) -> None:
+    from whet.task import load
+
+    held = {seed: {e.id for e in load(task).split(seed).select} for seed in (0, 1, 2)}
+    whet(capsys, "apply", "fewshot", task, "--system", "fake:keyword", "--seed", "1", "--out", "one")
+    whet(capsys, "apply", "fewshot", task, "--system", "fake:keyword", "--seed", "2", "--out", "two")
+    whet(capsys, "improve", task, "--model", "fake:keyword", "--budget", "1m", "--seed", "1", "--out", "run")
+
+    def asked(*args: str) -> set[str]:
+        code, _, err = whet(capsys, "evaluate", *args, task, "--split", "select", "--answers", "a.jsonl")
+        assert code == 0, err
+        return {json.loads(line)["id"] for line in Path("a.jsonl").read_text().splitlines()}
+
+    assert held[0] != held[1] != held[2]
+    assert asked("one") == asked("run/system") == asked("one", "--seed", "2") == held[1] and asked("two") == held[2]
+    assert asked("fake:hash") == held[0] and asked("fake:hash", "--seed", "2") == held[2]
+    code, out, _ = whet(capsys, "compare", "fake:keyword", "one", task, "--split", "select", "--json")
+    ours, theirs = json.loads(out)["first"], json.loads(out)["second"]
+    assert code == 0 and ours["n"] == len(held[1]) and ours["protocol"]["data"] == theirs["protocol"]["data"]
+    code, _, err = whet(capsys, "compare", "one", "two", task, "--split", "select")
+    assert code == 2 and "seeds 1, 2" in one_line(err)
+    assert whet(capsys, "compare", "one", "two", task)[0] == 0
+
+
 def test_what_was_evaluated_is_not_run_again(
     capsys: pytest.CaptureFixture[str], task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,7 +214,7 @@ def test_a_place_for_answers_that_cannot_be_is_told_before_the_work(
     assert code == 2 and json.loads(out)["n"] == 40 and "No space left" in one_line(err) and "--out" not in err
 
 
-@pytest.mark.parametrize("command", [("apply", "fewshot", "TASK", "--system", "fake:keyword"), ("update", "made", "TASK")])
+@pytest.mark.parametrize("command", [("apply", "fewshot", "TASK"), ("update", "made", "TASK")])
 @pytest.mark.parametrize(("out", "says"), [("full", "holds something else"), ("full/file/new", "cannot write")])
 def test_an_out_that_cannot_be_written_is_told_before_the_work(
     capsys: pytest.CaptureFixture[str], task: str, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], out: str,

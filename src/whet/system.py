@@ -207,6 +207,16 @@ class System:
         return "/".join([self.fingerprint, *(s.version for s in self.sources)])
 
     @property
+    def split_seeds(self) -> dict[str, int]:
+        """The seeds that tasks were split by into train and select when the System learnt them, by task."""
+        told = self.card.get("splits")
+        return {k: v for k, v in told.items() if isinstance(v, int)} if isinstance(told, dict) else {}
+
+    def split_by(self, task: str, seed: int) -> System:
+        """The System whose card says by which seed the task that it learnt was split."""
+        return replace(self, card={**self.card, "splits": {**self.split_seeds, task: seed}})
+
+    @property
     def uncalibrated(self) -> System:
         """The same System before calibration: both read their answers off the same scores."""
         return replace(self, decoding=replace(self.decoding, prior=()))
