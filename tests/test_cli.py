@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_search import write_task
@@ -133,6 +134,57 @@ def test_texts_are_timed_where_nothing_is_answered(
     assert code == 0 and card["latency_ms"] > 0 and card["memory_bytes"] > 0 and card["size_bytes"] is not None
 
 
+def test_select_is_cut_by_the_seed_that_a_system_was_made_with(capsys: pytest.CaptureFixture[str], task: str) -> None:
+    from whet.task import load
+
+    held = {seed: {e.id for e in load(task).split(seed).select} for seed in (0, 1, 2)}
+    whet(capsys, "apply", "fewshot", task, "--system", "fake:keyword", "--seed", "1", "--out", "one")
+    whet(capsys, "apply", "fewshot", task, "--system", "fake:keyword", "--seed", "2", "--out", "two")
+    whet(capsys, "improve", task, "--model", "fake:keyword", "--budget", "1m", "--seed", "1", "--out", "run")
+
+    def asked(*args: str) -> set[str]:
+        code, _, err = whet(capsys, "evaluate", *args, task, "--split", "select", "--answers", "a.jsonl")
+        assert code == 0, err
+        return {json.loads(line)["id"] for line in Path("a.jsonl").read_text().splitlines()}
+
+    assert held[0] != held[1] != held[2]
+    assert asked("one") == asked("run/system") == asked("one", "--seed", "2") == held[1] and asked("two") == held[2]
+    assert asked("fake:hash") == held[0] and asked("fake:hash", "--seed", "2") == held[2]
+    code, out, _ = whet(capsys, "compare", "fake:keyword", "one", task, "--split", "select", "--json")
+    ours, theirs = json.loads(out)["first"], json.loads(out)["second"]
+    assert code == 0 and ours["n"] == len(held[1]) and ours["protocol"]["data"] == theirs["protocol"]["data"]
+    code, _, err = whet(capsys, "compare", "one", "two", task, "--split", "select")
+    assert code == 2 and "seeds 1, 2" in one_line(err)
+    assert whet(capsys, "compare", "one", "two", task)[0] == 0
+
+
+def test_what_was_evaluated_is_not_run_again(
+    capsys: pytest.CaptureFixture[str], task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that after Ctrl-C the same command goes on, as it says; another row or model is another score."""
+    from whet.engine.fake import FakeSession
+
+    _, first, _ = whet(capsys, "evaluate", "fake:keyword", task, "--json")
+    asked, score = list[FakeSession](), FakeSession.score
+
+    def scored(self: FakeSession, *rows: Any, **settings: Any) -> Any:
+        asked.append(self)
+        return score(self, *rows, **settings)
+
+    monkeypatch.setattr(FakeSession, "score", scored)
+    _, again, _ = whet(capsys, "evaluate", "fake:keyword", task, "--json")
+    assert json.loads(again) == json.loads(first) and not asked
+    code, out, _ = whet(capsys, "compare", "fake:keyword", "fake:hash", task, "--json")
+    assert code == 0 and json.loads(out)["first"]["score"] == json.loads(first)["score"] and len(set(asked)) == 1
+    asked.clear()
+    whet(capsys, "compare", "fake:keyword", "fake:hash", task)
+    assert not asked
+    with (Path(task) / "test.jsonl").open("a") as rows:
+        rows.write("\n" + json.dumps({"prompt": "another film, great", "completion": "good"}) + "\n")
+    whet(capsys, "evaluate", "fake:keyword", task)
+    assert asked
+
+
 def test_a_metric_that_is_code_needs_trust(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     folder = write_task(tmp_path / "own", train=120, test=40, metric="mine.py:f")
     lines = ["def f(answer, example):", "    if example.id == 'test3':", "        raise KeyError('odd')",
@@ -144,6 +196,38 @@ def test_a_metric_that_is_code_needs_trust(capsys: pytest.CaptureFixture[str], t
     assert code == 0 and json.loads(out)["failed"] == 1
     rows = [json.loads(line) for line in Path("a.jsonl").read_text().splitlines()]
     assert [r["id"] for r in rows if r["error"]] == ["test3"]
+
+
+def test_a_place_for_answers_that_cannot_be_is_told_before_the_work(
+    capsys: pytest.CaptureFixture[str], task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, err = whet(capsys, "evaluate", "fake:keyword", task, "--answers", "no/such/a.jsonl")
+    assert code == 2 and not out and "no folder" in one_line(err) and "answering" not in err and "--out" not in err
+    code, _, err = whet(capsys, "evaluate", "fake:keyword", task, "--answers", ".")
+    assert code == 2 and "is a folder" in one_line(err)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.mkstemp", full)  # the disk fills up on the way: the figures are told all the same
+    code, out, err = whet(capsys, "evaluate", "fake:keyword", task, "--answers", "a.jsonl", "--json")
+    assert code == 2 and json.loads(out)["n"] == 40 and "No space left" in one_line(err) and "--out" not in err
+
+
+@pytest.mark.parametrize("command", [("apply", "fewshot", "TASK"), ("update", "made", "TASK")])
+@pytest.mark.parametrize(("out", "says"), [("full", "holds something else"), ("full/file/new", "cannot write")])
+def test_an_out_that_cannot_be_written_is_told_before_the_work(
+    capsys: pytest.CaptureFixture[str], task: str, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], out: str,
+    says: str,
+) -> None:  # fmt: skip
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("the task was read")
+
+    Path("full").mkdir()
+    Path("full/file").write_text("mine")
+    monkeypatch.setattr("whet.task.load", work)
+    code, _, err = whet(capsys, *[task if a == "TASK" else a for a in command], "--out", out)
+    assert code == 2 and says in one_line(err) and Path("full/file").read_text() == "mine"
 
 
 def test_strict_names_the_leak(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -189,6 +273,24 @@ def test_doctor_says_what_mends(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = whet(capsys, "doctor", "--json")
     body = json.loads(out)
     assert code == 0 and all(f["ok"] or f["mend"] for f in body["findings"])
+
+
+def test_doctor_measures_the_disk_that_the_store_is_to_lie_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    from whet import doctor
+
+    asked = []
+    usage = shutil.disk_usage
+
+    def measured(place: Path) -> Any:
+        asked.append(place)
+        return usage(place)
+
+    monkeypatch.setenv("WHET_HOME", str(tmp_path / "not" / "made"))
+    monkeypatch.setattr("shutil.disk_usage", measured)
+    doctor._machine()
+    assert asked == [tmp_path]
 
 
 def test_heavy_libraries_wait_until_they_are_needed() -> None:

@@ -253,6 +253,16 @@ def test_scale_writes_points_and_plain_figures() -> None:
 def test_durations_and_sizes() -> None:
     assert [view.duration(s) for s in (45.2, 99.4, 100, 5399, 7200)] == ["45 s", "99 s", "1.7 min", "90.0 min", "2.0 h"]
     assert [view.size(b) for b in (12, 98_000_000, 1_240_000_000)] == ["12 B", "98 MB", "1.24 GB"]
+    assert [view.size(b) for b in (999, 999_400, 999_499_999, 999_700_000)] == ["999 B", "999 kB", "999 MB", "1 GB"]
+    assert view.size(2_500_000_000_000) == "2,500 GB"
+
+
+def test_forgetting_has_one_decimal_and_the_pages_minus_sign() -> None:
+    result = rich()
+    for one, points in zip(result["trials"], (1.9230769230769231, -0.5128205, -0.01, None), strict=False):
+        one["forgetting"] = points
+    shown = [row[7] for row in report._trial_rows(result, view.Scale.of(result))]
+    assert shown[:4] == ["1.9", "−0.5", "0.0", ""]
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------

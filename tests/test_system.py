@@ -332,6 +332,22 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
+def test_a_base_named_by_a_relative_path_is_found_from_another_folder(
+    model_folder: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    there.mkdir()
+    shutil.copytree(model_folder, here / "my-model")
+    monkeypatch.chdir(here)
+    made = System(models.resolve("./my-model"), home=home)
+    made.save("system")
+    monkeypatch.chdir(there)
+    again = systems.load(here / "system", home)
+    assert again.fingerprint == made.fingerprint and again.model.base == str(here / "my-model")
+    assert models.load(again.model, home)
+    assert ModelRef("fake:keyword", "fake:keyword").lasting == "fake:keyword"
+
+
 def test_self_contained(tuned: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = save_model(tmp_path / "base")
     tuned = replace(tuned, model=replace(tuned.model, base=own))  # the same contents, in a place we may remove

@@ -19,6 +19,8 @@ from whet.errors import WhetError, nearest
 
 if TYPE_CHECKING:
     from whet.progress import Watch
+    from whet.reading import Reading
+    from whet.scorecard import Scorecard
     from whet.system import System
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -163,28 +165,34 @@ def improve(
     print(f"  whet chat {made.folder / 'system'}{trusted}\n  whet evaluate {made.folder / 'system'} {task}{trusted}")
 
 
-def _system(name: str, task: Any, trust: bool) -> System:
-    """A System from a folder, or the base System of a model or server."""
-    from whet.engine import open_session
+def _made(name: str, task: Any, trust: bool) -> System | None:
+    """A System from a folder; None where the name is that of a model or server."""
     from whet.memory import for_task
-    from whet.model import resolve
-    from whet.search import base_system
-    from whet.store import home_folder
     from whet.system import load
 
     is_system = (Path(name) / "system.json").exists()
     if is_system or (Path(name).is_dir() and not (Path(name) / "config.json").exists()):
         # Raises where the folder is no System, saying what one holds.
         return for_task(load(name, trust=trust), task)
+    return None
+
+
+def _base(name: str, task: Any, seed: int) -> System:
+    """The base System of a model or server, for a task that is split by this seed."""
+    from whet.engine import open_session
+    from whet.model import resolve
+    from whet.search import base_system
+    from whet.store import home_folder
+
     ref, home = resolve(name), home_folder()
-    return base_system(ref, task, task.split().learnable, open_session(ref, home), home)
+    return base_system(ref, task, task.split(seed).learnable, open_session(ref, home), home)
 
 
-def _metric(system: System, task: Any, run: Any, trust: bool) -> Any:
+def _metric(system: System, task: Any, run: Any) -> Any:
     """A task's metric; a win rate is one over the untouched base of the System."""
     from whet.methods.reward import metric_of
 
-    base = _system(system.model.base, task, trust) if task.metric == "win_rate" else system
+    base = _base(system.model.base, task, run.seed) if task.metric == "win_rate" else system
     return metric_of(task, base, run)
 
 
@@ -213,7 +221,8 @@ def _reading(system: Any, rows: Any, metric: Any, watch: Watch) -> Any:
 @click.argument("system")
 @click.argument("task", type=click.Path())
 @click.option("--split", default="test", show_default=True, help="train, dev, select or test.")
-@click.option("--seed", default=0, show_default=True, help="Of the interval's bootstrap.")
+@click.option("--seed", default=0, show_default=True, help="Of the interval's bootstrap; and of the cut "
+              "between train and select, where SYSTEM does not say by which it was made.")  # fmt: skip
 @click.option("--trust", is_flag=True, help="Run code that the task brings; let a System reach its server.")
 @click.option("--answers", default=None, type=click.Path(path_type=Path), help="Write every answer to this JSONL file.")
 @click.option("--reading", is_flag=True, help="Also: how it reads its passages, found or missed, right or wrong ones.")
@@ -227,26 +236,38 @@ def evaluate(
 
     from whet import scorecard
     from whet.methods import Run
-    from whet.store import Store, write_text
+    from whet.store import Store, place_for_file, write_text
     from whet.task import load
 
+    if answers:
+        place_for_file(answers)
     loaded = load(task, trust=trust)
-    rows = scorecard.rows_of(loaded, split)
+    made = _made(system, loaded, trust)
+    by = scorecard.split_seed(loaded, seed, *filter(None, [made]))
+    rows = scorecard.rows_of(loaded, split, by)
     with _watched(as_json, f"{system} on {split}", loaded.notes) as watch:
-        opened = _system(system, loaded, trust)
-        run = Run(Store(), seed, tell=watch.tell)
-        metric = _metric(opened, loaded, run, trust)
+        opened = made or _base(system, loaded, by)
+        run = Run(Store(), by, tell=watch.tell)
+        metric = _metric(opened, loaded, run)
         card = scorecard.evaluate(opened, rows, metric, split=split, seed=seed,
+                                   store=scorecard.lasting(run.store, opened),
                                    progress=lambda done, of: watch.tell("answering", done, of))  # fmt: skip
         if not opened.model.remote:
             watch.tell("measuring latency and memory", 0, 1)
             card = scorecard.measure(card, opened, rows)
         read = _reading(opened, rows, metric, watch) if reading else None
-    if answers:
-        write_text(answers, "".join(json.dumps(asdict(o), ensure_ascii=False) + "\n" for o in card.outcomes))
     if as_json:
         _print(card.record() | ({"reading": asdict(read)} if read else {}))
-        return
+    else:
+        _tell(card, read)
+    if answers:
+        write_text(answers, "".join(json.dumps(asdict(o), ensure_ascii=False) + "\n" for o in card.outcomes))
+
+
+def _tell(card: Scorecard, read: Reading | None) -> None:
+    """Print a scorecard for people."""
+    from dataclasses import asdict
+
     from whet.progress import figure
 
     print(f"{card.metric}  {figure(card.score)}  [{figure(card.low)}, {figure(card.high)}]  on {card.n} examples")
@@ -267,7 +288,8 @@ def evaluate(
 @click.argument("second")
 @click.argument("task", type=click.Path())
 @click.option("--split", default="test", show_default=True, help="train, dev, select or test.")
-@click.option("--seed", default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--seed", default=0, show_default=True, help="Of the bootstrap; and of the cut between train "
+              "and select, where neither System says by which it was made.")  # fmt: skip
 @click.option("--trust", is_flag=True, help="Run code that the task brings; let a System reach its server.")
 @common
 def compare(first: str, second: str, task: str, split: str, seed: int, trust: bool, as_json: bool, debug: bool) -> None:
@@ -277,14 +299,18 @@ def compare(first: str, second: str, task: str, split: str, seed: int, trust: bo
     from whet.methods import Run
     from whet.progress import apart, figure
     from whet.scorecard import compare as compared
+    from whet.scorecard import split_seed
     from whet.store import Store
     from whet.task import load
 
     loaded = load(task, trust=trust)
     with _watched(as_json, f"{first} against {second}", loaded.notes) as watch:
-        opened = (_system(first, loaded, trust), _system(second, loaded, trust))
-        metric = _metric(opened[0], loaded, Run(Store(), seed, tell=watch.tell), trust)
-        a, b, paired = compared(*opened, loaded, split=split, seed=seed, metric=metric,
+        made = [_made(name, loaded, trust) for name in (first, second)]
+        by = split_seed(loaded, seed, *filter(None, made), split=split)
+        opened = [one or _base(name, loaded, by) for name, one in zip((first, second), made, strict=True)]
+        run = Run(Store(), by, tell=watch.tell)
+        metric = _metric(opened[0], loaded, run)
+        a, b, paired = compared(opened[0], opened[1], loaded, split=split, seed=seed, metric=metric, store=run.store,
                            progress=lambda done, of: watch.tell("answering", done, of))  # fmt: skip
     if as_json:
         _print({"first": a.record(), "second": b.record(), **asdict(paired)})
@@ -334,11 +360,12 @@ def apply(
     from whet.search import tune
     from whet.search.budget import seconds
     from whet.search.recipe import Recipe
-    from whet.store import Store
+    from whet.store import Store, place_for
     from whet.task import load
     from whet.train.team import team
     from whet.update import check
 
+    place_for(out, "system.json")
     settings = _settings((*pairs, *more))
     made = make(method, settings)
     if budget is not None and "learning_rate" not in made.space():
@@ -347,7 +374,7 @@ def apply(
     loaded = load(task, trust=trust)
     with _watched(as_json, method, loaded.notes) as watch:
         run = Run(Store(), seed, tell=watch.tell, report_to=report_to)
-        start, splits = _system(system, loaded, trust), loaded.split(seed)
+        start, splits = _made(system, loaded, trust) or _base(system, loaded, seed), loaded.split(seed)
         check(made, start, loaded)
         data = splits.learnable
         Recipe((made,)).possible(start, data)  # before a model is opened and its speed measured
@@ -363,7 +390,7 @@ def apply(
             run.notes["raced"] = tune.named(ended)
         crew = team()
         if crew.first:
-            new.save(out)
+            new.split_by(loaded.name, seed).save(out)
         crew.wait()
     if not crew.first:
         return
@@ -408,11 +435,12 @@ def update(
     from whet.errors import MethodError
     from whet.methods import Run
     from whet.progress import apart, figure
-    from whet.store import Store
+    from whet.store import Store, place_for
     from whet.system import load
     from whet.task import load as load_task
     from whet.train.team import team
 
+    place_for(out, "system.json")
     loaded = load_task(task, trust=trust)
     with _watched(as_json, "update", loaded.notes) as watch:
         run = Run(Store(), seed, tell=watch.tell)

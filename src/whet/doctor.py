@@ -78,7 +78,7 @@ def _machine() -> list[Finding]:
     memory = psutil.virtual_memory()
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     home = home_folder()
-    free = shutil.disk_usage(home if home.exists() else Path(home.anchor)).free
+    free = shutil.disk_usage(next(p for p in (home, *home.parents) if p.exists())).free  # it may not be made yet
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     busy = threads <= usable
     return [

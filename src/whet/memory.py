@@ -129,7 +129,7 @@ def known(
     found = {one.name: one for one in carried(system)}
     for folder in data.earlier:
         task = load(folder, trust=data.trusted)
-        splits = task.split(seed)
+        splits = task.split(system.split_seeds.get(task.name, seed))  # select by another seed is what it learnt from
         held = (splits.confirm if split == "test" else ()) or splits.select
         asked = found[task.name].asked if task.name in found else as_task(system, task, session)
         metric = _scorable(task.metric, task.closed)

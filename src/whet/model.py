@@ -54,6 +54,14 @@ class ModelRef:
         return self.base.startswith(REMOTE)
 
     @property
+    def lasting(self) -> str:
+        """The base by a name that means the same in any working folder: of a local path the absolute one."""
+        if self.remote or self.base in EMBEDDED:
+            return self.base
+        path = Path(self.base).expanduser()
+        return str(path.absolute()) if path.exists() else self.base
+
+    @property
     def whole(self) -> Transform | None:
         """The last transform that is a model of its own; what came before it is history."""
         return next((t for t in reversed(self.transforms) if t.kind == "model"), None)

@@ -130,6 +130,11 @@ def evaluate(
                      unended=extra["unended"])  # fmt: skip
 
 
+def lasting(store: Store | None, system: System) -> Store | None:
+    """The store, where what the System answers can be kept: what a server holds may change behind its name."""
+    return None if system.servers else store
+
+
 def join(first: Scorecard, second: Scorecard, metric: Metric, seed: int) -> Scorecard:
     """One scorecard of two on different rows; what it spent and took is the second's, the first being paid for."""
     outcomes = (*first.outcomes, *second.outcomes)
@@ -260,18 +265,36 @@ def compare(
     The metric is the task's unless another is given: win_rate needs a judge (`methods.reward.metric_of`).
     """
     metric = metric or get(task.metric, task.folder, task.trusted)
-    rows = rows_of(task, split)
+    rows = rows_of(task, split, split_seed(task, seed, first, second, split=split))
     cards = [
-        evaluate(s, rows, metric, split=split, seed=seed, store=store, progress=progress) for s in (first, second)
+        evaluate(s, rows, metric, split=split, seed=seed, store=lasting(store, s), progress=progress)
+        for s in (first, second)
     ]
     cards[1] = alike(cards[1], cards[0], metric, seed)
     return cards[0], cards[1], stats.compare(cards[0].outcomes, cards[1].outcomes, metric, seed)
 
 
-def rows_of(task: Task, split: str) -> tuple[Example, ...]:
-    """The rows of a split by its name: train, dev, test, select or confirm. Raises TaskError where it has none."""
+def split_seed(task: Task, seed: int, *systems: System, split: str = "select") -> int:
+    """The seed that Systems say the task was split by when they learnt it; the one given where none does.
+
+    Raises TaskError where two say different ones and select is asked for: what one never saw, the other learnt from.
+    """
+    told = {one.split_seeds[task.name] for one in systems if task.name in one.split_seeds}
+    if len(told) > 1 and split == "select":
+        raise TaskError(
+            "the Systems learnt from rows of one another's select", expected="Systems made with one --seed",
+            found=f"seeds {', '.join(map(str, sorted(told)))}", do="compare them on test",
+        )  # fmt: skip
+    return min(told, default=seed)
+
+
+def rows_of(task: Task, split: str, seed: int = 0) -> tuple[Example, ...]:
+    """The rows of a split by its name: train, dev, test, select or confirm; select may be a cut of train, by a seed.
+
+    Raises TaskError where the task has none.
+    """
     parts = {"train": task.train, "dev": task.dev, "test": task.test, "confirm": task.test}
-    rows = task.split().select if split == "select" else parts.get(split)
+    rows = task.split(seed).select if split == "select" else parts.get(split)
     if rows is None:
         raise TaskError(f"no split {split!r}", expected=", ".join([*parts, "select"]), do="name one of them")
     if not rows:

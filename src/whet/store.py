@@ -67,7 +67,26 @@ def write_text(path: Path, text: str) -> None:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
         found = error.strerror or str(error)
-        raise StoreError(f"cannot write {path}", found=found, do="free space, or choose another --out") from error
+        raise StoreError(f"cannot write {path}", found=found, do="free space, or choose another place") from error
+
+
+def place_for_file(path: Path) -> None:
+    """Raise StoreError where `write_text` could not write a file, as far as that can be told before the work."""
+    above = path.absolute().parent
+    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        found = f"{path} is a folder" if path.is_dir() else f"no folder {above} to write into"
+        raise StoreError(f"cannot write {path}", expected="a file in a folder that can be written", found=found,
+                         do="make the folder, or name another file")  # fmt: skip
+
+
+def place_for(folder: Path, mark: str) -> None:
+    """Raise StoreError where `anew` could not write a folder there, as far as that can be told before the work."""
+    ours = folder.is_dir() and ((folder / mark).exists() or not any(folder.iterdir()))
+    if folder.exists() and not ours:
+        raise StoreError(f"{folder} holds something else", expected="an empty or new folder", do="name another")
+    above = next(p for p in folder.absolute().parents if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise StoreError(f"cannot write {folder}", found=f"{above}, which nothing can be put into", do="choose --out")
 
 
 @contextmanager
@@ -76,9 +95,7 @@ def anew(folder: Path, mark: str) -> Iterator[Path]:
 
     Raises StoreError where the folder holds something else or cannot be written; the old one stays then.
     """
-    ours = folder.is_dir() and ((folder / mark).exists() or not any(folder.iterdir()))
-    if folder.exists() and not ours:
-        raise StoreError(f"{folder} holds something else", expected="an empty or new folder", do="name another")
+    place_for(folder, mark)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         place = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

@@ -207,6 +207,16 @@ class System:
         return "/".join([self.fingerprint, *(s.version for s in self.sources)])
 
     @property
+    def split_seeds(self) -> dict[str, int]:
+        """The seeds that tasks were split by into train and select when the System learnt them, by task."""
+        told = self.card.get("splits")
+        return {k: v for k, v in told.items() if isinstance(v, int)} if isinstance(told, dict) else {}
+
+    def split_by(self, task: str, seed: int) -> System:
+        """The System whose card says by which seed the task that it learnt was split."""
+        return replace(self, card={**self.card, "splits": {**self.split_seeds, task: seed}})
+
+    @property
     def uncalibrated(self) -> System:
         """The same System before calibration: both read their answers off the same scores."""
         return replace(self, decoding=replace(self.decoding, prior=()))
@@ -418,7 +428,7 @@ class System:
         body = {
             "whet": __version__,
             "fingerprint": self.fingerprint,
-            "base": self.model.base,
+            "base": self.model.lasting,
             "self_contained": self_contained,
             **self.settings,
             "card": self.card,
@@ -452,7 +462,7 @@ def _card_text(system: System) -> str:
     sources = [f"{s.k} {s.settings.get('kind', 'passages')} of `{s.fingerprint[:16]}`" for s in system.sources]
     lines = [
         f"# A System for {card.get('task', 'a task')}", "",
-        f"- base: `{system.model.base}` (`{system.model.content[:16]}`)",
+        f"- base: `{system.model.lasting}` (`{system.model.content[:16]}`)",
         f"- transforms: {', '.join(f'{t.kind} `{t.fingerprint[:16]}`' for t in system.model.standing) or 'none'}",
         f"- demonstrations: {shown}",
         f"- sources: {', '.join(sources) or 'none'}",

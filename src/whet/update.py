@@ -192,7 +192,7 @@ def update(
     memory = remember(after, splits.learnable, tasks, splits.select or rows, seed=run.seed)
     found = [one for one in lost if one.task in {task.name, *(t.name for t in tasks)}]
     scores = {e.task: e.before for e in found}, {e.task: e.after for e in found} | {task.name: cards[1].score}
-    card = _history(system, method, task, cards[1], memory, scores, ahead)
+    card = _history(system, method, task, cards[1], memory, scores, ahead, run.seed)
     falling = {one.name for one in tasks if not get(one.metric, one.folder, task.trusted).higher_is_better}
     falling |= set() if metric.higher_is_better else {task.name}
     measured = [one for one in card["taught"] if "scores" in one]
@@ -341,10 +341,12 @@ def _ahead(base: System | None, before: Scorecard, rows: Sequence[Example], metr
 def _history(
     old: System, method: Method, task: Task, card: Scorecard, memory: list[dict[str, Any]],
     scores: tuple[Mapping[str, float], Mapping[str, float]], ahead: float | None,
+    seed: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Where the new System comes from, what it and its tasks scored, before and after, and what it carries."""
     recipe = Recipe((method,)).name
     this = {"task": task.name, "data": task.fingerprint, "recipe": recipe, "from": old.fingerprint,
             "scores": list(scores), "ahead": ahead}  # fmt: skip
     taught = [*old.card.get("taught", ()), this]
-    return {"task": task.name, "recipe": recipe, "scorecard": card.record(), "taught": taught, "memory": memory}
+    return {"task": task.name, "recipe": recipe, "scorecard": card.record(), "taught": taught, "memory": memory,
+            "splits": {**old.split_seeds, task.name: seed}}  # fmt: skip

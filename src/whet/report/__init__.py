@@ -252,7 +252,7 @@ def _latency(trial: Record) -> str:
 def _trial_rows(result: Record, scale: Scale) -> list[tuple[str, ...]]:
     return [(view.name_of(t), line(t.get("rung")), line(t.get("seed")), line(t.get("status")),
              view.count(number(t.get("examples"))), scale.score(view.score_of(t)),
-             view.count(number(record(t.get("spent")).get("trained_tokens"))), line(t.get("forgetting")),
+             view.count(number(record(t.get("spent")).get("trained_tokens"))), view.lost(number(t.get("forgetting"))),
              "; ".join(_step(s) for s in records(t.get("recipe"))), line(t.get("why")))
             for t in records(result.get("trials"))]
 

@@ -128,6 +128,11 @@ def p_value(p: float | None) -> str:
     return "" if p is None else "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
+def lost(points: float | None) -> str:
+    """Points that an earlier task lost, such as "1.9"; empty for None."""
+    return "" if points is None else f"{points:z.1f}".replace("-", "−")
+
+
 def duration(seconds: float | None) -> str:
     """Seconds as s, min or h."""
     if seconds is None:
@@ -145,7 +150,8 @@ def size(value: float | None) -> str:
     """Bytes as kB, MB or GB (powers of ten)."""
     if value is None:
         return "–"
-    unit, divisor = next(((u, d) for u, d in UNITS if value >= d), ("B", 1.0))
+    # What three digits would round to 1000 of a unit is 1 of the next.
+    unit, divisor = next(((u, d) for u, d in UNITS if value >= 0.9995 * d), ("B", 1.0))
     return f"{value / divisor:.3g} {unit}" if value < 1000 * divisor else f"{value / divisor:,.0f} {unit}"
 
 
