@@ -34,7 +34,7 @@ from whet.search import base_system
 from whet.splits import mark
 from whet.store import Store
 from whet.suspects import Suspect
-from whet.system import System, load
+from whet.system import Decoding, System, load
 from whet.task import Example, Learnable, Query, Task
 from whet.task import load as load_task
 from whet.train import lesson
@@ -361,6 +361,17 @@ def test_rows_that_say_no_answer_measure_nothing(run: Run, model_folder: str, st
     card = {"memory": [Known("replies", "token_f1", system, data.train, held).entry()]}
     one, _ = known(replace(system, card=card), second.split().learnable, run.session(system.model))
     assert one.name == "replies" and one.rows == data.train and one.held == ()
+
+
+def test_a_metric_that_is_code_is_not_carried(run: Run, model_folder: str, stream: Any) -> None:
+    first, second = stream
+    system = base_of(model_folder, first, run)
+    coded = Known("first", "metrics.py:f", system, first.train, first.test, first.folder)
+    memory = remember(system, replace(second.split().learnable, metric="metrics.py:g"), [coded])
+    assert [entry["metric"] for entry in memory] == ["accuracy", "accuracy"]
+    free = replace(coded, asked=replace(system, decoding=Decoding()))
+    before = replace(system, card={"memory": [coded.entry(), free.entry()]})  # as cards were written once
+    assert [one.metric for one in carried(before)] == ["accuracy", "token_f1"]
 
 
 def test_held_rows_are_carried_once(run: Run, model_folder: str, stream: Any) -> None:

@@ -95,7 +95,8 @@ def _known(entry: dict[str, Any], system: System) -> Known:
     indexes = {s.fingerprint: s.folder for s in at_hand(system) if s.folder is not None and shelf(s.settings) in own}
     asked = revive({**entry["asked"], **plain}, system.model.base, indexes, {"task": entry["name"]}, system.home)
     rows, held = (tuple(_example(row) for row in entry[part]) for part in ("rows", "held"))
-    return Known(str(entry["name"]), str(entry["metric"]), replace(asked, model=system.model), rows, held)
+    metric = _codeless(str(entry["metric"]), asked.decoding.closed)
+    return Known(str(entry["name"]), metric, replace(asked, model=system.model), rows, held)
 
 
 def at_hand(system: System) -> tuple[Source, ...]:
@@ -173,6 +174,11 @@ def _scorable(metric: str, closed: bool) -> str:
     return metric if not other else "accuracy" if closed else "token_f1"
 
 
+def _codeless(metric: str, closed: bool) -> str:
+    """The metric, or a plain one where it is code: a System carries none."""
+    return _scorable("@" if ".py:" in metric else metric, closed)
+
+
 def remember(
     system: System, data: Learnable, tasks: Sequence[Known], held: Sequence[Example] = (), *, keep: int = KEPT,
     seed: int = 0,
@@ -187,9 +193,8 @@ def remember(
     def some(rows: Sequence[Example], most: int) -> tuple[Example, ...]:
         return tuple(rows) if len(rows) <= most else tuple(balanced(rows, most, seed))
 
-    # A System carries no code: where the metric is some, the rows are scored by a plain one.
-    metric = _scorable("@" if ".py:" in data.metric else data.metric, data.closed)
-    before = {one.name: one for one in tasks}
+    metric = _codeless(data.metric, data.closed)
+    before = {one.name: replace(one, metric=_codeless(one.metric, one.asked.decoding.closed)) for one in tasks}
     old = before.get(data.name, Known(data.name, metric, system))
     older = some(old.rows, keep // 2)
     rows = (*older, *some(data.train, keep - len(older)))
