@@ -31,7 +31,7 @@ from whet.retention import drift, forgetting, refused, retention
 from whet.retention import stream as updates
 from whet.scorecard import evaluate
 from whet.search import base_system
-from whet.splits import mark
+from whet.splits import Sealed
 from whet.store import Store
 from whet.suspects import Suspect
 from whet.system import Decoding, System, load
@@ -316,9 +316,11 @@ def test_a_system_carries_tasks_through_its_folder(
     assert one.asked.instruction == "Name the colour." and one.asked.decoding == system.decoding
     asked = replace(again, instruction="Something else.")
     assert for_task(asked, first).instruction == "Name the colour." and for_task(asked, second) is asked
-    # A folder has more rows than the card, and only its train is learnt from.
+    # A folder has more rows than the card, and only its train is learnt from: but what the new task selects by.
     [two] = known(again, second.split().learnable, run.session(system.model), split="test")
-    assert set(two.rows) == set(splits.learnable.train) and set(two.held) == set(first.test)
+    asked = {e.prompt for e in second.split().select}
+    assert set(two.rows) == {e for e in splits.learnable.train if e.prompt not in asked}
+    assert 10 < len(two.rows) < len(splits.learnable.train) and set(two.held) == set(first.test)
     broken = replace(again, card={"memory": [{"name": "first"}]})
     with pytest.raises(ArtifactError, match="memory cannot be read"):
         carried(broken)
@@ -341,9 +343,20 @@ def test_rows_that_new_ones_contradict_are_not_learnt_again(run: Run, model_fold
     [mine] = known(elsewhere, replace(data, instruction="?"), run.session(system.model))
     assert [e.id for e in mine.rows] == ["b"]
     # What the new task is measured on is not learnt, and stays to measure the old one by.
-    sealed = replace(data, train=(), sealed=frozenset({mark(rows[1])}))
+    sealed = replace(data, train=(), sealed=Sealed((rows[1],)))
     [kept] = known(replace(system, card={"memory": [one.entry()]}), sealed, run.session(system.model))
     assert [e.id for e in kept.rows] == ["a", "c"] and kept.held == rows
+    # Nor is what nearly repeats it, or is of its group; also where the earlier task is asked in another way.
+    asked = "in the long war between Brell and Anor the city of Ost was taken by whom"
+    old = (Example("n", asked, "Dun"), Example("g", "name it", "Dun", group="anor"), *rows)
+    new = Sealed((Example("s", f"{asked} then", "Dun"), Example("t", "which sea", "Dun", group="anor"), rows[1]))
+    card = {"memory": [replace(one, rows=old, held=rows).entry()]}
+    [kept] = known(replace(system, card=card), replace(sealed, sealed=new), run.session(system.model))
+    assert [e.id for e in kept.rows] == ["a", "c"] and kept.held == rows
+    elsewhere = replace(elsewhere, card=card)
+    other = replace(sealed, instruction="?", name="others", sealed=new)
+    [kept] = known(elsewhere, other, run.session(system.model))
+    assert [e.id for e in kept.rows] == ["g", "a", "c"] and kept.held == rows  # groups of another task are others
     # What is carried on of a task that was known already: half old, half new.
     many = tuple(Example(f"n{i}", f"new {i}", "Vem") for i in range(20))
     [entry] = remember(system, replace(data, train=many), [Known("facts", "exact_match", system, rows)], keep=6)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from whet.engine import Sampling, Session
 from whet.errors import ArtifactError
 from whet.sources import Source
-from whet.splits import mark, without
+from whet.splits import without
 from whet.system import System, revive, shelf
 from whet.task import Example, Learnable, Task, load, rows_hash
 
@@ -161,11 +161,15 @@ def _measurable(rows: Sequence[Example]) -> tuple[Example, ...]:
 
 
 def _kept(one: Known, data: Learnable) -> Known:
-    """An earlier task without what the new rows contradict, and without rows that the new task is measured on."""
-    if not alike(one, data):
-        return one
-    rows = tuple(e for e in without(one.rows, data.train)[0] if mark(e) not in data.sealed)
-    return replace(one, rows=rows, held=without(one.held, data.train)[0])
+    """An earlier task without what the new rows contradict, where it is asked alike, and nothing to learn from in what
+    repeats (or nearly so) rows that the new task is measured on, or shares a group with them.
+    """
+    same = alike(one, data)
+    rows = without(one.rows, data.train)[0] if same else one.rows
+    # By their places, as ids of older and newer rows may be the same; groups of another task are others.
+    placed = tuple(replace(e, id=str(n), group=e.group if same else None) for n, e in enumerate(rows))
+    rows = tuple(rows[int(e.id)] for e in data.sealed.without(placed)[0])
+    return replace(one, rows=rows, held=without(one.held, data.train)[0] if same else one.held)
 
 
 def _scorable(metric: str, closed: bool) -> str:
