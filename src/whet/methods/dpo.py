@@ -39,7 +39,7 @@ AHEAD = 8  # steps that the reference is asked for at a time: rows of all of the
 def ahead(
     order: Callable[[int], Sequence[int]], count: int, make: Callable[[Sequence[int]], Sequence[T]]
 ) -> Callable[[int], list[T]]:
-    """The steps of `order`, `count` in all, with what `make` makes of the rows of these numbers: when first needed, once.
+    """The steps of `order`, `count` in all, with what `make` makes of the rows of these numbers: when needed, once.
 
     Rows are made together in the same blocks wherever a training goes on from: in others they would come out rounded
     otherwise.
