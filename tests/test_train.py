@@ -1113,7 +1113,7 @@ def test_only_rows_that_are_trained_on_are_rendered(
 ) -> None:
     asked: list[int] = []
     monkeypatch.setattr(
-        "whet.train.lesson.render_rows", lambda s, some, *rest: (asked.append(len(some)), render_rows(s, some, *rest))[1]
+        lesson, "render_rows", lambda s, some, *rest: (asked.append(len(some)), render_rows(s, some, *rest))[1]
     )
     many = replace(data, train=task_rows(400))
     few, rest = Run(Store(home), seed=3, trained_tokens=400), Run(Store(home), seed=3)
@@ -1421,6 +1421,19 @@ def test_what_was_learnt_before_a_loss_exploded_is_kept(
     with live.module.disable_adapter():
         before = mean_loss(live, checks)
     assert mean_loss(live, checks) < before
+
+
+def test_settings_that_do_not_go_together_are_not_drawn() -> None:
+    last = SimpleNamespace(suggest_int=lambda name, low, high: high)
+    assert tune._drawn(FineTune(), last).adapter == "full"  # type: ignore[attr-defined]
+    assert tune._drawn(FineTune(bits=8), last).adapter == "dora"  # type: ignore[attr-defined]
+    with pytest.raises(MethodError, match="go together"):
+        tune._drawn(Clashing(), last)
+
+
+class Clashing(FineTune):
+    def space(self) -> Any:
+        return {"rank": (16, 0)}
 
 
 def test_settings_are_drawn_by_a_sampler(system: System, data: Learnable, home: Path) -> None:

@@ -84,7 +84,7 @@ class FineTune:
             "rank": (8, 16, 32),
             "batch": (8, 16, 32),
             "epochs": (1.0, 3.0),
-            "adapter": ("lora", "dora", "full"),
+            "adapter": ("lora", "dora", "full") if self.bits == 16 else ("lora", "dora"),
         }
 
     def apply(self, system: System, data: Learnable, run: Run) -> System:
