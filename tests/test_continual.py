@@ -37,7 +37,7 @@ from whet.suspects import Suspect
 from whet.system import Decoding, System, load
 from whet.task import Example, Learnable, Query, Task
 from whet.task import load as load_task
-from whet.train import lesson
+from whet.train import batches, lesson
 from whet.train.adapters import Adapter, adapted, add_lora
 from whet.train.fit import Doubling
 from whet.train.lesson import render_rows
@@ -538,6 +538,21 @@ def test_beside_the_search_for_suspects_replay_trains_for_the_rest_of_the_budget
     run = Run(Store(tmp_path), trained_tokens=12_000)
     teach(taught, run, strategy="replay", share=0.5, clean=True)
     assert 4800 < run.spent.trained_tokens <= 6600
+
+
+def test_under_a_budget_every_share_is_compared_on_the_same_rows(taught: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    bounds: list[int | None] = []
+    usual = batches.affordable
+
+    def affordable(some: Any, wanted: Any, size: int, allowed: int | None, *rest: Any) -> Any:
+        bounds.append(allowed)
+        return usual(some, wanted, size, allowed, *rest)
+
+    monkeypatch.setattr("whet.train.batches.affordable", affordable)
+    for share in (0.125, 0.5):
+        teach(taught, Run(Store(tmp_path), trained_tokens=2000), share=share, epochs=1.0)
+    steps, held = bounds[0::2], bounds[1::2]
+    assert steps == [1750, 1000] and held == [2000, 2000]
 
 
 def test_packed_weights_are_not_merged(taught: Any, run: Run, monkeypatch: Any) -> None:

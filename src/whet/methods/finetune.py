@@ -150,8 +150,10 @@ class FineTune:
         return disputed
 
     def _lesson(
-        self, system: System, data: Learnable, run: Run, live: TorchSession, wrong: Sequence[Suspect] = ()
-    ) -> Lesson:
+        self, system: System, data: Learnable, run: Run, live: TorchSession, wrong: Sequence[Suspect] = (),
+        bound: int | None = None,
+    ) -> Lesson:  # fmt: skip
+        """`bound` is the whole budget where only a part of it is the run's: by it so many rows are held out."""
         from whet.suspects import examined, labelled
         from whet.train.batches import affordable, per_epoch, step_count, steps
         from whet.train.fit import twice_the_data, verdict
@@ -179,9 +181,10 @@ class FineTune:
         total, module = each * len(usable), live.module
         wanted, batch = affordable(some, self.epochs * total, self.batch, allowed, run.seed, module)
         # What the defaults would want decides what is held out, so that all settings are compared on the same rows.
-        usual, _ = affordable(some, FineTune.epochs * total, FineTune.batch, allowed, run.seed, module)
-        most = max(24, min(128, round(CHECKED * usual)))
-        fit, held = data.validation(seed=run.seed, most=max(1, round(most / each)))
+        most = allowed if bound is None else max(1, bound - spent)
+        usual, _ = affordable(some, FineTune.epochs * total, FineTune.batch, most, run.seed, module)
+        checked = max(24, min(128, round(CHECKED * usual)))
+        fit, held = data.validation(seed=run.seed, most=max(1, round(checked / each)))
         rows = Rendered(system, fit, live, (self.absent, run.seed))
         checks, _ = render_rows(system, held, live)
         count = step_count(run.fidelity * min(wanted, self.epochs * rows.count), rows.count, batch)
