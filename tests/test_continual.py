@@ -31,13 +31,13 @@ from whet.retention import drift, forgetting, refused, retention
 from whet.retention import stream as updates
 from whet.scorecard import evaluate
 from whet.search import base_system
-from whet.splits import mark
+from whet.splits import Sealed
 from whet.store import Store
 from whet.suspects import Suspect
-from whet.system import System, load
+from whet.system import Decoding, System, load
 from whet.task import Example, Learnable, Query, Task
 from whet.task import load as load_task
-from whet.train import lesson
+from whet.train import batches, lesson
 from whet.train.adapters import Adapter, adapted, add_lora
 from whet.train.fit import Doubling
 from whet.train.lesson import render_rows
@@ -316,9 +316,11 @@ def test_a_system_carries_tasks_through_its_folder(
     assert one.asked.instruction == "Name the colour." and one.asked.decoding == system.decoding
     asked = replace(again, instruction="Something else.")
     assert for_task(asked, first).instruction == "Name the colour." and for_task(asked, second) is asked
-    # A folder has more rows than the card, and only its train is learnt from.
+    # A folder has more rows than the card, and only its train is learnt from: but what the new task selects by.
     [two] = known(again, second.split().learnable, run.session(system.model), split="test")
-    assert set(two.rows) == set(splits.learnable.train) and set(two.held) == set(first.test)
+    asked = {e.prompt for e in second.split().select}
+    assert set(two.rows) == {e for e in splits.learnable.train if e.prompt not in asked}
+    assert 10 < len(two.rows) < len(splits.learnable.train) and set(two.held) == set(first.test)
     broken = replace(again, card={"memory": [{"name": "first"}]})
     with pytest.raises(ArtifactError, match="memory cannot be read"):
         carried(broken)
@@ -341,9 +343,20 @@ def test_rows_that_new_ones_contradict_are_not_learnt_again(run: Run, model_fold
     [mine] = known(elsewhere, replace(data, instruction="?"), run.session(system.model))
     assert [e.id for e in mine.rows] == ["b"]
     # What the new task is measured on is not learnt, and stays to measure the old one by.
-    sealed = replace(data, train=(), sealed=frozenset({mark(rows[1])}))
+    sealed = replace(data, train=(), sealed=Sealed((rows[1],)))
     [kept] = known(replace(system, card={"memory": [one.entry()]}), sealed, run.session(system.model))
     assert [e.id for e in kept.rows] == ["a", "c"] and kept.held == rows
+    # Nor is what nearly repeats it, or is of its group; also where the earlier task is asked in another way.
+    asked = "in the long war between Brell and Anor the city of Ost was taken by whom"
+    old = (Example("n", asked, "Dun"), Example("g", "name it", "Dun", group="anor"), *rows)
+    new = Sealed((Example("s", f"{asked} then", "Dun"), Example("t", "which sea", "Dun", group="anor"), rows[1]))
+    card = {"memory": [replace(one, rows=old, held=rows).entry()]}
+    [kept] = known(replace(system, card=card), replace(sealed, sealed=new), run.session(system.model))
+    assert [e.id for e in kept.rows] == ["a", "c"] and kept.held == rows
+    elsewhere = replace(elsewhere, card=card)
+    other = replace(sealed, instruction="?", name="others", sealed=new)
+    [kept] = known(elsewhere, other, run.session(system.model))
+    assert [e.id for e in kept.rows] == ["g", "a", "c"] and kept.held == rows  # groups of another task are others
     # What is carried on of a task that was known already: half old, half new.
     many = tuple(Example(f"n{i}", f"new {i}", "Vem") for i in range(20))
     [entry] = remember(system, replace(data, train=many), [Known("facts", "exact_match", system, rows)], keep=6)
@@ -361,6 +374,17 @@ def test_rows_that_say_no_answer_measure_nothing(run: Run, model_folder: str, st
     card = {"memory": [Known("replies", "token_f1", system, data.train, held).entry()]}
     one, _ = known(replace(system, card=card), second.split().learnable, run.session(system.model))
     assert one.name == "replies" and one.rows == data.train and one.held == ()
+
+
+def test_a_metric_that_is_code_is_not_carried(run: Run, model_folder: str, stream: Any) -> None:
+    first, second = stream
+    system = base_of(model_folder, first, run)
+    coded = Known("first", "metrics.py:f", system, first.train, first.test, first.folder)
+    memory = remember(system, replace(second.split().learnable, metric="metrics.py:g"), [coded])
+    assert [entry["metric"] for entry in memory] == ["accuracy", "accuracy"]
+    free = replace(coded, asked=replace(system, decoding=Decoding()))
+    before = replace(system, card={"memory": [coded.entry(), free.entry()]})  # as cards were written once
+    assert [one.metric for one in carried(before)] == ["accuracy", "token_f1"]
 
 
 def test_held_rows_are_carried_once(run: Run, model_folder: str, stream: Any) -> None:
@@ -514,6 +538,21 @@ def test_beside_the_search_for_suspects_replay_trains_for_the_rest_of_the_budget
     run = Run(Store(tmp_path), trained_tokens=12_000)
     teach(taught, run, strategy="replay", share=0.5, clean=True)
     assert 4800 < run.spent.trained_tokens <= 6600
+
+
+def test_under_a_budget_every_share_is_compared_on_the_same_rows(taught: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    bounds: list[int | None] = []
+    usual = batches.affordable
+
+    def affordable(some: Any, wanted: Any, size: int, allowed: int | None, *rest: Any) -> Any:
+        bounds.append(allowed)
+        return usual(some, wanted, size, allowed, *rest)
+
+    monkeypatch.setattr("whet.train.batches.affordable", affordable)
+    for share in (0.125, 0.5):
+        teach(taught, Run(Store(tmp_path), trained_tokens=2000), share=share, epochs=1.0)
+    steps, held = bounds[0::2], bounds[1::2]
+    assert steps == [1750, 1000] and held == [2000, 2000]
 
 
 def test_packed_weights_are_not_merged(taught: Any, run: Run, monkeypatch: Any) -> None:

@@ -531,11 +531,32 @@ def test_the_reference_is_asked_once_and_only_for_what_is_trained_on() -> None:
         return [f"row {i}" for i in some]
 
     order = steps(range(100), 4, 0)
-    source = ahead(order, 10, make)
+    source = ahead(order, 30, make)
     wanted = [[f"row {i}" for i in order(n)] for n in range(30)]
-    assert [source(n) for n in range(3, 10)] == wanted[3:10]  # gone on from the third step
-    assert sorted(asked) == sorted(i for n in range(3, 10) for i in order(n))
+    assert [source(n) for n in range(11, 16)] == wanted[11:16]  # gone on from the eleventh step
+    assert asked == [i for n in range(8, 16) for i in order(n)]  # all of the block that it is in, and no other
     assert [source(n) for n in range(30)] == wanted and sorted(asked) == list(range(100))
+
+
+@pytest.mark.parametrize("kind", [DPO, KTO])
+def test_a_killed_training_on_judgements_ends_with_the_same_weights(
+    kind: type[DPO] | type[KTO], system: System, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("whet.train.loop.KEEP_EVERY", 0.0)
+    monkeypatch.setattr("whet.train.loop.WRITING_SHARE", math.inf)
+    method, made = kind(rank=4, learning_rate=1e-2, epochs=2, batch=2), {}
+
+    def halt(what: str, done: int, of: int) -> None:
+        if what.startswith("loss") and done == last:
+            raise KeyboardInterrupt
+
+    for last in (0, 5, 15):  # never, and in either epoch
+        here = Run(Store(home / str(last)), seed=1, tell=halt)
+        if last:
+            with pytest.raises(KeyboardInterrupt):
+                method.apply(system, learnable(), here)
+        made[last] = method.apply(system, learnable(), run(home / str(last))).model.transforms[-1].fingerprint
+    assert len(set(made.values())) == 1
 
 
 @pytest.mark.parametrize("kind", [DPO, KTO])

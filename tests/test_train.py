@@ -1108,6 +1108,31 @@ def test_a_short_training_warms_up_as_the_whole_would(
     assert short.at(0) == whole.at(0) == 0.5 * METHOD.learning_rate
 
 
+def test_only_rows_that_are_trained_on_are_rendered(
+    system: System, data: Learnable, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(
+        lesson, "render_rows", lambda s, some, *rest: (asked.append(len(some)), render_rows(s, some, *rest))[1]
+    )
+    many = replace(data, train=task_rows(400))
+    few, rest = Run(Store(home), seed=3, trained_tokens=400), Run(Store(home), seed=3)
+    METHOD.apply(system, many, few)
+    sampled, held, learnt = asked
+    assert (sampled, few.notes["rows"] + held) == (256, 400) and 0 < learnt < 40
+    # Rendered one by one or all at once, the rows and so the weights are the same; plain text is windows.
+    asked.clear()
+    METHOD.apply(system, replace(data, train=data.train[:20]), rest)
+    assert asked[2] == rest.notes["rows"] == 18
+    session = rest.session(system.model)
+    every, cut = render_rows(system, data.train, session, (0.1, 3))
+    rows = lesson.Rendered(system, data.train, session, (0.1, 3))
+    assert rows([7, 3, 7]) == [every[7], every[3], every[7]] and rows(range(40)) == every and rows.cut == cut == 0
+    texts = (*data.train[:3], Example("t", "", text="the movie was great " * 400))
+    rows = lesson.Rendered(system, texts, session, (0.1, 3))
+    assert rows(range(rows.count)) == render_rows(system, texts, session)[0] and rows.count > 5
+
+
 def test_finetune_trains_nothing_twice(system: System, data: Learnable, home: Path, monkeypatch: Any) -> None:
     first, second = Run(Store(home), seed=3), Run(Store(home), seed=3)
     tuned = METHOD.apply(system, data, first)
@@ -1396,6 +1421,19 @@ def test_what_was_learnt_before_a_loss_exploded_is_kept(
     with live.module.disable_adapter():
         before = mean_loss(live, checks)
     assert mean_loss(live, checks) < before
+
+
+def test_settings_that_do_not_go_together_are_not_drawn() -> None:
+    last = SimpleNamespace(suggest_int=lambda name, low, high: high)
+    assert tune._drawn(FineTune(), last).adapter == "full"  # type: ignore[attr-defined]
+    assert tune._drawn(FineTune(bits=8), last).adapter == "dora"  # type: ignore[attr-defined]
+    with pytest.raises(MethodError, match="go together"):
+        tune._drawn(Clashing(), last)
+
+
+class Clashing(FineTune):
+    def space(self) -> Any:
+        return {"rank": (16, 0)}
 
 
 def test_settings_are_drawn_by_a_sampler(system: System, data: Learnable, home: Path) -> None:

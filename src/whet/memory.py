@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from whet.engine import Sampling, Session
 from whet.errors import ArtifactError
 from whet.sources import Source
-from whet.splits import mark, without
+from whet.splits import without
 from whet.system import System, revive, shelf
 from whet.task import Example, Learnable, Task, load, rows_hash
 
@@ -95,7 +95,8 @@ def _known(entry: dict[str, Any], system: System) -> Known:
     indexes = {s.fingerprint: s.folder for s in at_hand(system) if s.folder is not None and shelf(s.settings) in own}
     asked = revive({**entry["asked"], **plain}, system.model.base, indexes, {"task": entry["name"]}, system.home)
     rows, held = (tuple(_example(row) for row in entry[part]) for part in ("rows", "held"))
-    return Known(str(entry["name"]), str(entry["metric"]), replace(asked, model=system.model), rows, held)
+    metric = _codeless(str(entry["metric"]), asked.decoding.closed)
+    return Known(str(entry["name"]), metric, replace(asked, model=system.model), rows, held)
 
 
 def at_hand(system: System) -> tuple[Source, ...]:
@@ -160,17 +161,26 @@ def _measurable(rows: Sequence[Example]) -> tuple[Example, ...]:
 
 
 def _kept(one: Known, data: Learnable) -> Known:
-    """An earlier task without what the new rows contradict, and without rows that the new task is measured on."""
-    if not alike(one, data):
-        return one
-    rows = tuple(e for e in without(one.rows, data.train)[0] if mark(e) not in data.sealed)
-    return replace(one, rows=rows, held=without(one.held, data.train)[0])
+    """An earlier task without what the new rows contradict, where it is asked alike, and nothing to learn from in what
+    repeats (or nearly so) rows that the new task is measured on, or shares a group with them.
+    """
+    same = alike(one, data)
+    rows = without(one.rows, data.train)[0] if same else one.rows
+    # By their places, as ids of older and newer rows may be the same; groups of another task are others.
+    placed = tuple(replace(e, id=str(n), group=e.group if same else None) for n, e in enumerate(rows))
+    rows = tuple(rows[int(e.id)] for e in data.sealed.without(placed)[0])
+    return replace(one, rows=rows, held=without(one.held, data.train)[0] if same else one.held)
 
 
 def _scorable(metric: str, closed: bool) -> str:
     """The metric, or one of answers where it is a judge's or a retriever's."""
     other = metric == "win_rate" or "@" in metric
     return metric if not other else "accuracy" if closed else "token_f1"
+
+
+def _codeless(metric: str, closed: bool) -> str:
+    """The metric, or a plain one where it is code: a System carries none."""
+    return _scorable("@" if ".py:" in metric else metric, closed)
 
 
 def remember(
@@ -187,9 +197,8 @@ def remember(
     def some(rows: Sequence[Example], most: int) -> tuple[Example, ...]:
         return tuple(rows) if len(rows) <= most else tuple(balanced(rows, most, seed))
 
-    # A System carries no code: where the metric is some, the rows are scored by a plain one.
-    metric = _scorable("@" if ".py:" in data.metric else data.metric, data.closed)
-    before = {one.name: one for one in tasks}
+    metric = _codeless(data.metric, data.closed)
+    before = {one.name: replace(one, metric=_codeless(one.metric, one.asked.decoding.closed)) for one in tasks}
     old = before.get(data.name, Known(data.name, metric, system))
     older = some(old.rows, keep // 2)
     rows = (*older, *some(data.train, keep - len(older)))

@@ -11,7 +11,8 @@ import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -107,6 +108,25 @@ def without(rows: tuple[Example, ...], held: tuple[Example, ...]) -> tuple[tuple
         else:
             kept.append(row)
     return tuple(kept), tuple(dropped)
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """Held-out rows that a Method does not see: it can only ask which of other rows repeat them."""
+
+    _rows: tuple[Example, ...] = field(default=(), repr=False)
+
+    def __contains__(self, row: Example) -> bool:
+        """Whether a row repeats a held-out one, but for case, spaces and punctuation."""
+        return mark(row) in self._marks
+
+    @cached_property
+    def _marks(self) -> frozenset[str]:
+        return frozenset(map(mark, self._rows))
+
+    def without(self, rows: tuple[Example, ...]) -> tuple[tuple[Example, ...], Leaks]:
+        """`without` these held-out rows."""
+        return without(rows, self._rows)
 
 
 def _said(row: Example) -> str:

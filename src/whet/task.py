@@ -24,7 +24,7 @@ from whet.header import inside as inside
 from whet.header import places as places
 from whet.metrics import plain
 from whet.rows import FIELDS, SUFFIXES, Broken, Row, read, short, sift, stem_of, suffix_of
-from whet.splits import cut, mark, without
+from whet.splits import Sealed, cut, without
 
 if TYPE_CHECKING:
     from whet.feedback import Judged
@@ -105,9 +105,9 @@ class Example:
 class Learnable:
     """What a Method receives: everything it may learn from, and neither select nor confirm.
 
-    Sources are absolute paths, or text where they are URLs, queries or lists (one a line). `sealed` are the marks
-    (`splits.mark`) of the held-out prompts: what a Method reads from elsewhere must not be among them. `columns` is
-    what prompt and completion were called where the rows came from, or nothing.
+    Sources are absolute paths, or text where they are URLs, queries or lists (one a line). `sealed` tells whether
+    what a Method reads from elsewhere repeats held-out rows, without showing them. `columns` is what prompt and
+    completion were called where the rows came from, or nothing.
     """
 
     name: str
@@ -124,7 +124,7 @@ class Learnable:
     folder: Path = Path()
     judged: tuple[Judged, ...] = ()
     trusted: bool = False
-    sealed: frozenset[str] = frozenset()
+    sealed: Sealed = field(default_factory=Sealed)
     columns: tuple[str, ...] = ()
     max_tokens: int | None = None
 
@@ -251,7 +251,7 @@ class Task:
             folder=self.folder,
             judged=judged,
             trusted=self.trusted,
-            sealed=frozenset(mark(row) for row in (*self.test, *select)),
+            sealed=Sealed((*self.test, *select)),
             columns=self.columns,
             max_tokens=self.max_tokens,
         )

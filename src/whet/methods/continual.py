@@ -127,7 +127,7 @@ class Continual(FineTune):
         from whet.train import protect
         from whet.train.lesson import mean_loss, weight
 
-        plain, allowed = self, run.trained_tokens
+        plain, allowed, bound = self, run.trained_tokens, run.trained_tokens
         share = self.share or replayed_share(len(tasks))
         if self.strategy == "replay":
             plain = replace(self, batch=max(1, round((1 - share) * self.batch)))
@@ -136,7 +136,8 @@ class Continual(FineTune):
                 searched = wrong.tokens if isinstance(wrong, Disputed) else 0
                 allowed = max(1, allowed - searched)
                 run = replace(run, trained_tokens=round((1 - share) * allowed) + searched)
-        lesson = plain._lesson(system, data, run, live, wrong)
+        # All of the budget says what is held out, so that every share is compared on the same rows.
+        lesson = plain._lesson(system, data, run, live, wrong, bound)
         strength = self.strength or STRENGTH.get(self.strategy, 0.0)
         if self.strategy == "orthogonal":
             penalty = protect.orthogonal(live.module, system.model.standing, strength)

@@ -180,13 +180,12 @@ class Distill:
         Raises what reading it raises, and MethodError where each row needs choices, or where some are held out.
         """
         from whet.feedback import prompts_of
-        from whet.splits import mark
 
         if self.unlabelled and data.closed and not data.labels:
             raise MethodError("prompts in a file bring no choices", expected="labels, or free text",
                               found="choices in every train row", do="put them into train.jsonl")  # fmt: skip
         found = prompts_of(Path(self.unlabelled)) if self.unlabelled else []
-        sealed = [e for e in found if mark(e) in data.sealed]
+        sealed = [e for e in found if e in data.sealed]
         if sealed:
             raise MethodError(
                 f"{self.unlabelled} holds rows that the System is measured on", expected="none of select or confirm",

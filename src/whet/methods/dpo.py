@@ -39,14 +39,23 @@ AHEAD = 8  # steps that the reference is asked for at a time: rows of all of the
 def ahead(
     order: Callable[[int], Sequence[int]], count: int, make: Callable[[Sequence[int]], Sequence[T]]
 ) -> Callable[[int], list[T]]:
-    """The steps of `order` with what `make` makes of the rows of these numbers: when first needed, and once."""
+    """The steps of `order`, `count` in all, with what `make` makes of the rows of these numbers: when needed, once.
+
+    Rows are made together in the same blocks wherever a training goes on from: in others they would come out rounded
+    otherwise.
+    """
     known: dict[int, T] = {}
+    blocks: list[list[int]] = []  # of `AHEAD` steps each: the rows that are in none before
+    block: dict[int, int] = {}
 
     def step(number: int) -> list[T]:
-        if any(i not in known for i in order(number)):
-            soon = (i for n in range(number, max(number + 1, min(number + AHEAD, count))) for i in order(n))
-            new = [i for i in dict.fromkeys(soon) if i not in known]
-            known.update(zip(new, make(new), strict=True))
+        while number >= AHEAD * len(blocks):
+            begin = AHEAD * len(blocks)
+            soon = dict.fromkeys(i for n in range(begin, min(begin + AHEAD, count)) for i in order(n))
+            blocks.append([i for i in soon if i not in block])
+            block.update(dict.fromkeys(blocks[-1], len(blocks) - 1))
+        for n in sorted({block[i] for i in order(number) if i not in known}):
+            known.update(zip(blocks[n], make(blocks[n]), strict=True))
         return [known[i] for i in order(number)]
 
     return step

@@ -84,7 +84,7 @@ class FineTune:
             "rank": (8, 16, 32),
             "batch": (8, 16, 32),
             "epochs": (1.0, 3.0),
-            "adapter": ("lora", "dora", "full"),
+            "adapter": ("lora", "dora", "full") if self.bits == 16 else ("lora", "dora"),
         }
 
     def apply(self, system: System, data: Learnable, run: Run) -> System:
@@ -150,12 +150,14 @@ class FineTune:
         return disputed
 
     def _lesson(
-        self, system: System, data: Learnable, run: Run, live: TorchSession, wrong: Sequence[Suspect] = ()
-    ) -> Lesson:
+        self, system: System, data: Learnable, run: Run, live: TorchSession, wrong: Sequence[Suspect] = (),
+        bound: int | None = None,
+    ) -> Lesson:  # fmt: skip
+        """`bound` is the whole budget where only a part of it is the run's: by it so many rows are held out."""
         from whet.suspects import examined, labelled
         from whet.train.batches import affordable, per_epoch, step_count, steps
         from whet.train.fit import twice_the_data, verdict
-        from whet.train.lesson import Lesson, mean_loss, render_rows
+        from whet.train.lesson import Lesson, Rendered, mean_loss, render_rows
         from whet.train.loop import Schedule, Settings, validations
         from whet.train.losses import NextToken
 
@@ -179,14 +181,16 @@ class FineTune:
         total, module = each * len(usable), live.module
         wanted, batch = affordable(some, self.epochs * total, self.batch, allowed, run.seed, module)
         # What the defaults would want decides what is held out, so that all settings are compared on the same rows.
-        usual, _ = affordable(some, FineTune.epochs * total, FineTune.batch, allowed, run.seed, module)
-        most = max(24, min(128, round(CHECKED * usual)))
-        fit, held = data.validation(seed=run.seed, most=max(1, round(most / each)))
-        rows, cut = render_rows(system, fit, live, (self.absent, run.seed))
+        most = allowed if bound is None else max(1, bound - spent)
+        usual, _ = affordable(some, FineTune.epochs * total, FineTune.batch, most, run.seed, module)
+        checked = max(24, min(128, round(CHECKED * usual)))
+        fit, held = data.validation(seed=run.seed, most=max(1, round(checked / each)))
+        rows = Rendered(system, fit, live, (self.absent, run.seed))
         checks, _ = render_rows(system, held, live)
-        count = step_count(run.fidelity * min(wanted, self.epochs * len(rows)), len(rows), batch)
-        once = per_epoch(len(rows), batch)
-        size = round(len(rows) / once)  # of a step, as it comes out
+        count = step_count(run.fidelity * min(wanted, self.epochs * rows.count), rows.count, batch)
+        once, order = per_epoch(rows.count, batch), steps(range(rows.count), batch, run.seed)
+        rows([i for n in range(count) for i in order(n)])  # a budget may leave most of train unseen
+        size = round(rows.count / once)  # of a step, as it comes out
 
         def after(curves: Curves) -> dict[str, Any]:
             fit = verdict(curves)
@@ -195,11 +199,12 @@ class FineTune:
                     "twice_the_data": asdict(more) if more else None}  # fmt: skip
 
         return Lesson(
-            steps(rows, batch, run.seed),
+            lambda number: rows(order(number)),
             NextToken(),
             Settings(Schedule(self.rate, count), validations=validations(count), recompute=self.recompute),
             (lambda: mean_loss(live, checks)) if checks else None,
-            {"rows": len(rows), "batch": size, "shortened": cut, **found, "row_tokens": _lengths(rows)},
+            {"rows": rows.count, "batch": size, "shortened": rows.cut, **found,
+             "row_tokens": _lengths(list(rows.known.values()))},
             after,
         )
 

@@ -78,6 +78,6 @@ class KTO(Preference):
 def _other(rows: Sequence[Judged], i: int) -> Judged:
     """A row's prompt with the answer of another: of the one half the rows away, or the next that has another prompt."""
     one, far = rows[i], len(rows) // 2
-    turn = [rows[(i + far + k) % len(rows)] for k in range(len(rows))]
-    other = next((r for r in turn if (r.prompt, r.history) != (one.prompt, one.history)), turn[0])
+    turn = (rows[(i + far + k) % len(rows)] for k in range(len(rows)))
+    other = next((r for r in turn if (r.prompt, r.history) != (one.prompt, one.history)), rows[(i + far) % len(rows)])
     return replace(one, chosen=other.rejected if other.chosen is None else other.chosen, rejected=None)

@@ -185,7 +185,10 @@ def sample(
     begun: set[str] = set()
 
     def trained(trial: Any) -> float:
-        arm, previous, loss = method if trial.number == 0 else _drawn(method, trial), None, math.inf
+        try:
+            arm, previous, loss = method if trial.number == 0 else _drawn(method, trial), None, math.inf
+        except MethodError as error:
+            raise optuna.TrialPruned from error
         for fidelity in RUNGS:
             try:
                 new = _trained(arm, fidelity, previous, system, data, run)
@@ -227,12 +230,18 @@ def _comparable(method: Method) -> None:
 
 
 def _drawn(method: Method, trial: Any) -> Method:
-    """A method with every setting of its space drawn; words first, since numbers may depend on them."""
+    """A method with every setting of its space drawn; words first, since numbers may depend on them.
+
+    Raises MethodError for settings that do not go together.
+    """
     names = sorted(method.space(), key=lambda n: not isinstance(method.space()[n][0], str))
     for name in names:
         values = method.space()[name]
         chosen = values[trial.suggest_int(name, 0, len(values) - 1)]
-        method = replace(method, **{name: chosen})  # type: ignore[type-var]
+        try:
+            method = replace(method, **{name: chosen})  # type: ignore[type-var]
+        except ValueError as error:
+            raise MethodError(str(error), expected="settings that go together", found=f"{name}={chosen}") from error
     return method
 
 

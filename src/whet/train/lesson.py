@@ -31,7 +31,7 @@ from whet.train.trackers import trackers
 STATE_BYTES = 20  # of a trained weight: itself, its best, its fp32 master and gradient, AdamW's two moments
 NEXT = 7919  # between the seeds of adapters that stand upon one another
 TEXT_TOKENS = 1024  # plain text is trained in windows of at most this many tokens
-RULES = 5  # by which rows become steps; raised where the same settings come to other weights than before
+RULES = 6  # by which rows become steps; raised where the same settings come to other weights than before
 
 
 @dataclass(frozen=True)
@@ -233,6 +233,32 @@ def render_rows(
     if rows and windows:
         return [*even(rows, 1.0), *even(windows, 1.0)], cut
     return rows + windows, cut
+
+
+class Rendered:
+    """Training rows by their numbers, rendered when first asked for; `cut` of them had to be shortened.
+
+    Each example is a row, but where there is plain text: only its windows tell how many, and all are rendered at once.
+    """
+
+    def __init__(
+        self, system: System, examples: Sequence[Example], session: TorchSession, raft: tuple[float, int]
+    ) -> None:
+        self._of, self._examples = (lambda some: render_rows(system, some, session, raft)), examples
+        self.known: dict[int, Row] = {}
+        self.count, self.cut = len(examples), 0
+        if any(e.text is not None for e in examples):
+            rows, self.cut = self._of(examples)
+            self.known, self.count = dict(enumerate(rows)), len(rows)
+
+    def __call__(self, numbers: Sequence[int]) -> list[Row]:
+        """The rows of these numbers."""
+        new = sorted({i for i in numbers if i not in self.known})
+        if new:
+            rows, cut = self._of([self._examples[i] for i in new])
+            self.known.update(zip(new, rows, strict=True))
+            self.cut += cut
+        return [self.known[i] for i in numbers]
 
 
 def even(rows: Sequence[Row], length: float) -> list[Row]:
