@@ -310,9 +310,26 @@ def test_a_small_gain_in_perplexity_keeps_its_figure() -> None:
 
 
 def test_frontier_is_what_no_cheaper_arm_matches() -> None:
-    names = [a.name for a in figures.frontier(view.arms(rich()), view.Scale("accuracy", True, True))]
-    assert names == ["calibrate(kind=batch)", "fewshot(k=16,random)+calibrate", "finetune(rank=16)",
+    scale = view.Scale("accuracy", True, True)
+    names = [a.name for a in figures.frontier(view.arms(rich()), scale)]
+    assert names == ["base", "calibrate(kind=batch)", "fewshot(k=16,random)+calibrate", "finetune(rank=16)",
                      "finetune(rank=16)+calibrate(kind=batch)"]
+    result = rich()
+    result["trials"] += [trial("worse", [{"method": "rag"}], -0.2, 3.0), trial("better", [{"method": "rl"}], 0.05, 4.0),
+                         trial("tied", [{"method": "kto"}], 0.2175, 100.0)]  # fmt: skip
+    names = [a.name for a in figures.frontier(view.arms(result), scale)]
+    assert names == ["better", "calibrate(kind=batch)", "fewshot(k=16,random)+calibrate", "finetune(rank=16)",
+                     "finetune(rank=16)+calibrate(kind=batch)"]  # fmt: skip
+
+
+def test_cost_is_that_of_the_whole_recipe(tmp_path: Path) -> None:
+    result = rich()
+    calibrated = next(t for t in result["trials"] if t["recipe"] == CHOSEN)
+    calibrated |= {"cost_seconds": 4.0, "recipe_seconds": 424.0}
+    assert {a.name: a.seconds for a in view.arms(result)}[calibrated["name"]] == 424.0
+    front = [a.name for a in figures.frontier(view.arms(result), view.Scale("accuracy", True, True))]
+    assert front[-2:] == ["finetune(rank=16)", calibrated["name"]]
+    assert ">7.1 min<" in page(tmp_path, result, found(5))
 
 
 def test_examples_are_counted_by_what_changed() -> None:

@@ -48,7 +48,8 @@ from whet.task import load as load_task
 
 WORDS = {"good": ["fine", "great", "lovely", "bright"], "bad": ["awful", "poor", "dull", "grim"]}
 THINGS = ["film", "book", "play", "song", "meal", "hotel", "train", "game", "car", "house"]
-TIMES = ("seconds", "cost_seconds", "training_seconds", "wall_seconds", "latency_ms", "memory_bytes", "rates", "plan")
+TIMES = ("seconds", "cost_seconds", "recipe_seconds", "training_seconds", "wall_seconds", "latency_ms", "memory_bytes",
+         "rates", "plan")  # fmt: skip
 
 
 def write_task(folder: Path, train: int = 240, test: int = 80, **header: object) -> Path:
@@ -992,6 +993,10 @@ def test_training_takes_part_and_is_paid_for_once(task: Path, tmp_path: Path, mo
     assert trials["finetune"]["status"] == "done" and trials["finetune"]["spent"]["trained_tokens"] > 0
     assert trials["finetune+calibrate"]["status"] == "done"
     assert trials["finetune+calibrate"]["spent"]["trained_tokens"] == 0
+    whole = trials["finetune"]["recipe_seconds"]
+    assert whole == pytest.approx(trials["finetune"]["cost_seconds"])
+    added = trials["finetune+calibrate"]["cost_seconds"]
+    assert 0 < added < whole < trials["finetune+calibrate"]["recipe_seconds"] <= whole + added + 1e-9
     total = sum(t["spent"]["trained_tokens"] for t in trials.values())
     assert made.result["spent"]["trained_tokens"] == total
     again = improve(task, out=tmp_path / "again", **settings)  # type: ignore[arg-type]

@@ -502,9 +502,9 @@ def record_of(trial: Trial, seed: int) -> dict[str, Any]:
         "why": trial.why, "examples": trial.examples,
         "select": {"score": card.score, "low": card.low, "high": card.high} if card else None,
         "difference": asdict(paired) if paired else None, "spent": asdict(trial.spent), "cost_seconds": trial.cost,
-        "verdict": trial.notes.get("verdict"), "forgetting": trial.forgetting, "notes": _told(trial.notes),
-        "latency_ms": card.latency_ms if card else None, "size_bytes": card.size_bytes if card else None,
-        "memory_bytes": card.memory_bytes if card else None,
+        "recipe_seconds": trial.whole, "verdict": trial.notes.get("verdict"), "forgetting": trial.forgetting,
+        "notes": _told(trial.notes), "latency_ms": card.latency_ms if card else None,
+        "size_bytes": card.size_bytes if card else None, "memory_bytes": card.memory_bytes if card else None,
     }  # fmt: skip
 
 
