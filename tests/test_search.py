@@ -37,6 +37,7 @@ from whet.scorecard import Scorecard, alike
 from whet.search import Wish, base_system, limits, race, training
 from whet.search.arms import cheap_arms, neighbours, prompting_recipes
 from whet.search.budget import Rates, affordable, estimate, measure, seconds
+from whet.search.out import _trained
 from whet.search.plan import apportion
 from whet.search.race import Race, Trial
 from whet.search.recipe import Recipe, parse, recipe
@@ -630,6 +631,19 @@ def test_no_more_models_are_held_than_the_race_needs(tmp_path: Path) -> None:
     one.trials += [trial(base, "", 0.1), trial(trained[0], "finetune", 0.9), trial(trained[1], "finetune(rank=8)", 0.5)]
     one.let_go(System(base), System(trained[2]))
     assert set(run.sessions) == {base, trained[0], trained[2]}
+
+
+def test_curves_are_told_once_a_training_the_handed_over_recipes_first() -> None:
+    def trial(name: str, loss: float | None) -> Trial:
+        notes = {} if loss is None else {"curves": {"train": [[1, loss]], "validation": []}}
+        return Trial(parse(name), System(resolve("fake:constant")), 0, "done", "", 1, None, Spent(), 0.0, notes, None)
+
+    finetune, both, reads, more = "finetune", "finetune+calibrate", "rag(k=1)+finetune", "finetune+dpo"
+    trials = [trial("fewshot", None), trial(finetune, 1.0), trial(both, 1.0), trial(more, 2.0), trial(reads, 3.0)]
+    for handed, told in ((None, [finetune, more, reads]), (4, [reads, finetune, more]), (2, [finetune, more, reads]),
+                         (3, [more, finetune, reads]), (0, [finetune, more, reads])):  # fmt: skip
+        assert [t.name for t in _trained(trials, None if handed is None else trials[handed])] == told
+    assert [t.name for t in _trained([trials[2]], trials[2])] == [both]  # tried with what stands behind it only
 
 
 def test_perplexities_are_compared_per_token_of_the_first_model() -> None:
