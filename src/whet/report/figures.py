@@ -274,7 +274,8 @@ def heatmap(matrix: Confusion) -> Figure:
             min(90 + 40 * n, 180 + 22 * n),
             ticks | {"title": _title("answered" if n <= SLANTED else "answered, in the same order"), "side": "top",
                      "showticklabels": n <= SLANTED, "tickvals": list(range(len(matrix.columns))),
-                     "ticktext": [literal(_ends(c)) for c in matrix.columns], "tickangle": 0 if n <= 3 else -50},
+                     "ticktext": [literal(_ends(c)) for c in matrix.columns], "tickangle": 0 if n <= 3 else -50,
+                     "ticklabeloverflow": "allow"},  # else Plotly hides the last slanted one
             ticks | {"title": _title("reference"), "autorange": "reversed", "tickvals": list(range(n)),
                      "ticktext": [literal(_ends(c)) for c in matrix.labels]})}
 
