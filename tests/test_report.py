@@ -166,6 +166,21 @@ def test_verdict_when_nothing_helps() -> None:
         "by −0.8 points, 95 % interval −2.0 to +0.4 on 872 sealed examples.")
 
 
+def test_verdict_says_that_the_test_is_why_where_the_interval_is_above_zero(tmp_path: Path) -> None:
+    result = rich() | {"chosen": {"recipe": []}, "baselines": []}
+    result["confirm"] |= {"n": 16, "improved": False, "difference": 0.045, "low": 0.014, "high": 0.08,
+                          "p_value": 0.03125, "p_adjusted": 0.0625}  # fmt: skip
+    assert report.verdict(result) == (
+        "Nothing was shown to beat the base model, which is handed over (accuracy 71.2): the best candidate differed "
+        "by +4.5 points, 95 % interval +1.4 to +8.0 on 16 sealed examples, but p = 0.062 is not below 0.05.")
+    html = page(tmp_path, result, found(40))
+    assert html.count("<th>Best candidate</th>") == html.count("<h3>Best candidate</h3>") == 1
+    assert "Base and best candidate answered" in html and "Chosen" not in re.sub("<script.*?</script>", "", html,
+                                                                                flags=re.DOTALL)
+    assert '<th class="n">Best candidate</th>' in page(tmp_path, result, found(40, 30))
+    assert "<th>Chosen</th>" in page(tmp_path, rich(), found(40))
+
+
 def test_verdict_when_another_model_is_handed_over_as_it_stands() -> None:
     result = rich()
     result["chosen"] = {"recipe": [], "handed": True, "model": "another"}

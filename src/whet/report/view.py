@@ -248,6 +248,12 @@ def opened(confirm: Record) -> bool:
     return "candidate" not in confirm or confirm["candidate"] is not None
 
 
+def second(result: Record) -> str:
+    """What stands beside the base: what was chosen, or the best candidate where the base is handed over."""
+    confirm = record(result.get("confirm"))
+    return "Best candidate" if confirm.get("base") and opened(confirm) and not handed(result) else "Chosen"
+
+
 def winning_baseline(result: Record) -> tuple[str, float, bool] | None:
     """The best baseline that does as well as the handed-over system on the confirm split, or better: its name, its
     score there, and whether the paired interval and test show it to be ahead.
