@@ -410,6 +410,7 @@ def test_first_screen_says_that_a_baseline_wins(tmp_path: Path) -> None:
     result["baselines"][1]["low"] = 0.001
     html = page(tmp_path, result, found(5))
     assert "A baseline wins" in html[: html.index('id="tried"')]
+    assert "of the cost" not in html[: html.index('id="tried"')]  # which nobody has measured
     result["baselines"][1]["p_value"] = 0.5  # of two examples, say, whose interval has no width
     assert "scores as much or more (no difference shown)" in report.verdict(result)
     result["baselines"][1]["confirm"] = result["confirm"]["chosen"]["score"]
