@@ -30,7 +30,7 @@ from whet.methods import Run, make
 from whet.methods.finetune import FineTune
 from whet.metrics import Outcome, get
 from whet.model import ModelRef, Transform, resolve
-from whet.progress import Silent
+from whet.progress import Plain, Silent
 from whet.report import verdict
 from whet.retention import Lost
 from whet.scorecard import Scorecard, alike
@@ -440,12 +440,14 @@ class Lines(Silent):
 
     def __init__(self) -> None:
         self.said = list[str]()
+        self.left = list[tuple[str, float | None]]()
 
     def say(self, text: str) -> None:
         self.said.append(text)
 
-    def arm(self, name: str, left: float) -> None:
+    def arm(self, name: str, left: float | None = None) -> None:
         self.said.append(f"> {name}")
+        self.left.append((name, left))
 
 
 @pytest.mark.embedder
@@ -700,6 +702,16 @@ def test_the_judge_of_a_win_rate_takes_a_fifth_of_the_budget_at_most(
         improve(folder, model=["fake:hash", model_folder], budget="1m", out=tmp_path / "p", home=tmp_path / "h")
     judge = next(p for p in made.result["plan"] if "judge" in p["arm"])
     assert 0 < judge["minutes"] <= 0.3 and made.result["spent"]["trained_tokens"] > 0
+    left = [one for _, one in watch.left if one is not None]
+    assert left == sorted(left, reverse=True) and left[0] == 60 and len(left) > 2
+    assert {("confirm: base", None), ("measuring latency and memory", None)} <= {*watch.left}
+
+
+def test_the_budget_is_told_only_where_there_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    told = Plain()
+    told.arm("finetune", 65.0)
+    told.arm("confirm: base")
+    assert capsys.readouterr().err == "> finetune  (budget left 1:05)\n> confirm: base\n"
 
 
 def test_free_text_and_own_choices(tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ class Race:
     seconds: float  # that the search may spend, confirm apart
     watch: Watch
     run: Run
+    aside: float = 0.0  # seconds beside these, for making the finalist smaller: left until then
     deadline: float = float("inf")
     live: bool = False  # a source may have changed unseen: no trial is taken from the store
     trials: list[Trial] = field(default_factory=list)
@@ -127,7 +128,7 @@ class Race:
         rows = self.select[:examples] if examples else self.select
         files = recipe.files(self.data.folder)
         key = json.dumps([recipe.record, files, start.fingerprint, rung, len(rows), tokens, healing], sort_keys=True)
-        self.watch.arm(f"{recipe.name}{label}", self.left)
+        self.watch.arm(f"{recipe.name}{label}", self.left + self.aside)
         kept = None if self.live else self._kept(key)
         if time.monotonic() > self.deadline and kept is None and recipe.methods:  # the base is always measured
             why = "the clock is far past the budget"
