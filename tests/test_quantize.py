@@ -716,8 +716,8 @@ def limited_job(
         return mark(one, status="refused", why="forgets") if forgets in one.name else one
 
     base = trial("", 200)
-    race = SimpleNamespace(base=base, trials=[base], seconds=0.0, left=10.0, each=0.0, select=[0] * 4, enter=enter,
-                           mark=mark, merit=lambda t: t.card.score,
+    race = SimpleNamespace(base=base, trials=[base], seconds=0.0, aside=5.0, left=10.0, each=0.0, select=[0] * 4,
+                           enter=enter, mark=mark, merit=lambda t: t.card.score,
                            speed=lambda _: SimpleNamespace(train=10_000.0))  # fmt: skip
     job = SimpleNamespace(task=SimpleNamespace(limits=Limits(size=100)), race=race, bases=[base.system], shrinking=0.0,
                           run=run, wish=SimpleNamespace(methods=(), seed=0), metric=get("accuracy"), notes=[],
@@ -734,6 +734,7 @@ def test_a_base_beyond_the_limits_is_known_where_the_finalist_keeps_within_them(
     job = limited_job(monkeypatch)
     small = trial("quantize", 50)
     assert limits.within(job, small) is small and job.tight
+    assert (job.race.seconds, job.race.aside) == (5.0, 0.0)  # what was set aside for it
 
 
 def test_what_is_made_smaller_keeps_the_earlier_tasks(monkeypatch: pytest.MonkeyPatch) -> None:

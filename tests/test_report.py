@@ -166,6 +166,21 @@ def test_verdict_when_nothing_helps() -> None:
         "by −0.8 points, 95 % interval −2.0 to +0.4 on 872 sealed examples.")
 
 
+def test_verdict_says_that_the_test_is_why_where_the_interval_is_above_zero(tmp_path: Path) -> None:
+    result = rich() | {"chosen": {"recipe": []}, "baselines": []}
+    result["confirm"] |= {"n": 16, "improved": False, "difference": 0.045, "low": 0.014, "high": 0.08,
+                          "p_value": 0.03125, "p_adjusted": 0.0625}  # fmt: skip
+    assert report.verdict(result) == (
+        "Nothing was shown to beat the base model, which is handed over (accuracy 71.2): the best candidate differed "
+        "by +4.5 points, 95 % interval +1.4 to +8.0 on 16 sealed examples, but p = 0.062 is not below 0.05.")
+    html = page(tmp_path, result, found(40))
+    assert html.count("<th>Best candidate</th>") == html.count("<h3>Best candidate</h3>") == 1
+    assert "Base and best candidate answered" in html and "Chosen" not in re.sub("<script.*?</script>", "", html,
+                                                                                flags=re.DOTALL)
+    assert '<th class="n">Best candidate</th>' in page(tmp_path, result, found(40, 30))
+    assert "<th>Chosen</th>" in page(tmp_path, rich(), found(40))
+
+
 def test_verdict_when_another_model_is_handed_over_as_it_stands() -> None:
     result = rich()
     result["chosen"] = {"recipe": [], "handed": True, "model": "another"}
@@ -320,9 +335,26 @@ def test_a_small_gain_in_perplexity_keeps_its_figure() -> None:
 
 
 def test_frontier_is_what_no_cheaper_arm_matches() -> None:
-    names = [a.name for a in figures.frontier(view.arms(rich()), view.Scale("accuracy", True, True))]
-    assert names == ["calibrate(kind=batch)", "fewshot(k=16,random)+calibrate", "finetune(rank=16)",
+    scale = view.Scale("accuracy", True, True)
+    names = [a.name for a in figures.frontier(view.arms(rich()), scale)]
+    assert names == ["base", "calibrate(kind=batch)", "fewshot(k=16,random)+calibrate", "finetune(rank=16)",
                      "finetune(rank=16)+calibrate(kind=batch)"]
+    result = rich()
+    result["trials"] += [trial("worse", [{"method": "rag"}], -0.2, 3.0), trial("better", [{"method": "rl"}], 0.05, 4.0),
+                         trial("tied", [{"method": "kto"}], 0.2175, 100.0)]  # fmt: skip
+    names = [a.name for a in figures.frontier(view.arms(result), scale)]
+    assert names == ["better", "calibrate(kind=batch)", "fewshot(k=16,random)+calibrate", "finetune(rank=16)",
+                     "finetune(rank=16)+calibrate(kind=batch)"]  # fmt: skip
+
+
+def test_cost_is_that_of_the_whole_recipe(tmp_path: Path) -> None:
+    result = rich()
+    calibrated = next(t for t in result["trials"] if t["recipe"] == CHOSEN)
+    calibrated |= {"cost_seconds": 4.0, "recipe_seconds": 424.0}
+    assert {a.name: a.seconds for a in view.arms(result)}[calibrated["name"]] == 424.0
+    front = [a.name for a in figures.frontier(view.arms(result), view.Scale("accuracy", True, True))]
+    assert front[-2:] == ["finetune(rank=16)", calibrated["name"]]
+    assert ">7.1 min<" in page(tmp_path, result, found(5))
 
 
 def test_examples_are_counted_by_what_changed() -> None:
@@ -355,6 +387,8 @@ def test_figures_are_valid_plotly() -> None:
     result, details = rich(), found(labels=12)
     drawn, _ = report._figures(result, details, view.arms(result), view.Scale.of(result))
     assert set(drawn) == {"gains", "cost", "training", "confusion-base", "confusion-chosen"}
+    # Else Plotly hides the last label where it is slanted: it goes beyond the plot.
+    assert drawn["confusion-chosen"]["layout"]["xaxis"]["ticklabeloverflow"] == "allow"
     for figure in drawn.values():
         go.Figure(json.loads(re.sub(r'"--[a-z0-9]+"', '"#123456"', json.dumps(figure))))
 
@@ -386,6 +420,7 @@ def test_first_screen_says_that_a_baseline_wins(tmp_path: Path) -> None:
     result["baselines"][1]["low"] = 0.001
     html = page(tmp_path, result, found(5))
     assert "A baseline wins" in html[: html.index('id="tried"')]
+    assert "of the cost" not in html[: html.index('id="tried"')]  # which nobody has measured
     result["baselines"][1]["p_value"] = 0.5  # of two examples, say, whose interval has no width
     assert "scores as much or more (no difference shown)" in report.verdict(result)
     result["baselines"][1]["confirm"] = result["confirm"]["chosen"]["score"]

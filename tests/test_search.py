@@ -30,13 +30,14 @@ from whet.methods import Run, make
 from whet.methods.finetune import FineTune
 from whet.metrics import Outcome, get
 from whet.model import ModelRef, Transform, resolve
-from whet.progress import Silent
+from whet.progress import Plain, Silent
 from whet.report import verdict
 from whet.retention import Lost
 from whet.scorecard import Scorecard, alike
 from whet.search import Wish, base_system, limits, race, training
 from whet.search.arms import cheap_arms, neighbours, prompting_recipes
 from whet.search.budget import Rates, affordable, estimate, measure, seconds
+from whet.search.out import _trained
 from whet.search.plan import apportion
 from whet.search.race import Race, Trial
 from whet.search.recipe import Recipe, parse, recipe
@@ -48,7 +49,8 @@ from whet.task import load as load_task
 
 WORDS = {"good": ["fine", "great", "lovely", "bright"], "bad": ["awful", "poor", "dull", "grim"]}
 THINGS = ["film", "book", "play", "song", "meal", "hotel", "train", "game", "car", "house"]
-TIMES = ("seconds", "cost_seconds", "training_seconds", "wall_seconds", "latency_ms", "memory_bytes", "rates", "plan")
+TIMES = ("seconds", "cost_seconds", "recipe_seconds", "training_seconds", "wall_seconds", "latency_ms", "memory_bytes",
+         "rates", "plan")  # fmt: skip
 
 
 def write_task(folder: Path, train: int = 240, test: int = 80, **header: object) -> Path:
@@ -438,12 +440,14 @@ class Lines(Silent):
 
     def __init__(self) -> None:
         self.said = list[str]()
+        self.left = list[tuple[str, float | None]]()
 
     def say(self, text: str) -> None:
         self.said.append(text)
 
-    def arm(self, name: str, left: float) -> None:
+    def arm(self, name: str, left: float | None = None) -> None:
         self.said.append(f"> {name}")
+        self.left.append((name, left))
 
 
 @pytest.mark.embedder
@@ -631,6 +635,19 @@ def test_no_more_models_are_held_than_the_race_needs(tmp_path: Path) -> None:
     assert set(run.sessions) == {base, trained[0], trained[2]}
 
 
+def test_curves_are_told_once_a_training_the_handed_over_recipes_first() -> None:
+    def trial(name: str, loss: float | None) -> Trial:
+        notes = {} if loss is None else {"curves": {"train": [[1, loss]], "validation": []}}
+        return Trial(parse(name), System(resolve("fake:constant")), 0, "done", "", 1, None, Spent(), 0.0, notes, None)
+
+    finetune, both, reads, more = "finetune", "finetune+calibrate", "rag(k=1)+finetune", "finetune+dpo"
+    trials = [trial("fewshot", None), trial(finetune, 1.0), trial(both, 1.0), trial(more, 2.0), trial(reads, 3.0)]
+    for handed, told in ((None, [finetune, more, reads]), (4, [reads, finetune, more]), (2, [finetune, more, reads]),
+                         (3, [more, finetune, reads]), (0, [finetune, more, reads])):  # fmt: skip
+        assert [t.name for t in _trained(trials, None if handed is None else trials[handed])] == told
+    assert [t.name for t in _trained([trials[2]], trials[2])] == [both]  # tried with what stands behind it only
+
+
 def test_perplexities_are_compared_per_token_of_the_first_model() -> None:
     def card(*tokens: float) -> Scorecard:
         found = tuple(Outcome(str(n), "", 12 / t, "", weight=t) for n, t in enumerate(tokens))
@@ -685,6 +702,16 @@ def test_the_judge_of_a_win_rate_takes_a_fifth_of_the_budget_at_most(
         improve(folder, model=["fake:hash", model_folder], budget="1m", out=tmp_path / "p", home=tmp_path / "h")
     judge = next(p for p in made.result["plan"] if "judge" in p["arm"])
     assert 0 < judge["minutes"] <= 0.3 and made.result["spent"]["trained_tokens"] > 0
+    left = [one for _, one in watch.left if one is not None]
+    assert left == sorted(left, reverse=True) and left[0] == 60 and len(left) > 2
+    assert {("confirm: base", None), ("measuring latency and memory", None)} <= {*watch.left}
+
+
+def test_the_budget_is_told_only_where_there_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    told = Plain()
+    told.arm("finetune", 65.0)
+    told.arm("confirm: base")
+    assert capsys.readouterr().err == "> finetune  (budget left 1:05)\n> confirm: base\n"
 
 
 def test_free_text_and_own_choices(tmp_path: Path) -> None:
@@ -992,6 +1019,10 @@ def test_training_takes_part_and_is_paid_for_once(task: Path, tmp_path: Path, mo
     assert trials["finetune"]["status"] == "done" and trials["finetune"]["spent"]["trained_tokens"] > 0
     assert trials["finetune+calibrate"]["status"] == "done"
     assert trials["finetune+calibrate"]["spent"]["trained_tokens"] == 0
+    whole = trials["finetune"]["recipe_seconds"]
+    assert whole == pytest.approx(trials["finetune"]["cost_seconds"])
+    added = trials["finetune+calibrate"]["cost_seconds"]
+    assert 0 < added < whole < trials["finetune+calibrate"]["recipe_seconds"] <= whole + added + 1e-9
     total = sum(t["spent"]["trained_tokens"] for t in trials.values())
     assert made.result["spent"]["trained_tokens"] == total
     again = improve(task, out=tmp_path / "again", **settings)  # type: ignore[arg-type]

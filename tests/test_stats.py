@@ -117,6 +117,20 @@ def test_a_single_group_says_nothing_of_others():
     assert result.smallest_detectable == -result.low and not_worse(b, a, PPL, 0.0).ok
 
 
+def test_a_difference_that_all_rows_share_has_an_interval():
+    """With p = 1 - 0.025^(1/n) of the rows at -1 or at 1: 0.26465 for n = 12, 0.84189 for n = 2."""
+    result = compare(scored([0] * 12), scored([1] * 12), ACCURACY)
+    assert (result.low, result.difference, result.high) == pytest.approx((1 - 2 * 0.264649, 1, 1), abs=1e-5)
+    result = compare(scored([0.5] * 12), scored([0.25] * 12), F1)
+    assert (result.low, result.high) == pytest.approx((-0.25 - 0.264649 * 0.75, -0.25 + 0.264649 * 1.25), abs=1e-5)
+    result = compare(scored([0] * 4, [*"aabb"]), scored([1] * 4, [*"aabb"]), ACCURACY)
+    assert (result.low, result.high) == pytest.approx((1 - 2 * 0.841886, 1), abs=1e-5)
+    same = compare(scored([1, 0] * 6), scored([1, 0] * 6), ACCURACY)
+    assert (same.low, same.high) == (0, 0)
+    beyond = compare(scored([2] * 12), scored([3] * 12), F1)  # of what knows no bounds nothing can be said
+    assert (beyond.low, beyond.high) == (1, 1)
+
+
 def test_an_interval_needs_outcomes():
     with pytest.raises(ValueError):
         bootstrap_interval([], ACCURACY)

@@ -119,7 +119,7 @@ def _watched(as_json: bool, work: str, notes: Sequence[str] = ()) -> Iterator[Wa
     try:
         for note in notes:
             told.say(note)
-        told.arm(work, 0.0)
+        told.arm(work)
         yield told
     finally:
         told.close()

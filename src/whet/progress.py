@@ -29,8 +29,8 @@ class Watch:
     def say(self, text: str) -> None:
         """A line worth keeping on the screen."""
 
-    def arm(self, name: str, left: float) -> None:
-        """An arm starts; `left` is the budget that remains, in seconds."""
+    def arm(self, name: str, left: float | None = None) -> None:
+        """An arm starts, or other work; `left` is what remains of a search's budget by then, in seconds."""
 
     def tell(self, what: str, done: int, of: int) -> None:
         """How far the arm now running is."""
@@ -113,10 +113,10 @@ class Plain(Watch):
         """Print the line."""
         print(text, file=sys.stderr, flush=True)
 
-    def arm(self, name: str, left: float) -> None:
+    def arm(self, name: str, left: float | None = None) -> None:
         """Print that the arm starts."""
         self._arm, self._last = name, time.monotonic()
-        self.say(f"> {name}  (budget left {clock(left)})")
+        self.say(f"> {name}" + ("" if left is None else f"  (budget left {clock(left)})"))
 
     def tell(self, what: str, done: int, of: int) -> None:
         """Print progress where the last line is old enough."""
@@ -134,7 +134,7 @@ class Plain(Watch):
                 self.say(f"  {new.name}: {figure(new.score)}{between} on {new.examples} examples, {new.status}")
 
 class Live(Watch):
-    """A leader board that stays in place, with the arm now running, its progress, and the time left."""
+    """A leader board that stays in place, with the arm now running, its progress, and the budget left."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -143,7 +143,7 @@ class Live(Watch):
         self._console = Console(stderr=True)
         self._standings: Sequence[Standing] = ()
         self._now, self._what, self._done, self._of = "", "", 0, 0
-        self._begun = self._left = 0.0
+        self._begun, self._left = 0.0, ""
         self._live = RichLive(console=self._console, refresh_per_second=4, transient=False, get_renderable=self._show)
         self._live.start()
 
@@ -164,9 +164,8 @@ class Live(Watch):
             table.add_row(Text(s.name, style), figure(s.score), between, str(s.examples), clock(s.cost), s.status)
         lines: list[Any] = [table]
         if self._now:
-            passed = time.monotonic() - self._begun
-            left = clock(self._left - passed)
-            lines.append(Text(f"\n{self._now}: {self._what}  {self._done}/{self._of}  budget left {left}", "cyan"))
+            passed = clock(time.monotonic() - self._begun)
+            lines.append(Text(f"\n{self._now}: {self._what}  {self._done}/{self._of}  {passed}{self._left}", "cyan"))
             lines.append(ProgressBar(total=max(1, self._of), completed=self._done, width=40))
         return Group(*lines)
 
@@ -174,10 +173,11 @@ class Live(Watch):
         """Print the line above the board."""
         self._console.print(text, highlight=False, markup=False)
 
-    def arm(self, name: str, left: float) -> None:
+    def arm(self, name: str, left: float | None = None) -> None:
         """Show the arm that starts."""
         self._now, self._what, self._done, self._of = name, "starting", 0, 1
-        self._begun, self._left = time.monotonic(), left
+        # The budget goes by tokens, not by the clock: counted down, it would rise when the next arm starts.
+        self._begun, self._left = time.monotonic(), "" if left is None else f"  (budget left {clock(left)})"
 
     def tell(self, what: str, done: int, of: int) -> None:
         """Show its progress."""

@@ -84,13 +84,14 @@ def compare(
 ) -> Paired:
     """Paired comparison of two runs over the same examples in the same order: B minus A, signed so that + is better.
 
-    Interval: paired percentile bootstrap over groups; of a single one, all that the difference may be (see `_extent`).
+    Interval: paired percentile bootstrap over groups; of a single one, all that the difference may be (see `_extent`);
+    where all differences are the same, and not 0, see `_unvaried`.
     Test: exact McNemar for scores of 0 and 1 without groups, else a permutation that swaps A and B within groups, on
     the metric's own figure. Raises ValueError if the ids differ.
     """
     pair = _Pair.of(a, b, metric)
     difference = pair.difference()
-    low, high = pair.percentiles(seed, draws, 2.5, 97.5)
+    low, high = _unvaried(a, b, metric, pair.clusters) or pair.percentiles(seed, draws, 2.5, 97.5)
     if isinstance(metric, Mean) and pair.clusters == len(a) and all(o.score in (0, 1) for o in (*a, *b)):
         test, p_value = "mcnemar", _mcnemar(a, b)
     else:
@@ -248,6 +249,24 @@ def _extent(figures: Array) -> tuple[float, float]:
     """
     low, high = float(figures.min()), float(figures.max())
     return (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
+
+
+def _unvaried(a: Sequence[Outcome], b: Sequence[Outcome], metric: Metric, clusters: int) -> tuple[float, float] | None:
+    """95 % interval of a mean's difference where all scores lie in 0..1 and all rows differ by the same, not by 0: the
+    bootstrap would see no spread. None elsewhere, and of a single cluster.
+
+    Rows that differ otherwise, by -1 or 1 at most, may be as many as none of so many clusters allows (Clopper &
+    Pearson, 1934).
+    """
+    sign = 1 if metric.higher_is_better else -1
+    gaps = [sign * (y.score - x.score) for x, y in zip(a, b, strict=True)]
+    gap, spread = gaps[0], max(gaps) - min(gaps)
+    if not isinstance(metric, Mean) or clusters == 1 or spread > 1e-12 or abs(gap) <= 1e-12:
+        return None
+    if any(not 0 <= o.score <= 1 for o in (*a, *b)):
+        return None
+    share = 1 - 0.025 ** (1 / clusters)
+    return max(-1.0, gap - share * (gap + 1)), min(1.0, gap + share * (1 - gap))
 
 
 def _clusters(outcomes: Sequence[Outcome]) -> NDArray[np.int64]:

@@ -66,6 +66,9 @@ def _confirmed(result: Record, confirm: Record, scale: Scale) -> str:
     span = scale.span(low, high, signed=True)
     change = f"{scale.gain(difference)}{scale.unit}{f', 95 % interval {span}' if span else ''}"
     sealed = f"{view.count(number(confirm.get('n')))} sealed examples" if confirm.get("n") else "the sealed examples"
+    p = _decided(confirm)
+    unsure = (low or 0) > 0 and p is not None and p >= view.LEVEL  # the interval alone would say that it is better
+    but = f", but {view.p_value(p)} is not below {view.LEVEL:g}" if unsure else ""
     if handed and (confirm.get("improved") or (confirm.get("improved") is None and (low or 0) > 0)):
         verb = "rose" if scale.higher_is_better else "fell"
         change = change if scale.higher_is_better else f"better by {change.lstrip('+−')}"
@@ -73,7 +76,7 @@ def _confirmed(result: Record, confirm: Record, scale: Scale) -> str:
                 f"confirmed on {sealed}")
     if handed:
         return (f"The chosen system was not shown to be better than the base: {scale.title} {scale.score(chosen)} "
-                f"against {scale.score(base)} ({change}) on {sealed}")
+                f"against {scale.score(base)} ({change}) on {sealed}{but}")
     tried = any(a.kind == "arm" and a.score is not None for a in view.arms(result))
     if tried and not view.opened(confirm):
         return (f"No candidate beat the base model on the select split, so none was tried on {sealed}; "
@@ -81,7 +84,7 @@ def _confirmed(result: Record, confirm: Record, scale: Scale) -> str:
     if difference is None or not (difference or tried):  # the base was compared with itself
         return f"Nothing was shown to beat the base model, which is handed over: {scale.title} {scale.score(base)}"
     return (f"Nothing was shown to beat the base model, which is handed over ({scale.title} {scale.score(base)}): "
-            f"the best candidate differed by {change} on {sealed}")
+            f"the best candidate differed by {change} on {sealed}{but}")
 
 
 def _unconfirmed(result: Record, scale: Scale) -> str:
@@ -137,7 +140,7 @@ def _page(result: Record, details: Record) -> dict[str, Any]:
         "model": ", ".join(_lines(result.get("model"))) or line(result.get("model")),
         "verdict": verdict(result).replace(" %", "\u00a0%"), "headline": _headline(result, scale),
         "notes": _lines(result.get("notes")),
-        "scale": scale, "figures": drawn, "arms": [_arm_row(a, scale) for a in arms],
+        "scale": scale, "second": view.second(result), "figures": drawn, "arms": [_arm_row(a, scale) for a in arms],
         "trials": _trial_rows(result, scale) if len(records(result.get("trials"))) > 1 else [],
         "findings": findings(result), "steps": _steps(result, scale), "frontier": [
             (a.name, scale.score(a.score), view.duration(a.seconds)) for a in figures.frontier(arms, scale)],
@@ -202,7 +205,7 @@ def _headline(result: Record, scale: Scale) -> dict[str, Any]:
     confirm, chosen = record(result.get("confirm")), record(result.get("chosen"))
     handed = view.handed(result)
     paired = handed or view.opened(confirm)
-    sides = [("Base", "base"), ("Chosen" if handed else "Best candidate", "chosen")][: 2 if paired else 1]
+    sides = [("Base", "base"), (view.second(result), "chosen")][: 2 if paired else 1]
     tiles = [(label, scale.score(number(card.get("score"))),
               scale.span(number(card.get("low")), number(card.get("high"))))
              for label, who in sides if number((card := record(confirm.get(who))).get("score")) is not None]
@@ -325,8 +328,8 @@ def _words(result: Record, scale: Scale) -> list[str]:
                     "could not reliably have been shown (80 % power, 5 % level, two-sided).")
     said += filter(None, [_shrunk(result, scale)])
     if record(confirm.get("base")):
-        said.append("Base and chosen answered the same examples; intervals and tests are paired, and no method saw "
-                    "these examples before.")
+        said.append(f"Base and {view.second(result).lower()} answered the same examples; intervals and tests are "
+                    "paired, and no method saw these examples before.")
     else:
         said.append("There was no test split, so no figure here is confirmed on data that nobody tuned on.")
     return said

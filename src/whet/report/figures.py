@@ -143,10 +143,18 @@ def _hover(arm: Arm, scale: Scale) -> str:
 
 
 def frontier(arms: Sequence[Arm], scale: Scale) -> list[Arm]:
-    """The arms that no cheaper arm matches, the cheapest first."""
+    """The arms that no cheaper arm matches, the cheapest first: from the base on, or a cheaper arm that beats it.
+
+    Of arms that score as much as the chosen one, that one stands for all.
+    """
     best: list[Arm] = []
-    sign = 1 if scale.higher_is_better else -1
-    for arm in sorted(_priced(arms), key=lambda a: (a.seconds or 0.0, -sign * (a.score or 0.0))):
+    sign, priced = 1 if scale.higher_is_better else -1, _priced(arms)
+    least = next((sign * (a.score or 0.0) for a in arms if a.kind == "base" and a.score is not None), -math.inf)
+    tied = {a.score for a in priced if a.kind == "chosen"}
+    able = [a for a in priced if a.kind in ("base", "chosen") or a.score not in tied]
+    for arm in sorted(able, key=lambda a: (a.seconds or 0.0, -sign * (a.score or 0.0))):
+        if arm.kind != "base" and sign * (arm.score or 0.0) <= least:
+            continue
         if not best or sign * ((arm.score or 0.0) - (best[-1].score or 0.0)) > 0:
             best.append(arm)
     return best
@@ -154,7 +162,7 @@ def frontier(arms: Sequence[Arm], scale: Scale) -> list[Arm]:
 
 def _priced(arms: Sequence[Arm]) -> list[Arm]:
     """The arms with a score and a cost, of those scored on the most rows: others are cheap for want of rows."""
-    found = [a for a in arms if a.kind in ("arm", "chosen") and a.score is not None and (a.seconds or 0) > 0]
+    found = [a for a in arms if a.kind != "baseline" and a.score is not None and (a.seconds or 0) > 0]
     rows = [number(record(a.trial).get("examples")) or 0.0 for a in found]
     return [a for a, n in zip(found, rows, strict=True) if n == max(rows)]
 
@@ -162,7 +170,7 @@ def _priced(arms: Sequence[Arm]) -> list[Arm]:
 def quality_cost(arms: Sequence[Arm], scale: Scale) -> Figure | None:
     """Score on select against minutes; the arms that are best for their cost carry a number and are joined."""
     priced = _priced(arms)
-    if not priced:
+    if all(a.kind == "base" for a in priced):
         return None
     best = frontier(arms, scale)
     minutes = [(a.seconds or 0.0) / 60 for a in priced]
@@ -266,7 +274,8 @@ def heatmap(matrix: Confusion) -> Figure:
             min(90 + 40 * n, 180 + 22 * n),
             ticks | {"title": _title("answered" if n <= SLANTED else "answered, in the same order"), "side": "top",
                      "showticklabels": n <= SLANTED, "tickvals": list(range(len(matrix.columns))),
-                     "ticktext": [literal(_ends(c)) for c in matrix.columns], "tickangle": 0 if n <= 3 else -50},
+                     "ticktext": [literal(_ends(c)) for c in matrix.columns], "tickangle": 0 if n <= 3 else -50,
+                     "ticklabeloverflow": "allow"},  # else Plotly hides the last slanted one
             ticks | {"title": _title("reference"), "autorange": "reversed", "tickvals": list(range(n)),
                      "ticktext": [literal(_ends(c)) for c in matrix.labels]})}
 

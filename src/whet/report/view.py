@@ -160,7 +160,9 @@ def size(value: float | None) -> str:
 
 @dataclass(frozen=True)
 class Arm:
-    """One recipe at its furthest rung, or a baseline. `gain` is against base on select, positive is better."""
+    """One recipe at its furthest rung, or a baseline. `gain` is against base on select, positive is better; `seconds`
+    are what all of the recipe takes, whichever trial has paid for its beginning.
+    """
 
     name: str
     kind: str  # base | arm | chosen | baseline
@@ -226,7 +228,7 @@ def arms(result: Record) -> list[Arm]:
 def _arm(trial: Record, base: float | None, result: Record, scale: Scale) -> Arm:
     difference = record(trial.get("difference"))
     score, gain = score_of(trial), number(difference.get("difference"))
-    seconds = number(trial.get("cost_seconds"))
+    seconds = next((s for key in ("recipe_seconds", "cost_seconds") if (s := number(trial.get(key))) is not None), None)
     kind = "base" if is_base(trial, result) else "chosen" if is_chosen(trial, result) else "arm"
     return Arm(
         name_of(trial), kind, score, 0.0 if kind == "base" and score is not None else
@@ -250,6 +252,12 @@ def handed(result: Record) -> bool:
 def opened(confirm: Record) -> bool:
     """Whether a candidate was tried on the sealed data beside the base."""
     return "candidate" not in confirm or confirm["candidate"] is not None
+
+
+def second(result: Record) -> str:
+    """What stands beside the base: what was chosen, or the best candidate where the base is handed over."""
+    confirm = record(result.get("confirm"))
+    return "Best candidate" if confirm.get("base") and opened(confirm) and not handed(result) else "Chosen"
 
 
 def winning_baseline(result: Record) -> tuple[str, float, bool] | None:

@@ -208,7 +208,7 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
     if splits.dropped:
         notes.append(f"{len(splits.dropped)} rows dropped: they repeat or share a group with held-out rows")
     race = Race(f"{key} {code()}", splits.learnable, list(parts.select), metric, store, rates, wish.seed,
-                parts.search, watch, run, live=_live(task))  # fmt: skip
+                parts.search, watch, run, live=_live(task), aside=shrinking)  # fmt: skip
     return _Job(task, wish, splits, metric, store, watch, key, folder, run, bases, parts.reserve, race, earlier,
                 shrinking=shrinking, judge=judge, notes=notes)  # fmt: skip
 
@@ -349,7 +349,7 @@ def _confirm(job: _Job, finalist: Trial | None) -> tuple[dict[str, Any] | None, 
         wanted["single"] = single.system
     cards = {}
     for name, system in wanted.items():
-        job.watch.arm(f"confirm: {name}", job.reserve)
+        job.watch.arm(f"confirm: {name}")
         cards[name] = evaluate(
             system, rows, job.metric, session=job.run.session(system.model), split="confirm", seed=job.wish.seed,
             store=job.store, within=job.race.key,
@@ -408,7 +408,7 @@ def _run_baselines(job: _Job, handed: Scorecard | None) -> list[dict[str, Any]]:
     rows = [*select, *confirm]
     if job.metric.name == "perplexity" or not rows:
         return []
-    job.watch.arm("non-LLM baselines", job.reserve)
+    job.watch.arm("non-LLM baselines")
     embedder = embed.Embedder(job.store.home) if embed.available() else None
     try:
         speeds = [job.race.speed(b).train for b in job.bases if not b.model.remote]
@@ -464,7 +464,7 @@ def _finish(job: _Job, finalist: Trial | None, begun: float) -> Improvement:
     rows = job.splits.confirm or job.race.select
     measured: dict[str, Scorecard] = {}
     if card:
-        job.watch.arm("measuring latency and memory", 0.0)
+        job.watch.arm("measuring latency and memory")
         measured["chosen"] = _served(job, card, system, rows)
         if over := limits.beyond(job.task.limits, measured["chosen"]):
             job.notes.append(f"what is handed over goes beyond the limits: {over}")
@@ -503,9 +503,9 @@ def record_of(trial: Trial, seed: int) -> dict[str, Any]:
         "why": trial.why, "examples": trial.examples,
         "select": {"score": card.score, "low": card.low, "high": card.high} if card else None,
         "difference": asdict(paired) if paired else None, "spent": asdict(trial.spent), "cost_seconds": trial.cost,
-        "verdict": trial.notes.get("verdict"), "forgetting": trial.forgetting, "notes": _told(trial.notes),
-        "latency_ms": card.latency_ms if card else None, "size_bytes": card.size_bytes if card else None,
-        "memory_bytes": card.memory_bytes if card else None,
+        "recipe_seconds": trial.whole, "verdict": trial.notes.get("verdict"), "forgetting": trial.forgetting,
+        "notes": _told(trial.notes), "latency_ms": card.latency_ms if card else None,
+        "size_bytes": card.size_bytes if card else None, "memory_bytes": card.memory_bytes if card else None,
     }  # fmt: skip
 
 

@@ -110,7 +110,7 @@ def within(job: _Job, finalist: Trial | None) -> Trial | None:
         job.notes.append("nothing is made smaller for the limits: there are no rows to select by")
     if not limited(limits) or start is None or start.card is None or start.system.model.remote:
         return finalist
-    race.seconds += job.shrinking  # what was set aside for this
+    race.seconds, race.aside = race.seconds + race.aside, 0.0
     try:
         used = _measured(job, start.system, start.card)
     except WhetError as error:
@@ -260,7 +260,7 @@ def _other(job: _Job, finalist: Trial | None, than: float | None = None) -> Tria
 def _measured(job: _Job, system: System, card: Scorecard) -> Scorecard:
     """The card with what the limits are about; a process of its own is started only where they ask for one."""
     limits = job.task.limits
-    job.watch.arm("measuring against the limits", job.race.left)
+    job.watch.arm("measuring against the limits", job.race.left + job.race.aside)
     if limits.memory is None and limits.latency is None:
         return replace(card, size_bytes=size_bytes(system))
     return measure(card, system, job.race.select or job.splits.confirm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,10 +184,22 @@ def details(
             })  # fmt: skip
     curves = [
         {"name": t.name, "train": t.notes["curves"]["train"], "validation": t.notes["curves"]["validation"]}
-        for t in job.race.trials
-        if t.notes.get("curves") and len(t.recipe.methods) == 1
+        for t in _trained(job.race.trials, handed)
     ]
     return {"examples": examples, "curves": curves, "labels": list(job.task.labels), "curve_unit": "trained tokens"}
+
+
+def _trained(trials: Sequence[Trial], handed: Trial | None) -> list[Trial]:
+    """One trial of each training, first that of what is handed over: the shortest recipe, whose last step it is.
+
+    What only goes on from a training, as calibration does, notes the same curves.
+    """
+    curved = [t for t in trials if t.notes.get("curves")]
+    alike = [[t for t in curved if t.notes["curves"] == one.notes["curves"]] for one in curved]
+    shortest = [min(same, key=lambda t: len(t.recipe.methods)) for same in alike]
+    found = {t.name: t for t in shortest}
+    first = next((s.name for t, s in zip(curved, shortest, strict=True) if _same(t, handed)), "")
+    return sorted(found.values(), key=lambda t: t.name != first)
 
 
 def write(folder: Path, system: System, body: dict[str, Any], more: dict[str, Any], *, self_contained: bool) -> None:

@@ -15,7 +15,7 @@ from whet.errors import StoreError, WhetError
 from whet.methods import Run
 from whet.metrics import Metric
 from whet.progress import Standing, Watch
-from whet.scorecard import Scorecard, alike, evaluate, join
+from whet.scorecard import Scorecard, alike, evaluate, join, reads_scores
 from whet.search.budget import Rates
 from whet.search.recipe import Recipe
 from whet.store import Store
@@ -43,16 +43,23 @@ class Trial:
     examples: int
     card: Scorecard | None
     spent: Spent
-    cost: float  # seconds at the calibrated rates
+    cost: float  # seconds at the calibrated rates: what it added, others having paid for what they share
     notes: dict[str, Any]
     against_base: stats.Paired | None
     label: str = ""
     forgetting: float | None = None  # points that the earlier task which lost most has lost
+    making: float = 0.0  # seconds at the same rates, whoever paid: of its whole recipe,
+    scoring: float = 0.0  # and of scoring what came of it
 
     @property
     def name(self) -> str:
         """What the trial is called: its recipe, and its model where several are raced."""
         return f"{self.recipe.name}{self.label}"
+
+    @property
+    def whole(self) -> float:
+        """Seconds that the recipe takes by itself, where no other trial has paid for a part of it."""
+        return self.making + self.scoring
 
     def standing(self, higher_is_better: bool) -> Standing:
         """Its line of the leader board."""
@@ -76,12 +83,14 @@ class Race:
     seconds: float  # that the search may spend, confirm apart
     watch: Watch
     run: Run
+    aside: float = 0.0  # seconds beside these, for making the finalist smaller: left until then
     deadline: float = float("inf")
     live: bool = False  # a source may have changed unseen: no trial is taken from the store
     trials: list[Trial] = field(default_factory=list)
     base: Trial | None = None
     made: dict[str, tuple[System, dict[str, Any]]] = field(default_factory=dict)  # what recipes have made so far
     scored: dict[str, Scorecard] = field(default_factory=dict)  # by fingerprint: the beginning of select so far
+    taken: dict[str, tuple[int, float]] = field(default_factory=dict)  # rows and seconds of scoring them
 
     @property
     def spent(self) -> float:
@@ -102,7 +111,8 @@ class Race:
         old = next((t for t in self.trials if t.name == trial.name), None)
         if old is not None:
             self.trials.remove(old)
-            trial = replace(trial, spent=old.spent + trial.spent, cost=old.cost + trial.cost)
+            trial = replace(trial, spent=old.spent + trial.spent, cost=old.cost + trial.cost,
+                            making=old.making + trial.making, scoring=trial.scoring or old.scoring)  # fmt: skip
         self.trials.append(trial)
         self._show()
         return trial
@@ -118,7 +128,7 @@ class Race:
         rows = self.select[:examples] if examples else self.select
         files = recipe.files(self.data.folder)
         key = json.dumps([recipe.record, files, start.fingerprint, rung, len(rows), tokens, healing], sort_keys=True)
-        self.watch.arm(f"{recipe.name}{label}", self.left)
+        self.watch.arm(f"{recipe.name}{label}", self.left + self.aside)
         kept = None if self.live else self._kept(key)
         if time.monotonic() > self.deadline and kept is None and recipe.methods:  # the base is always measured
             why = "the clock is far past the budget"
@@ -156,8 +166,11 @@ class Race:
         paired = None
         if card and self.base and self.base.card:
             paired = stats.compare(self.base.card.outcomes[: len(rows)], card.outcomes, self.metric, self.seed)
-        n, cost = len(rows) if card else 0, self.speed(start).price(total)
-        return self.record(Trial(recipe, system, rung, status, why, n, card, total, cost, notes, paired, label))
+        n, price = len(rows) if card else 0, self.speed(start).price
+        return self.record(Trial(
+            recipe, system, rung, status, why, n, card, total, price(total), notes, paired, label,
+            making=price(spent), scoring=self._scoring(system, n),
+        ))  # fmt: skip
 
     def let_go(self, *needed: System) -> None:
         """Close trained models but those of the bases, the best trial and these Systems: each holds all weights."""
@@ -215,15 +228,25 @@ class Race:
             low, high = stats.bootstrap_interval(part, self.metric, self.seed)
             score = self.metric.aggregate(part)
             return replace(before, score=score, low=low, high=high, outcomes=part, spent=Spent(), seconds=0.0)
+        session = self.run.session(system.model)
         card = evaluate(
-            system, fresh, self.metric, session=self.run.session(system.model), split="select", seed=self.seed,
+            system, fresh, self.metric, session=session, split="select", seed=self.seed,
             store=self.store, within=self.key,
             progress=lambda done, of: self.watch.tell("scoring on select", done, of),
         )  # fmt: skip
+        shared = system.uncalibrated if reads_scores(system, fresh, session) else system
+        rows, took = self.taken.get(shared.fingerprint, (0, 0.0))
+        self.taken[shared.fingerprint] = max(rows, count), took + self.speed(system).price(card.spent)
         if self.base and self.base.card:
             card = alike(card, self.base.card, self.metric, self.seed)
         self.scored[system.fingerprint] = join(before, card, self.metric, self.seed) if before else card
         return self.scored[system.fingerprint]
+
+    def _scoring(self, system: System, count: int) -> float:
+        """Seconds of scoring a System on so many rows, those included that another with the same scores has paid."""
+        plain = self.taken.get(system.uncalibrated.fingerprint, (1, 0.0))
+        rows, took = self.taken.get(system.fingerprint, plain)
+        return took * count / rows
 
     def mark(self, trial: Trial, **changes: Any) -> Trial:
         """Put a changed trial in its own place on the board."""
