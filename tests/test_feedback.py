@@ -724,6 +724,8 @@ def test_the_command_asks_and_keeps(
         main(["feedback", str(tmp_path / "system"), str(tmp_path / "p.txt"), "--out", place, "--json"])
     out, err = capsys.readouterr()
     assert not ended.value.code and json.loads(out)["judged"] == 2 and "of the [bold]chair" in err
+    asked = [line for line in err.splitlines() if "better: 1 or 2" in line]  # no table's title stands on that line
+    assert len(asked) == 4 and {line.strip() for line in asked} == {"better: 1 or 2; s skips, q ends:"}
     assert [json.loads(line)["prompt"] for line in Path(place).read_text().splitlines()][1] == "of the [bold]chair"
     with pytest.raises(SystemExit) as ended:
         main(["feedback", str(tmp_path / "system"), str(tmp_path / "none.txt")])
