@@ -49,6 +49,8 @@ def test_improve_prints_json_and_nothing_else(capsys: pytest.CaptureFixture[str]
     card = json.loads(out)
     wanted = {"score", "low", "high", "n", "metric", "seconds", "latency_ms", "size_bytes", "memory_bytes", "protocol"}
     assert code == 0 and wanted <= set(card)
+    code, _, err = whet(capsys, "evaluate", "runs/toy", task)
+    assert code == 2 and one_line(err).endswith("take runs/toy/system")
     measured = json.loads(Path("runs/toy/result.json").read_text())["confirm"]
     assert card["score"] == max(measured["chosen"]["score"] if measured["improved"] else measured["base"]["score"], 0)
     code, out, _ = whet(capsys, "compare", "fake:keyword", "runs/toy/system", task, "--json")
