@@ -456,8 +456,8 @@ def update(
 def chat(system: str, trust: bool, as_json: bool, debug: bool) -> None:
     """Talk to a System, one prompt a line.
 
-    An empty line or Ctrl-D ends. What an answer stands in is named."""
-    from whet.reading import citations
+    An empty line or Ctrl-D ends. What an answer stands in is named, or that it stands nowhere."""
+    from whet.reading import citations, unsupported
     from whet.system import load
 
     opened = load(system, trust=trust)
@@ -483,6 +483,8 @@ def chat(system: str, trust: bool, as_json: bool, debug: bool) -> None:
                     # a fact stands nowhere
                     where = f" ({one['where']}, from word {one['start'] + 1})" if one["where"] else ""
                     print(f"  from {one['title'] or one['document']}{where}")
+            if said := unsupported(opened, answer):
+                print(f"  {said}")
 
 
 @main.command(epilog=example(
