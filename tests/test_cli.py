@@ -185,6 +185,12 @@ def test_help_and_methods(capsys: pytest.CaptureFixture[str]) -> None:
         assert code == 0 and "Examples" in out and f"whet {name}" in out
     code, out, _ = whet(capsys, "methods", "--json")
     assert {m["name"] for m in json.loads(out)} >= {"fewshot", "calibrate", "finetune"}
+    for one in json.loads(out):  # choices are what the errors list
+        assert all(one["settings"][key] in (*words, "", "auto") for key, words in one["choices"].items())
+        assert set(one["choices"]) <= set(one["settings"]) and "\n" not in one["about"]
+    assert {m["name"]: m["choices"] for m in json.loads(out)}["rl"] == {"algorithm": ["rloo", "grpo"]}
+    _, out, _ = whet(capsys, "methods", "continual")  # of one: what its settings mean, those of finetune, too
+    assert "`merging`" in out and "`absent`" in out and "    adapter='lora'  (lora, rslora, dora, full)\n" in out
 
 
 def test_doctor_says_what_mends(capsys: pytest.CaptureFixture[str]) -> None:

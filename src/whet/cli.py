@@ -663,11 +663,11 @@ def init(
 @click.argument("name", required=False)
 @common
 def list_methods(name: str | None, as_json: bool, debug: bool) -> None:
-    """What the registered methods are, need and take."""
-    import inspect
+    """What the registered methods are, need and take; of one, what its settings mean."""
     from dataclasses import MISSING, fields
+    from textwrap import indent
 
-    from whet.methods import make, table
+    from whet.methods import about, choices, make, table
 
     if name:
         make(name)
@@ -675,15 +675,23 @@ def list_methods(name: str | None, as_json: bool, debug: bool) -> None:
     for key, kind in table().items():
         if name in (None, key):
             settings = {f.name: f.default for f in fields(kind) if f.default is not MISSING}  # type: ignore[arg-type]
-            about = " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
+            words = {s: list(found) for s, default in settings.items() if default == str(default)
+                     and (found := choices(kind, s))}  # fmt: skip
             body.append({"name": key, "family": kind.family, "needs": list(kind.needs), "writes": list(kind.writes),
-                         "settings": settings, "about": about})  # fmt: skip
+                         "settings": settings, "choices": words, "about": about(kind, whole=name is not None)})
     if as_json:
         _print(body)
         return
     for item in body:
-        print(f"{item['name']}  ({item['family']})\n  {item['about']}\n  needs: {', '.join(item['needs'])}")
-        print("  settings: " + ", ".join(f"{k}={v!r}" for k, v in item["settings"].items()) + "\n")
+        said = indent(item["about"], "  ")
+        print(f"{item['name']}  ({item['family']})\n{said}\n  needs: {', '.join(item['needs'])}")
+        if name is None:
+            print("  settings: " + ", ".join(f"{k}={v!r}" for k, v in item["settings"].items()) + "\n")
+            continue
+        print("  settings:")
+        for key, default in item["settings"].items():
+            words = item["choices"].get(key)
+            print(f"    {key}={default!r}" + (f"  ({', '.join(words)})" if words else ""))
 
 
 @main.command(epilog=example("whet doctor", "whet doctor --model ./my-model"))
