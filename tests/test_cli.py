@@ -10,6 +10,8 @@ import pytest
 from test_search import write_task
 
 from whet.cli import main
+from whet.engine import Spent
+from whet.progress import applied
 
 
 @pytest.fixture(autouse=True)
@@ -68,11 +70,33 @@ def test_apply_writes_a_system_that_answers(
         train.write("\n" + (Path(task) / "test.jsonl").read_text().splitlines()[0] + "\n")
     _, out, _ = whet(capsys, "apply", "fewshot", task, "--system", "fake:keyword", "--out", "other", "--json")
     assert len(json.loads(out)["notes"]["dropped"]) == 1 and "repeats" in json.loads(out)["notes"]["dropped"][0]["why"]
-    import io
-
+    _, out, _ = whet(capsys, "apply", "fewshot", task, "--system", "fake:keyword", "--out", "third")
+    said = out.splitlines()
+    assert said[0] == "made     fewshot on fake:keyword, for toy" and said[-2] == f"  whet evaluate third {task}"
+    assert [line for line in said if "dropped" in line] == ["dropped  1 row of train: test0 repeats test0"], out
     monkeypatch.setattr("sys.stdin", io.StringIO("the film 3 was grim, poor\n\n"))
     code, out, _ = whet(capsys, "chat", "made")
     assert (code, out.strip()) == (0, "bad")
+
+
+def test_what_a_method_did_is_told_without_its_internals() -> None:
+    notes = {
+        "rows": 41, "batch": 20, "steps": 2, "epochs": 1.0, "shortened": 0, "artifact": "476b", "twice_the_data": None,
+        "verdict": "too short to tell", "fit": {"verdict": "too short to tell", "best": None},
+        "trainings": {"476b": {"seconds": 1.474}}, "raced": [{"arm": "rank=4", "loss": 1.25, "why": ""}],
+        "suspects": [{"id": "train-3", "label": "good", "rather": "bad"}],
+        "dropped": [{"id": f"train-{n}", "why": "repeats test-1"} for n in range(4)],
+    }  # fmt: skip
+    assert applied(notes, Spent(training_seconds=10.7, trained_tokens=1840)) == [
+        "trained  on 41 rows, 1,840 tokens in 11 s",
+        "fit      too short to tell: fewer than three validations or four steps",
+        "raced    validation losses: rank=4 1.250",
+        "dropped  4 rows of train: train-0 repeats test-1, train-1 repeats test-1, train-2 repeats test-1, …",
+        "note     1 rows left out for a label that looks wrong, the surest: train-3 (good, rather bad)",
+    ]
+    fit = {"verdict": "overfitting", "best": 1.0, "last": 1.5, "train_before": 0.5, "train_after": 0.25}
+    [line] = applied({"verdict": "overfitting", "fit": fit}, Spent())
+    assert line.startswith("fit      overfitting: loss on validation rows 1.000 at best and 1.500 in the end")
 
 
 @pytest.mark.parametrize(

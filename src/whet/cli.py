@@ -330,7 +330,7 @@ def apply(
 
     from whet.errors import MethodError
     from whet.methods import Run, make
-    from whet.progress import readable
+    from whet.progress import applied
     from whet.search import tune
     from whet.search.budget import seconds
     from whet.search.recipe import Recipe
@@ -373,10 +373,11 @@ def apply(
     if as_json:
         _print(body)
         return
-    print(f"system   {out}")
-    for line in readable(notes):
+    print(f"made     {method} on {system}, for {loaded.name}")
+    for line in applied(notes, spent):
         print(line)
-    print(f"next:\n  whet compare {system} {out} {task}")
+    trusted = " --trust" if trust else ""
+    print(f"system   {out}\n\nnext:\n  whet evaluate {out} {task}{trusted}\n  whet compare {system} {out} {task}{trusted}")
 
 
 @main.command(epilog=example(
