@@ -59,6 +59,15 @@ def test_improve_prints_json_and_nothing_else(capsys: pytest.CaptureFixture[str]
     assert code == 0 and json.loads(out)["difference"] == pytest.approx(measured["difference"])
 
 
+def test_what_few_sealed_rows_cannot_show_is_said_before_the_budget_is_spent(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = str(write_task(tmp_path / "few", train=40, test=12))
+    code, _, err = whet(capsys, "improve", folder, "--model", "fake:keyword", "--budget", "20s", "--methods", "fewshot")
+    said = "12 rows are sealed: a gain of less than about 40 points cannot be shown on so few"
+    assert code == 0 and err.index(said) < err.index("plan for")
+
+
 def test_apply_writes_a_system_that_answers(
     capsys: pytest.CaptureFixture[str], task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
