@@ -377,7 +377,8 @@ def apply(
     for line in applied(notes, spent):
         print(line)
     trusted = " --trust" if trust else ""
-    print(f"system   {out}\n\nnext:\n  whet evaluate {out} {task}{trusted}\n  whet compare {system} {out} {task}{trusted}")
+    print(f"system   {out}\n\nnext:\n  whet evaluate {out} {task}{trusted}")
+    print(f"  whet compare {system} {out} {task}{trusted}")
 
 
 @main.command(epilog=example(

@@ -1,4 +1,4 @@
-"""What a person sees while whet works: a live leader board on a terminal, plain lines elsewhere. All but results goes to stderr."""
+"""What a person sees while whet works: a live leader board on a terminal, plain lines elsewhere, on stderr."""
 
 from __future__ import annotations
 
