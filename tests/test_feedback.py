@@ -417,6 +417,8 @@ def test_an_update_whose_answers_win_less_is_refused(
     # It is of one mind about "yes" and "no", and that is told, with a warning.
     assert made.agreement is not None and made.record()["agreement"] == list(made.agreement.accuracy) == [0.5] * 3
     [said] = [line for line in told(made) if "judge" in line]
+    remedy = "korean: no rows to measure it on; name its folder in earlier: of task.yaml"
+    assert remedy in told(replace(made, unmeasured=("korean",))) and remedy not in told(made)
     assert "right on 50.0 % [50.0, 50.0] of 10 pairs" in said and said.endswith("a win rate by it says little")
 
 

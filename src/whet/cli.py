@@ -415,10 +415,11 @@ def update(
     from whet.task import load as load_task
     from whet.train.team import team
 
-    loaded = load_task(task, trust=trust)
-    with _watched(as_json, "update", loaded.notes) as watch:
+    opened = load(system, trust=trust)
+    loaded, kept = updating.with_made(load_task(task, trust=trust), opened, Path(system))
+    with _watched(as_json, "update", (*loaded.notes, *filter(None, [kept]))) as watch:
         run = Run(Store(), seed, tell=watch.tell)
-        made = updating.update(load(system, trust=trust), loaded, run, _settings((*pairs, *more)), feedback)
+        made = updating.update(opened, loaded, run, _settings((*pairs, *more)), feedback)
         crew = team()
         if crew.first and not made.refused:
             made.system.save(out)
@@ -431,8 +432,8 @@ def update(
         paired, found = made.paired, (made.before.score, made.after.score)
         print(f"{loaded.name}: {figure(found[0])} to {figure(found[1])} ({made.before.metric}, {paired.n} rows), "
               f"{apart(paired.difference, paired.low, paired.high, *found)}")  # fmt: skip
-        for said in (*made.lost, *(f"{name}: no rows to measure it on" for name in made.unmeasured)):
-            print(said)
+        for lost in made.lost:
+            print(lost)
         for note in made.notes.get("feedback", ()):
             print(f"feedback {note}")
         if made.dropped:
@@ -449,6 +450,8 @@ def update(
         raise MethodError(f"refused: {made.refused}", do="set strategy or share, or limits.forgetting in task.yaml")
     if not as_json:
         print(f"system   {out}")
+        if said := updating.asked(made, out):
+            print(said)
 
 
 @main.command(epilog=example("whet chat runs/sst2/system", "echo 'a fine film' | whet chat runs/sst2/system"))
