@@ -11,6 +11,8 @@ import pytest
 from test_search import write_task
 
 from whet.cli import main
+from whet.engine import Spent
+from whet.progress import applied
 
 
 @pytest.fixture(autouse=True)
@@ -50,10 +52,21 @@ def test_improve_prints_json_and_nothing_else(capsys: pytest.CaptureFixture[str]
     card = json.loads(out)
     wanted = {"score", "low", "high", "n", "metric", "seconds", "latency_ms", "size_bytes", "memory_bytes", "protocol"}
     assert code == 0 and wanted <= set(card)
+    code, _, err = whet(capsys, "evaluate", "runs/toy", task)
+    assert code == 2 and one_line(err).endswith("take runs/toy/system")
     measured = json.loads(Path("runs/toy/result.json").read_text())["confirm"]
     assert card["score"] == max(measured["chosen"]["score"] if measured["improved"] else measured["base"]["score"], 0)
     code, out, _ = whet(capsys, "compare", "fake:keyword", "runs/toy/system", task, "--json")
     assert code == 0 and json.loads(out)["difference"] == pytest.approx(measured["difference"])
+
+
+def test_what_few_sealed_rows_cannot_show_is_said_before_the_budget_is_spent(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = str(write_task(tmp_path / "few", train=40, test=12))
+    code, _, err = whet(capsys, "improve", folder, "--model", "fake:keyword", "--budget", "20s", "--methods", "fewshot")
+    said = "12 rows are sealed: a gain of less than about 40 points cannot be shown on so few"
+    assert code == 0 and err.index(said) < err.index("plan for")
 
 
 def test_apply_writes_a_system_that_answers(
@@ -67,11 +80,33 @@ def test_apply_writes_a_system_that_answers(
         train.write("\n" + (Path(task) / "test.jsonl").read_text().splitlines()[0] + "\n")
     _, out, _ = whet(capsys, "apply", "fewshot", task, "--system", "fake:keyword", "--out", "other", "--json")
     assert len(json.loads(out)["notes"]["dropped"]) == 1 and "repeats" in json.loads(out)["notes"]["dropped"][0]["why"]
-    import io
-
+    _, out, _ = whet(capsys, "apply", "fewshot", task, "--system", "fake:keyword", "--out", "third")
+    said = out.splitlines()
+    assert said[0] == "made     fewshot on fake:keyword, for toy" and said[-2] == f"  whet evaluate third {task}"
+    assert [line for line in said if "dropped" in line] == ["dropped  1 row of train: test0 repeats test0"], out
     monkeypatch.setattr("sys.stdin", io.StringIO("the film 3 was grim, poor\n\n"))
     code, out, _ = whet(capsys, "chat", "made")
     assert (code, out.strip()) == (0, "bad")
+
+
+def test_what_a_method_did_is_told_without_its_internals() -> None:
+    notes = {
+        "rows": 41, "batch": 20, "steps": 2, "epochs": 1.0, "shortened": 0, "artifact": "476b", "twice_the_data": None,
+        "verdict": "too short to tell", "fit": {"verdict": "too short to tell", "best": None},
+        "trainings": {"476b": {"seconds": 1.474}}, "raced": [{"arm": "rank=4", "loss": 1.25, "why": ""}],
+        "suspects": [{"id": "train-3", "label": "good", "rather": "bad"}],
+        "dropped": [{"id": f"train-{n}", "why": "repeats test-1"} for n in range(4)],
+    }  # fmt: skip
+    assert applied(notes, Spent(training_seconds=10.7, trained_tokens=1840)) == [
+        "trained  on 41 rows, 1,840 tokens in 11 s",
+        "fit      too short to tell: fewer than three validations or four steps",
+        "raced    validation losses: rank=4 1.250",
+        "dropped  4 rows of train: train-0 repeats test-1, train-1 repeats test-1, train-2 repeats test-1, …",
+        "note     1 rows left out for a label that looks wrong, the surest: train-3 (good, rather bad)",
+    ]
+    fit = {"verdict": "overfitting", "best": 1.0, "last": 1.5, "train_before": 0.5, "train_after": 0.25}
+    [line] = applied({"verdict": "overfitting", "fit": fit}, Spent())
+    assert line.startswith("fit      overfitting: loss on validation rows 1.000 at best and 1.500 in the end")
 
 
 @pytest.mark.parametrize(
@@ -267,6 +302,12 @@ def test_help_and_methods(capsys: pytest.CaptureFixture[str]) -> None:
         assert code == 0 and "Examples" in out and f"whet {name}" in out
     code, out, _ = whet(capsys, "methods", "--json")
     assert {m["name"] for m in json.loads(out)} >= {"fewshot", "calibrate", "finetune"}
+    for one in json.loads(out):  # choices are what the errors list
+        assert all(one["settings"][key] in (*words, "", "auto") for key, words in one["choices"].items())
+        assert set(one["choices"]) <= set(one["settings"]) and "\n" not in one["about"]
+    assert {m["name"]: m["choices"] for m in json.loads(out)}["rl"] == {"algorithm": ["rloo", "grpo"]}
+    _, out, _ = whet(capsys, "methods", "continual")  # of one: what its settings mean, those of finetune, too
+    assert "`merging`" in out and "`absent`" in out and "    adapter='lora'  (lora, rslora, dora, full)\n" in out
 
 
 def test_doctor_says_what_mends(capsys: pytest.CaptureFixture[str]) -> None:

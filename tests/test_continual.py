@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from whet import embed
 from whet import model as models
+from whet import update as updating
 from whet.cli import main
 from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession
@@ -681,6 +683,8 @@ def test_update_teaches_keeps_and_says_so(taught: Any, whet: Any, tmp_path: Path
     [history] = made.card["taught"][-1:]
     assert table["forward"] == history["ahead"] and -1 <= history["ahead"] <= 1
     assert made.card["taught"] == [{**made.card["taught"][0], "task": "second", "from": system.fingerprint}]
+    said = updating.asked(SimpleNamespace(system=made), out)  # type: ignore[arg-type]
+    assert said == f"whet chat {out} answers as second; for first: whet evaluate {out} TASK"
     for name in ("first", "second"):  # each is asked its own way
         code, card, _ = whet("evaluate", out, folder / name)
         assert code == 0 and card["score"] > 0.9 and card["n"] == 24
@@ -701,7 +705,26 @@ def test_update_without_kept_rows_makes_some_up(taught: Any, whet: Any, tmp_path
     out = tmp_path / "out"
     code, body, _ = whet("update", folder / "system", alone, *settings(epochs=2.0), "--out", out)
     assert code == 0 and body["unmeasured"] == ["first"] and body["earlier"] == []
+    (folder / "run.json").write_text(json.dumps({"folder": str(folder / "first")}))  # as improve leaves one
+    code, body, err = whet("update", folder / "system", alone, *settings(epochs=2.0), "--out", tmp_path / "kept")
+    (folder / "run.json").unlink()
+    assert body["unmeasured"] == [] and [one["task"] for one in body["earlier"]] == ["first"]
+    assert "is an earlier task of alone" in err
     assert body["notes"]["earlier"]["first"] > 50
+
+
+def test_the_task_that_improve_made_the_system_for_is_an_earlier_one(taught: Any, tmp_path: Path) -> None:
+    folder, system, (first, second) = taught
+    made, alone = replace(system, card={"task": "first"}), replace(second, earlier=())
+    (tmp_path / "run.json").write_text(json.dumps({"folder": str(first.folder)}))
+    found, said = updating.with_made(alone, made, tmp_path / "system")
+    assert found.earlier == (first.folder,) and said.startswith(f"first ({first.folder})")
+    assert updating.with_made(second, made, tmp_path / "system") == (second, "")  # what task.yaml says wins
+    other = replace(system, card={"task": "other"})
+    for task, one in ((alone, other), (replace(first, name="new"), made)):  # of another name; of the task's own folder
+        assert updating.with_made(task, one, tmp_path / "system") == (task, "")
+    (tmp_path / "run.json").write_text(json.dumps({"folder": str(tmp_path / "gone")}))
+    assert updating.with_made(alone, made, tmp_path / "system") == (alone, "")
 
 
 @pytest.mark.skipif(not embed.available(), reason="the embedding model is not installed")

@@ -417,6 +417,8 @@ def test_an_update_whose_answers_win_less_is_refused(
     # It is of one mind about "yes" and "no", and that is told, with a warning.
     assert made.agreement is not None and made.record()["agreement"] == list(made.agreement.accuracy) == [0.5] * 3
     [said] = [line for line in told(made) if "judge" in line]
+    remedy = "korean: no rows to measure it on; name its folder in earlier: of task.yaml"
+    assert remedy in told(replace(made, unmeasured=("korean",))) and remedy not in told(made)
     assert "right on 50.0 % [50.0, 50.0] of 10 pairs" in said and said.endswith("a win rate by it says little")
 
 
@@ -745,6 +747,8 @@ def test_the_command_asks_and_keeps(
         main(["feedback", str(tmp_path / "system"), str(tmp_path / "p.txt"), "--out", place, "--json"])
     out, err = capsys.readouterr()
     assert not ended.value.code and json.loads(out)["judged"] == 2 and "of the [bold]chair" in err
+    asked = [line for line in err.splitlines() if "better: 1 or 2" in line]  # no table's title stands on that line
+    assert len(asked) == 4 and {line.strip() for line in asked} == {"better: 1 or 2; s skips, q ends:"}
     assert [json.loads(line)["prompt"] for line in Path(place).read_text().splitlines()][1] == "of the [bold]chair"
     with pytest.raises(SystemExit) as ended:
         main(["feedback", str(tmp_path / "system"), str(tmp_path / "none.txt")])

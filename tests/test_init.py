@@ -658,7 +658,10 @@ def test_rows_that_repeat_or_contradict_are_counted(tmp_path):
     torn = [{"text": row["text"].upper(), "label": REVIEWS[n + 1][1]} for n, row in enumerate(rows[:3])]
     lines = init_lines(tmp_path / "torn", [*rows, *rows[:5], *torn])
     assert "5 rows repeat another row exactly" in lines
-    assert "3 prompts have different labels in different rows" in lines
+    assert ("3 prompts have different labels in different rows: line 1 and line 66; line 2 and line 67; "
+            "line 3 and line 68") in lines
+    [line] = [line for line in init_lines(tmp_path / "one", [*rows, torn[0]]) if "different labels" in line]
+    assert line == "1 prompt has different labels in different rows: line 1 and line 61"
     skewed = [row | {"label": "rare" if n < 5 else "usual"} for n, row in enumerate(rows)]
     [line] = [line for line in init_lines(tmp_path / "skewed", skewed) if "macro_f1" in line]
     assert line.startswith("55 of 60 rows have the label 'usual'")
@@ -667,3 +670,28 @@ def test_rows_that_repeat_or_contradict_are_counted(tmp_path):
     lines = init_lines(tmp_path / "sound", rows)
     said = ("repeat another", "different labels", "macro_f1", "the same:")
     assert not any(word in line for line in lines for word in said)
+
+
+@pytest.mark.parametrize(("columns", "asked"), [
+    ("notes,summary,author", "Summarize the text."), ("article,headline", "Write a title for the text."),
+    ("frage,antwort", "Answer the question."), ("pregunta,respuesta", "Answer the question."),
+    ("question,réponse", "Answer the question."),
+])  # fmt: skip
+def test_answers_are_asked_for_by_their_column(tmp_path, columns, asked):
+    cells = [(f"what of the thing number {n}?", f"it is {n} by now", "ann") for n in range(40)]
+    names = columns.split(",")
+    guess, task = made(tmp_path, [dict(zip(names, row, strict=False)) for row in cells])
+    assert task.instruction == asked and guess.columns.completion == names[1]
+    if "author" not in names and "headline" not in names:
+        assert {f"column {name!r} read as the {part} (by its name)" for name, part in zip(
+            names, ("prompt", "answer"), strict=True)} <= set(guess.lines)  # fmt: skip
+    assert any("documents: FOLDER" in line for line in guess.lines) == (asked == "Answer the question.")
+    assert "8 rows are sealed: a gain of less than about 49 points cannot be shown on so few" in guess.lines[-1]
+
+
+def test_korean_rows_are_asked_in_korean(tmp_path):
+    rows = [{"리뷰": f"{n}번째로 산 물건은 정말 {said}", "감정": label} for n in range(60)
+            for said, label in (("좋아요", "긍정"), ("별로예요", "부정"))]  # fmt: skip
+    guess, task = made(tmp_path, rows)
+    assert task.instruction == "다음 중 하나로 답하세요: 긍정, 부정." and task.labels == ("긍정", "부정")
+    assert not any("sealed" in line for line in guess.lines)  # 24 may show 25 points

@@ -788,11 +788,13 @@ def test_facts_are_cited_by_what_they_are_about(
     from whet.cli import main
 
     made = Knowledge(k=1).apply(System(resolve("fake:hash"), "Answer.", home=home), data, Run(Store(home)))
-    monkeypatch.setattr(System, "_generate", lambda *given: [Answer("cream", passages=tuple(f)) for f in given[4]])
-    monkeypatch.setattr("sys.stdin", io.StringIO("Which colour is the Luma lamp?\n\n"))
+    said = iter(("cream", "plaid"))
+    monkeypatch.setattr(System, "_generate", lambda *given: [Answer(next(said), passages=tuple(f)) for f in given[4]])
+    monkeypatch.setattr("sys.stdin", io.StringIO(2 * "Which colour is the Luma lamp?\n" + "\n"))
     with pytest.raises(SystemExit, match="0"):
         main(["chat", str(made.save(tmp_path / "system"))], standalone_mode=False)
-    assert capsys.readouterr().out == "cream\n  from Luma lamp\n"
+    nowhere = "plaid\n  none of what was found says this in these words\n"
+    assert capsys.readouterr().out == f"cream\n  from Luma lamp\n{nowhere}"
 
 
 @needs_embedder

@@ -820,6 +820,16 @@ def test_what_holds_an_answer() -> None:
     assert reading.cited("six weeks!", [kettle, lamp]) == (kettle, lamp) and reading.cited("ten", [kettle]) == ()
 
 
+def test_an_answer_that_stands_nowhere_is_told() -> None:
+    made, found = System(resolve("fake:hash"), sources=(Source(),)), tuple(found_in(kettle="every six weeks."))
+    said = {text: reading.unsupported(made, Answer(text, passages=found)) for text in ("six weeks", "ten", "unknown")}
+    assert said == {"six weeks": "", "ten": "none of what was found says this in these words", "unknown": ""}
+    assert reading.unsupported(made, Answer("ten")).startswith("nothing was found")
+    closed = replace(made, decoding=Decoding(labels=("ten", "six"), closed=True))  # no passage holds a label
+    assert not reading.unsupported(closed, Answer("ten", passages=found))
+    assert not reading.unsupported(replace(made, sources=()), Answer("ten"))
+
+
 def test_an_answer_of_two_documents_needs_both() -> None:
     row = Example("1", "q", "Six weeks", evidence=(("lamp", 1.0), ("kettle", 1.0)))
     kettle, lamp, cup = found_in(kettle="every six weeks.", lamp="see the kettle", cup="after six weeks")

@@ -356,7 +356,7 @@ def apply(
 
     from whet.errors import MethodError
     from whet.methods import Run, make
-    from whet.progress import readable
+    from whet.progress import applied
     from whet.search import tune
     from whet.search.budget import seconds
     from whet.search.recipe import Recipe
@@ -400,10 +400,12 @@ def apply(
     if as_json:
         _print(body)
         return
-    print(f"system   {out}")
-    for line in readable(notes):
+    print(f"made     {method} on {system}, for {loaded.name}")
+    for line in applied(notes, spent):
         print(line)
-    print(f"next:\n  whet compare {system} {out} {task}")
+    trusted = " --trust" if trust else ""
+    print(f"system   {out}\n\nnext:\n  whet evaluate {out} {task}{trusted}")
+    print(f"  whet compare {system} {out} {task}{trusted}")
 
 
 @main.command(epilog=example(
@@ -441,10 +443,11 @@ def update(
     from whet.train.team import team
 
     place_for(out, "system.json")
-    loaded = load_task(task, trust=trust)
-    with _watched(as_json, "update", loaded.notes) as watch:
+    opened = load(system, trust=trust)
+    loaded, kept = updating.with_made(load_task(task, trust=trust), opened, Path(system))
+    with _watched(as_json, "update", (*loaded.notes, *filter(None, [kept]))) as watch:
         run = Run(Store(), seed, tell=watch.tell)
-        made = updating.update(load(system, trust=trust), loaded, run, _settings((*pairs, *more)), feedback)
+        made = updating.update(opened, loaded, run, _settings((*pairs, *more)), feedback)
         crew = team()
         if crew.first and not made.refused:
             made.system.save(out)
@@ -457,8 +460,8 @@ def update(
         paired, found = made.paired, (made.before.score, made.after.score)
         print(f"{loaded.name}: {figure(found[0])} to {figure(found[1])} ({made.before.metric}, {paired.n} rows), "
               f"{apart(paired.difference, paired.low, paired.high, *found)}")  # fmt: skip
-        for said in (*made.lost, *(f"{name}: no rows to measure it on" for name in made.unmeasured)):
-            print(said)
+        for lost in made.lost:
+            print(lost)
         for note in made.notes.get("feedback", ()):
             print(f"feedback {note}")
         if made.dropped:
@@ -475,6 +478,8 @@ def update(
         raise MethodError(f"refused: {made.refused}", do="set strategy or share, or limits.forgetting in task.yaml")
     if not as_json:
         print(f"system   {out}")
+        if said := updating.asked(made, out):
+            print(said)
 
 
 @main.command(epilog=example("whet chat runs/sst2/system", "echo 'a fine film' | whet chat runs/sst2/system"))
@@ -484,8 +489,8 @@ def update(
 def chat(system: str, trust: bool, as_json: bool, debug: bool) -> None:
     """Talk to a System, one prompt a line.
 
-    An empty line or Ctrl-D ends. What an answer stands in is named."""
-    from whet.reading import citations
+    An empty line or Ctrl-D ends. What an answer stands in is named, or that it stands nowhere."""
+    from whet.reading import citations, unsupported
     from whet.system import load
 
     opened = load(system, trust=trust)
@@ -511,6 +516,8 @@ def chat(system: str, trust: bool, as_json: bool, debug: bool) -> None:
                     # a fact stands nowhere
                     where = f" ({one['where']}, from word {one['start'] + 1})" if one["where"] else ""
                     print(f"  from {one['title'] or one['document']}{where}")
+            if said := unsupported(opened, answer):
+                print(f"  {said}")
 
 
 @main.command(epilog=example(
@@ -689,11 +696,11 @@ def init(
 @click.argument("name", required=False)
 @common
 def list_methods(name: str | None, as_json: bool, debug: bool) -> None:
-    """What the registered methods are, need and take."""
-    import inspect
+    """What the registered methods are, need and take; of one, what its settings mean."""
     from dataclasses import MISSING, fields
+    from textwrap import indent
 
-    from whet.methods import make, table
+    from whet.methods import about, choices, make, table
 
     if name:
         make(name)
@@ -701,15 +708,23 @@ def list_methods(name: str | None, as_json: bool, debug: bool) -> None:
     for key, kind in table().items():
         if name in (None, key):
             settings = {f.name: f.default for f in fields(kind) if f.default is not MISSING}  # type: ignore[arg-type]
-            about = " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
+            words = {s: list(found) for s, default in settings.items() if default == str(default)
+                     and (found := choices(kind, s))}  # fmt: skip
             body.append({"name": key, "family": kind.family, "needs": list(kind.needs), "writes": list(kind.writes),
-                         "settings": settings, "about": about})  # fmt: skip
+                         "settings": settings, "choices": words, "about": about(kind, whole=name is not None)})
     if as_json:
         _print(body)
         return
     for item in body:
-        print(f"{item['name']}  ({item['family']})\n  {item['about']}\n  needs: {', '.join(item['needs'])}")
-        print("  settings: " + ", ".join(f"{k}={v!r}" for k, v in item["settings"].items()) + "\n")
+        said = indent(item["about"], "  ")
+        print(f"{item['name']}  ({item['family']})\n{said}\n  needs: {', '.join(item['needs'])}")
+        if name is None:
+            print("  settings: " + ", ".join(f"{k}={v!r}" for k, v in item["settings"].items()) + "\n")
+            continue
+        print("  settings:")
+        for key, default in item["settings"].items():
+            words = item["choices"].get(key)
+            print(f"    {key}={default!r}" + (f"  ({', '.join(words)})" if words else ""))
 
 
 @main.command(epilog=example("whet doctor", "whet doctor --model ./my-model"))

@@ -25,7 +25,7 @@ LABELS = ("gold_label", "label", "label_text", MANY, "라벨", "레이블")
 ANSWERS = ("completion", "answer", "answers", "answerkey", "answer_key", "correct_answer", "best_answer",
            "correct_option", "correct", "cop", "gold", "target", "output", "response", "summary", "highlights",
            "translation", "canonical_solution", "solution", "code", "result", "reply", "정답", "답변", "답", "응답",
-           "요약")  # fmt: skip
+           "요약", "antwort", "respuesta", "réponse", "reponse")  # fmt: skip
 ALTERNATIVES = re.compile(r"(.*_)?(answers|aliases|references)")  # lists under these names hold accepted answers
 CLASSES = ("sentiment", "emotion", "polarity", "intent", "class", "category", "topic", "stars", "rating",
            "score", "감정", "의도", "분류")  # fmt: skip
@@ -33,7 +33,7 @@ COMPLETIONS = (*LABELS, *ANSWERS, *CLASSES)
 CONTEXTS = ("context", "passage", "paragraph", "support", "지문", "본문", "문맥")
 PROMPTS = ("prompt", "question", "question_stem", "query", "instruction", "review", "sentence", "utterance", "text",
            "input", "message", "article", "document", "dialogue", "premise", "hypothesis", "problem", "goal", "aspect",
-           "질문", "문제", "문장", "리뷰", "전제", "가설")  # fmt: skip
+           "질문", "문제", "문장", "리뷰", "전제", "가설", "frage", "pregunta")  # fmt: skip
 # Never part of a prompt unless asked for: what names the row, and what gives its answer away.
 ASIDE = re.compile(r"(.*_)?(id|ids|idx|index|ind|uuid|url|link|date|time|timestamp|user|author|license|parse|tests?|"
                    r"explanation|rationale|reasoning|exp|cot|cot_content|번호|날짜|작성자)")  # fmt: skip

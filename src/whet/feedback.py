@@ -595,6 +595,8 @@ def ask(example: Example, shown: tuple[str, str]) -> str:
     while True:
         screen.print("better: 1 or 2; s skips, q ends: ", end="", markup=False)
         line = sys.stdin.readline()
+        if not sys.stdin.isatty():
+            screen.print()  # on a terminal it is the person who ends the line
         if not line or line.strip().lower() in ("1", "2", "s", "q"):
             return line.strip().lower() or "q"
 

@@ -41,6 +41,7 @@ from whet.columns import (
     unfolded,
 )
 from whet.convert import standard
+from whet.documents import HANGUL
 from whet.errors import TaskError, nearest
 from whet.rows import COLUMN, Broken, Row, read, short, sift, stem_of
 
@@ -62,6 +63,21 @@ FLAGS = {"0": False, "1": True, "false": False, "true": True}
 OWNERS = re.compile(r"(?:.*_)?(?:(user|customer|author|patient)(?:_?(?:id|name))?|"
                     r"(session|conversation|thread|document)_?id)")  # fmt: skip
 SIDES = {"train": "train", "training": "train", "test": "test"} | dict.fromkeys(("dev", "validation", "valid"), "dev")
+# What whet init asks for, in English and in Korean.
+ASKED = {
+    "json": ("Answer with a JSON list.", "JSON 목록으로 답하세요."),
+    "labels": ("Name all labels that fit, with commas between.", "알맞은 라벨을 모두 쉼표로 구분해 쓰세요."),
+    "named labels": ("Name all labels that fit, with commas between: {}.",
+                     "다음 중 알맞은 라벨을 모두 쉼표로 구분해 쓰세요: {}."),
+    "label": ("Name the label that fits.", "알맞은 라벨을 쓰세요."),
+    "named label": ("Answer with one of: {}.", "다음 중 하나로 답하세요: {}."),
+    "pairs": ("Follow the instruction.", "지시를 따르세요."),
+    "summary": ("Summarize the text.", "글을 요약하세요."),
+    "title": ("Write a title for the text.", "글의 제목을 쓰세요."),
+    "question": ("Answer the question.", "질문에 답하세요."),
+}  # fmt: skip
+SUMMARIES, TITLES = ("summary", "highlights", "요약"), ("title", "headline", "제목")  # columns of answers
+NAMED = 3  # prompts whose lines are named
 WORKED = re.compile(r"####\s*-?\$?[\d,.]+\s*\Z")  # GSM8K: the working, then the number
 
 
@@ -111,7 +127,8 @@ def init(
     guess, rows = _guess(data, found, out, tuple(prompt), completion, broken)
     guess = replace(guess, lines=(*notes, *guess.lines))
     name = name or re.sub(r"[^\w.-]+", "-", stem_of(data.name)).strip("-.") or "task"
-    header: dict[str, Any] = {"name": name, "instruction": _instruction(guess, rows), "metric": guess.metric}
+    instruction = _instruction(guess, rows)
+    header: dict[str, Any] = {"name": name, "instruction": instruction, "metric": guess.metric}
     if guess.labels:
         header["labels"] = list(guess.labels)
     if telling := _telling(guess.columns):
@@ -126,7 +143,7 @@ def init(
     if "feedback.jsonl" in files:
         header["feedback"] = "feedback.jsonl"
     said = ", ".join(f"{len(part)} rows to {file}" for file, part in files.items())
-    guess = replace(guess, lines=(*guess.lines, f"{said}; {how}"))
+    guess = replace(guess, lines=(*guess.lines, f"{said}; {how}", *_hints(guess, instruction, test)))
     _write(out, header, files)
     return guess
 
@@ -214,9 +231,9 @@ def _guess(
         lines.append("to say otherwise: --prompt COLUMN (again for each of several), --completion COLUMN")
     if kind not in ("text", "columns"):
         lines.insert(0, f"rows read as {kind}")
-    plain = _plain_rows(data, rows, kind, columns, judging, more, broken, lines)
+    plain, places = _plain_rows(data, rows, kind, columns, judging, more, broken, lines)
     metric, labels = _metric(kind, columns, many, _good(plain, plain) if kind == "thumbs" else plain, lines)
-    _doubts(kind, labels, plain, lines)
+    _doubts(kind, labels, plain, places, lines)
     return Guess(kind, columns, labels, len(plain), metric, tuple(lines), out), plain
 
 
@@ -288,8 +305,8 @@ def _judgements(key: str, cells: Sequence[Any]) -> list[bool | float | None]:
 def _plain_rows(
     data: Path, rows: Sequence[Row], kind: str, columns: Columns | None, judging: str,
     beside: Mapping[str, dict[str, Any]], broken: Broken, lines: list[str],
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows as they are written to files; those that lack a part are skipped, and counted with the first reason.
+) -> tuple[list[dict[str, Any]], list[str]]:  # fmt: skip
+    """Rows as they are written to files, and where each stands; those that lack a part are skipped and counted.
 
     `beside` has further fields by where a row stands. Raises TaskError where more than a few cannot be read.
     """
@@ -301,6 +318,7 @@ def _plain_rows(
     judged = _judgements(judging, [row.values.get(judging) for row in rows]) if judging else ()
     said = dict(zip((row.where for row in rows), judged, strict=False))
     plain: list[dict[str, Any]] = []
+    places: list[str] = []
     refused: list[str] = []
     for where, values in sift(data.name, rows, make, broken, lines):
         if missing := [field for field in wanted if not (values.get(field) or "").strip()]:
@@ -311,6 +329,7 @@ def _plain_rows(
             refused.append(f"{where} has no {judging}")
         else:
             plain.append(_written(values, kind) | beside[where])
+            places.append(where.removeprefix(f"{data.name} "))
             if judging:
                 plain[-1]["label" if isinstance(said[where], bool) else "rating"] = said[where]
     if len(plain) < 2:
@@ -327,7 +346,7 @@ def _plain_rows(
         )
     if refused:
         lines.append(f"{len(refused)} of {len(rows)} rows skipped; the first: {refused[0]}")
-    return plain
+    return plain, places
 
 
 def _written(values: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -422,19 +441,23 @@ def _labels(rows: list[dict[str, Any]], lines: list[str]) -> tuple[str, ...]:
     return labels
 
 
-def _doubts(kind: str, labels: tuple[str, ...], rows: list[dict[str, Any]], lines: list[str]) -> None:
-    """Counts rows that repeat, prompts whose labels differ, and a label that most rows have."""
+def _doubts(
+    kind: str, labels: tuple[str, ...], rows: list[dict[str, Any]], places: Sequence[str], lines: list[str]
+) -> None:
+    """Counts rows that repeat, prompts whose labels differ (and where), and a label that most rows have."""
     from whet.splits import mark
 
     unlike = [{key: cell for key, cell in row.items() if key != "split"} for row in rows]
     if twice := len(rows) - len({json.dumps(row, sort_keys=True, default=str) for row in unlike}):
         lines.append(f"{twice} rows repeat another row exactly")
     if labels:
-        said: dict[str, set[str]] = {}
-        for row, example in zip(rows, _examples(rows), strict=True):
-            said.setdefault(mark(example), set()).add(row["completion"])
-        if torn := sum(len(answers) > 1 for answers in said.values()):
-            lines.append(f"{torn} prompts have different labels in different rows")
+        said: dict[str, dict[str, str]] = {}  # of each prompt its labels, and where each stands first
+        for row, place, example in zip(rows, places, _examples(rows), strict=True):
+            said.setdefault(mark(example), {}).setdefault(row["completion"], place)
+        if torn := [found for found in said.values() if len(found) > 1]:
+            some = "; ".join(" and ".join(found.values()) for found in torn[:NAMED])
+            prompts = f"{len(torn)} prompts have" if len(torn) > 1 else "1 prompt has"
+            lines.append(f"{prompts} different labels in different rows: {some}{'; …' * (len(torn) > NAMED)}")
     if kind in ("text", "pairs"):
         return
     [(answer, most)] = Counter(row["completion"] for row in rows).most_common(1)
@@ -456,25 +479,45 @@ def _telling(columns: Columns | None) -> dict[str, str]:
 
 
 def _instruction(guess: Guess, rows: list[dict[str, Any]]) -> str:
+    """What is asked, as the answers and their column tell it: in Korean where most prompts are, labels as they are."""
     if guess.kind == "text":
         return ""
-    if guess.metric == "set_f1" and all(row["completion"][:2] in ("[{", "[[", "[]") for row in rows):
-        return "Answer with a JSON list."
     if guess.metric == "chrf" and (pair := languages(guess.columns)):
         return f"Translate from {pair[0]} to {pair[1]}."
+    prompts = [example.prompt for example in _examples(rows)]
+    korean = 2 * sum(map(_in_hangul, prompts)) > len(prompts)
+    what, names = _asked(guess, rows)
+    return ASKED[what][korean].format(names)
+
+
+def _asked(guess: Guess, rows: list[dict[str, Any]]) -> tuple[str, str]:
+    """Which of ASKED, and the labels that it names."""
+    if guess.metric == "set_f1" and all(row["completion"][:2] in ("[{", "[[", "[]") for row in rows):
+        return "json", ""
     if guess.metric == "set_f1":
         names = sorted({name for row in rows for name in row["completion"].split(", ")})
-        return "Name all labels that fit, with commas between" + (f": {', '.join(names)}." if len(names) <= 30 else ".")
+        return ("named labels", ", ".join(names)) if len(names) <= 30 else ("labels", "")
     if guess.labels and len(guess.labels) <= 10:
-        between = "; " if any("," in label for label in guess.labels) else ", "
-        return f"Answer with one of: {between.join(guess.labels)}."
-    return (
-        "Name the label that fits."
-        if guess.labels
-        else "Follow the instruction."
-        if guess.kind == "pairs"
-        else "Answer the question."
-    )
+        return "named label", ("; " if any("," in label for label in guess.labels) else ", ").join(guess.labels)
+    if guess.labels or guess.kind == "pairs":
+        return ("label" if guess.labels else "pairs"), ""
+    name = key_of(guess.columns.completion) if guess.columns else ""
+    return ("summary" if name in SUMMARIES else "title" if name in TITLES else "question"), ""
+
+
+def _in_hangul(text: str) -> bool:
+    letters = [letter for letter in text if letter.isalpha()]
+    return 2 * len(re.findall(f"[{HANGUL}]", text)) > len(letters)
+
+
+def _hints(guess: Guess, instruction: str, test: Sequence[dict[str, Any]]) -> list[str]:
+    """What would help, where it may: documents for questions with free answers, and more sealed rows."""
+    from whet.splits import few
+
+    within = guess.columns is not None and any(key_of(key) in CONTEXTS for key in guess.columns.prompt)
+    free = guess.metric in ("exact_match", "token_f1", "rouge_l") and instruction in ASKED["question"]
+    hints = ["if the answers stand in documents: copy their folder in, and write documents: FOLDER in task.yaml"]
+    return [*(hints if free and not within else ()), *filter(None, [few(_examples(list(test)))])]
 
 
 def _parts(rows: list[dict[str, Any]], closed: bool) -> list[list[dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""What a person sees while whet works: a live leader board on a terminal, plain lines elsewhere. Always on stderr."""
+"""What a person sees while whet works: a live leader board on a terminal, plain lines elsewhere, on stderr."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from whet.engine import Spent
 
 
 @dataclass(frozen=True)
@@ -45,37 +48,34 @@ class Watch:
 Silent = Watch  # its name where nothing is to be shown
 
 
-SHOWN = 5  # entries of a long list
+SHOWN = 3  # rows or settings that are named
+# Told in a line of their own, or for --json alone: figures of how the work went.
+ELSEWHERE = {"dropped", "raced", "trainings", "fit", "verdict", "rows", "batch", "steps", "epochs", "row_tokens"}
 
 
-def readable(notes: Mapping[str, Any]) -> list[str]:
-    """A method's notes as lines: one each, with a short table below where a note is a list of records."""
-    lines = []
-    for key, value in notes.items():
-        parts = value if isinstance(value, Mapping) else {"": value}
-        told = [f"{name} {_short(one)}".strip() for name, one in parts.items() if not _records(one)]
-        lines.append(f"{key:<8} {', '.join(told)}".rstrip())
-        for name, one in parts.items():
-            if _records(one):
-                lines += [f"  {name or key}:".rstrip(), *(f"    {_short(row)}" for row in one[:SHOWN])]
-                lines += [f"    … and {len(one) - SHOWN} more"] if len(one) > SHOWN else []
-    return lines
+def applied(notes: Mapping[str, Any], spent: Spent) -> list[str]:
+    """What a Method did, as lines for a person: training, how it fitted, rows left out and why, and its own notes."""
+    from whet.report.findings import sentences
+
+    lines, dropped, raced = [], notes.get("dropped", ()), notes.get("raced", ())
+    if spent.trained_tokens:
+        rows = f"on {notes['rows']:,} rows, " if isinstance(notes.get("rows"), int) else ""
+        lines.append(f"trained  {rows}{spent.trained_tokens:,} tokens in {spent.training_seconds:.0f} s")
+    if verdict := notes.get("verdict"):
+        short = f"{verdict}: fewer than three validations or four steps"  # what the sentence leaves out
+        lines.append(f"fit      {''.join(sentences({'fit': notes.get('fit')})) or short}")
+    if raced:
+        arms = (f"{one['arm']} {'–' if one['loss'] is None else format(one['loss'], '.3f')}" for one in raced)
+        lines.append(f"raced    validation losses: {', '.join(arms)}")
+    if dropped:
+        some = ", ".join(f"{one['id']} {one['why']}" for one in dropped[:SHOWN])
+        lines.append(f"dropped  {_rows(len(dropped))} of train: {some}{', …' if len(dropped) > SHOWN else ''}")
+    rest = {key: value for key, value in notes.items() if key not in ELSEWHERE}
+    return [*lines, *(f"note     {text}" for text in sentences(rest))]
 
 
-def _records(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(v, Mapping) for v in value)
-
-
-def _short(value: Any) -> str:
-    """A value in few characters; of a long list its beginning."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{k} {_short(v)}" for k, v in value.items())
-    if isinstance(value, (list, tuple)):
-        more = f" … {len(value)} in all" if len(value) > SHOWN else ""
-        return " ".join(_short(v) for v in value[:SHOWN]) + more
-    return str(value)
+def _rows(count: int) -> str:
+    return f"{count} row" + "s" * (count != 1)
 
 
 def clock(seconds: float) -> str:

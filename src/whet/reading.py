@@ -15,7 +15,7 @@ from whet.retrieval import Source as Documents
 from whet.task import Example
 
 if TYPE_CHECKING:
-    from whet.system import System
+    from whet.system import Answer, System
 
 DEEP = 50  # passages of a question among which the one that holds the answer is looked for
 POLAR = ("yes", "no")  # answers whose words stand anywhere, whatever is asked
@@ -115,6 +115,18 @@ def citations(answer: str, shown: Sequence[Found]) -> list[dict[str, Any]]:
     held = cited(answer, shown)
     return [{"document": f.passage.document, "title": f.passage.title, "where": f.passage.where,
              "start": f.passage.start, "cited": f in held} for f in shown]  # fmt: skip
+
+
+def unsupported(system: System, answer: Answer) -> str:
+    """That a written answer stands in nothing that was looked up, in words; empty where it does, or says no answer.
+
+    A label is in no passage by nature.
+    """
+    if not system.sources or system.decoding.closed or DECLINES.match(squad(answer.text)):
+        return ""
+    if not answer.passages:
+        return "nothing was found for this: the answer is the model's own"
+    return "" if cited(answer.text, answer.passages) else "none of what was found says this in these words"
 
 
 def taught(

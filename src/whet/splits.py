@@ -30,6 +30,7 @@ Pairs = NDArray[np.uint64]  # hashes of neighbouring words, sorted, each once
 NEAR = 0.85  # Jaccard of character trigrams from which two prompts nearly repeat each other
 APART = 3  # words in one place, none of them the other's: another question on the same passage
 SHORTEST = 5  # words: below, prompts of different meaning differ in a few letters, so that only the same is a repeat
+FEW = 0.25  # a difference that many a method does not make
 PROBES = 6  # the rarest word pairs of a row that are looked up: two edits cost four of them
 MOST_HOLDERS = 100  # a word pair that more rows hold belongs to a template
 TEMPLATE, TEMPLATE_SHARE = 4, 0.05  # a prompt that stands before more rows, and before that share of them, is one
@@ -345,3 +346,20 @@ def shared_order(rows: Sequence[Example], closed: bool, seed: int) -> list[Examp
         ((i + 0.5) / len(pile), draw.random(), row) for _, pile in sorted(piles.items()) for i, row in enumerate(pile)
     ]
     return [row for _, _, row in sorted(placed, key=lambda item: item[:2])]
+
+
+def few(sealed: Sequence[Example]) -> str:
+    """That so few sealed rows show no small difference, in words; empty where they may show one under FEW.
+
+    It is `stats.Paired.smallest_detectable`, of scores of 0 and 1, where all rows that differ do so to one side: then
+    d = POWER * sqrt(d * (1 - d) / n). Texts are scored otherwise.
+    """
+    from whet.stats import POWER
+
+    n = len({("group", e.group) if e.group is not None else ("row", i) for i, e in enumerate(sealed)})
+    if not n or any(e.text is not None for e in sealed):
+        return ""
+    least = max(POWER**2 / (POWER**2 + n), min(1.0, 3 / n))
+    what = f"{n} rows are" if n == len(sealed) else f"rows of {n} groups are"
+    return "" if least < FEW else (f"{what} sealed: a gain of less than about {100 * least:.0f} points cannot be shown "
+                                   "on so few; more in test.jsonl show less")  # fmt: skip

@@ -539,7 +539,9 @@ def load(folder: str | Path, home: Path | None = None, *, trust: bool = False) -
     path = Path(folder)
     file = path / "system.json"
     if not file.exists():
-        raise ArtifactError(f"{path} is no System", expected="a folder with system.json", found="none", do="name it")
+        inner = path / "system"  # what improve leaves is a run, with the System in it
+        do = f"take {inner}" if (inner / "system.json").exists() else "name it"
+        raise ArtifactError(f"{path} is no System", expected="a folder with system.json", found="none", do=do)
     try:
         body = json.loads(file.read_text(encoding="utf-8"))
         named = {"transforms": [f for _, f in body["model"]["transforms"]],

@@ -21,6 +21,7 @@ from whet.metrics import Metric, get
 from whet.progress import figure
 from whet.retention import ALLOWED, Lost, Stream, drift, forgetting, loss, refused, stream
 from whet.scorecard import Scorecard, evaluate
+from whet.search.out import made_for
 from whet.search.recipe import Recipe
 from whet.system import System
 from whet.task import Example, Splits, Task
@@ -80,6 +81,7 @@ def told(made: Update) -> list[str]:
     if made.drift is not None:
         lines = [f"drift {made.drift:.3f} nats a token, {made.from_base:.3f} from the base"]
     lines += [str(made.general)] if made.general else []
+    lines += [f"{name}: no rows to measure it on; name its folder in earlier: of task.yaml" for name in made.unmeasured]
     if made.before.metric == "win_rate":
         lines.append(str(made.agreement or UNCHECKED))
     found, width = made.stream, max(9, *map(len, made.stream.tasks)) + 2
@@ -93,6 +95,13 @@ def told(made: Update) -> list[str]:
     lines.append(f"average {figure(found.average)}; of the earlier tasks, {100 * found.forgetting:.1f} points lost "
                  f"from their best, backward transfer {100 * found.backward:+.1f}{forward}")  # fmt: skip
     return lines
+
+
+def asked(made: Update, out: Path) -> str:
+    """As which task an updated System answers, and how the others that it knows are asked; empty where it knows one."""
+    own = str(made.system.card["task"])
+    others = [name for one in made.system.card["memory"] if (name := str(one["name"])) != own]
+    return f"whet chat {out} answers as {own}; for {' or '.join(others)}: whet evaluate {out} TASK" if others else ""
 
 
 def own(system: System, task: Task) -> bool:
@@ -116,6 +125,18 @@ def check(method: Method, system: System, task: Task) -> None:
             found=f"another instruction and labels ({', '.join(system.decoding.labels)[:60] or 'none'})",
             do=f"teach it with whet update; where both are one task, write name: {name} in task.yaml",
         )  # fmt: skip
+
+
+def with_made(task: Task, system: System, folder: Path) -> tuple[Task, str]:
+    """The task with the one that `improve` made the System in a folder for as an earlier one, and a line that says so.
+
+    As it is, and "", where it names earlier tasks itself, no such task lies there any more, or it is that task.
+    """
+    made = None if task.earlier else made_for(folder, task.trusted)
+    if made is None or made.name != system.card.get("task") or made.folder.resolve() == task.folder.resolve():
+        return task, ""
+    said = f"{made.name} ({made.folder}), which improve made the System for, is an earlier task of {task.name}"
+    return replace(task, earlier=(made.folder,)), f"{said}; to say otherwise: earlier: in task.yaml"
 
 
 def begin(system: System, task: Task, run: Run) -> System:

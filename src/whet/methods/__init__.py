@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from importlib.metadata import entry_points
+from inspect import getdoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
@@ -144,6 +146,26 @@ def make(name: str, settings: Mapping[str, Any] | None = None) -> Method:
         return cast(Method, kind(**values))
     except (TypeError, ValueError) as error:
         raise MethodError(f"wrong settings for {name}", found=str(error), do=f"see `whet methods {name}`") from error
+
+
+def about(kind: type[Method], whole: bool = True) -> str:
+    """What a Method is and its settings mean, by the docstrings of its class and of those it takes settings from.
+
+    Else the first paragraph alone, as one line.
+    """
+    said = [getdoc(one) or "" for one in kind.__mro__ if is_dataclass(one) and "__doc__" in vars(one)]
+    written = [text for text in said if not re.match(r"\w+\(", text)]  # what dataclass writes where there is none
+    return "\n\n".join(written) if whole else " ".join("".join(written[:1]).split("\n\n")[0].split())
+
+
+def choices(kind: type[Method], setting: str) -> tuple[str, ...]:
+    """The words that a setting of text may be, as the error for another one lists them; none where any may stand."""
+    try:
+        kind(**{setting: "?"})
+    except ValueError as error:
+        listed = re.split(r"; (?:one of )?| is none of ", str(error), maxsplit=1)[1:]
+        return tuple(word for text in listed for word in re.split(r", | or ", text))
+    return ()
 
 
 def _read(name: str, key: str, value: Any, default: Any) -> Any:

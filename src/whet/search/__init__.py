@@ -32,7 +32,7 @@ from whet.search.budget import ENCODED, estimate, seconds
 from whet.search.budget import measure as measure_rates
 from whet.search.race import Race, Trial
 from whet.search.recipe import Recipe, parse, recipe
-from whet.splits import shared_order
+from whet.splits import few, shared_order
 from whet.store import Store, code
 from whet.system import Decoding, System
 from whet.task import Example, Learnable, Splits, Task
@@ -166,6 +166,8 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
     key = hashlib.sha256(json.dumps([*asked, wish.strict, *files.values()]).encode()).hexdigest()
     watch.say(f"whet improve {task.name}: {len(splits.learnable.train)} train, {len(splits.select)} select, "
               f"{len(splits.confirm)} confirm; metric {metric.name}")  # fmt: skip
+    if said := few(splits.confirm):
+        watch.say(said)
     bases = []
     for ref in refs:
         first = "" if loaded_before(ref, store.home) else " (the first time, its weights are unpacked: half a minute)"

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -245,7 +244,10 @@ class Rendered:
     def __init__(
         self, system: System, examples: Sequence[Example], session: TorchSession, raft: tuple[float, int]
     ) -> None:
-        self._of, self._examples = partial(render_rows, system, session=session, raft=raft), examples
+        def rendered(some: Sequence[Example]) -> tuple[list[Row], int]:
+            return render_rows(system, some, session, raft)
+
+        self._of, self._examples = rendered, examples
         self.known: dict[int, Row] = {}
         self.count, self.cut = len(examples), 0
         if any(e.text is not None for e in examples):
