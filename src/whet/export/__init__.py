@@ -17,7 +17,7 @@ from whet import __version__
 from whet import model as models
 from whet.compress.folder import compressed, dense
 from whet.errors import ArtifactError, nearest
-from whet.prompt import SLOT, ends_of, fold_system, messages, takes_system
+from whet.prompt import SLOT, as_turns, asides_of, ends_of, fold_system, messages, specials_of, takes_system
 from whet.splits import shared_order
 from whet.store import anew
 from whet.system import Demonstrations, System
@@ -133,18 +133,20 @@ def left_out(system: System, target: str, bound: bool = False) -> tuple[Left, ..
     return tuple(left)
 
 
-def request(system: System, bias: dict[str, float], thinks: bool = False, folds: bool = False) -> dict[str, Any]:
+def request(system: System, bias: dict[str, float], tokenizer: Any) -> dict[str, Any]:
     """What to send to a server that speaks OpenAI's HTTP API, `{question}` in the last message replaced.
 
-    Of a model that `thinks` aloud unless it is told not to, the server is told. Where the template takes no system
-    turn, the instruction `folds` into the first question, as the System has it.
+    Control markers are broken up as in the System's prompts: servers read them as turns. Of a model that thinks aloud
+    unless it is told not to, the server is told. Where the template takes no system turn, the instruction stands in
+    the first question.
     """
     decoding = system.decoding
     demos = [(q, decoding.said(a)) for q, a in system.demonstrations.pool]
     chat = messages(system.instruction, demos, SLOT, frame=system.frame)
-    chat = fold_system(chat) if folds else chat
+    chat = chat if takes_system(tokenizer) else fold_system(chat)
+    thinks = "enable_thinking" in (tokenizer.chat_template or "")
     return {
-        "messages": [{"role": role, "content": content} for role, content in chat],
+        "messages": as_turns(chat, specials_of(tokenizer), asides_of(tokenizer)),
         "max_tokens": 1 if bias else decoding.max_tokens, "temperature": decoding.temperature,
         **(UNCUT if decoding.temperature > 0 else {}),
         **({"stop": list(decoding.stop)} if decoding.stop else {}), **({"logit_bias": bias} if bias else {}),
@@ -234,9 +236,7 @@ def _write(system: System, target: str, kind: str, work: Path) -> tuple[tuple[Le
             left += (("template", "Ollama's templates cannot say what the model's does; where Ollama does not know "
                       "it either, prompts go in bare"),)  # fmt: skip
     else:
-        thinks = "enable_thinking" in (tokenizer.chat_template or "")
-        sent = request(asked, bias, thinks, not takes_system(tokenizer))
-        body = json.dumps(sent, indent=1, ensure_ascii=False)
+        body = json.dumps(request(asked, bias, tokenizer), indent=1, ensure_ascii=False)
         (work / REQUEST).write_text(body + "\n", encoding="utf-8")
     (work / "README.md").write_text(_readme(asked, target, context, left), encoding="utf-8")
     return left, tokenizer, packed.rounded

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 
 from whet import model as models
 from whet import scorecard
@@ -18,7 +19,7 @@ from whet.compress.folder import dense
 from whet.engine import Progress, Prompt, Sampling, Session
 from whet.engine.prefix import Row, Tokens
 from whet.engine.torch import TorchSession
-from whet.errors import ArtifactError, EngineError, WhetError
+from whet.errors import ArtifactError, WhetError
 from whet.metrics import Metric
 from whet.prompt import SLOT, render
 from whet.retention import ALLOWED, Lost, loss
@@ -168,14 +169,19 @@ def _rounds(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> torch.Tensor
 
 def requested(system: System, sent: Mapping[str, Any], other: Reopened) -> None:
     """Raise ArtifactError where the export's template does not make the System's prompt of the request as it stands.
+
+    It is written as a server does it, which breaks up no markers and knows no other day than today.
     """
     session: Any = other.session  # over a model: it has a tokenizer
-    *before, last = [(m["role"], m["content"]) for m in sent["messages"]]
+    *before, last = sent["messages"]
     example = NEUTRAL[0]
     meant = render(session.tokenizer, system.prompts([example])[0], system=session.system)
     try:
-        made = render(session.tokenizer, (*before, (last[0], last[1].replace(SLOT, example.prompt))))
-    except EngineError as error:
+        made = str(session.tokenizer.apply_chat_template(
+            [*before, {**last, "content": last["content"].replace(SLOT, example.prompt)}], tokenize=False,
+            add_generation_prompt=True, **sent.get("chat_template_kwargs", {}),
+        ))  # fmt: skip
+    except TemplateError as error:
         made = str(error)
     if made != meant:
         raise ArtifactError(
