@@ -644,6 +644,10 @@ def test_modelfile(tmp_path: Path) -> None:
     bare, carried = modelfile(one, make_tokenizer(COUNTS), "m.gguf", [], 512)
     assert not carried and "TEMPLATE" not in bare and 'MESSAGE user """Review:\n"dull"\n"""' in bare
     assert go_text('{{ x }} """') == '{{ "{{" }} x }} {{ "\\"\\"\\"" }}'
+    # Go's lexer takes the first two braces that it meets for an action.
+    assert (go_text('{"q": {'), go_text("{{{x"), go_text('{"""')) == (
+        '{"q": {{ "{" }}', '{{ "{{{" }}x', '{{ "{" }}{{ "\\"\\"\\"" }}')  # fmt: skip
+    assert '{{ "{" }}{{ .Content }}}' in template(turns(make_tokenizer()), "{{question}}")  # type: ignore[arg-type]
 
 
 def go(text: str, chat: Any) -> str:

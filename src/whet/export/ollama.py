@@ -6,6 +6,7 @@ must write the same text, character by character.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -67,8 +68,12 @@ def turns(tokenizer: Any) -> Turns | None:
 
 
 def go_text(text: str) -> str:
-    """Text as it stands in a Go template within a Modelfile."""
-    return text.replace("{{", '{{ "{{" }}').replace('"""', '{{ "\\"\\"\\"" }}')
+    """Text as it stands in a Go template within a Modelfile.
+
+    A brace in front of an action would be taken for that action's first.
+    """
+    text = re.sub(r'\{{2,}|\{(?="""|\Z)', lambda braces: f'{{{{ "{braces[0]}" }}}}', text)
+    return text.replace('"""', '{{ "\\"\\"\\"" }}')
 
 
 def template(made: Turns, frame: str) -> str:
