@@ -119,6 +119,14 @@ def test_a_request_holds_no_turn_that_the_template_does_not_take(
         export(system(tmp_path, template=one), "hf", tmp_path / "other")
 
 
+def test_an_export_has_the_day_that_the_system_has(tmp_path: Path, fp32: None) -> None:
+    one = system(tmp_path, template="{{ strftime_now('%d %B') }} " + CHATML)
+    for target in ("hf", "gguf"):
+        made = export(one, target, tmp_path / target, kind="f32")  # the check writes the request as a server does
+        assert made.check and made.check.good
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template == "{{ '26 July' }} " + CHATML
+
+
 def test_text_of_demonstrations_is_no_turn_to_a_server(
     tmp_path: Path, fp32: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from whet import __version__
 from whet import model as models
 from whet.compress.folder import compressed, dense
 from whet.errors import ArtifactError, nearest
-from whet.prompt import SLOT, as_turns, asides_of, ends_of, fold_system, messages, specials_of, takes_system
+from whet.prompt import SLOT, as_turns, asides_of, dated, ends_of, fold_system, messages, specials_of, takes_system
 from whet.splits import shared_order
 from whet.store import anew
 from whet.system import Demonstrations, System
@@ -207,6 +207,8 @@ def _write(system: System, target: str, kind: str, work: Path) -> tuple[tuple[Le
 
     wide = torch.bfloat16 if kind == "bf16" else torch.float32
     module, tokenizer = models.load(system.model, system.home, dtype=wide, device="cpu")
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = dated(tokenizer.chat_template)
     bias = biases(system, tokenizer, target)
     asked, left = askable(system), left_out(system, target, bool(bias))
     packs = compressed(module)
