@@ -706,8 +706,11 @@ def test_an_export_that_answers_otherwise_is_refused(tmp_path: Path, monkeypatch
         export(one, "gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert export(one, "gguf", tmp_path / "out", check=False).check is None
-    found = export(one, "gguf", tmp_path / "out", kind="q8_0").check  # said, not refused: this type rounds
-    assert found and not found.good and found.gap > 1
+    for kind, enough in (("q8_0", "90%"), ("q4_0", "50%")):  # these round, but not so much
+        with pytest.raises(ArtifactError, match=f"expected {enough} of its tokens and all prompts"):
+            export(one, "gguf", tmp_path / "rounded", kind=kind)
+    checked = checks.Check("hand", 50, 90, 0.7, 0, 50, 2.0, enough=checks.ROUGH["q4_0"])
+    assert checked.good and not replace(checked, encoded=49).good and not replace(checked, enough=0.9).good
 
 
 def test_check_counts_tokens_that_differ(tmp_path: Path, fp32: None) -> None:

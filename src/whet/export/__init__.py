@@ -252,7 +252,7 @@ def export(
 
     `kind` is the type of the weights (GGUF: also q8_0 and q4_0). The check asks 50 prompts (of the task, where one is
     given, classes in turn; it is scored, too: `Exported.kept`). Raises ArtifactError where the export does not answer
-    like the System, unless its type rounds more than bf16 does; MethodError or ModelError where the System has no
+    like the System, as far as its type rounds; MethodError or ModelError where the System has no
     weights or is of a kind that the format does not know.
     """
     from whet.export.gguf import TYPES
@@ -308,10 +308,11 @@ def _check(
         if target != "ollama":
             checks.requested(asked, json.loads((work / REQUEST).read_text(encoding="utf-8")), other)
         found = checks.compare(told, other, _progress(watch, "comparing answers"))
-        if not found.good and kind not in ROUNDED:
+        found = replace(found, enough=checks.ROUGH.get(kind, checks.ENOUGH))
+        if not found.good:
             raise ArtifactError(
                 "the export does not answer like the System",
-                expected=f"{checks.ENOUGH:.0%} of its tokens and all prompts cut alike",
+                expected=f"{found.enough:.0%} of its tokens and all prompts cut alike",
                 found=f"{found.agreement:.0%} of {found.tokens} tokens, {found.encoded} of {found.prompts} prompts "
                       f"({found.by})",
                 do="--no-check writes it all the same",
