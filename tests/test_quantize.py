@@ -749,7 +749,8 @@ def test_what_is_made_smaller_keeps_the_earlier_tasks(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("text", ["finetune+quantize", "finetune+quantize(bits=4)", "finetune+prune(width=0.8)+distill",
-                                  "share(values=16)+finetune", "fewshot+calibrate+distill"])  # fmt: skip
+                                  "share(values=16)+finetune", "fewshot+calibrate+distill", "quantize+distill",
+                                  "fewshot+prune+distill(clear=context)"])  # fmt: skip
 def test_what_was_made_smaller_already_is_made_smaller_still(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (*limits.CONTEXT, *limits.SMALLER):
         limits.smaller(parse(text), parse(step)).check()
@@ -761,6 +762,28 @@ def test_what_was_made_smaller_already_is_made_smaller_still(text: str, monkeypa
     assert len({t.name for t in job.race.trials}) == len(job.race.trials)  # what it is already is not tried again
     assert f"against {text}, on select, {found.name} loses 25.0 points" in job.notes[-1]
     assert job.notes[-1].endswith("worse")
+
+
+@pytest.mark.parametrize(
+    ("text", "step", "wanted"),
+    [   # the teacher was calibrated, and what it was shown does not come back
+        ("fewshot(k=2)+calibrate+distill(batch=8)", "quantize", "fewshot(k=2)+calibrate+distill(batch=8)+quantize"),
+        ("fewshot+calibrate+distill", "prune(vocabulary=true)+quantize(bits=4)",
+         "fewshot+calibrate+distill+prune(vocabulary=true)+quantize(bits=4)"),
+        ("fewshot+calibrate+distill", "prune+distill+quantize",
+         "fewshot+prune+distill(clear=context)+quantize+calibrate"),
+        ("rag+distill(clear=prompt)", "share+distill+quantize", "rag+share+distill(clear=prompt)+quantize"),
+        ("fewshot+distill+calibrate", "quantize", "fewshot+distill+quantize+calibrate"),
+        ("fewshot+prune+distill(clear=context)", "prune(vocabulary=true)+quantize",
+         "fewshot+distill(clear=context)+prune(vocabulary=true)+quantize"),
+        # What had only healed goes with what it healed.
+        ("fewshot+prune+distill", "prune(width=0.6)+distill+quantize", "fewshot+prune(width=0.6)+distill+quantize"),
+        ("prune+distill+calibrate", "prune(vocabulary=true)+quantize", "prune(vocabulary=true)+quantize+calibrate"),
+        ("finetune+quantize+distill", "quantize(bits=4)", "finetune+quantize(bits=4)"),
+    ],
+)  # fmt: skip
+def test_what_a_student_had_learnt_to_do_without_stays_away(text: str, step: str, wanted: str) -> None:
+    assert limits.smaller(parse(text), parse(step)) == parse(wanted)
 
 
 def test_an_arm_within_the_limits_goes_before_one_beyond_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from whet.engine import Spent
 from whet.errors import MethodError, WhetError
@@ -77,15 +77,34 @@ def _steps(limits: Limits, system: System) -> tuple[str, ...]:
 
 
 def smaller(recipe: Recipe, step: Recipe) -> Recipe:
-    """A recipe with the methods that make it smaller behind those that train, and calibration last: but a student
-    that loses its context learns from a teacher that is calibrated.
+    """A recipe with the methods that make it smaller behind those that train, and calibration last; but a student
+    learns from a teacher that is calibrated.
 
-    What had made it smaller makes way where it cannot stand before the step.
+    What had made it smaller makes way where it cannot stand before the step. So does a distillation before another,
+    which then clears as much, and one that healed what makes way.
     """
-    first = step.methods[0].name == "distill"
-    last = () if first else tuple(m for m in recipe.methods if m.name == "calibrate")
-    gone = tuple(m for m in recipe.methods if m.family == "compression" and not _before(m, step))
-    return Recipe((*(m for m in recipe.methods if m not in (*gone, *last)), *step.methods, *last))
+    gone = [m for m in recipe.methods if m.family == "compression" and not _before(m, step)]
+    at = next((n for n, m in enumerate(recipe.methods) if m.name == "distill"), 0)
+    taught: Any = next((m for m in recipe.methods if m.name == "distill"), None)
+    methods, first, learnt = step.methods, step.methods[0].name == "distill", recipe.methods[:at]
+    if taught is not None:
+        heals = any(m.family == "compression" for m in learnt)
+        cleared = taught.clear or ("none" if heals or taught.teacher else "context")
+        if heals and cleared == "none" and not taught.teacher and any(m in gone for m in learnt):
+            gone.append(taught)
+        if taught in gone:
+            methods = tuple(_clearing(m, cleared) if n else m for n, m in enumerate(methods))
+            learnt = ()
+    if first:
+        learnt = recipe.methods
+    last = tuple(m for m in recipe.methods if m.name == "calibrate" and m not in learnt)
+    return Recipe((*(m for m in recipe.methods if m not in (*gone, *last)), *methods, *last))
+
+
+def _clearing(method: Any, cleared: str) -> Method:
+    """A method, where it is a distillation of whose clearing nothing is said, with `cleared`."""
+    told = method.name == "distill" and not method.clear and cleared != "none"
+    return cast("Method", replace(method, clear=cleared) if told else method)
 
 
 def _before(method: Method, step: Recipe) -> bool:
