@@ -856,11 +856,31 @@ def test_without_rows_to_select_by_the_limits_are_only_told(monkeypatch: pytest.
 def test_what_stands_around_a_slow_answer_goes_first() -> None:
     plain = System(resolve("fake:hash"), "say", decoding=Decoding(("a", "b"), True))
     shown = replace(plain, demonstrations=Demonstrations((("a", "b"),)))
-    assert limits._steps(Limits(latency=10.0), shown)[:2] == limits.CONTEXT
+    steps = limits._steps(Limits(latency=10.0), shown)
+    assert steps[: len(limits.CONTEXT)] == limits.CONTEXT and len(steps) == len(limits.CONTEXT) + len(limits.SMALLER)
+    assert [s for s in steps[4:] if "distill" in s] == [s for s in steps if "+distill(clear=context)+" in s] != []
     assert limits._steps(Limits(latency=10.0), plain) == limits._steps(Limits(size=10), shown) == limits.SMALLER
     taught = limits.smaller(parse("fewshot+calibrate"), parse("distill+quantize"))
     assert taught.name == "fewshot+calibrate+distill+quantize"  # the teacher is calibrated, the student need not be
     taught.check()
+
+
+def test_context_that_was_taught_away_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = Demonstrations((("a", "b"),))
+    for asked, cheap in (((), False), (("prune", "quantize"), True)):
+        job = limited_job(monkeypatch, made_of=150)
+        job.task.limits, job.wish.methods = Limits(size=100, latency=50.0), asked
+        slow = trial("fewshot+calibrate", 200, 0.75)
+        slow.system.demonstrations = shown  # type: ignore[misc]
+        job.race.trials.append(slow)
+        job.race.each = 0.5  # seconds of 10: less would be left for each student
+        limits.within(job, job.race.trials[1])
+        tried = [t.name for t in job.race.trials[2:]]
+        assert ("fewshot+quantize+calibrate" in tried) is cheap
+        assert all("clear=context" in name or "calibrate+distill" in name for name in tried) is not cheap
+        first = {healing for (_, healing), name in zip(job.bounds, tried, strict=True) if "calibrate+distill" in name}
+        assert len(first) == (not cheap)  # it is one training, found again
+        assert any(d["why"] == "without its context it was beyond the limits, too" for d in job.skipped) is not cheap
 
 
 def test_only_methods_that_were_asked_for_make_it_smaller(monkeypatch: pytest.MonkeyPatch) -> None:

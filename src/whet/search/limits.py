@@ -36,7 +36,12 @@ SMALLER = (  # what is tried, the least loss first
 
 
 PACKED = "quantize(bits=4)"  # of the sizes it leaves, those of others are told before they are taught
-CONTEXT = ("distill", "distill+quantize")  # first, where much is read or written before each answer
+CONTEXT = (  # first, where much is read or written before each answer
+    "distill",
+    "distill+quantize",
+    "distill+quantize(bits=4)",
+    "distill+prune(vocabulary=true)+quantize(bits=4)",
+)
 
 
 def limited(limits: Limits) -> bool:
@@ -73,7 +78,9 @@ def _steps(limits: Limits, system: System) -> tuple[str, ...]:
     if limits.latency is None:
         return SMALLER
     slow = system.demonstrations.pool or system.sources or system.decoding.after or system.decoding.votes > 1
-    return (*CONTEXT, *SMALLER) if slow else SMALLER
+    # A student of another model keeps its context unless it is told not to.
+    without = tuple(one.replace("+distill+", "+distill(clear=context)+") for one in SMALLER)
+    return (*CONTEXT, *without) if slow else SMALLER
 
 
 def smaller(recipe: Recipe, step: Recipe) -> Recipe:
@@ -145,21 +152,28 @@ def within(job: _Job, finalist: Trial | None) -> Trial | None:
     # The bound of a training is part of what it is known by: with another one it would be trained anew.
     tokens = start.notes.get("allowed") or int(max(0.0, race.left) * race.speed(start.system).train)
     steps, packed, whole_size, tried = _steps(limits, start.system), 1.0, used.size_bytes, False
+    taught, vain = 0, False  # the bound of the student without context, who is trained once; it did not suffice
     for text, wished, recipe in _candidates(job, start, steps):
         opened, most, why = set(job.run.sessions), _healing(job, wished, start, tokens), ""
-        if (tried and race.left <= 0) or (most is not None and most < training.LEAST_TOKENS):
+        first = wished[0].name == "distill"
+        most = taught or most if first else most
+        if vain and most is None:
+            why = "without its context it was beyond the limits, too"
+        elif (tried and race.left <= 0) or (most is not None and most < training.LEAST_TOKENS):
             why = f"only {clock(max(0.0, race.left))} of the budget would be left for it"
         elif text != steps[-1] and (size := _expected(job, start, wished, packed)) > (limits.size or size):
             why = f"it would take about {_bytes(size, limits.size or 0)}"
         if why:
             job.skipped.append({"method": recipe.name, "why": why})
             continue
+        taught = most or 0 if first else taught
         trial, tried = race.enter(recipe, origin, tokens=tokens, label=start.label, healing=most), True
         if (found := _told(job, trial)) is not None:
             trial = race.mark(trial, card=found)
-            if text == PACKED and found.size_bytes and whole_size:
+            if text.removeprefix("distill+") == PACKED and found.size_bytes and whole_size:
                 packed = found.size_bytes / whole_size
             over, excess = beyond(limits, found), _excess(limits, found)
+            vain = bool(over) if first else vain
             if not over or excess < least:  # else it is not handed over, whatever it forgets
                 trial = _keeping(job, trial)
             keeps = trial.status != "refused"
