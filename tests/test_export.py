@@ -775,6 +775,20 @@ def test_scores_show_what_is_lost(tmp_path: Path) -> None:
     assert written["check"]["scores"]["n"] == 40 and written["prior"] == [-50.0, 50.0] and written["kept"] is False
 
 
+def test_llama_cpp_holds_the_longest_row_that_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = system(tmp_path)
+    short, long = (Example("0", "film " * n, "good") for n in (1, 4000))
+    size = one.session.count(one.prompts([long]))[0]
+    assert checks.needed(one, [short], one.session) == checks.CONTEXT
+    assert checks.needed(one, [short, long], one.session) == size + 12 > checks.CONTEXT
+    assert checks.needed(one, [replace(long, prompt=long.prompt * 9)], one.session) == checks.LONGEST
+    seen: list[int] = []
+    monkeypatch.setattr(checks, "version", lambda name: "1")
+    monkeypatch.setattr("whet.export.llama.LlamaSession", lambda file, tokenizer, context, threads: (
+        seen.append(context), SimpleNamespace(encode=None))[1])  # fmt: skip
+    assert checks.reopen(tmp_path, "model.gguf", None, tmp_path, size + 12) and seen == [size + 12]
+
+
 @pytest.mark.parametrize(("lost", "n", "kept"), [(0, 3, True), (1, 3, False), (1, 200, True), (3, 200, False)])
 def test_few_rows_do_not_make_an_export_as_good(lost: int, n: int, kept: bool) -> None:
     def card(wrong: int) -> Any:

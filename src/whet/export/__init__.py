@@ -302,7 +302,10 @@ def _check(
     asked = askable(system, bound)
     with tempfile.TemporaryDirectory() as home:
         told = checks.told(asked, examples, rounded)
-        other = checks.reopen(work, FILE if target in ("gguf", "ollama") else None, tokenizer, Path(home))
+        file = FILE if target in ("gguf", "ollama") else None
+        scored = task is not None and file is not None and not checks.unscored(task)
+        context = checks.needed(asked, rows, system.session) if scored else checks.CONTEXT
+        other = checks.reopen(work, file, tokenizer, Path(home), context)
         if other is None:
             return None
         if target != "ollama":

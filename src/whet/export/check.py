@@ -33,6 +33,7 @@ TEXT = 512  # tokens at most of a text whose likelihood is compared
 ENOUGH = 0.95  # share of its tokens that an export must have in common; bf16 arithmetic alone costs 3 %, mistakes most
 ROUGH = {"q8_0": 0.9, "q4_0": 0.5}  # where rounding costs more: 3.5 % and 29 % of SmolLM2-135M's
 CONTEXT = 4096  # tokens at most of a prompt that is compared
+LONGEST = 32_768  # tokens at most of a row that llama.cpp is asked: what it holds grows by each
 _FORMS = ("What is {}?", "Write one sentence about {}.", "Name three facts about {}.\nNumber them.",
           'Is this a question: "{}"? Answer yes or no.', "{}: 12 + 345 = ?")  # fmt: skip
 _THINGS = ("the sea", "a violin", "photosynthesis", "Zürich", "the year 1969", "서울", "a for-loop",
@@ -116,10 +117,22 @@ def _transformers(model: str, home: Path, note: str = "") -> Reopened:
     return Reopened(f"transformers {version('transformers')}", session, session.encode, follow, note)
 
 
-def reopen(folder: Path, file: str | None, tokenizer: Any, home: Path) -> Reopened | None:
+def needed(system: System, rows: Sequence[Example], session: Session) -> int:
+    """Tokens that the longest of the rows that are scored takes with its answer, as far as llama.cpp is to hold them.
+
+    Texts in place of prompts are cut for every engine alike.
+    """
+    asked = [e for e in rows[:ROWS] if e.text is None]
+    said = [text for e in asked for text in (*system.decoding.spoken, *e.choices, e.completion)]
+    room = max(system.decoding.max_tokens, *session.count(sorted(set(said))), 0) if asked else 0
+    return max(CONTEXT, min(LONGEST, room + max(session.count(system.prompts(asked)), default=0)))
+
+
+def reopen(folder: Path, file: str | None, tokenizer: Any, home: Path, context: int = CONTEXT) -> Reopened | None:
     """Read an export back: a GGUF `file` by llama.cpp where it is installed, all else by transformers, in fp32.
 
-    None where only llama.cpp can read the file, and is not installed.
+    llama.cpp holds `context` tokens, as far as the model can. None where only llama.cpp can read the file, and is not
+    installed.
     """
     if file is None:
         return _transformers(str(folder), home)
@@ -127,7 +140,7 @@ def reopen(folder: Path, file: str | None, tokenizer: Any, home: Path) -> Reopen
         by = f"llama.cpp (llama-cpp-python {version('llama-cpp-python')})"
         from whet.export.llama import LlamaSession
 
-        session = LlamaSession(folder / file, tokenizer, threads=torch.get_num_threads())
+        session = LlamaSession(folder / file, tokenizer, context, torch.get_num_threads())
         return Reopened(by, session, session.encode, lambda p, a: next(session.follow(p, [a])))
     note = "llama.cpp itself was not asked: pip install 'whet[llamacpp]'"
     try:
