@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from models import make_model, make_tokenizer, reference, save_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -729,6 +731,17 @@ def test_a_saved_smaller_model_is_taught_by_what_it_was_made_of(free: System, tm
         with pytest.raises(MethodError, match="not at hand; .*set teacher=FOLDER"):
             Distill()._teacher(again, task(()))
         assert Distill()._teacher(shrunk(whole, home), task(())).model == tuned.model
+    for home, change in ((tmp_path / "c", "changed"), (tmp_path / "d", "gone")):
+        base = Path(shutil.copytree(free.model.base, home / "base"))
+        whole = replace(free, model=models.resolve(str(base)))
+        again = load(shrunk(whole, home).save(home / "small"), home)
+        assert Distill()._teacher(again, task(())).model == whole.model
+        weights = load_file(base / "model.safetensors")
+        save_file({k: v + 1 for k, v in weights.items()}, base / "model.safetensors", metadata={"format": "pt"})
+        if change == "gone":
+            shutil.rmtree(base)
+        with pytest.raises(MethodError, match="not at hand; .*set teacher=FOLDER"):
+            Distill()._teacher(again, task(()))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

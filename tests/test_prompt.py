@@ -23,6 +23,7 @@ from whet.prompt import (
     takes_system,
     unescape,
 )
+from whet.prompt import dated as fixed
 
 TOKENIZER = make_tokenizer()
 OTHERS = ("</s>", "<s>", "[INST]", "[/INST]", "<<SYS>>", "<start_of_turn>", "<end_of_turn>", "<|eot_id|>", "<eos>")
@@ -153,6 +154,11 @@ def test_prompts_are_the_same_on_every_day() -> None:
         + CHATML
     )
     chat = (("user", "x"),)
+    by_hand, told = "{% set f = '%-d %b' %}{{ strftime_now(f) }} " + CHATML, as_turns(chat)
+    for one in (str(dated.chat_template), by_hand):  # what is exported says that day by itself
+        says = TOKENIZER.apply_chat_template(told, chat_template=fixed(one), tokenize=False, add_generation_prompt=True)
+        assert says == render(make_tokenizer(one), chat) and fixed(fixed(one)) == fixed(one)
+    assert "strftime_now(" not in fixed(str(dated.chat_template)) and fixed(CHATML) == CHATML
     assert render(dated, chat) == "26 Jul 2024, Friday, 26 July 2024 (2024-07-26). " + render(TOKENIZER, chat)
     indented = make_tokenizer("\n  {% set day = strftime_now('%Y') %}\n" + CHATML)  # a template's own white space stays
     assert render(indented, chat) == indented.apply_chat_template(

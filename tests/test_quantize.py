@@ -750,7 +750,8 @@ def test_what_is_made_smaller_keeps_the_earlier_tasks(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("text", ["finetune+quantize", "finetune+quantize(bits=4)", "finetune+prune(width=0.8)+distill",
-                                  "share(values=16)+finetune", "fewshot+calibrate+distill"])  # fmt: skip
+                                  "share(values=16)+finetune", "fewshot+calibrate+distill", "quantize+distill",
+                                  "fewshot+prune+distill(clear=context)"])  # fmt: skip
 def test_what_was_made_smaller_already_is_made_smaller_still(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (*limits.CONTEXT, *limits.SMALLER):
         limits.smaller(parse(text), parse(step)).check()
@@ -762,6 +763,28 @@ def test_what_was_made_smaller_already_is_made_smaller_still(text: str, monkeypa
     assert len({t.name for t in job.race.trials}) == len(job.race.trials)  # what it is already is not tried again
     assert f"against {text}, on select, {found.name} loses 25.0 points" in job.notes[-1]
     assert job.notes[-1].endswith("worse")
+
+
+@pytest.mark.parametrize(
+    ("text", "step", "wanted"),
+    [   # the teacher was calibrated, and what it was shown does not come back
+        ("fewshot(k=2)+calibrate+distill(batch=8)", "quantize", "fewshot(k=2)+calibrate+distill(batch=8)+quantize"),
+        ("fewshot+calibrate+distill", "prune(vocabulary=true)+quantize(bits=4)",
+         "fewshot+calibrate+distill+prune(vocabulary=true)+quantize(bits=4)"),
+        ("fewshot+calibrate+distill", "prune+distill+quantize",
+         "fewshot+prune+distill(clear=context)+quantize+calibrate"),
+        ("rag+distill(clear=prompt)", "share+distill+quantize", "rag+share+distill(clear=prompt)+quantize"),
+        ("fewshot+distill+calibrate", "quantize", "fewshot+distill+quantize+calibrate"),
+        ("fewshot+prune+distill(clear=context)", "prune(vocabulary=true)+quantize",
+         "fewshot+distill(clear=context)+prune(vocabulary=true)+quantize"),
+        # What had only healed goes with what it healed.
+        ("fewshot+prune+distill", "prune(width=0.6)+distill+quantize", "fewshot+prune(width=0.6)+distill+quantize"),
+        ("prune+distill+calibrate", "prune(vocabulary=true)+quantize", "prune(vocabulary=true)+quantize+calibrate"),
+        ("finetune+quantize+distill", "quantize(bits=4)", "finetune+quantize(bits=4)"),
+    ],
+)  # fmt: skip
+def test_what_a_student_had_learnt_to_do_without_stays_away(text: str, step: str, wanted: str) -> None:
+    assert limits.smaller(parse(text), parse(step)) == parse(wanted)
 
 
 def test_an_arm_within_the_limits_goes_before_one_beyond_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -834,11 +857,31 @@ def test_without_rows_to_select_by_the_limits_are_only_told(monkeypatch: pytest.
 def test_what_stands_around_a_slow_answer_goes_first() -> None:
     plain = System(resolve("fake:hash"), "say", decoding=Decoding(("a", "b"), True))
     shown = replace(plain, demonstrations=Demonstrations((("a", "b"),)))
-    assert limits._steps(Limits(latency=10.0), shown)[:2] == limits.CONTEXT
+    steps = limits._steps(Limits(latency=10.0), shown)
+    assert steps[: len(limits.CONTEXT)] == limits.CONTEXT and len(steps) == len(limits.CONTEXT) + len(limits.SMALLER)
+    assert [s for s in steps[4:] if "distill" in s] == [s for s in steps if "+distill(clear=context)+" in s] != []
     assert limits._steps(Limits(latency=10.0), plain) == limits._steps(Limits(size=10), shown) == limits.SMALLER
     taught = limits.smaller(parse("fewshot+calibrate"), parse("distill+quantize"))
     assert taught.name == "fewshot+calibrate+distill+quantize"  # the teacher is calibrated, the student need not be
     taught.check()
+
+
+def test_context_that_was_taught_away_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = Demonstrations((("a", "b"),))
+    for asked, cheap in (((), False), (("prune", "quantize"), True)):
+        job = limited_job(monkeypatch, made_of=150)
+        job.task.limits, job.wish.methods = Limits(size=100, latency=50.0), asked
+        slow = trial("fewshot+calibrate", 200, 0.75)
+        slow.system.demonstrations = shown  # type: ignore[misc]
+        job.race.trials.append(slow)
+        job.race.each = 0.5  # seconds of 10: less would be left for each student
+        limits.within(job, job.race.trials[1])
+        tried = [t.name for t in job.race.trials[2:]]
+        assert ("fewshot+quantize+calibrate" in tried) is cheap
+        assert all("clear=context" in name or "calibrate+distill" in name for name in tried) is not cheap
+        first = {healing for (_, healing), name in zip(job.bounds, tried, strict=True) if "calibrate+distill" in name}
+        assert len(first) == (not cheap)  # it is one training, found again
+        assert any(d["why"] == "without its context it was beyond the limits, too" for d in job.skipped) is not cheap
 
 
 def test_only_methods_that_were_asked_for_make_it_smaller(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -767,6 +767,7 @@ def test_a_full_disk_keeps_what_is_finished(task: Path, tmp_path: Path, monkeypa
     [("fewshot+nosuch", "no method 'nosuch'"), ("fewshot(kk=3)", "did you mean 'k'"), ("fewshot(k=x)", "k takes int"),
      ("fewshot(k=2", "cannot read"), ("calibrate+fewshot", "undoes calibrate"), ("fewshot+fewshot", "stands twice"),
      ("fewshot(selection=rnd)", "is none of"), ("share+prune", "prune undoes share"),
+     ("prune+distill+share", "share undoes distill"),
      ("share(values=16)+distill+quantize", "leave share"),
      ("quantize+finetune(adapter=full)", "put quantize last"), ("quantize+distill(adapter=full)", "put quantize last"),
      ("share+finetune(adapter=dora)", "train before it")],

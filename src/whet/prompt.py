@@ -32,9 +32,10 @@ SLOT = "{question}"  # where the question stands in a frame
 BREAK = "\u200b"  # a zero-width space: invisible to people, and no marker's spelling
 # Templates that write the day would change every prompt overnight: to them it is always that of Llama's own default.
 DAY = date(2024, 7, 26)
+PARTS = {"%-": "%", **{f"%{part}": f"{DAY:%{part}}" for part in "aAbBdHIjmMpSyY"}}
 TODAY = (
-    "{% macro strftime_now(format) %}{{ format|replace('%-', '%')"
-    + "".join(f"|replace('%{part}', '{DAY:%{part}}')" for part in "aAbBdHIjmMpSyY")
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f"|replace('{part}', '{said}')" for part, said in PARTS.items())
     + " }}{% endmacro %}\n"
 )
 
@@ -204,6 +205,22 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, system: bool =
             "the model's chat template refuses a prompt", expected="turns it knows, in an order it knows",
             found=f"{', '.join(role for role, _ in chat)}: {error}", do="change the row's turns or take another model",
         ) from error  # fmt: skip
+
+
+def dated(template: str) -> str:
+    """A template that writes the day by itself as `render` has it, for engines that know today's.
+
+    The day stands in it as text: not each engine's Jinja knows the filters of a macro.
+    """
+
+    def written(call: re.Match[str]) -> str:
+        said = call[2]
+        for part, meant in PARTS.items():
+            said = said.replace(part, meant)
+        return call[1] + said + call[1]
+
+    made = re.sub(r"""strftime_now\(\s*(["'])([^"'\\]*)\1\s*\)""", written, template)
+    return made if made.startswith(TODAY) or "strftime_now(" not in made else TODAY + made
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -17,7 +17,7 @@ from whet import __version__
 from whet import model as models
 from whet.compress.folder import compressed, dense
 from whet.errors import ArtifactError, nearest
-from whet.prompt import SLOT, ends_of, fold_system, messages, takes_system
+from whet.prompt import SLOT, as_turns, asides_of, dated, ends_of, fold_system, messages, specials_of, takes_system
 from whet.splits import shared_order
 from whet.store import anew
 from whet.system import Demonstrations, System
@@ -133,18 +133,20 @@ def left_out(system: System, target: str, bound: bool = False) -> tuple[Left, ..
     return tuple(left)
 
 
-def request(system: System, bias: dict[str, float], thinks: bool = False, folds: bool = False) -> dict[str, Any]:
+def request(system: System, bias: dict[str, float], tokenizer: Any) -> dict[str, Any]:
     """What to send to a server that speaks OpenAI's HTTP API, `{question}` in the last message replaced.
 
-    Of a model that `thinks` aloud unless it is told not to, the server is told. Where the template takes no system
-    turn, the instruction `folds` into the first question, as the System has it.
+    Control markers are broken up as in the System's prompts: servers read them as turns. Of a model that thinks aloud
+    unless it is told not to, the server is told. Where the template takes no system turn, the instruction stands in
+    the first question.
     """
     decoding = system.decoding
     demos = [(q, decoding.said(a)) for q, a in system.demonstrations.pool]
     chat = messages(system.instruction, demos, SLOT, frame=system.frame)
-    chat = fold_system(chat) if folds else chat
+    chat = chat if takes_system(tokenizer) else fold_system(chat)
+    thinks = "enable_thinking" in (tokenizer.chat_template or "")
     return {
-        "messages": [{"role": role, "content": content} for role, content in chat],
+        "messages": as_turns(chat, specials_of(tokenizer), asides_of(tokenizer)),
         "max_tokens": 1 if bias else decoding.max_tokens, "temperature": decoding.temperature,
         **(UNCUT if decoding.temperature > 0 else {}),
         **({"stop": list(decoding.stop)} if decoding.stop else {}), **({"logit_bias": bias} if bias else {}),
@@ -205,6 +207,8 @@ def _write(system: System, target: str, kind: str, work: Path) -> tuple[tuple[Le
 
     wide = torch.bfloat16 if kind == "bf16" else torch.float32
     module, tokenizer = models.load(system.model, system.home, dtype=wide, device="cpu")
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = dated(tokenizer.chat_template)
     bias = biases(system, tokenizer, target)
     asked, left = askable(system), left_out(system, target, bool(bias))
     packs = compressed(module)
@@ -234,9 +238,7 @@ def _write(system: System, target: str, kind: str, work: Path) -> tuple[tuple[Le
             left += (("template", "Ollama's templates cannot say what the model's does; where Ollama does not know "
                       "it either, prompts go in bare"),)  # fmt: skip
     else:
-        thinks = "enable_thinking" in (tokenizer.chat_template or "")
-        sent = request(asked, bias, thinks, not takes_system(tokenizer))
-        body = json.dumps(sent, indent=1, ensure_ascii=False)
+        body = json.dumps(request(asked, bias, tokenizer), indent=1, ensure_ascii=False)
         (work / REQUEST).write_text(body + "\n", encoding="utf-8")
     (work / "README.md").write_text(_readme(asked, target, context, left), encoding="utf-8")
     return left, tokenizer, packed.rounded
@@ -250,7 +252,7 @@ def export(
 
     `kind` is the type of the weights (GGUF: also q8_0 and q4_0). The check asks 50 prompts (of the task, where one is
     given, classes in turn; it is scored, too: `Exported.kept`). Raises ArtifactError where the export does not answer
-    like the System, unless its type rounds more than bf16 does; MethodError or ModelError where the System has no
+    like the System, as far as its type rounds; MethodError or ModelError where the System has no
     weights or is of a kind that the format does not know.
     """
     from whet.export.gguf import TYPES
@@ -300,16 +302,20 @@ def _check(
     asked = askable(system, bound)
     with tempfile.TemporaryDirectory() as home:
         told = checks.told(asked, examples, rounded)
-        other = checks.reopen(work, FILE if target in ("gguf", "ollama") else None, tokenizer, Path(home))
+        file = FILE if target in ("gguf", "ollama") else None
+        scored = task is not None and file is not None and not checks.unscored(task)
+        context = checks.needed(asked, rows, system.session) if scored else checks.CONTEXT
+        other = checks.reopen(work, file, tokenizer, Path(home), context)
         if other is None:
             return None
         if target != "ollama":
             checks.requested(asked, json.loads((work / REQUEST).read_text(encoding="utf-8")), other)
         found = checks.compare(told, other, _progress(watch, "comparing answers"))
-        if not found.good and kind not in ROUNDED:
+        found = replace(found, enough=checks.ROUGH.get(kind, checks.ENOUGH))
+        if not found.good:
             raise ArtifactError(
                 "the export does not answer like the System",
-                expected=f"{checks.ENOUGH:.0%} of its tokens and all prompts cut alike",
+                expected=f"{found.enough:.0%} of its tokens and all prompts cut alike",
                 found=f"{found.agreement:.0%} of {found.tokens} tokens, {found.encoded} of {found.prompts} prompts "
                       f"({found.by})",
                 do="--no-check writes it all the same",

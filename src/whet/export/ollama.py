@@ -6,6 +6,7 @@ must write the same text, character by character.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from whet.engine import Chat
 from whet.errors import ArtifactError
 from whet.export import UNCUT
 from whet.export.gguf import adds_start
-from whet.prompt import SLOT, framed, render, takes_system
+from whet.prompt import BREAK, SLOT, asides_of, escape, framed, render, specials_of, takes_system
 
 if TYPE_CHECKING:
     from whet.system import System
@@ -67,8 +68,12 @@ def turns(tokenizer: Any) -> Turns | None:
 
 
 def go_text(text: str) -> str:
-    """Text as it stands in a Go template within a Modelfile."""
-    return text.replace("{{", '{{ "{{" }}').replace('"""', '{{ "\\"\\"\\"" }}')
+    """Text as it stands in a Go template within a Modelfile.
+
+    A brace in front of an action would be taken for that action's first.
+    """
+    text = re.sub(r'\{{2,}|\{(?="""|\Z)', lambda braces: f'{{{{ "{braces[0]}" }}}}', text)
+    return text.replace('"""', '{{ "\\"\\"\\"" }}')
 
 
 def template(made: Turns, frame: str) -> str:
@@ -101,20 +106,30 @@ def quoted(text: str) -> str:
     return f'"""{text}"""'
 
 
+def _asked(frame: str, question: str, broken: Sequence[str]) -> str:
+    """A question without control markers, also where its frame, which the template has, begins or ends one."""
+    asked = escape(question, broken)
+    whole = framed(frame, asked)
+    return asked if escape(whole, broken) == whole else f"{BREAK}{asked}{BREAK}"
+
+
 def modelfile(system: System, tokenizer: Any, file: str, ends: Sequence[str], context: int) -> tuple[str, bool]:
     """The Modelfile of a System over a GGUF `file`, and whether it carries the template; `ends` are texts that end
     a turn, `context` the tokens that the model can hold.
     """
     made = turns(tokenizer)
-    decoding = system.decoding
+    decoding, specials = system.decoding, specials_of(tokenizer)
+    broken = (*specials, *asides_of(tokenizer))
+    frame = escape(system.frame, broken)
     lines = [f"FROM ./{file}"]
     if made is not None:
-        lines.append(f'TEMPLATE """{template(made, system.frame)}"""')
+        lines.append(f'TEMPLATE """{template(made, frame)}"""')
     if system.instruction:
-        lines.append(f"SYSTEM {quoted(system.instruction)}")
+        lines.append(f"SYSTEM {quoted(escape(system.instruction, broken))}")
     for question, answer in system.demonstrations.pool:
-        asked = question if made is not None else framed(system.frame, question)
-        lines += [f"MESSAGE user {quoted(asked)}", f"MESSAGE assistant {quoted(decoding.said(answer))}"]
+        asked = _asked(frame, question, broken) if made is not None else escape(framed(frame, question), broken)
+        said = escape(decoding.said(answer), specials)
+        lines += [f"MESSAGE user {quoted(asked)}", f"MESSAGE assistant {quoted(said)}"]
     settings: list[tuple[str, Any]] = [
         ("temperature", decoding.temperature), ("num_predict", decoding.max_tokens), ("num_ctx", min(context, CONTEXT)),
         # What Ollama does to probabilities by itself, undone.

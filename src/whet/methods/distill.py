@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from whet import metrics
 from whet.engine import Session
-from whet.errors import MethodError
+from whet.errors import MethodError, ModelError
 from whet.methods import Need, Run
 from whet.prompt import SLOT
 from whet.store import write_text
@@ -25,6 +25,7 @@ from whet.task import Example, Learnable
 if TYPE_CHECKING:
     from whet.engine.prefix import Row
     from whet.engine.torch import TorchSession
+    from whet.model import ModelRef
     from whet.train.adapters import Adapter
     from whet.train.lesson import Lesson
     from whet.train.loop import Source
@@ -155,7 +156,8 @@ class Distill:
                 return system
             # A calibration that stands here is that of the smaller model.
             before = replace(system.uncalibrated, model=system.model.original)
-            if not _made_of(system, before):  # a saved System has no history: what is left of it is the untuned base
+            # A saved System has no history: what is left of it is the untuned base, or another model of its name.
+            if not (_made_of(system, before) and _at_hand(before.model)):
                 raise MethodError(
                     "the model that this one was made of is not at hand", expected="its System as the teacher",
                     found=f"{system.model.base} alone", do="set teacher=FOLDER",
@@ -470,6 +472,16 @@ def _made_of(student: System, teacher: System) -> bool:
 
     theirs = [t.fingerprint for t in teacher.model.transforms]
     return teacher.model.content == student.model.content and made_of(student.model) == theirs
+
+
+def _at_hand(model: ModelRef) -> bool:
+    """Whether the base is still where it was, the same; one that was trained has been opened by this run."""
+    from whet.model import resolve
+
+    try:
+        return bool(model.transforms) or resolve(model.base).content == model.content
+    except ModelError:
+        return False
 
 
 def _prompted(student: System, examples: Sequence[Example], live: TorchSession, room: Sequence[int]) -> tuple[Any, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from whet.engine import Spent
 from whet.errors import MethodError, WhetError
@@ -36,7 +36,12 @@ SMALLER = (  # what is tried, the least loss first
 
 
 PACKED = "quantize(bits=4)"  # of the sizes it leaves, those of others are told before they are taught
-CONTEXT = ("distill", "distill+quantize")  # first, where much is read or written before each answer
+CONTEXT = (  # first, where much is read or written before each answer
+    "distill",
+    "distill+quantize",
+    "distill+quantize(bits=4)",
+    "distill+prune(vocabulary=true)+quantize(bits=4)",
+)
 
 
 def limited(limits: Limits) -> bool:
@@ -73,19 +78,40 @@ def _steps(limits: Limits, system: System) -> tuple[str, ...]:
     if limits.latency is None:
         return SMALLER
     slow = system.demonstrations.pool or system.sources or system.decoding.after or system.decoding.votes > 1
-    return (*CONTEXT, *SMALLER) if slow else SMALLER
+    # A student of another model keeps its context unless it is told not to.
+    without = tuple(one.replace("+distill+", "+distill(clear=context)+") for one in SMALLER)
+    return (*CONTEXT, *without) if slow else SMALLER
 
 
 def smaller(recipe: Recipe, step: Recipe) -> Recipe:
-    """A recipe with the methods that make it smaller behind those that train, and calibration last: but a student
-    that loses its context learns from a teacher that is calibrated.
+    """A recipe with the methods that make it smaller behind those that train, and calibration last; but a student
+    learns from a teacher that is calibrated.
 
-    What had made it smaller makes way where it cannot stand before the step.
+    What had made it smaller makes way where it cannot stand before the step. So does a distillation before another,
+    which then clears as much, and one that healed what makes way.
     """
-    first = step.methods[0].name == "distill"
-    last = () if first else tuple(m for m in recipe.methods if m.name == "calibrate")
-    gone = tuple(m for m in recipe.methods if m.family == "compression" and not _before(m, step))
-    return Recipe((*(m for m in recipe.methods if m not in (*gone, *last)), *step.methods, *last))
+    gone = [m for m in recipe.methods if m.family == "compression" and not _before(m, step)]
+    at = next((n for n, m in enumerate(recipe.methods) if m.name == "distill"), 0)
+    taught: Any = next((m for m in recipe.methods if m.name == "distill"), None)
+    methods, first, learnt = step.methods, step.methods[0].name == "distill", recipe.methods[:at]
+    if taught is not None:
+        heals = any(m.family == "compression" for m in learnt)
+        cleared = taught.clear or ("none" if heals or taught.teacher else "context")
+        if heals and cleared == "none" and not taught.teacher and any(m in gone for m in learnt):
+            gone.append(taught)
+        if taught in gone:
+            methods = tuple(_clearing(m, cleared) if n else m for n, m in enumerate(methods))
+            learnt = ()
+    if first:
+        learnt = recipe.methods
+    last = tuple(m for m in recipe.methods if m.name == "calibrate" and m not in learnt)
+    return Recipe((*(m for m in recipe.methods if m not in (*gone, *last)), *methods, *last))
+
+
+def _clearing(method: Any, cleared: str) -> Method:
+    """A method, where it is a distillation of whose clearing nothing is said, with `cleared`."""
+    told = method.name == "distill" and not method.clear and cleared != "none"
+    return cast("Method", replace(method, clear=cleared) if told else method)
 
 
 def _before(method: Method, step: Recipe) -> bool:
@@ -126,21 +152,28 @@ def within(job: _Job, finalist: Trial | None) -> Trial | None:
     # The bound of a training is part of what it is known by: with another one it would be trained anew.
     tokens = start.notes.get("allowed") or int(max(0.0, race.left) * race.speed(start.system).train)
     steps, packed, whole_size, tried = _steps(limits, start.system), 1.0, used.size_bytes, False
+    taught, vain = 0, False  # the bound of the student without context, who is trained once; it did not suffice
     for text, wished, recipe in _candidates(job, start, steps):
         opened, most, why = set(job.run.sessions), _healing(job, wished, start, tokens), ""
-        if (tried and race.left <= 0) or (most is not None and most < training.LEAST_TOKENS):
+        first = wished[0].name == "distill"
+        most = taught or most if first else most
+        if vain and most is None:
+            why = "without its context it was beyond the limits, too"
+        elif (tried and race.left <= 0) or (most is not None and most < training.LEAST_TOKENS):
             why = f"only {clock(max(0.0, race.left))} of the budget would be left for it"
         elif text != steps[-1] and (size := _expected(job, start, wished, packed)) > (limits.size or size):
             why = f"it would take about {_bytes(size, limits.size or 0)}"
         if why:
             job.skipped.append({"method": recipe.name, "why": why})
             continue
+        taught = most or 0 if first else taught
         trial, tried = race.enter(recipe, origin, tokens=tokens, label=start.label, healing=most), True
         if (found := _told(job, trial)) is not None:
             trial = race.mark(trial, card=found)
-            if text == PACKED and found.size_bytes and whole_size:
+            if text.removeprefix("distill+") == PACKED and found.size_bytes and whole_size:
                 packed = found.size_bytes / whole_size
             over, excess = beyond(limits, found), _excess(limits, found)
+            vain = bool(over) if first else vain
             if not over or excess < least:  # else it is not handed over, whatever it forgets
                 trial = _keeping(job, trial)
             keeps = trial.status != "refused"

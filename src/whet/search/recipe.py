@@ -70,7 +70,9 @@ class Recipe:
                     raise MethodError(f"{method.name} stands twice in {self.name}", do="name it once")
                 # What a teacher's calibration did, its student has learnt.
                 learnt = earlier.name == "calibrate" and any(m.name == "distill" for m in self.methods[n:i])
-                if PART_OF.get(earlier.name) in method.invalidates and not learnt:
+                # A distillation is undone where it made good for something: else it is a training like others.
+                healed = earlier.name != "distill" or any(m.family == "compression" for m in self.methods[:n])
+                if PART_OF.get(earlier.name) in method.invalidates and healed and not learnt:
                     raise MethodError(
                         f"{method.name} undoes {earlier.name} in {self.name}",
                         expected=f"{earlier.name} after {method.name}", found="the reverse", do="swap them",
