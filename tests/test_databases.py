@@ -150,6 +150,20 @@ def test_changes_at_once_leave_one_version(url: str, home: Path) -> None:
     assert stores[0].version == stores[1].version != "a" * 64
 
 
+def test_a_store_that_two_fill_at_once_is_filled_once(
+    url: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if url.startswith("qdrant"):
+        pytest.skip("its store on disk has one user at a time")
+    monkeypatch.setattr(databases, "BLOCK", 1)
+    monkeypatch.setattr(databases, "opened", lambda url, made, home: databases.Postgres(
+        url, f"whet_{made[:16]}", embed.Embedder(home)))  # fmt: skip
+    pieces = [p for k, v in TEXTS.items() for p in passages(Document(k, k, v, "w"))]
+    at_once(2 * [partial(databases.filled, url, "a" * 64, pieces, home)])
+    base = databases.opened(url, "a" * 64, home)
+    assert base.version == "a" * 64 and {k: len(v) for k, v in base.of(base.ids()).items()} == dict.fromkeys(TEXTS, 1)
+
+
 def test_a_lost_connection_is_made_anew(url: str, data: Learnable, home: Path) -> None:
     if url.startswith("qdrant"):
         pytest.skip("its store on disk has no connection")

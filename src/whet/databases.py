@@ -31,7 +31,7 @@ FIELDS = ("document", "title", "text", "place", "start")
 
 
 class Database(Corpus[Any]):
-    """A corpus by its name in a database; where that knows such, `write` is a transaction, and one changes at a time."""
+    """A corpus by its name in a database; `write` is a transaction, `alone` a lock, where that has such."""
 
     def __init__(self, name: str, embedder: Embedder) -> None:
         self.name, self.embedder = name, embedder
@@ -126,11 +126,14 @@ def filled(url: str, version: str, pieces: Sequence[Passage], home: Path) -> str
     One that was changed since keeps its name, for Systems look into it; the passages go into one beside it.
     """
     made = version
-    while (base := opened(url, made, home)).version not in ("", version):
+    while True:
+        base = opened(url, made, home)
+        with base.alone():  # of two runs that would fill it, the second finds it filled
+            if not base.version:
+                base.build(pieces, version)
+            if base.version == version:
+                return made
         made = hashlib.sha256(made.encode()).hexdigest()
-    if not base.version:
-        base.build(pieces, version)
-    return made
 
 
 class Postgres(Database):
@@ -144,16 +147,18 @@ class Postgres(Database):
     def _connection(self) -> Any:
         try:
             made = package("psycopg", "postgres").connect(self.url, autocommit=True, connect_timeout=10)
-            made.execute("create extension if not exists vector")
-            made.execute("create table if not exists whet_corpora (name text primary key, version text)")
-            made.execute(
-                f"create table if not exists {self.name} (key bigserial primary key, document text, title text, text "
-                f"text, place text, start int, vector vector({DIMENSIONS}), words tsvector generated always as "
-                "(to_tsvector('english', title || ' ' || text)) stored)"
-            )
-            for kind in ("hnsw (vector vector_cosine_ops)", "gin (words)", "btree (document)"):
-                label = f"{self.name}_{kind[:2]}"
-                made.execute(f"create index if not exists {label} on {self.name} using {kind}")
+            with made.transaction():  # one at a time: PostgreSQL checks that a table is not there before it makes it
+                made.execute("select pg_advisory_xact_lock(hashtext('whet_corpora'))")
+                made.execute("create extension if not exists vector")
+                made.execute("create table if not exists whet_corpora (name text primary key, version text)")
+                made.execute(
+                    f"create table if not exists {self.name} (key bigserial primary key, document text, title text, "
+                    f"text text, place text, start int, vector vector({DIMENSIONS}), words tsvector generated always "
+                    "as (to_tsvector('english', title || ' ' || text)) stored)"
+                )
+                for kind in ("hnsw (vector vector_cosine_ops)", "gin (words)", "btree (document)"):
+                    label = f"{self.name}_{kind[:2]}"
+                    made.execute(f"create index if not exists {label} on {self.name} using {kind}")
             return made
         except Exception as error:  # the driver's own kinds
             raise _unreached(self.url, error) from error
