@@ -154,6 +154,34 @@ def test_a_page_reads_as_its_blocks_stand(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_text_that_looks_like_markdown_is_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import docx
+    import pypdf
+
+    lines = ("# 5 of the parts", "~~~~~~", "```")
+    made = docx.Document()
+    made.add_heading("Kettle", 0)
+    for line in (*lines, "\n".join(lines)):
+        made.add_paragraph(line)
+    made.add_heading("Power\n# of it", 1)
+    made.add_paragraph("2200 W")
+    made.save(str(tmp_path / "a.docx"))
+    text = "\n".join(lines)
+    (tmp_path / "b.html").write_text(
+        f"<title>Kettle</title><p>Rating:\n{text}\n</p>#<b> 5</b><pre>{text}</pre><h1>Power # of it</h1><p>2200 W"
+    )
+    pages = [SimpleNamespace(extract_text=lambda said=said: said) for said in (f"Parts:\n{text}\n\0# end", "2200 W")]
+    monkeypatch.setattr(pypdf, "PdfReader", lambda _: SimpleNamespace(metadata=None, pages=pages))
+    (tmp_path / "c.pdf").write_bytes(b"")
+    found = {d.id: [(p.title, p.text) for p in passages(d)] for d in documents.load(tmp_path)[0]}
+    said = " ".join(lines)
+    assert found == {
+        "a.docx": [("Kettle", f"{said} {said}"), ("Kettle / Power # of it", "2200 W")],
+        "b.html": [("Kettle", f"Rating: {said} # 5 ``` {said} ```"), ("Kettle / Power # of it", "2200 W")],
+        "c.pdf": [("c / page 1", f"Parts: {said} # end"), ("c / page 2", "2200 W")],
+    }
+
+
 @pytest.mark.parametrize(
     ("name", "body", "said"),
     [

@@ -30,6 +30,7 @@ PIECES = 240  # about so many word pieces of WORDS words at most, their title am
 MOST_BYTES = 50_000_000  # of one file that is no table
 SECONDS = 60.0  # that a page may take, with all its redirects
 HEADING = re.compile(r"(#{1,6})\s+(.+?)\s*#*$")
+OWN = "\0"  # before a line of Markdown that the reader of another kind writes itself
 FENCE = re.compile(r" {0,3}(`{3,}(?!.*`)|~{3,})")
 ENDS = ".!?。！？"
 SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])(?![」』”’）])\s*")
@@ -303,6 +304,13 @@ UNSAID = ("del", "moveFrom", "sdtPr", "sdtEndPr")  # in Word's XML: what was del
 AROUND = ("ins", "moveTo", "sdt", "sdtContent", "customXml", "smartTag", "fldSimple")  # what stands around text
 
 
+def _kept(text: str) -> str:
+    """Markdown whose only headings and fences are on the lines that begin with OWN; text like them is moved in."""
+    lines = ((line[:1] == OWN, line.replace(OWN, "")) for line in text.splitlines())
+    return "\n".join(line if own or not (HEADING.match(line) or FENCE.match(line)) else f"    {line}"
+                     for own, line in lines)  # fmt: skip
+
+
 def _text(file: Path) -> str:
     return decoded(file.read_bytes(), "", file.name)[0]
 
@@ -311,16 +319,16 @@ def _html(file: Path) -> str:
     """Headings and text of a page; scripts, styles, navigation and the page's own header and footer are left out."""
     soup, data = package("bs4", "rag"), file.read_bytes()
     declared = soup.dammit.EncodingDetector.find_declared_encoding(data, is_html=True)
-    page = soup.BeautifulSoup(decoded(data, declared or "", file.name)[0], "html.parser")
+    page = soup.BeautifulSoup(decoded(data, declared or "", file.name)[0].replace(OWN, ""), "html.parser")
     head, kinds = page.title, (str, soup.NavigableString, soup.CData)  # and no comments
-    title = head.get_text().strip() if head else ""
-    made = [f"# {title}\n\n"] if title else []
+    title = " ".join(head.get_text().split()) if head else ""
+    made = [f"{OWN}# {title}\n\n"] if title else []
     todo: list[Any] = [page]
     while todo:
         part = todo.pop()
         if isinstance(part, tuple):  # a heading's level, and where it began: it ends
             level, begin = part
-            made[begin:] = [f"\n\n{'#' * level} {' '.join(''.join(made[begin:]).split())}\n\n"]
+            made[begin:] = [f"\n\n{OWN}{'#' * level} {' '.join(''.join(made[begin:]).split())}\n\n"]
         elif isinstance(part, str):
             made += [part] if type(part) in kinds else []
         elif part is head or (
@@ -330,9 +338,9 @@ def _html(file: Path) -> str:
         elif re.fullmatch("h[1-6]", part.name):
             todo += [(min(6, int(part.name[1]) + 1), len(made)), *reversed(part.contents)]
         else:
-            edge = "\n```\n" if part.name == "pre" else "" if part.name in INLINE else "\n"
+            edge = f"\n{OWN}```\n" if part.name == "pre" else "" if part.name in INLINE else "\n"
             todo += [edge, *reversed(part.contents), edge]
-    return "".join(made)
+    return _kept("".join(made))
 
 
 def _pdf(file: Path) -> str:
@@ -345,8 +353,8 @@ def _pdf(file: Path) -> str:
     except Exception as error:  # a broken file raises what it likes
         raise TaskError(f"{file.name} cannot be read", expected="a PDF", found=str(error)[:120], do="save it anew"
                         ) from error  # fmt: skip
-    told = [f"## page {n}\n\n{text}" for n, text in enumerate(pages, 1) if text.strip()]
-    return "\n\n".join([f"# {' '.join(title.split())}", *told]) if told else ""
+    told = [f"{OWN}## page {n}\n\n{text.replace(OWN, '')}" for n, text in enumerate(pages, 1) if text.strip()]
+    return _kept("\n\n".join([f"{OWN}# {' '.join(title.split())}", *told])) if told else ""
 
 
 def _docx(file: Path) -> str:
@@ -362,13 +370,13 @@ def _docx(file: Path) -> str:
             elif block.text.strip():
                 head = re.match(r"Title|Heading (\d)", block.style.name)
                 level = min(6, int(head[1] or 0) + 1) if head else 0
-                lines.append(f"{'#' * level} {block.text}" if level else block.text)
+                lines.append(f"{OWN}{'#' * level} {' '.join(block.text.split())}" if level else block.text)
     except WhetError:
         raise
     except Exception as error:
         raise TaskError(f"{file.name} cannot be read", expected="a DOCX", found=str(error)[:120], do="save it anew"
                         ) from error  # fmt: skip
-    return "\n\n".join(lines)
+    return _kept("\n\n".join(lines))
 
 
 def _lines(table: Any) -> list[str]:
