@@ -586,6 +586,20 @@ def test_names_that_differ_in_signs_alone_are_told_apart(question: str, names: s
     assert {linker.graph.nodes[n][0] for m in linker.mentions(Query(question)) for n in m.nodes} == names
 
 
+@pytest.mark.parametrize(
+    ("question", "names"),
+    [("Where is the headquarters of WHO?", {"WHO"}), ("Who is the head of IT?", {"IT"}), ("IT's head?", {"IT"}),
+     ("IT의 전화번호는?", {"IT"}), ("Who directed It?", {"It"}), ("Who directed “It”?", {"It"}), ("WHO", {"WHO"}),
+     ("Is Do in Europe?", {"Norway"}), ("Who directed it?", set()), ("Who is in? It is on.", set()),
+     ("Films:\n- It is one of them?", set()), ("WHO IS THE HEAD OF IT?", set()), ("What is in a name?", set())],
+)  # fmt: skip
+def test_names_like_stop_words_are_told_by_their_case(question: str, names: set[str]) -> None:
+    rows = [("WHO", "seat", "Geneva"), ("IT", "head", "Carla"), ("It", "director", "Andy"), ("Who", "member", "Roger"),
+            ("in", "size", "small"), ("Norway", "capital", "Oslo"), ("Norway", "alias", "Do")]  # fmt: skip
+    linker = Linker(in_memory(Graph.of(gather(rows))), Words())  # type: ignore[arg-type]
+    assert {linker.graph.nodes[n][0] for m in linker.mentions(Query(question)) for n in m.nodes} == names
+
+
 def test_of_many_of_one_name_the_one_asked_for_is_found() -> None:
     more = [(f"<http://e/{n}>", RDFS_LABEL, triples.text("Ann Lee", "en")) for n in range(9)]
     rows = [(f"<http://e/{n}>", "<http://e/colour>", triples.text("red", "")) for n in range(8)]
