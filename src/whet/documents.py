@@ -31,6 +31,7 @@ MOST_BYTES = 50_000_000  # of one file that is no table
 SECONDS = 60.0  # that a page may take, with all its redirects
 HEADING = re.compile(r"(#{1,6})\s+(.+?)\s*#*$")
 OWN = "\0"  # before a line of Markdown that the reader of another kind writes itself
+PAGED = re.compile(r"# .*\n\n## page \d+\n")  # how the text of a PDF begins, whose headings are no words of its own
 FENCE = re.compile(r" {0,3}(`{3,}(?!.*`)|~{3,})")
 ENDS = ".!?。！？"
 SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])(?![」』”’）])\s*")
@@ -64,10 +65,10 @@ class Document:
 
 @dataclass(frozen=True)
 class Passage:
-    """A piece of a document: at most 200 words of one section. `start` is its first word's number in the document.
+    """A piece of a document: at most 200 words of one section.
 
-    `title` is the document's with the headings of the section; `name` the document's alone, empty where it has none of
-    its own.
+    `start` is its first word's number in the document's text, headings counted but for those of a PDF's pages. `title`
+    is the document's with the headings of the section; `name` the document's alone, empty where it has none of its own.
     """
 
     document: str
@@ -194,7 +195,7 @@ def _file(file: Path, name: str, size: int) -> tuple[list[Document], list[str]]:
         raise _unread(file, error) from error
     if not text.strip():
         return [], [f"{name} was left out: no text in it" + (" (scanned?)" if kind == ".pdf" else "")]
-    first = next((line for level, line in _marked(text) if level), "")
+    first = next((said for level, said, _ in _marked(text) if level), "")
     return [Document(name, first or file.stem.replace("_", " "), text, name)], []
 
 
@@ -405,7 +406,9 @@ def passages(document: Document, words: int = WORDS, overlap: int | None = None)
     most = min(2 * words, PIECES * max(words, WORDS) // WORDS)
     made: list[Passage] = []
     at, name = 0, _own(document)  # words of the document before the sentence at hand
-    for headings, text in _sections(document.text):
+    paged = PAGED.match(document.text)
+    for headings, text, skipped in _sections(document.text):
+        at += 0 if paged else skipped
         title = " / ".join(dict.fromkeys(part for part in (document.title, *headings) if part))
         room = most - min(most // 2, _pieces([title]))
         here: list[str] = []
@@ -427,29 +430,40 @@ def _own(document: Document) -> str:
     return "" if file.suffix.lower() in READERS and title == " ".join(file.stem.replace("_", " ").split()) else title
 
 
-def _marked(text: str) -> Iterator[tuple[int, str]]:
-    """The lines of a text, headings with their level; 0 for other lines, and for all of code between fences."""
+def _marked(text: str) -> Iterator[tuple[int, str, str]]:
+    """The lines of a text, headings with their level; 0 for other lines, and for all of code between fences.
+
+    What a heading says comes before its whole line.
+    """
     fence = ""
     for line in text.splitlines():
         if mark := FENCE.match(line):
             fence = fence if fence and not mark[1].startswith(fence) else "" if fence else mark[1]
         found = None if fence else HEADING.match(line)
-        yield (len(found[1]), found[2]) if found else (0, line)
+        yield (len(found[1]), found[2], line) if found else (0, line, line)
 
 
-def _sections(text: str) -> Iterator[tuple[list[str], str]]:
-    """(headings, text) of each section that has text; a heading with nothing below it is text itself."""
+def _sections(text: str) -> Iterator[tuple[list[str], str, int]]:
+    """(headings, text, words of headings since the last one) of each section that has text.
+
+    A heading with nothing below it is text itself.
+    """
     path: list[tuple[int, str]] = []
     lines: list[str] = []
-    for level, line in [*_marked(text), (1, "")]:
+    skipped = behind = 0  # `behind` what the last one says, where marks end it, too
+    for level, said, line in [*_marked(text), (1, "", "")]:
         if not level:
             lines.append(line)
             continue
         if " ".join(lines).strip():
-            yield [name for _, name in path], "\n".join(lines)
+            yield [name for _, name in path], "\n".join(lines), skipped
+            skipped = 0
         elif path and level <= path[-1][0]:
-            yield [name for _, name in path[:-1]], path[-1][1]
-        path, lines = [*(one for one in path if one[0] < level), (level, line)], []
+            yield [name for _, name in path[:-1]], path[-1][1], skipped - behind - len(path[-1][1].split())
+            skipped = behind
+        path, lines = [*(one for one in path if one[0] < level), (level, said)], []
+        skipped += len(line.split())
+        behind = len(line.split()) - 1 - len(said.split())
 
 
 def _pieces(words: Sequence[str]) -> int:
