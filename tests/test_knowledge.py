@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whet import embed, sparql, system, triples
+from whet import documents, embed, sparql, system, triples
 from whet import model as models
 from whet.errors import ArtifactError, MethodError, TaskError
 from whet.graph import MOST_ENDS, Graph, asked, build, identity, read
@@ -269,6 +269,15 @@ def test_several_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "more" / "b.tsv").write_text("\nb\tr\tc\na\tr\tb\n")
     assert load("a.tsv\nmore", tmp_path)[0].triples == (("a", "r", "b"), ("b", "r", "c"))
     assert load(tmp_path / "more", tmp_path)[0].triples == (("b", "r", "c"), ("a", "r", "b"))
+
+
+def test_hidden_files_are_left_out_and_counted(tmp_path: Path) -> None:
+    for name in ("k/a.tsv", "k/.b.tsv", "k/.trash/c.tsv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"X\tsize\t{name[-5]}\n")
+    facts, notes = load(tmp_path / "k", tmp_path)
+    assert len(facts.triples) == 1 and notes == [documents.hidden_note(2)]
+    assert len(load(tmp_path / "k" / ".b.tsv", tmp_path)[0].triples) == 1
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,16 @@ def test_a_folder_is_read_despite_bad_files(tmp_path: Path) -> None:
             documents.load(tmp_path / name)
 
 
+def test_hidden_files_are_left_out_and_counted(tmp_path: Path) -> None:
+    source = tmp_path / ".hidden" / "docs"  # that a folder above it is hidden says nothing
+    for name in ("a.md", ".b.md", ".trash/c.md", "d/.ipynb_checkpoints/e.md", ".git/f"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("text")
+    found, [note] = documents.load(source)
+    assert [d.id for d in found] == ["a.md"] and note.startswith("3 hidden files were left out")
+    assert [d.id for d in documents.load(source / ".b.md")[0]] == [".b.md"]
+
+
 def test_ids_say_where_documents_lie(tmp_path: Path) -> None:
     for name in ("m1", "m2"):
         (tmp_path / name).mkdir()

@@ -97,8 +97,9 @@ def load(
             continue
         file = place.absolute()
         root = folder.absolute() if isinstance(source, str) else file if file.is_dir() else file.parent
-        some, said = _files(file, root, names, _stamps(file))
-        found, notes = found + some, notes + said
+        stamps, left = _stamps(file)
+        some, said = _files(file, root, names, stamps)
+        found, notes = found + some, [*notes, *said, *([hidden_note(left)] if left else [])]
     if not found:
         shown = source.name if isinstance(source, Path) else short(source)
         raise TaskError(f"no documents in {shown}", expected=f"text, in {', '.join((*TABLES, *READERS))}", found="none",
@@ -132,11 +133,26 @@ def _told_apart(found: Sequence[Document]) -> None:
         raise TaskError(f"{times} documents have the id {name!r}", expected="ids that differ", do="rename them")
 
 
-def _stamps(source: Path) -> tuple[tuple[Path, int, int], ...]:
-    """The files of a folder, or the one file, each with when it was written and its bytes."""
+def hidden(file: Path, source: Path) -> bool:
+    """Whether a file in a folder is hidden, or within a hidden folder of it (.git, .trash)."""
+    return any(part.startswith(".") for part in file.relative_to(source).parts)
+
+
+def hidden_note(count: int) -> str:
+    """What is said of hidden files that would have been read."""
+    return f"{count} hidden file{'s were' if count > 1 else ' was'} left out (their name or folder begins with a dot)"
+
+
+def _stamps(source: Path) -> tuple[tuple[tuple[Path, int, int], ...], int]:
+    """The files of a folder, or the one file, each with when it was written and its bytes.
+
+    Hidden ones are left out; those of them that could be read are counted.
+    """
     try:
         listed = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
-        return tuple((p, p.stat().st_mtime_ns, p.stat().st_size) for p in listed)
+        aside = {p for p in listed if hidden(p, source)}
+        stamps = tuple((p, p.stat().st_mtime_ns, p.stat().st_size) for p in listed if p not in aside)
+        return stamps, sum(p.suffix.lower() in (*TABLES, *READERS) for p in aside)
     except OSError as error:
         raise _unread(source, error) from error
 
@@ -161,7 +177,7 @@ def _files(
         name, whole = Path(os.path.relpath(file, root)).as_posix(), file.resolve().as_posix()
         name = next((k for k in known if whole.endswith(f"/{k}") and f"/{k}".endswith(f"/{name}")), name)
         if source.is_dir() and file.suffix.lower() not in (*TABLES, *READERS):
-            other += [] if file.name.startswith(".") else [name]
+            other.append(name)
             continue
         try:
             some, said = _file(file, name, size)

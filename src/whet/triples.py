@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote
 
+from whet.documents import hidden, hidden_note
 from whet.errors import TaskError
 from whet.extras import package
 from whet.rows import decode, short
@@ -125,7 +126,11 @@ def load(data: Learnable, home: Path) -> tuple[Facts, list[str]]:
             if isinstance(part, str):
                 found += snapshot(part, data.trusted, home, notes)
                 continue
-            for file in sorted(p for p in part.rglob("*") if _kind(p)[0] in KINDS) if part.is_dir() else [part]:
+            files = sorted(p for p in part.rglob("*") if _kind(p)[0] in KINDS) if part.is_dir() else [part]
+            shown = [file for file in files if not hidden(file, part)]
+            if len(shown) < len(files):
+                notes.append(hidden_note(len(files) - len(shown)))
+            for file in shown:
                 for row in _file(file, glossary=source is data.glossary):
                     found.append(row)
                     count += _role(row[1]) == ""  # names in many languages do not count
