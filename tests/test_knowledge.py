@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whet import documents, embed, sparql, system, triples
+from whet import documents, embed, extras, sparql, system, triples
 from whet import model as models
 from whet.errors import ArtifactError, MethodError, TaskError
 from whet.graph import MOST_ENDS, Graph, asked, build, identity, read
@@ -409,6 +409,16 @@ def test_the_address_that_was_checked_is_the_one_that_is_asked(monkeypatch: pyte
     with pytest.raises(TaskError, match="gave no usable answer"):
         sparql._rows("https://example.org/sparql", sparql.ALL)
     assert asked_ == [("https://93.184.215.14/sparql", "example.org", {"sni_hostname": "example.org"})]
+
+
+def test_hosts_in_any_script_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    named: list[str] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **k: named.append(host) or [(0, 0, 0, "", ("1.1.1.1", 443))])
+    asked = extras.pinned("https://me@한국.kr:8443/a", extras.public("https://me@한국.kr:8443/a"))
+    assert named == ["xn--3e0b707e.kr"] and asked["headers"] == {"host": "xn--3e0b707e.kr:8443"}
+    assert asked["extensions"] == {"sni_hostname": "xn--3e0b707e.kr"} and asked["url"].host == "1.1.1.1"
+    with pytest.raises(TaskError, match="cannot be found"):
+        extras.public("https://a\x01b/")
 
 
 @pytest.mark.parametrize("query", ["SELECT ?s ?p ?o\nWHERE { ?s ?p ?o }", "\n  SELECT ?s ?p ?o WHERE { ?s ?p ?o }", ""])

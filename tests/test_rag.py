@@ -298,6 +298,10 @@ def test_pages_say_their_encoding_and_the_unknown_is_left_out(tmp_path: Path) ->
     [found], [note] = documents.load(tmp_path)
     assert [(p.title, p.text) for p in passages(found)] == [("똠 H2O", "물은 좋다 ``` # no heading ```")]
     assert note.startswith("b.txt was left out") and "UTF-8" in note
+    (tmp_path / "b.txt").unlink()
+    for name in ("utf-16", "UTF-16LE", "utf-32"):
+        (tmp_path / "a.html").write_text(f'<meta charset="{name}"><p>물은 좋다', encoding="utf-8")
+        assert documents.load(tmp_path)[0][0].text.strip() == "물은 좋다"
     made = documents._document("http://a", "text/plain; charset=ISO-8859-1", "für".encode("latin-1"))
     assert (made.id, made.title, made.text) == ("http://a", "http://a", "für")
 

@@ -335,8 +335,10 @@ def _text(file: Path) -> str:
 def _html(file: Path) -> str:
     """Headings and text of a page; scripts, styles, navigation and the page's own header and footer are left out."""
     soup, data = package("bs4", "rag"), file.read_bytes()
-    declared = soup.dammit.EncodingDetector.find_declared_encoding(data, is_html=True)
-    page = soup.BeautifulSoup(decoded(data, declared or "", file.name)[0].replace(OWN, ""), "html.parser")
+    declared = soup.dammit.EncodingDetector.find_declared_encoding(data, is_html=True) or ""
+    if declared.lower().startswith(("utf-16", "utf-32")):  # it was read byte by byte, so it is not (WHATWG)
+        declared = ""
+    page = soup.BeautifulSoup(decoded(data, declared, file.name)[0].replace(OWN, ""), "html.parser")
     head, kinds = page.title, (str, soup.NavigableString, soup.CData)  # and no comments
     title = " ".join(head.get_text().split()) if head else ""
     made = [f"{OWN}# {title}\n\n"] if title else []

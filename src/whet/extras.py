@@ -22,14 +22,17 @@ def package(name: str, extra: str) -> Any:
 
 def public(url: str) -> str:
     """An address of a URL's host. Raises TaskError where one of them is this machine's or a private network's."""
+    import httpx
+
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise TaskError(f"{url[:80]} is no address", expected="http:// or https://", found=parts.scheme or "neither",
                         do="correct it")  # fmt: skip
     try:
         port = parts.port or (443 if parts.scheme == "https" else 80)
-        found = sorted({str(i[4][0]) for i in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)})
-    except (OSError, ValueError) as error:
+        host = httpx.URL(url).raw_host.decode("ascii")
+        found = sorted({str(i[4][0]) for i in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
+    except (OSError, ValueError, httpx.InvalidURL) as error:
         raise TaskError(f"{url} cannot be found", found=str(error), do="correct it, or save it as a file") from error
     for one in found:
         if not ipaddress.ip_address(one.partition("%")[0]).is_global:
@@ -45,6 +48,6 @@ def pinned(url: str, address: str) -> dict[str, Any]:
     """
     import httpx
 
-    host = urlsplit(url)
-    return {"url": httpx.URL(url).copy_with(host=address), "headers": {"host": host.netloc.rpartition("@")[2]},
-            "extensions": {"sni_hostname": host.hostname} if host.scheme == "https" else {}}  # fmt: skip
+    named = httpx.URL(url)  # its host as the net has it: 한국.kr is xn--3e0b707e.kr
+    return {"url": named.copy_with(host=address), "headers": {"host": named.netloc.decode("ascii")},
+            "extensions": {"sni_hostname": named.raw_host.decode("ascii")} if named.scheme == "https" else {}}  # fmt: skip
