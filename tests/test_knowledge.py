@@ -411,9 +411,26 @@ def test_the_address_that_was_checked_is_the_one_that_is_asked(monkeypatch: pyte
     assert asked_ == [("https://93.184.215.14/sparql", "example.org", {"sni_hostname": "example.org"})]
 
 
+@pytest.mark.parametrize(
+    ("address", "fine"),
+    [("64:ff9b::a9fe:a9fe", False), ("64:ff9b::808:808", True), ("2002:a00:1::", False), ("2002:808:808::", True),
+     ("::a00:1", False), ("::ffff:10.0.0.1", False), ("::ffff:8.8.8.8", True), ("fec0::1", False), ("::", False),
+     ("64:ff9b:1::a00:1", False), ("224.0.0.251", False), ("233.252.1.1", False), ("ff0e::1", False),
+     ("fe80::1%eth0", False), ("2606:4700::1111", True), ("8.8.8.8", True), ("100.64.0.1", False)],
+)  # fmt: skip
+def test_private_addresses_are_told_in_every_form(address: str, fine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **k: [(0, 0, 0, "", (address, 443))])
+    if fine:
+        assert extras.public("https://example.org") == address
+        return
+    with pytest.raises(TaskError, match="leads to a private address"):
+        extras.public("https://example.org")
+
+
 def test_hosts_in_any_script_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     named: list[str] = []
-    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **k: named.append(host) or [(0, 0, 0, "", ("1.1.1.1", 443))])
+    found = [(0, 0, 0, "", ("1.1.1.1", 443))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **k: named.append(host) or found)
     asked = extras.pinned("https://me@한국.kr:8443/a", extras.public("https://me@한국.kr:8443/a"))
     assert named == ["xn--3e0b707e.kr"] and asked["headers"] == {"host": "xn--3e0b707e.kr:8443"}
     assert asked["extensions"] == {"sni_hostname": "xn--3e0b707e.kr"} and asked["url"].host == "1.1.1.1"

@@ -10,6 +10,9 @@ from urllib.parse import urlsplit
 
 from whet.errors import MethodError, TaskError
 
+CARRYING = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "::/96")))  # an address of IPv4 is their last four bytes
+LOCAL = ipaddress.IPv6Network("64:ff9b:1::/48")  # what a net translates for itself (RFC 8215), global by Python 3.11
+
 
 def package(name: str, extra: str) -> Any:
     """A package of an extra. Raises MethodError where it is not installed."""
@@ -35,10 +38,21 @@ def public(url: str) -> str:
     except (OSError, ValueError, httpx.InvalidURL) as error:
         raise TaskError(f"{url} cannot be found", found=str(error), do="correct it, or save it as a file") from error
     for one in found:
-        if not ipaddress.ip_address(one.partition("%")[0]).is_global:
+        if not _global(one.partition("%")[0]):
             raise TaskError(f"{url} leads to a private address", expected="a public one", found=one,
                             do="save it as a file")  # fmt: skip
     return min(found, key=lambda one: ":" in one)  # IPv4 first: not every net has the other
+
+
+def _global(address: str) -> bool:
+    """Whether an address is one machine's of the public net; one of IPv6 that stands for one of IPv4 is as that is."""
+    one = ipaddress.ip_address(address)
+    if isinstance(one, ipaddress.IPv6Address):
+        last = ipaddress.IPv4Address(int(one) & 0xFFFFFFFF)
+        within = one.ipv4_mapped or one.sixtofour or next((last for net in CARRYING if one in net), None)
+        if within or one.is_site_local or one in LOCAL:
+            return within is not None and _global(str(within))
+    return one.is_global and not one.is_multicast
 
 
 def pinned(url: str, address: str) -> dict[str, Any]:
@@ -49,5 +63,5 @@ def pinned(url: str, address: str) -> dict[str, Any]:
     import httpx
 
     named = httpx.URL(url)  # its host as the net has it: 한국.kr is xn--3e0b707e.kr
-    return {"url": named.copy_with(host=address), "headers": {"host": named.netloc.decode("ascii")},
-            "extensions": {"sni_hostname": named.raw_host.decode("ascii")} if named.scheme == "https" else {}}  # fmt: skip
+    more = {"sni_hostname": named.raw_host.decode("ascii")} if named.scheme == "https" else {}
+    return {"url": named.copy_with(host=address), "headers": {"host": named.netloc.decode("ascii")}, "extensions": more}
