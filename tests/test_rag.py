@@ -824,6 +824,18 @@ def test_rows_of_a_database_are_read_where_it_is_trusted(tmp_path: Path) -> None
     [found], _ = documents.load(query, tmp_path, trusted=True)
     assert (found.id, found.title, found.text) == ("a", "A", "from a row")
     assert documents.load(query.replace("sqlite:", "sqlite+pysqlite:"), tmp_path, trusted=True)[0] == [found]
+    odd = tmp_path / "a#b 100%"
+    odd.mkdir()
+    (odd / "shop.db").write_bytes((tmp_path / "shop.db").read_bytes())
+    [other], _ = documents.load(f"{query} WHERE text LIKE '%a :30%' OR text LIKE '%row'", odd, trusted=True)
+    assert other.text == "from a row"
+    for place, driver in (("postgres", "postgresql"), ("postgres+psycopg", "postgresql+psycopg"), ("mssql", "mssql")):
+        with pytest.MonkeyPatch.context() as asked:
+            urls: list[str] = []
+            asked.setattr("sqlalchemy.create_engine", urls.append)
+            with pytest.raises(TaskError, match="refuses the query"):
+                documents.load(f"{place}://h/x SELECT text FROM b", tmp_path, trusted=True)
+        assert urls == [f"{driver}://h/x"]
     for driver in ("sqlite", "sqlite+pysqlite", "SQLite+pysqlite"):
         with pytest.raises(TaskError, match="not there"):
             documents.load(f"{driver}:///{tmp_path}/shop.db SELECT id, text FROM pages", tmp_path / "task", True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin
+from urllib.parse import quote, urljoin
 
 from whet.errors import TaskError, WhetError
 from whet.extras import package, pinned, public
@@ -240,10 +240,13 @@ def _query(source: str, folder: Path, trusted: bool) -> Iterator[Document]:
         if folder.resolve() not in file.parents or not file.is_file():
             raise TaskError("the database is not there", found=file.name, do="copy it there",
                             expected="a file in the task's folder, or with --put in this one")  # fmt: skip
-        place = f"sqlite:///file:{file}?mode=ro&uri=true"
+        place = sql.URL.create(kind.lower(), database=f"file:{quote(str(file))}", query={"mode": "ro", "uri": "true"})
+    else:
+        place = re.sub(r"^postgres(?=[:+])", "postgresql", place, flags=re.IGNORECASE)  # as its own tools call it, too
     try:
         with sql.create_engine(place).connect() as connection:
-            rows = [dict(row) for row in connection.execute(sql.text(query)).mappings()]
+            plain = connection.execution_options(no_parameters=True)  # a colon or a % of the query is one
+            rows = [dict(row) for row in plain.exec_driver_sql(query).mappings()]
     except Exception as error:  # drivers raise their own kinds
         raise TaskError("the database refuses the query", expected="rows with a text column",
                         found=str(error).splitlines()[0][:160], do="try the query by hand") from error  # fmt: skip
