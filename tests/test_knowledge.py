@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import io
 import json
@@ -400,12 +401,12 @@ def test_the_address_that_was_checked_is_the_one_that_is_asked(monkeypatch: pyte
 
     asked_: list[Any] = []
 
-    def stream(method: str, url: Any, headers: Any, extensions: Any, **_: Any) -> Any:
+    def stream(me: Any, method: str, url: Any, headers: Any, extensions: Any, **_: Any) -> Any:
         asked_.append((str(url), headers["host"], extensions))
         raise httpx.ConnectError("far away")
 
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: [(0, 0, 0, "", ("93.184.215.14", 443))])
-    monkeypatch.setattr(httpx, "stream", stream)
+    monkeypatch.setattr(httpx.Client, "stream", stream)
     with pytest.raises(TaskError, match="gave no usable answer"):
         sparql._rows("https://example.org/sparql", sparql.ALL)
     assert asked_ == [("https://93.184.215.14/sparql", "example.org", {"sni_hostname": "example.org"})]
@@ -453,6 +454,36 @@ def test_wikidata_names_its_relations_as_entities() -> None:
                     (f"{wiki}entity/P569>", label, triples.text("date of birth", "en"))])  # fmt: skip
     assert facts.named(f"{wiki}prop/direct/P569>") == facts.named(f"{wiki}prop/P569>") == ("date of birth",)
     assert facts.named(f"{wiki}prop/direct/P7>") == ("P7",)
+
+
+def test_a_server_that_never_ends_its_headers_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparql, "SECONDS", 0.5)
+    monkeypatch.setattr(documents, "SECONDS", 0.5)
+    monkeypatch.setattr(documents, "public", lambda url: "127.0.0.1")
+    over = threading.Event()
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+
+        def drip() -> None:
+            with contextlib.suppress(OSError):
+                for _ in range(2):
+                    threading.Thread(target=answer, args=(server.accept()[0],), daemon=True).start()
+
+        def answer(one: socket.socket) -> None:
+            with one, contextlib.suppress(OSError):
+                one.sendall(b"HTTP/1.1 200 OK\r\nX-Pad: ")
+                while not over.wait(0.05):
+                    one.sendall(b"a")
+
+        threading.Thread(target=drip, daemon=True).start()
+        url, begun = f"http://127.0.0.1:{server.getsockname()[1]}/", time.monotonic()
+        with pytest.raises(TaskError, match="does not answer"):
+            load(f"sparql:{url}", tmp_path, trust=True)
+        with pytest.raises(TaskError, match="does not end"):
+            documents.load(url)
+        assert time.monotonic() - begun < 5
+        over.set()
 
 
 def test_an_endpoint_that_hangs_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

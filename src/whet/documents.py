@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-import time
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 from urllib.parse import quote, urljoin
 
 from whet.errors import TaskError, WhetError
-from whet.extras import package, pinned, public
+from whet.extras import package, pinned, public, within
 from whet.header import URL, places
 from whet.rows import decoded, read, short
 
@@ -261,40 +260,37 @@ def _query(source: str, folder: Path, trusted: bool) -> Iterator[Document]:
 
 def _page(url: str) -> Document:
     """A web page, a PDF or a text by its URL; redirects are followed, each to public addresses only."""
+    try:
+        kind, body = within(SECONDS, lambda client: _fetched(url, client))
+    except TimeoutError as error:
+        raise TaskError(f"{url} does not end", expected=f"a page within {SECONDS:g} s", do="save it as a file"
+                        ) from error  # fmt: skip
+    return _document(url, kind, body)
+
+
+def _fetched(url: str, client: Any) -> tuple[str, bytes]:
+    """What a URL leads to: its kind, as its server says, and its bytes."""
     import httpx
 
-    last, until = url, time.monotonic() + SECONDS
-    with httpx.Client(follow_redirects=False) as client:
-        for _ in range(6):
-            left = _left(url, until)
-            try:
-                with client.stream("GET", **pinned(last, public(last)), timeout=min(20, left)) as answer:
-                    if answer.is_redirect:
-                        last = urljoin(last, answer.headers.get("location", ""))
-                        continue
-                    answer.raise_for_status()
-                    return _document(url, answer.headers.get("content-type", ""), _body(answer, url, until))
-            except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-                raise TaskError(f"{url} cannot be fetched", expected="a page", found=short(str(error), 120),
-                                do="save it as a file, or try again") from error  # fmt: skip
+    last = url
+    for _ in range(6):
+        try:
+            with client.stream("GET", **pinned(last, public(last)), timeout=20) as answer:
+                if answer.is_redirect:
+                    last = urljoin(last, answer.headers.get("location", ""))
+                    continue
+                answer.raise_for_status()
+                body = bytearray()
+                for piece in answer.iter_bytes():
+                    body += piece
+                    if len(body) > MOST_BYTES:
+                        raise TaskError(f"{url} is too large", expected=f"at most {MOST_BYTES / 1e6:.0f} MB",
+                                        do="save a part")  # fmt: skip
+                return answer.headers.get("content-type", ""), bytes(body)
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+            raise TaskError(f"{url} cannot be fetched", expected="a page", found=short(str(error), 120),
+                            do="save it as a file, or try again") from error  # fmt: skip
     raise TaskError(f"{url} cannot be fetched", expected="at most 5 redirects", found="more", do="name the last")
-
-
-def _left(url: str, until: float) -> float:
-    """The seconds that a page still has. Raises TaskError where it has none."""
-    if (left := until - time.monotonic()) <= 0:
-        raise TaskError(f"{url} does not end", expected=f"a page within {SECONDS:g} s", do="save it as a file")
-    return left
-
-
-def _body(answer: Any, url: str, until: float) -> bytes:
-    body = bytearray()
-    for piece in answer.iter_bytes():
-        body += piece
-        if len(body) > MOST_BYTES:
-            raise TaskError(f"{url} is too large", expected=f"at most {MOST_BYTES / 1e6:.0f} MB", do="save a part")
-        _left(url, until)
-    return bytes(body)
 
 
 def _document(url: str, kind: str, body: bytes) -> Document:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from collections.abc import Callable
+from concurrent.futures import Future
 from importlib import import_module
-from typing import Any
+from threading import Thread
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from whet.errors import MethodError, TaskError
 
+if TYPE_CHECKING:
+    import httpx
+
+T = TypeVar("T")
 CARRYING = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "::/96")))  # an address of IPv4 is their last four bytes
 LOCAL = ipaddress.IPv6Network("64:ff9b:1::/48")  # what a net translates for itself (RFC 8215), global by Python 3.11
 
@@ -53,6 +60,27 @@ def _global(address: str) -> bool:
         if within or one.is_site_local or one in LOCAL:
             return within is not None and _global(str(within))
     return one.is_global and not one.is_multicast
+
+
+def within(seconds: float, ask: Callable[[httpx.Client], T]) -> T:
+    """What `ask` makes of a client, which is closed after so many seconds, whatever it waits for then.
+
+    httpx's own limits hold for each piece that arrives, a header's among them. Raises what `ask` raises, TimeoutError
+    else.
+    """
+    import httpx
+
+    ended: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            ended.set_result(ask(client))
+        except BaseException as error:
+            ended.set_exception(error)
+
+    with httpx.Client(follow_redirects=False) as client:
+        Thread(target=run, daemon=True).start()
+        return ended.result(seconds)
 
 
 def pinned(url: str, address: str) -> dict[str, Any]:
