@@ -309,6 +309,8 @@ def test_literals_are_written_as_people_do() -> None:
     assert literal("2011-03-04Z", xsd + "date") == "2011-03-04" and literal("3.14", xsd + "decimal") == "3.14"
     assert literal("2011-03-04T10:00:00Z", xsd + "dateTime") == "2011-03-04T10:00:00Z"
     assert literal("5000", "http://dbpedia.org/datatype/kilogram") == "5000 kilogram"
+    assert literal("+1234567890123456789", "http://dbpedia.org/datatype/usDollar") == "1234567890123456789 us dollar"
+    assert literal("1.7000000000000002", "http://dbpedia.org/datatype/metre") == "1.7 metre"
     assert literal("1.2.3", "http://e.org/version") == "1.2.3" and literal("1815Z", xsd + "gYear") == "1815"
     assert literal("1234Z", "") == literal("1234Z", xsd + "string") == "1234Z"
     assert literal("a  b\n c", "") == "a b c"
@@ -785,6 +787,15 @@ def test_facts_are_told_as_sentences() -> None:
     assert asked("X", "colour", False) == "the colour of X" and asked("Y", "colour", True) == "what has the colour Y"
     assert asked("X", "designed by", False) == "what X is designed by"
     assert asked("Y", "designed by", True) == "what is designed by Y"
+    assert asked("Paris", "capital of", False) == "what Paris is the capital of"
+    assert asked("France", "capital of", True) == "what is the capital of France"
+    rows = [("Paris", "capital of", "France"), ("Bob", "member of", "A"), ("Air", "consists of", "gas"),
+            ("Cup", "made of", "clay"), ("Lid", "part of", "Cup"), ("Ann", "is head of", "A"), ("Bob", "of", "A")]
+    graph = Graph.of(gather(rows))
+    assert [graph.sentence(s, (r,), [o]) for s, r, o in graph.edges.tolist()] == [
+        "Paris is the capital of France.", "Bob is a member of A.", "Bob of A.", "Air consists of gas.",
+        "Cup is made of clay.", "Lid is part of Cup.", "Ann is head of A.",
+    ]  # fmt: skip
     assert asked("X", MEANS, False) == "what X means" and asked("a bird", MEANS, True) == "the term for this: a bird"
 
 

@@ -57,6 +57,7 @@ DAYS = ("{d} {month} {y}", "{month} {d} {y}", "{y}년 {m}월 {d}일", "{y}年{m}
 DAYS_OF_MONTHS = ("{month} {y}", "{y}년 {m}월", "{y}年{m}月")
 BC = re.compile(rf"(?:(?:(\d+) )?({'|'.join(MONTHS)}) )?(\d+) BC")
 NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+WHOLE = re.compile(r"[-+]?\d{16,}")  # of more digits than a float holds
 # Wikidata's triples name a relation P31 by wdt:P31, p:P31 and others; labelled is the entity wd:P31.
 PROPERTY = re.compile(r"/prop/(?:[\w-]+/)*(?=P\d+>$)")
 OF_PROPERTIES = re.compile(r"(?:^<|/entity/)P\d+>$")
@@ -333,7 +334,8 @@ def literal(value: str, datatype: str, language: str = "") -> str:
     if _local(datatype, humps=False).lower() in DATES and (found := TIME.fullmatch(value)):
         return found[1]
     if datatype and not re.search("XMLSchema|rdf-syntax-ns", datatype) and NUMBER.fullmatch(value):
-        return f"{float(value):.15g} {_local(datatype)}"
+        number = value.removeprefix("+") if WHOLE.fullmatch(value) else f"{float(value):.15g}"
+        return f"{number} {_local(datatype)}"
     return text(value, language)
 
 
