@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from whet import databases, embed, system
-from whet.documents import Document
+from whet.documents import Document, passages
 from whet.errors import ArtifactError, MethodError
 from whet.methods import Run
 from whet.methods.rag import Rag
@@ -115,6 +118,50 @@ def test_a_new_system_answers_from_its_own_documents(url: str, data: Learnable, 
     said = [s.find([Query("descale the kettle")], home)[0][0].passage.text for s in (first, second)]
     assert said == ["Descale the kettle daily.", TEXTS["kettle"]]
     assert set(second.corpus(home).ids()) == set(TEXTS) and set(first.corpus(home).ids()) == {"kettle", "returns"}
+
+
+def at_once(tasks: Sequence[Callable[[], object]]) -> None:
+    threads = [threading.Thread(target=task) for task in tasks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+
+
+def test_changes_at_once_leave_one_version(url: str, home: Path) -> None:
+    if url.startswith("qdrant"):
+        pytest.skip("its store on disk has one user at a time")
+    stores = [databases.Postgres(url, "whet_0", embed.Embedder(home)) for _ in range(2)]
+    stores[0].build([p for k, v in TEXTS.items() for p in passages(Document(k, k, v, "w"))], "a" * 64)
+    for turn in range(4):
+        new = [Document("kettle", "kettle", f"It holds {turn} or {n} litres.", "w") for n in range(2)]
+        read, barrier = databases.Postgres.kept, threading.Barrier(2)
+
+        def both(me: Any, names: Any, read: Any = read, barrier: Any = barrier) -> Any:
+            found = read(me, names)
+            with contextlib.suppress(threading.BrokenBarrierError):  # without a lock both have read before one writes
+                barrier.wait(0.3)
+            return found
+
+        with pytest.MonkeyPatch.context() as slow:
+            slow.setattr(databases.Postgres, "kept", both)
+            at_once([partial(s.change, [d], [], 200) for s, d in zip(stores, new, strict=True)])
+        assert len(stores[0].of(["kettle"])["kettle"]) == 1
+    assert stores[0].version == stores[1].version != "a" * 64
+
+
+def test_a_store_that_two_fill_at_once_is_filled_once(
+    url: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if url.startswith("qdrant"):
+        pytest.skip("its store on disk has one user at a time")
+    monkeypatch.setattr(databases, "BLOCK", 1)
+    monkeypatch.setattr(databases, "opened", lambda url, made, home: databases.Postgres(
+        url, f"whet_{made[:16]}", embed.Embedder(home)))  # fmt: skip
+    pieces = [p for k, v in TEXTS.items() for p in passages(Document(k, k, v, "w"))]
+    at_once(2 * [partial(databases.filled, url, "a" * 64, pieces, home)])
+    base = databases.opened(url, "a" * 64, home)
+    assert base.version == "a" * 64 and {k: len(v) for k, v in base.of(base.ids()).items()} == dict.fromkeys(TEXTS, 1)
 
 
 def test_a_lost_connection_is_made_anew(url: str, data: Learnable, home: Path) -> None:

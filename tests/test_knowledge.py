@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import io
 import json
@@ -20,7 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whet import embed, sparql, system, triples
+from whet import documents, embed, extras, sparql, system, triples
 from whet import model as models
 from whet.errors import ArtifactError, MethodError, TaskError
 from whet.graph import MOST_ENDS, Graph, asked, build, identity, read
@@ -271,6 +272,15 @@ def test_several_files_are_read(tmp_path: Path) -> None:
     assert load(tmp_path / "more", tmp_path)[0].triples == (("b", "r", "c"), ("a", "r", "b"))
 
 
+def test_hidden_files_are_left_out_and_counted(tmp_path: Path) -> None:
+    for name in ("k/a.tsv", "k/.b.tsv", "k/.trash/c.tsv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"X\tsize\t{name[-5]}\n")
+    facts, notes = load(tmp_path / "k", tmp_path)
+    assert len(facts.triples) == 1 and notes == [documents.hidden_note(2)]
+    assert len(load(tmp_path / "k" / ".b.tsv", tmp_path)[0].triples) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "body", "said"),
     [
@@ -299,6 +309,8 @@ def test_literals_are_written_as_people_do() -> None:
     assert literal("2011-03-04Z", xsd + "date") == "2011-03-04" and literal("3.14", xsd + "decimal") == "3.14"
     assert literal("2011-03-04T10:00:00Z", xsd + "dateTime") == "2011-03-04T10:00:00Z"
     assert literal("5000", "http://dbpedia.org/datatype/kilogram") == "5000 kilogram"
+    assert literal("+1234567890123456789", "http://dbpedia.org/datatype/usDollar") == "1234567890123456789 us dollar"
+    assert literal("1.7000000000000002", "http://dbpedia.org/datatype/metre") == "1.7 metre"
     assert literal("1.2.3", "http://e.org/version") == "1.2.3" and literal("1815Z", xsd + "gYear") == "1815"
     assert literal("1234Z", "") == literal("1234Z", xsd + "string") == "1234Z"
     assert literal("a  b\n c", "") == "a b c"
@@ -391,15 +403,42 @@ def test_the_address_that_was_checked_is_the_one_that_is_asked(monkeypatch: pyte
 
     asked_: list[Any] = []
 
-    def stream(method: str, url: Any, headers: Any, extensions: Any, **_: Any) -> Any:
+    def stream(me: Any, method: str, url: Any, headers: Any, extensions: Any, **_: Any) -> Any:
         asked_.append((str(url), headers["host"], extensions))
         raise httpx.ConnectError("far away")
 
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: [(0, 0, 0, "", ("93.184.215.14", 443))])
-    monkeypatch.setattr(httpx, "stream", stream)
+    monkeypatch.setattr(httpx.Client, "stream", stream)
     with pytest.raises(TaskError, match="gave no usable answer"):
         sparql._rows("https://example.org/sparql", sparql.ALL)
     assert asked_ == [("https://93.184.215.14/sparql", "example.org", {"sni_hostname": "example.org"})]
+
+
+@pytest.mark.parametrize(
+    ("address", "fine"),
+    [("64:ff9b::a9fe:a9fe", False), ("64:ff9b::808:808", True), ("2002:a00:1::", False), ("2002:808:808::", True),
+     ("::a00:1", False), ("::ffff:10.0.0.1", False), ("::ffff:8.8.8.8", True), ("fec0::1", False), ("::", False),
+     ("64:ff9b:1::a00:1", False), ("224.0.0.251", False), ("233.252.1.1", False), ("ff0e::1", False),
+     ("fe80::1%eth0", False), ("2606:4700::1111", True), ("8.8.8.8", True), ("100.64.0.1", False)],
+)  # fmt: skip
+def test_private_addresses_are_told_in_every_form(address: str, fine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **k: [(0, 0, 0, "", (address, 443))])
+    if fine:
+        assert extras.public("https://example.org") == address
+        return
+    with pytest.raises(TaskError, match="leads to a private address"):
+        extras.public("https://example.org")
+
+
+def test_hosts_in_any_script_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    named: list[str] = []
+    found = [(0, 0, 0, "", ("1.1.1.1", 443))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **k: named.append(host) or found)
+    asked = extras.pinned("https://me@한국.kr:8443/a", extras.public("https://me@한국.kr:8443/a"))
+    assert named == ["xn--3e0b707e.kr"] and asked["headers"] == {"host": "xn--3e0b707e.kr:8443"}
+    assert asked["extensions"] == {"sni_hostname": "xn--3e0b707e.kr"} and asked["url"].host == "1.1.1.1"
+    with pytest.raises(TaskError, match="cannot be found"):
+        extras.public("https://a\x01b/")
 
 
 @pytest.mark.parametrize("query", ["SELECT ?s ?p ?o\nWHERE { ?s ?p ?o }", "\n  SELECT ?s ?p ?o WHERE { ?s ?p ?o }", ""])
@@ -417,6 +456,36 @@ def test_wikidata_names_its_relations_as_entities() -> None:
                     (f"{wiki}entity/P569>", label, triples.text("date of birth", "en"))])  # fmt: skip
     assert facts.named(f"{wiki}prop/direct/P569>") == facts.named(f"{wiki}prop/P569>") == ("date of birth",)
     assert facts.named(f"{wiki}prop/direct/P7>") == ("P7",)
+
+
+def test_a_server_that_never_ends_its_headers_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparql, "SECONDS", 0.5)
+    monkeypatch.setattr(documents, "SECONDS", 0.5)
+    monkeypatch.setattr(documents, "public", lambda url: "127.0.0.1")
+    over = threading.Event()
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+
+        def drip() -> None:
+            with contextlib.suppress(OSError):
+                for _ in range(2):
+                    threading.Thread(target=answer, args=(server.accept()[0],), daemon=True).start()
+
+        def answer(one: socket.socket) -> None:
+            with one, contextlib.suppress(OSError):
+                one.sendall(b"HTTP/1.1 200 OK\r\nX-Pad: ")
+                while not over.wait(0.05):
+                    one.sendall(b"a")
+
+        threading.Thread(target=drip, daemon=True).start()
+        url, begun = f"http://127.0.0.1:{server.getsockname()[1]}/", time.monotonic()
+        with pytest.raises(TaskError, match="does not answer"):
+            load(f"sparql:{url}", tmp_path, trust=True)
+        with pytest.raises(TaskError, match="does not end"):
+            documents.load(url)
+        assert time.monotonic() - begun < 5
+        over.set()
 
 
 def test_an_endpoint_that_hangs_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -586,6 +655,20 @@ def test_names_that_differ_in_signs_alone_are_told_apart(question: str, names: s
     assert {linker.graph.nodes[n][0] for m in linker.mentions(Query(question)) for n in m.nodes} == names
 
 
+@pytest.mark.parametrize(
+    ("question", "names"),
+    [("Where is the headquarters of WHO?", {"WHO"}), ("Who is the head of IT?", {"IT"}), ("IT's head?", {"IT"}),
+     ("IT의 전화번호는?", {"IT"}), ("Who directed It?", {"It"}), ("Who directed “It”?", {"It"}), ("WHO", {"WHO"}),
+     ("Is Do in Europe?", {"Norway"}), ("Who directed it?", set()), ("Who is in? It is on.", set()),
+     ("Films:\n- It is one of them?", set()), ("WHO IS THE HEAD OF IT?", set()), ("What is in a name?", set())],
+)  # fmt: skip
+def test_names_like_stop_words_are_told_by_their_case(question: str, names: set[str]) -> None:
+    rows = [("WHO", "seat", "Geneva"), ("IT", "head", "Carla"), ("It", "director", "Andy"), ("Who", "member", "Roger"),
+            ("in", "size", "small"), ("Norway", "capital", "Oslo"), ("Norway", "alias", "Do")]  # fmt: skip
+    linker = Linker(in_memory(Graph.of(gather(rows))), Words())  # type: ignore[arg-type]
+    assert {linker.graph.nodes[n][0] for m in linker.mentions(Query(question)) for n in m.nodes} == names
+
+
 def test_of_many_of_one_name_the_one_asked_for_is_found() -> None:
     more = [(f"<http://e/{n}>", RDFS_LABEL, triples.text("Ann Lee", "en")) for n in range(9)]
     rows = [(f"<http://e/{n}>", "<http://e/colour>", triples.text("red", "")) for n in range(8)]
@@ -704,6 +787,15 @@ def test_facts_are_told_as_sentences() -> None:
     assert asked("X", "colour", False) == "the colour of X" and asked("Y", "colour", True) == "what has the colour Y"
     assert asked("X", "designed by", False) == "what X is designed by"
     assert asked("Y", "designed by", True) == "what is designed by Y"
+    assert asked("Paris", "capital of", False) == "what Paris is the capital of"
+    assert asked("France", "capital of", True) == "what is the capital of France"
+    rows = [("Paris", "capital of", "France"), ("Bob", "member of", "A"), ("Air", "consists of", "gas"),
+            ("Cup", "made of", "clay"), ("Lid", "part of", "Cup"), ("Ann", "is head of", "A"), ("Bob", "of", "A")]
+    graph = Graph.of(gather(rows))
+    assert [graph.sentence(s, (r,), [o]) for s, r, o in graph.edges.tolist()] == [
+        "Paris is the capital of France.", "Bob is a member of A.", "Bob of A.", "Air consists of gas.",
+        "Cup is made of clay.", "Lid is part of Cup.", "Ann is head of A.",
+    ]  # fmt: skip
     assert asked("X", MEANS, False) == "what X means" and asked("a bird", MEANS, True) == "the term for this: a bird"
 
 

@@ -20,7 +20,7 @@ from whet import embed
 from whet.engine import Chat, Prompt
 from whet.engine.fake import FakeSession
 from whet.errors import ArtifactError, MethodError
-from whet.methods import Run, make
+from whet.methods import Run, lacking, make
 from whet.methods.calibrate import Calibrate, free_inputs
 from whet.methods.fewshot import FewShot, spread
 from whet.methods.prompting import FRAMES, Prompting, edited, variants
@@ -363,6 +363,8 @@ def test_an_edited_prompt_is_put_back(base: System, tmp_path: Path) -> None:
     file.write_text("Is it good?\n---\nFilm: {question}\n---\npositive = yes\nnegative = no\n")
     made = make("prompting", {"file": str(file)}).apply(base, DATA, run_with(FakeSession("hash"), base))
     assert (made.instruction, made.frame, made.decoding.words) == ("Is it good?", "Film: {question}", ("no", "yes"))
+    assert lacking(make("prompting", {"file": str(file)}), base, replace(DATA, train=())) == ""
+    assert lacking(make("prompting", {}), base, replace(DATA, train=()))
     again = tmp_path / "again.txt"
     again.write_text(made.prompt_text)
     assert edited(base, again) == made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -154,6 +155,34 @@ def test_a_page_reads_as_its_blocks_stand(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_text_that_looks_like_markdown_is_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import docx
+    import pypdf
+
+    lines = ("# 5 of the parts", "~~~~~~", "```")
+    made = docx.Document()
+    made.add_heading("Kettle", 0)
+    for line in (*lines, "\n".join(lines)):
+        made.add_paragraph(line)
+    made.add_heading("Power\n# of it", 1)
+    made.add_paragraph("2200 W")
+    made.save(str(tmp_path / "a.docx"))
+    text = "\n".join(lines)
+    (tmp_path / "b.html").write_text(
+        f"<title>Kettle</title><p>Rating:\n{text}\n</p>#<b> 5</b><pre>{text}</pre><h1>Power # of it</h1><p>2200 W"
+    )
+    pages = [SimpleNamespace(extract_text=lambda said=said: said) for said in (f"Parts:\n{text}\n\0# end", "2200 W")]
+    monkeypatch.setattr(pypdf, "PdfReader", lambda _: SimpleNamespace(metadata=None, pages=pages))
+    (tmp_path / "c.pdf").write_bytes(b"")
+    found = {d.id: [(p.title, p.text) for p in passages(d)] for d in documents.load(tmp_path)[0]}
+    said = " ".join(lines)
+    assert found == {
+        "a.docx": [("Kettle", f"{said} {said}"), ("Kettle / Power # of it", "2200 W")],
+        "b.html": [("Kettle", f"Rating: {said} # 5 ``` {said} ```"), ("Kettle / Power # of it", "2200 W")],
+        "c.pdf": [("c / page 1", f"Parts: {said} # end"), ("c / page 2", "2200 W")],
+    }
+
+
 @pytest.mark.parametrize(
     ("name", "body", "said"),
     [
@@ -187,6 +216,16 @@ def test_a_folder_is_read_despite_bad_files(tmp_path: Path) -> None:
     for name in ("empty.jsonl", "nowhere.txt"):
         with pytest.raises(TaskError):
             documents.load(tmp_path / name)
+
+
+def test_hidden_files_are_left_out_and_counted(tmp_path: Path) -> None:
+    source = tmp_path / ".hidden" / "docs"  # that a folder above it is hidden says nothing
+    for name in ("a.md", ".b.md", ".trash/c.md", "d/.ipynb_checkpoints/e.md", ".git/f"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("text")
+    found, [note] = documents.load(source)
+    assert [d.id for d in found] == ["a.md"] and note.startswith("3 hidden files were left out")
+    assert [d.id for d in documents.load(source / ".b.md")[0]] == [".b.md"]
 
 
 def test_ids_say_where_documents_lie(tmp_path: Path) -> None:
@@ -260,6 +299,10 @@ def test_pages_say_their_encoding_and_the_unknown_is_left_out(tmp_path: Path) ->
     [found], [note] = documents.load(tmp_path)
     assert [(p.title, p.text) for p in passages(found)] == [("똠 H2O", "물은 좋다 ``` # no heading ```")]
     assert note.startswith("b.txt was left out") and "UTF-8" in note
+    (tmp_path / "b.txt").unlink()
+    for name in ("utf-16", "UTF-16LE", "utf-32"):
+        (tmp_path / "a.html").write_text(f'<meta charset="{name}"><p>물은 좋다', encoding="utf-8")
+        assert documents.load(tmp_path)[0][0].text.strip() == "물은 좋다"
     made = documents._document("http://a", "text/plain; charset=ISO-8859-1", "für".encode("latin-1"))
     assert (made.id, made.title, made.text) == ("http://a", "http://a", "für")
 
@@ -280,7 +323,7 @@ WORDS = st.lists(st.sampled_from(["a", "b.", "ab!", "#", "\n", "\n# a", "\n## b"
 def test_passages_cover_a_document(parts: list[list[str]], words: int, overlap: int) -> None:
     text = "\n".join(" ".join(part) for part in parts)
     made = passages(Document("d", "T", text, "here"), words, overlap)
-    all_words = [w for _, body in documents._sections(text) for w in body.split()]
+    all_words = text.split()
     seen: set[int] = set()
     for one in made:
         found = one.text.split()
@@ -288,7 +331,7 @@ def test_passages_cover_a_document(parts: list[list[str]], words: int, overlap: 
         assert found == all_words[one.start : one.start + len(found)]
         assert not set(range(one.start, one.start + len(found))) <= seen  # none says only what others say
         seen |= set(range(one.start, one.start + len(found)))
-    assert seen == set(range(len(all_words)))
+    assert len(seen) == sum(len(body.split()) for _, body, _ in documents._sections(text))
 
 
 def test_passages_keep_sections_and_sentences() -> None:
@@ -299,7 +342,7 @@ def test_passages_keep_sections_and_sentences() -> None:
         ("Title / Part", "One two three. Four five six."),
         ("Title / Part", "Four five six. Seven eight."),
     ]
-    assert [p.start for p in made] == [0, 4, 7]
+    assert [p.start for p in made] == [0, 6, 9]
 
 
 def test_headings_are_carried_and_none_is_lost() -> None:
@@ -311,6 +354,9 @@ def test_headings_are_carried_and_none_is_lost() -> None:
         ("Prices / Lamp / Bulb", "Two."),
         ("Prices", "Other"),
     ]
+    assert [text.split()[p.start :][: len(p.text.split())] for p in made] == [p.text.split() for p in made]
+    paged = passages(Document("d.pdf", "A b", "# A b\n\n## page 1\n\nOne two.\n\n## page 2\n\nThree.", "f"))
+    assert [p.start for p in paged] == [0, 2]
 
 
 def test_passages_are_as_short_as_the_embedder_reads() -> None:
@@ -762,11 +808,11 @@ def test_a_redirect_to_a_private_address_is_refused(site: str, monkeypatch: pyte
 
 def test_redirects_share_one_deadline(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(documents, "public", lambda url: asked.append(url) or "127.0.0.1")
-    monkeypatch.setattr(documents, "time", SimpleNamespace(monotonic=lambda: 2 * documents.SECONDS * len(asked)))
+    monkeypatch.setattr(documents, "SECONDS", 0.5)
+    monkeypatch.setattr(documents, "public", lambda url: asked.append(url) or time.sleep(0.4) or "127.0.0.1")
     with pytest.raises(TaskError, match="does not end"):
         documents.load(f"{site}/moved")
-    assert asked == [f"{site}/moved"]
+    assert asked == [f"{site}/moved", f"{site}/page"]
 
 
 def test_rows_of_a_database_are_read_where_it_is_trusted(tmp_path: Path) -> None:
@@ -779,6 +825,18 @@ def test_rows_of_a_database_are_read_where_it_is_trusted(tmp_path: Path) -> None
     [found], _ = documents.load(query, tmp_path, trusted=True)
     assert (found.id, found.title, found.text) == ("a", "A", "from a row")
     assert documents.load(query.replace("sqlite:", "sqlite+pysqlite:"), tmp_path, trusted=True)[0] == [found]
+    odd = tmp_path / "a#b 100%"
+    odd.mkdir()
+    (odd / "shop.db").write_bytes((tmp_path / "shop.db").read_bytes())
+    [other], _ = documents.load(f"{query} WHERE text LIKE '%a :30%' OR text LIKE '%row'", odd, trusted=True)
+    assert other.text == "from a row"
+    for place, driver in (("postgres", "postgresql"), ("postgres+psycopg", "postgresql+psycopg"), ("mssql", "mssql")):
+        with pytest.MonkeyPatch.context() as asked:
+            urls: list[str] = []
+            asked.setattr("sqlalchemy.create_engine", urls.append)
+            with pytest.raises(TaskError, match="refuses the query"):
+                documents.load(f"{place}://h/x SELECT text FROM b", tmp_path, trusted=True)
+        assert urls == [f"{driver}://h/x"]
     for driver in ("sqlite", "sqlite+pysqlite", "SQLite+pysqlite"):
         with pytest.raises(TaskError, match="not there"):
             documents.load(f"{driver}:///{tmp_path}/shop.db SELECT id, text FROM pages", tmp_path / "task", True)

@@ -175,7 +175,8 @@ def test_sources_that_are_not_files(tmp_path):
     assert load(web).documents == "https://a.org/x\nhttp://b.org"
     assert load(web).split().learnable.documents == "https://a.org/x\nhttp://b.org"
     assert places(web, load(web).documents) == ("https://a.org/x", "http://b.org")
-    for query in ("sqlite:///a.db", "SELECT a FROM b", "postgresql://h/d", "sparql:https://q.org"):
+    for query in ("sqlite:///a.db", "SELECT a FROM b", "postgresql://h/d", "sparql:https://q.org",
+                  "mssql+pyodbc://h/d SELECT a FROM b", "mariadb://h/d with a as (select 1) select * from a"):
         path = folder(tmp_path, {"metric": "accuracy", "documents": query}, "q")
         refused(path, "documents", "--trust")
         assert load(path, trust=True).split().learnable.documents == query

@@ -31,7 +31,7 @@ FIELDS = ("document", "title", "text", "place", "start")
 
 
 class Database(Corpus[Any]):
-    """A corpus by its name in a database; `change` is one transaction where the database knows such."""
+    """A corpus by its name in a database; `write` is a transaction, `alone` a lock, where that has such."""
 
     def __init__(self, name: str, embedder: Embedder) -> None:
         self.name, self.embedder = name, embedder
@@ -56,6 +56,11 @@ class Database(Corpus[Any]):
     @abstractmethod
     def state(self) -> str:
         """What `write` named the corpus last: its embedding model, a space, and the version."""
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While no other run changes or fills the corpus, where the database can say so."""
+        yield
 
     @abstractmethod
     def write(self, rows: Sequence[tuple[Passage, Any]], gone: Collection[str], state: str) -> None:
@@ -85,17 +90,18 @@ class Database(Corpus[Any]):
     def change(self, put: Iterable[Document], drop: Iterable[str], words: int) -> tuple[str, int]:
         """Put documents in and drop others, as `retrieval.change`."""
         new, gone = list(put), list(drop)
-        if unknown := sorted(set(gone) - set(self.ids())):
-            raise ArtifactError("no such document", expected="ids of documents", found=", ".join(unknown[:5]),
-                                do="see `whet documents SYSTEM`")  # fmt: skip
-        gone = [*dict.fromkeys([*gone, *(d.id for d in new)])]
-        old = {shown(p): vector for p, vector in self.kept(gone)}
         pieces = [p for d in new for p in passages(d, words)]
-        fresh = [t for t in dict.fromkeys(shown(p) for p in pieces) if t not in old]
-        old.update(zip(fresh, self.embedder(fresh), strict=True))
-        said = [self.version, gone, [asdict(p) for p in pieces]]
-        version = hashlib.sha256(repr(said).encode()).hexdigest()
-        self.write([(p, old[shown(p)]) for p in pieces], gone, f"{mark()} {version}")
+        with self.alone():  # what is read here is what is replaced: of two changes at once, one comes after the other
+            if unknown := sorted(set(gone) - set(self.ids())):
+                raise ArtifactError("no such document", expected="ids of documents", found=", ".join(unknown[:5]),
+                                    do="see `whet documents SYSTEM`")  # fmt: skip
+            gone = [*dict.fromkeys([*gone, *(d.id for d in new)])]
+            old = {shown(p): vector for p, vector in self.kept(gone)}
+            fresh = [t for t in dict.fromkeys(shown(p) for p in pieces) if t not in old]
+            old.update(zip(fresh, self.embedder(fresh), strict=True))
+            said = [self.version, gone, [asdict(p) for p in pieces]]
+            version = hashlib.sha256(repr(said).encode()).hexdigest()
+            self.write([(p, old[shown(p)]) for p in pieces], gone, f"{mark()} {version}")
         return version, len(fresh)
 
 
@@ -120,11 +126,14 @@ def filled(url: str, version: str, pieces: Sequence[Passage], home: Path) -> str
     One that was changed since keeps its name, for Systems look into it; the passages go into one beside it.
     """
     made = version
-    while (base := opened(url, made, home)).version not in ("", version):
+    while True:
+        base = opened(url, made, home)
+        with base.alone():  # of two runs that would fill it, the second finds it filled
+            if not base.version:
+                base.build(pieces, version)
+            if base.version == version:
+                return made
         made = hashlib.sha256(made.encode()).hexdigest()
-    if not base.version:
-        base.build(pieces, version)
-    return made
 
 
 class Postgres(Database):
@@ -138,16 +147,18 @@ class Postgres(Database):
     def _connection(self) -> Any:
         try:
             made = package("psycopg", "postgres").connect(self.url, autocommit=True, connect_timeout=10)
-            made.execute("create extension if not exists vector")
-            made.execute("create table if not exists whet_corpora (name text primary key, version text)")
-            made.execute(
-                f"create table if not exists {self.name} (key bigserial primary key, document text, title text, text "
-                f"text, place text, start int, vector vector({DIMENSIONS}), words tsvector generated always as "
-                "(to_tsvector('english', title || ' ' || text)) stored)"
-            )
-            for kind in ("hnsw (vector vector_cosine_ops)", "gin (words)", "btree (document)"):
-                label = f"{self.name}_{kind[:2]}"
-                made.execute(f"create index if not exists {label} on {self.name} using {kind}")
+            with made.transaction():  # one at a time: PostgreSQL checks that a table is not there before it makes it
+                made.execute("select pg_advisory_xact_lock(hashtext('whet_corpora'))")
+                made.execute("create extension if not exists vector")
+                made.execute("create table if not exists whet_corpora (name text primary key, version text)")
+                made.execute(
+                    f"create table if not exists {self.name} (key bigserial primary key, document text, title text, "
+                    f"text text, place text, start int, vector vector({DIMENSIONS}), words tsvector generated always "
+                    "as (to_tsvector('english', title || ' ' || text)) stored)"
+                )
+                for kind in ("hnsw (vector vector_cosine_ops)", "gin (words)", "btree (document)"):
+                    label = f"{self.name}_{kind[:2]}"
+                    made.execute(f"create index if not exists {label} on {self.name} using {kind}")
             return made
         except Exception as error:  # the driver's own kinds
             raise _unreached(self.url, error) from error
@@ -166,6 +177,16 @@ class Postgres(Database):
     def _rows(self, query: str, *values: Any) -> list[Any]:
         with self._asked() as connection:
             return list(connection.execute(query, values).fetchall())
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While this connection holds the corpus's advisory lock."""
+        self._rows("select pg_advisory_lock(hashtext(%s))", self.name)
+        try:
+            yield
+        finally:
+            if not self._connection.closed:  # a lost one holds nothing
+                self._rows("select pg_advisory_unlock(hashtext(%s))", self.name)
 
     @property
     def state(self) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-import time
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -16,10 +15,10 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin
+from urllib.parse import quote, urljoin
 
 from whet.errors import TaskError, WhetError
-from whet.extras import package, pinned, public
+from whet.extras import package, pinned, public, within
 from whet.header import URL, places
 from whet.rows import decoded, read, short
 
@@ -30,6 +29,8 @@ PIECES = 240  # about so many word pieces of WORDS words at most, their title am
 MOST_BYTES = 50_000_000  # of one file that is no table
 SECONDS = 60.0  # that a page may take, with all its redirects
 HEADING = re.compile(r"(#{1,6})\s+(.+?)\s*#*$")
+OWN = "\0"  # before a line of Markdown that the reader of another kind writes itself
+PAGED = re.compile(r"# .*\n\n## page \d+\n")  # how the text of a PDF begins, whose headings are no words of its own
 FENCE = re.compile(r" {0,3}(`{3,}(?!.*`)|~{3,})")
 ENDS = ".!?。！？"
 SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])(?![」』”’）])\s*")
@@ -63,10 +64,10 @@ class Document:
 
 @dataclass(frozen=True)
 class Passage:
-    """A piece of a document: at most 200 words of one section. `start` is its first word's number in the document.
+    """A piece of a document: at most 200 words of one section.
 
-    `title` is the document's with the headings of the section; `name` the document's alone, empty where it has none of
-    its own.
+    `start` is its first word's number in the document's text, headings counted but for those of a PDF's pages. `title`
+    is the document's with the headings of the section; `name` the document's alone, empty where it has none of its own.
     """
 
     document: str
@@ -95,8 +96,9 @@ def load(
             continue
         file = place.absolute()
         root = folder.absolute() if isinstance(source, str) else file if file.is_dir() else file.parent
-        some, said = _files(file, root, names, _stamps(file))
-        found, notes = found + some, notes + said
+        stamps, left = _stamps(file)
+        some, said = _files(file, root, names, stamps)
+        found, notes = found + some, [*notes, *said, *([hidden_note(left)] if left else [])]
     if not found:
         shown = source.name if isinstance(source, Path) else short(source)
         raise TaskError(f"no documents in {shown}", expected=f"text, in {', '.join((*TABLES, *READERS))}", found="none",
@@ -130,11 +132,26 @@ def _told_apart(found: Sequence[Document]) -> None:
         raise TaskError(f"{times} documents have the id {name!r}", expected="ids that differ", do="rename them")
 
 
-def _stamps(source: Path) -> tuple[tuple[Path, int, int], ...]:
-    """The files of a folder, or the one file, each with when it was written and its bytes."""
+def hidden(file: Path, source: Path) -> bool:
+    """Whether a file in a folder is hidden, or within a hidden folder of it (.git, .trash)."""
+    return any(part.startswith(".") for part in file.relative_to(source).parts)
+
+
+def hidden_note(count: int) -> str:
+    """What is said of hidden files that would have been read."""
+    return f"{count} hidden file{'s were' if count > 1 else ' was'} left out (their name or folder begins with a dot)"
+
+
+def _stamps(source: Path) -> tuple[tuple[tuple[Path, int, int], ...], int]:
+    """The files of a folder, or the one file, each with when it was written and its bytes.
+
+    Hidden ones are left out; those of them that could be read are counted.
+    """
     try:
         listed = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
-        return tuple((p, p.stat().st_mtime_ns, p.stat().st_size) for p in listed)
+        aside = {p for p in listed if hidden(p, source)}
+        stamps = tuple((p, p.stat().st_mtime_ns, p.stat().st_size) for p in listed if p not in aside)
+        return stamps, sum(p.suffix.lower() in (*TABLES, *READERS) for p in aside)
     except OSError as error:
         raise _unread(source, error) from error
 
@@ -159,7 +176,7 @@ def _files(
         name, whole = Path(os.path.relpath(file, root)).as_posix(), file.resolve().as_posix()
         name = next((k for k in known if whole.endswith(f"/{k}") and f"/{k}".endswith(f"/{name}")), name)
         if source.is_dir() and file.suffix.lower() not in (*TABLES, *READERS):
-            other += [] if file.name.startswith(".") else [name]
+            other.append(name)
             continue
         try:
             some, said = _file(file, name, size)
@@ -193,7 +210,7 @@ def _file(file: Path, name: str, size: int) -> tuple[list[Document], list[str]]:
         raise _unread(file, error) from error
     if not text.strip():
         return [], [f"{name} was left out: no text in it" + (" (scanned?)" if kind == ".pdf" else "")]
-    first = next((line for level, line in _marked(text) if level), "")
+    first = next((said for level, said, _ in _marked(text) if level), "")
     return [Document(name, first or file.stem.replace("_", " "), text, name)], []
 
 
@@ -222,10 +239,13 @@ def _query(source: str, folder: Path, trusted: bool) -> Iterator[Document]:
         if folder.resolve() not in file.parents or not file.is_file():
             raise TaskError("the database is not there", found=file.name, do="copy it there",
                             expected="a file in the task's folder, or with --put in this one")  # fmt: skip
-        place = f"sqlite:///file:{file}?mode=ro&uri=true"
+        place = sql.URL.create(kind.lower(), database=f"file:{quote(str(file))}", query={"mode": "ro", "uri": "true"})
+    else:
+        place = re.sub(r"^postgres(?=[:+])", "postgresql", place, flags=re.IGNORECASE)  # as its own tools call it, too
     try:
         with sql.create_engine(place).connect() as connection:
-            rows = [dict(row) for row in connection.execute(sql.text(query)).mappings()]
+            plain = connection.execution_options(no_parameters=True)  # a colon or a % of the query is one
+            rows = [dict(row) for row in plain.exec_driver_sql(query).mappings()]
     except Exception as error:  # drivers raise their own kinds
         raise TaskError("the database refuses the query", expected="rows with a text column",
                         found=str(error).splitlines()[0][:160], do="try the query by hand") from error  # fmt: skip
@@ -240,40 +260,37 @@ def _query(source: str, folder: Path, trusted: bool) -> Iterator[Document]:
 
 def _page(url: str) -> Document:
     """A web page, a PDF or a text by its URL; redirects are followed, each to public addresses only."""
+    try:
+        kind, body = within(SECONDS, lambda client: _fetched(url, client))
+    except TimeoutError as error:
+        raise TaskError(f"{url} does not end", expected=f"a page within {SECONDS:g} s", do="save it as a file"
+                        ) from error  # fmt: skip
+    return _document(url, kind, body)
+
+
+def _fetched(url: str, client: Any) -> tuple[str, bytes]:
+    """What a URL leads to: its kind, as its server says, and its bytes."""
     import httpx
 
-    last, until = url, time.monotonic() + SECONDS
-    with httpx.Client(follow_redirects=False) as client:
-        for _ in range(6):
-            left = _left(url, until)
-            try:
-                with client.stream("GET", **pinned(last, public(last)), timeout=min(20, left)) as answer:
-                    if answer.is_redirect:
-                        last = urljoin(last, answer.headers.get("location", ""))
-                        continue
-                    answer.raise_for_status()
-                    return _document(url, answer.headers.get("content-type", ""), _body(answer, url, until))
-            except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-                raise TaskError(f"{url} cannot be fetched", expected="a page", found=short(str(error), 120),
-                                do="save it as a file, or try again") from error  # fmt: skip
+    last = url
+    for _ in range(6):
+        try:
+            with client.stream("GET", **pinned(last, public(last)), timeout=20) as answer:
+                if answer.is_redirect:
+                    last = urljoin(last, answer.headers.get("location", ""))
+                    continue
+                answer.raise_for_status()
+                body = bytearray()
+                for piece in answer.iter_bytes():
+                    body += piece
+                    if len(body) > MOST_BYTES:
+                        raise TaskError(f"{url} is too large", expected=f"at most {MOST_BYTES / 1e6:.0f} MB",
+                                        do="save a part")  # fmt: skip
+                return answer.headers.get("content-type", ""), bytes(body)
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+            raise TaskError(f"{url} cannot be fetched", expected="a page", found=short(str(error), 120),
+                            do="save it as a file, or try again") from error  # fmt: skip
     raise TaskError(f"{url} cannot be fetched", expected="at most 5 redirects", found="more", do="name the last")
-
-
-def _left(url: str, until: float) -> float:
-    """The seconds that a page still has. Raises TaskError where it has none."""
-    if (left := until - time.monotonic()) <= 0:
-        raise TaskError(f"{url} does not end", expected=f"a page within {SECONDS:g} s", do="save it as a file")
-    return left
-
-
-def _body(answer: Any, url: str, until: float) -> bytes:
-    body = bytearray()
-    for piece in answer.iter_bytes():
-        body += piece
-        if len(body) > MOST_BYTES:
-            raise TaskError(f"{url} is too large", expected=f"at most {MOST_BYTES / 1e6:.0f} MB", do="save a part")
-        _left(url, until)
-    return bytes(body)
 
 
 def _document(url: str, kind: str, body: bytes) -> Document:
@@ -303,6 +320,13 @@ UNSAID = ("del", "moveFrom", "sdtPr", "sdtEndPr")  # in Word's XML: what was del
 AROUND = ("ins", "moveTo", "sdt", "sdtContent", "customXml", "smartTag", "fldSimple")  # what stands around text
 
 
+def _kept(text: str) -> str:
+    """Markdown whose only headings and fences are on the lines that begin with OWN; text like them is moved in."""
+    lines = ((line[:1] == OWN, line.replace(OWN, "")) for line in text.splitlines())
+    return "\n".join(line if own or not (HEADING.match(line) or FENCE.match(line)) else f"    {line}"
+                     for own, line in lines)  # fmt: skip
+
+
 def _text(file: Path) -> str:
     return decoded(file.read_bytes(), "", file.name)[0]
 
@@ -310,17 +334,19 @@ def _text(file: Path) -> str:
 def _html(file: Path) -> str:
     """Headings and text of a page; scripts, styles, navigation and the page's own header and footer are left out."""
     soup, data = package("bs4", "rag"), file.read_bytes()
-    declared = soup.dammit.EncodingDetector.find_declared_encoding(data, is_html=True)
-    page = soup.BeautifulSoup(decoded(data, declared or "", file.name)[0], "html.parser")
+    declared = soup.dammit.EncodingDetector.find_declared_encoding(data, is_html=True) or ""
+    if declared.lower().startswith(("utf-16", "utf-32")):  # it was read byte by byte, so it is not (WHATWG)
+        declared = ""
+    page = soup.BeautifulSoup(decoded(data, declared, file.name)[0].replace(OWN, ""), "html.parser")
     head, kinds = page.title, (str, soup.NavigableString, soup.CData)  # and no comments
-    title = head.get_text().strip() if head else ""
-    made = [f"# {title}\n\n"] if title else []
+    title = " ".join(head.get_text().split()) if head else ""
+    made = [f"{OWN}# {title}\n\n"] if title else []
     todo: list[Any] = [page]
     while todo:
         part = todo.pop()
         if isinstance(part, tuple):  # a heading's level, and where it began: it ends
             level, begin = part
-            made[begin:] = [f"\n\n{'#' * level} {' '.join(''.join(made[begin:]).split())}\n\n"]
+            made[begin:] = [f"\n\n{OWN}{'#' * level} {' '.join(''.join(made[begin:]).split())}\n\n"]
         elif isinstance(part, str):
             made += [part] if type(part) in kinds else []
         elif part is head or (
@@ -330,9 +356,9 @@ def _html(file: Path) -> str:
         elif re.fullmatch("h[1-6]", part.name):
             todo += [(min(6, int(part.name[1]) + 1), len(made)), *reversed(part.contents)]
         else:
-            edge = "\n```\n" if part.name == "pre" else "" if part.name in INLINE else "\n"
+            edge = f"\n{OWN}```\n" if part.name == "pre" else "" if part.name in INLINE else "\n"
             todo += [edge, *reversed(part.contents), edge]
-    return "".join(made)
+    return _kept("".join(made))
 
 
 def _pdf(file: Path) -> str:
@@ -345,8 +371,8 @@ def _pdf(file: Path) -> str:
     except Exception as error:  # a broken file raises what it likes
         raise TaskError(f"{file.name} cannot be read", expected="a PDF", found=str(error)[:120], do="save it anew"
                         ) from error  # fmt: skip
-    told = [f"## page {n}\n\n{text}" for n, text in enumerate(pages, 1) if text.strip()]
-    return "\n\n".join([f"# {' '.join(title.split())}", *told]) if told else ""
+    told = [f"{OWN}## page {n}\n\n{text.replace(OWN, '')}" for n, text in enumerate(pages, 1) if text.strip()]
+    return _kept("\n\n".join([f"{OWN}# {' '.join(title.split())}", *told])) if told else ""
 
 
 def _docx(file: Path) -> str:
@@ -362,13 +388,13 @@ def _docx(file: Path) -> str:
             elif block.text.strip():
                 head = re.match(r"Title|Heading (\d)", block.style.name)
                 level = min(6, int(head[1] or 0) + 1) if head else 0
-                lines.append(f"{'#' * level} {block.text}" if level else block.text)
+                lines.append(f"{OWN}{'#' * level} {' '.join(block.text.split())}" if level else block.text)
     except WhetError:
         raise
     except Exception as error:
         raise TaskError(f"{file.name} cannot be read", expected="a DOCX", found=str(error)[:120], do="save it anew"
                         ) from error  # fmt: skip
-    return "\n\n".join(lines)
+    return _kept("\n\n".join(lines))
 
 
 def _lines(table: Any) -> list[str]:
@@ -397,7 +423,9 @@ def passages(document: Document, words: int = WORDS, overlap: int | None = None)
     most = min(2 * words, PIECES * max(words, WORDS) // WORDS)
     made: list[Passage] = []
     at, name = 0, _own(document)  # words of the document before the sentence at hand
-    for headings, text in _sections(document.text):
+    paged = PAGED.match(document.text)
+    for headings, text, skipped in _sections(document.text):
+        at += 0 if paged else skipped
         title = " / ".join(dict.fromkeys(part for part in (document.title, *headings) if part))
         room = most - min(most // 2, _pieces([title]))
         here: list[str] = []
@@ -419,29 +447,40 @@ def _own(document: Document) -> str:
     return "" if file.suffix.lower() in READERS and title == " ".join(file.stem.replace("_", " ").split()) else title
 
 
-def _marked(text: str) -> Iterator[tuple[int, str]]:
-    """The lines of a text, headings with their level; 0 for other lines, and for all of code between fences."""
+def _marked(text: str) -> Iterator[tuple[int, str, str]]:
+    """The lines of a text, headings with their level; 0 for other lines, and for all of code between fences.
+
+    What a heading says comes before its whole line.
+    """
     fence = ""
     for line in text.splitlines():
         if mark := FENCE.match(line):
             fence = fence if fence and not mark[1].startswith(fence) else "" if fence else mark[1]
         found = None if fence else HEADING.match(line)
-        yield (len(found[1]), found[2]) if found else (0, line)
+        yield (len(found[1]), found[2], line) if found else (0, line, line)
 
 
-def _sections(text: str) -> Iterator[tuple[list[str], str]]:
-    """(headings, text) of each section that has text; a heading with nothing below it is text itself."""
+def _sections(text: str) -> Iterator[tuple[list[str], str, int]]:
+    """(headings, text, words of headings since the last one) of each section that has text.
+
+    A heading with nothing below it is text itself.
+    """
     path: list[tuple[int, str]] = []
     lines: list[str] = []
-    for level, line in [*_marked(text), (1, "")]:
+    skipped = behind = 0  # `behind` what the last one says, where marks end it, too
+    for level, said, line in [*_marked(text), (1, "", "")]:
         if not level:
             lines.append(line)
             continue
         if " ".join(lines).strip():
-            yield [name for _, name in path], "\n".join(lines)
+            yield [name for _, name in path], "\n".join(lines), skipped
+            skipped = 0
         elif path and level <= path[-1][0]:
-            yield [name for _, name in path[:-1]], path[-1][1]
-        path, lines = [*(one for one in path if one[0] < level), (level, line)], []
+            yield [name for _, name in path[:-1]], path[-1][1], skipped - behind - len(path[-1][1].split())
+            skipped = behind
+        path, lines = [*(one for one in path if one[0] < level), (level, said)], []
+        skipped += len(line.split())
+        behind = len(line.split()) - 1 - len(said.split())
 
 
 def _pieces(words: Sequence[str]) -> int:

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from collections.abc import Callable
+from concurrent.futures import Future
 from importlib import import_module
-from typing import Any
+from threading import Thread
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from whet.errors import MethodError, TaskError
+
+if TYPE_CHECKING:
+    import httpx
+
+T = TypeVar("T")
+CARRYING = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "::/96")))  # an address of IPv4 is their last four bytes
+LOCAL = ipaddress.IPv6Network("64:ff9b:1::/48")  # what a net translates for itself (RFC 8215), global by Python 3.11
 
 
 def package(name: str, extra: str) -> Any:
@@ -22,20 +32,55 @@ def package(name: str, extra: str) -> Any:
 
 def public(url: str) -> str:
     """An address of a URL's host. Raises TaskError where one of them is this machine's or a private network's."""
+    import httpx
+
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise TaskError(f"{url[:80]} is no address", expected="http:// or https://", found=parts.scheme or "neither",
                         do="correct it")  # fmt: skip
     try:
         port = parts.port or (443 if parts.scheme == "https" else 80)
-        found = sorted({str(i[4][0]) for i in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)})
-    except (OSError, ValueError) as error:
+        host = httpx.URL(url).raw_host.decode("ascii")
+        found = sorted({str(i[4][0]) for i in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
+    except (OSError, ValueError, httpx.InvalidURL) as error:
         raise TaskError(f"{url} cannot be found", found=str(error), do="correct it, or save it as a file") from error
     for one in found:
-        if not ipaddress.ip_address(one.partition("%")[0]).is_global:
+        if not _global(one.partition("%")[0]):
             raise TaskError(f"{url} leads to a private address", expected="a public one", found=one,
                             do="save it as a file")  # fmt: skip
     return min(found, key=lambda one: ":" in one)  # IPv4 first: not every net has the other
+
+
+def _global(address: str) -> bool:
+    """Whether an address is one machine's of the public net; one of IPv6 that stands for one of IPv4 is as that is."""
+    one = ipaddress.ip_address(address)
+    if isinstance(one, ipaddress.IPv6Address):
+        last = ipaddress.IPv4Address(int(one) & 0xFFFFFFFF)
+        within = one.ipv4_mapped or one.sixtofour or next((last for net in CARRYING if one in net), None)
+        if within or one.is_site_local or one in LOCAL:
+            return within is not None and _global(str(within))
+    return one.is_global and not one.is_multicast
+
+
+def within(seconds: float, ask: Callable[[httpx.Client], T]) -> T:
+    """What `ask` makes of a client, which is closed after so many seconds, whatever it waits for then.
+
+    httpx's own limits hold for each piece that arrives, a header's among them. Raises what `ask` raises, TimeoutError
+    else.
+    """
+    import httpx
+
+    ended: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            ended.set_result(ask(client))
+        except BaseException as error:
+            ended.set_exception(error)
+
+    with httpx.Client(follow_redirects=False) as client:
+        Thread(target=run, daemon=True).start()
+        return ended.result(seconds)
 
 
 def pinned(url: str, address: str) -> dict[str, Any]:
@@ -45,6 +90,6 @@ def pinned(url: str, address: str) -> dict[str, Any]:
     """
     import httpx
 
-    host = urlsplit(url)
-    return {"url": httpx.URL(url).copy_with(host=address), "headers": {"host": host.netloc.rpartition("@")[2]},
-            "extensions": {"sni_hostname": host.hostname} if host.scheme == "https" else {}}  # fmt: skip
+    named = httpx.URL(url)  # its host as the net has it: 한국.kr is xn--3e0b707e.kr
+    more = {"sni_hostname": named.raw_host.decode("ascii")} if named.scheme == "https" else {}
+    return {"url": named.copy_with(host=address), "headers": {"host": named.netloc.decode("ascii")}, "extensions": more}

@@ -24,6 +24,8 @@ Way = tuple[Step, ...]
 MOST_ENDS = 100  # neighbours that one step from a node leads to: a hub's others are left out
 MOST_EMBEDDED = 20_000  # names that can be found by meaning
 FOREIGN = re.compile(r"[^\W\d_\u0000-\u024f\u1e00-\u1eff]")  # a letter of another script than Latin
+IRREGULAR = ("made", "built", "known", "born")  # participles
+ARTICLES = {"part": "", "member": "a ", "instance": "an ", "subclass": "a ", "citizen": "a "}  # others of them are one
 VERBS = ("by", "in", "at", "to", "from", "with", "on", "of", "for", "as", "a", "an")
 
 
@@ -104,7 +106,13 @@ class Graph:
 def _verb(relation: str) -> str:
     """A relation as a verb, "is designed by", where it ends like one; "" where it is rather a noun."""
     first, last = relation.split()[0], relation.split()[-1]
-    return ("is " if first.endswith(("ed", "en")) else "") + relation if last in VERBS else ""
+    if last not in VERBS:
+        return ""
+    if first.endswith(("ed", "en")) or first in IRREGULAR:
+        return f"is {relation}"
+    if last == "of" and len(relation.split()) > 1 and not first.endswith("s"):  # "capital of", not "consists of"
+        return f"is {ARTICLES.get(first, 'the ')}{relation}"
+    return relation
 
 
 def _said(subjects: Sequence[str], relation: str, objects: Sequence[str], over: str = "") -> str:

@@ -37,7 +37,8 @@ SOURCES = ("documents", "knowledge", "glossary", "feedback")
 CODE = re.compile(r"([\w./-]+\.py):([A-Za-z_]\w*)")
 RANKED = re.compile(r"(recall|ndcg|mrr)@[1-9]\d{0,3}")
 URL = re.compile(r"https?://\S+", re.IGNORECASE)
-_QUERY = re.compile(r"\s*(?:(?:sqlite|postgres|postgresql|mysql)(?:\+\w+)?:|sparql:|select\s|with\s)", re.IGNORECASE)
+_QUERY = re.compile(r"\s*(?:(?:sqlite|postgres|postgresql|mysql)(?:\+\w+)?:|sparql:|select\s|with\s|"
+                    r"(?!https?:)\w+(?:\+\w+)?://\S+\s+(?:select|with)\s)", re.IGNORECASE)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ PRONOUNS = frozenset(WORD.findall("it its he his him she her they their them")) 
 # Words that name no relation; everything else in a question may.
 STOP = frozenset(WORD.findall("what is the of s who name did do does a an in which from for to by was were that it and "
                               "at where when whom are on how"))  # fmt: skip
+BEGUN = re.compile(r"(?:^|[.!?:\n。！？])[\s\"'“‘«(\[*-]*$")  # what stands before a sentence's first word
 MOST_WORDS = 20  # of a name that is looked for in a question
 MENTIONS = 6  # of a question, its options among them
 HOMONYMS, WALKED = 5, 20  # nodes of one name, and those of them that are looked at
@@ -51,7 +52,7 @@ BACKWARDS = 0.05  # what a step against its relation costs
 RATE, MARGIN, EPOCHS, MOST_LEARNT, RIVALS = 0.0075, 0.025, 4, 2000, 40  # of the perceptron; wrong ways of a question
 BATCH = 64  # questions that are read at once
 SAMPLED, MOST = 200, 0.95  # train rows that tell how many hops are needed; their share that is to be answered
-READER = 5  # counts the ways in which questions are read: nothing learnt or answered by one is taken for another's
+READER = 6  # counts the ways in which questions are read: nothing learnt or answered by one is taken for another's
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,11 @@ def words(text: str) -> list[str]:
     return WORD.findall(_plain(text))
 
 
+def _spelt(text: str) -> list[str]:
+    """The words of a text in their own case."""
+    return WORD.findall(unicodedata.normalize("NFC", text))
+
+
 def _plain(text: str) -> str:
     """A text with its signs: lower case, single spaces, in NFC."""
     return " ".join(unicodedata.normalize("NFC", text).casefold().split())
@@ -100,13 +106,20 @@ class Linker:
         self.graph, self.opened, self.embedder, self.tell = opened.graph, opened, embedder, tell
         self.learnt: Mapping[str, float] = opened.learnt
         self.names: dict[str, list[int]] = {}
+        self.cased: dict[str, list[int]] = {}  # nodes called like a word of STOP, as their name is spelt: WHO, It
         self.signs: dict[str, list[int]] = {}  # nodes whose name has neither letters nor digits
         labels = [" ".join(words(names[0])) for names in self.graph.nodes]
         for node, name in enumerate(labels):  # what is called so comes before what is called so as well
-            if name and name not in STOP and name.count(" ") < MOST_WORDS:
+            if name in STOP:
+                self._put_apart(node, self.graph.nodes[node][0])
+            elif name and name.count(" ") < MOST_WORDS:
                 self.names.setdefault(name, []).append(node)
         for node, names in enumerate(self.graph.nodes):
-            for name in {" ".join(words(n)) for n in names[1:]} - STOP - {"", labels[node]}:
+            said = [" ".join(words(n)) for n in names[1:]]
+            for name, own in zip(said, names[1:], strict=True):
+                if name in STOP:
+                    self._put_apart(node, own)
+            for name in {*said} - STOP - {"", labels[node]}:
                 if name.count(" ") < MOST_WORDS:
                     self.names.setdefault(name, []).append(node)
             for name in {_plain(n) for n in names if not words(n)} - RUNNING - {""}:
@@ -118,6 +131,11 @@ class Linker:
         self.called = lru_cache(100_000)(self._called)
 
     # --- entities -------------------------------------------------------------------------------------------------
+
+    def _put_apart(self, node: int, name: str) -> None:
+        """Remember a name that is a word of any question, too; one without a capital cannot be told from it."""
+        if (spelt := "".join(_spelt(name))) != spelt.casefold() and node not in self.cased.get(spelt, ()):
+            self.cased.setdefault(spelt, []).append(node)
 
     def _mentions(self, query: Query) -> tuple[Mention, ...]:
         """What a question mentions, each name read by all words and, where there are several lines, by its own lines'.
@@ -151,10 +169,11 @@ class Linker:
         text = _plain(question)
         places, at = [(m[0], m.start()) for m in WORD.finditer(text)], 0
         said = [word for word, _ in places]
+        apart = self._apart(question) if self.cased else {}
         whole: list[tuple[Span, Mention]] = []
         while at < len(said):
             for size in range(min(MOST_WORDS, len(said) - at), 0, -1):
-                if nodes := self._named(said[at : at + size]):
+                if nodes := self._named(said[at : at + size]) or (apart.get(at, []) if size == 1 else []):
                     nodes = self._verbatim(nodes, text, places[at][1])
                     whole.append(((at, at + size), self._mention(nodes, 1.0, said, at, at + size)))
                     at += size - 1
@@ -171,6 +190,22 @@ class Linker:
         """The nodes that words name, the last one with or without Korean particles."""
         *first, last = said
         return next((found for word in _bare(last) if (found := self.names.get(" ".join([*first, word])))), [])
+
+    def _apart(self, question: str) -> dict[int, list[int]]:
+        """The nodes called like a word of STOP that a question has in their own case, by the number of that word.
+
+        A capital says nothing where a sentence begins with it, nor in a question of nothing else.
+        """
+        spelt, text = _spelt(question), unicodedata.normalize("NFC", question)
+        if len(spelt) > 1 and all(word.isupper() or word.isnumeric() for word in spelt):
+            return {}
+        made: dict[int, list[int]] = {}
+        for at, found in enumerate(WORD.finditer(text)):
+            name = next((one for one in _bare(found[0]) if one in self.cased), "")
+            first = name == name.capitalize() and BEGUN.search(text, 0, found.start())
+            if name and not first:
+                made[at] = self.cased[name]
+        return made
 
     def _verbatim(self, nodes: list[int], text: str, start: int) -> list[int]:
         """Of nodes of one name those that are spelt as the text goes on from a word, signs and all: C++, not C."""

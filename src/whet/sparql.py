@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from whet.errors import TaskError
-from whet.extras import package, pinned, public
+from whet.extras import package, pinned, public, within
 from whet.store import write_text
 from whet.triples import Triple, term_triples
 
@@ -82,24 +82,26 @@ def _rows(url: str, query: str) -> list[Row]:
     import httpx
 
     rdf = package("pyoxigraph", "knowledge")
-    deadline, body = time.monotonic() + SECONDS, bytearray()
     head = {"Accept": "application/sparql-results+json", "User-Agent": "whet"}
     asked: dict[str, Any] = {"url": url} if urlsplit(url).hostname in HERE else pinned(url, public(url))
     head |= asked.pop("headers", {})
     time_limit = httpx.Timeout(SECONDS, connect=CONNECT)
-    try:
-        with httpx.stream("POST", **asked, data={"query": query}, headers=head, timeout=time_limit) as answer:
+
+    def fetched(client: httpx.Client) -> bytes:
+        body = bytearray()
+        with client.stream("POST", **asked, data={"query": query}, headers=head, timeout=time_limit) as answer:
             for chunk in answer.iter_bytes():
                 body += chunk
-                if time.monotonic() > deadline:
-                    raise httpx.ReadTimeout("it does not end")
                 if len(body) > MOST_BYTES:
                     raise httpx.DecodingError(f"more than {MOST_BYTES >> 20} MiB")
         if answer.status_code != 200:  # a redirect, too: it could lead to a private address
             raise httpx.DecodingError(f"status {answer.status_code}")
-        rows = rdf.parse_query_results(bytes(body), format=rdf.QueryResultsFormat.JSON)
+        return bytes(body)
+
+    try:
+        rows = rdf.parse_query_results(within(SECONDS, fetched), format=rdf.QueryResultsFormat.JSON)
         return [(row["s"], row["p"], row["o"]) for row in rows]
-    except httpx.TimeoutException as error:
+    except (httpx.TimeoutException, TimeoutError) as error:
         raise TaskError(f"{url} does not answer", expected=f"a page within {SECONDS:g} s", found="none",
                         do="select less (sparql:URL QUERY), or load a dump") from error  # fmt: skip
     except (httpx.HTTPError, httpx.InvalidURL, SyntaxError, ValueError, KeyError, TypeError) as error:

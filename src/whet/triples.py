@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote
 
+from whet.documents import hidden, hidden_note
 from whet.errors import TaskError
 from whet.extras import package
 from whet.rows import decode, short
@@ -56,6 +57,7 @@ DAYS = ("{d} {month} {y}", "{month} {d} {y}", "{y}년 {m}월 {d}일", "{y}年{m}
 DAYS_OF_MONTHS = ("{month} {y}", "{y}년 {m}월", "{y}年{m}月")
 BC = re.compile(rf"(?:(?:(\d+) )?({'|'.join(MONTHS)}) )?(\d+) BC")
 NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+WHOLE = re.compile(r"[-+]?\d{16,}")  # of more digits than a float holds
 # Wikidata's triples name a relation P31 by wdt:P31, p:P31 and others; labelled is the entity wd:P31.
 PROPERTY = re.compile(r"/prop/(?:[\w-]+/)*(?=P\d+>$)")
 OF_PROPERTIES = re.compile(r"(?:^<|/entity/)P\d+>$")
@@ -125,7 +127,11 @@ def load(data: Learnable, home: Path) -> tuple[Facts, list[str]]:
             if isinstance(part, str):
                 found += snapshot(part, data.trusted, home, notes)
                 continue
-            for file in sorted(p for p in part.rglob("*") if _kind(p)[0] in KINDS) if part.is_dir() else [part]:
+            files = sorted(p for p in part.rglob("*") if _kind(p)[0] in KINDS) if part.is_dir() else [part]
+            shown = [file for file in files if not hidden(file, part)]
+            if len(shown) < len(files):
+                notes.append(hidden_note(len(files) - len(shown)))
+            for file in shown:
                 for row in _file(file, glossary=source is data.glossary):
                     found.append(row)
                     count += _role(row[1]) == ""  # names in many languages do not count
@@ -328,7 +334,8 @@ def literal(value: str, datatype: str, language: str = "") -> str:
     if _local(datatype, humps=False).lower() in DATES and (found := TIME.fullmatch(value)):
         return found[1]
     if datatype and not re.search("XMLSchema|rdf-syntax-ns", datatype) and NUMBER.fullmatch(value):
-        return f"{float(value):.15g} {_local(datatype)}"
+        number = value.removeprefix("+") if WHOLE.fullmatch(value) else f"{float(value):.15g}"
+        return f"{number} {_local(datatype)}"
     return text(value, language)
 
 

@@ -70,6 +70,8 @@ class Prompting:
             raise ValueError("votes is at least 1, and several need a temperature above 0")
         if self.proposer and not self.proposer.startswith("openai:"):
             raise ValueError(f"proposer is {self.proposer!r}; openai:NAME@URL")
+        if self.file:  # nothing is compared
+            object.__setattr__(self, "needs", ())
 
     @property
     def prompts(self) -> int:
