@@ -34,8 +34,8 @@ from whet.progress import Silent
 from whet.report import verdict
 from whet.retention import Lost
 from whet.scorecard import Scorecard, alike
-from whet.search import Wish, base_system, limits, race, training
-from whet.search.arms import cheap_arms, neighbours, prompting_recipes
+from whet.search import Wish, base_system, limits, plan, race, training
+from whet.search.arms import Arm, cheap_arms, halving, neighbours, prompting_recipes
 from whet.search.budget import Rates, affordable, estimate, measure, seconds
 from whet.search.plan import apportion
 from whet.search.race import Race, Trial
@@ -239,6 +239,45 @@ def test_where_no_training_comes_about_arms_that_were_left_out_for_it_are_tried(
     tried = {t["name"] for t in made.result["trials"]}
     assert "finetune" in planned and tried - planned  # more than the tenth that the plan had left to them
     assert not tried & {d["method"] for d in made.result["left_out"]}
+
+
+@pytest.mark.parametrize("speed", [250.0, 600.0])
+def test_arms_left_out_by_estimate_are_tried_while_measured_time_is_left(
+    task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speed: float
+) -> None:
+    made: list[Any] = []
+    plain = plan.planned
+    monkeypatch.setattr("whet.search.measure_rates", lambda *_: Rates(speed, speed, speed))
+    monkeypatch.setattr(plan, "planned", lambda job: (made.append(job), plain(job))[1])
+    said = Lines()
+    result = improve(task, model="fake:keyword", budget="2m", watch=said, out=tmp_path / "o",
+                     home=tmp_path / "h").result  # fmt: skip
+    planned, tried = {p["arm"] for p in result["plan"]}, {t["name"] for t in result["trials"]}
+    wanted = {r.name for r in prompting_recipes(load_task(task).split().learnable) if "prompting" not in r.name}
+    later = (tried - planned) & wanted
+    assert later  # nothing is trained here, and no training was planned
+    assert all(any(f"left out for now: {name}:" in line for line in said.said) for name in later)
+    assert not tried & {d["method"] for d in result["left_out"]}
+    (job,) = made
+    assert job.race.left >= 0 and job.race.seconds + job.reserve == pytest.approx(120)  # and confirming keeps its part
+    still = [d["why"] for d in result["left_out"] if "would take" in d["why"]]
+    assert still and all("trying it would take" in why for why in still)  # more than what is left in the end
+
+
+def test_demonstrations_that_lie_near_are_planned_before_prompts_are_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("whet.embed.available", lambda: True)
+    rows = tuple(Example(str(n), f"p{n}", ("x", "y")[n % 2]) for n in range(40))
+    for labels in (("x", "y"), ()):
+        data = Learnable("t", "say", "exact_match", labels, rows, documents="d.jsonl")
+        names = [r.name for r in prompting_recipes(data)]
+        near = next(n for n, name in enumerate(names) if "selection=nearest" in name)
+        assert near < names.index("rag(k=1)") < names.index("prompting")
+
+
+def test_halving_takes_at_most_what_its_dearer_half_does() -> None:
+    arms = [Arm(Recipe(), None, "", 1.0, seconds, 1.0 + seconds / 4) for seconds in (4.0, 8.0)]  # type: ignore[arg-type]
+    assert halving(arms, 400) == pytest.approx(2 + 12 / 4 + 8 / 4 + 8 / 2)
+    assert halving(arms[:1], 400) == arms[0].cost and halving(arms, 19) == 14  # few rows are one rung
 
 
 def test_a_training_is_planned_with_what_its_own_prompts_take(
@@ -660,7 +699,7 @@ def test_a_search_of_prompts_is_no_dearer_to_confirm(tmp_path: Path) -> None:
     data = Learnable("toy", "Say whether it is good or bad.", "accuracy", ("good", "bad"), tuple(rows))
     run, rates = Run(Store(tmp_path)), {base.model.content: Rates(1e3, 1e3, 1e3)}
     wish = Wish(methods=("prompting", "fewshot"))
-    arms, _ = cheap_arms(wish, [base], [""], data, rows, rates, run, 1e6)
+    arms, *_ = cheap_arms(wish, [base], [""], data, rows, rates, run, 1e6)
     plain, shown = (estimate(base, rows, run.session(base.model)).prefilled_tokens / 1e3,
                     next(a for a in arms if a.recipe.name == "fewshot"))  # fmt: skip
     search = next(a for a in arms if a.recipe.name == "prompting")
