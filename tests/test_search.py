@@ -32,6 +32,7 @@ from whet.metrics import Outcome, get
 from whet.model import ModelRef, Transform, resolve
 from whet.progress import Silent
 from whet.report import verdict
+from whet.report.findings import sentences
 from whet.retention import Lost
 from whet.scorecard import Scorecard, alike
 from whet.search import Wish, base_system, limits, plan, race, training
@@ -978,6 +979,48 @@ def test_trainings_read_what_the_best_arm_reads_and_vary(model_folder: str) -> N
     assert named[0] == "finetune" and "rag(k=1)+finetune(learning_rate=0.0003)" in named
     assert any("adapter=dora" in n for n in named) and any("adapter=full" in n for n in named)
     assert list(training._others(asked(model_folder, data), recipe("dpo"))) == []
+
+
+@pytest.mark.embedder
+@pytest.mark.skipif(not embed.available(), reason="the embedding model is not installed")
+def test_more_passages_are_read_where_the_first_often_lack_what_is_asked_for(model_folder: str, tmp_path: Path) -> None:
+    """Of every thing one passage says the price and one the colour, in words that questions do not tell apart."""
+    names = ["aero", "brix", "coda", "dune", "echo", "flux", "gale", "halo", "iris", "juno"]
+    texts = [{"id": f"{name}-{part}", "text": f"Of the {name}: {part} {said}{n}."} for n, name in enumerate(names)
+             for part, said in (("a", "q1"), ("b", "q2"), ("c", "q3"))]  # fmt: skip
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    tuned = parse("rag(k=1)+finetune")
+
+    def held(asks: Sequence[str], labels: tuple[str, ...] = ()) -> tuple[dict[int, float], dict[str, Any], list[str]]:
+        rows = tuple(Example(f"{name}{s}", f"Of the {name}?", f"{s}{n}") for n, name in enumerate(names) for s in asks)
+        data = Learnable("t", "say", "exact_match", labels, rows, documents="d.jsonl", folder=tmp_path)
+        job = asked(model_folder, data)
+        base = replace(job.bases[0], home=tmp_path / "h")
+        system = recipe(("rag", {"k": 1})).run(base, data, Run(Store(tmp_path / "h")))
+        one = SimpleNamespace(recipe=tuned, system=system, notes={}, card=True)
+        return (found := training._held(job, one)), one.notes, [r.name for r in training._others(job, tuned, found)]  # type: ignore[arg-type]
+
+    found, notes, others = held(("q1", "q2", "q3"))
+    assert found[1] == pytest.approx(1 / 3) and found[3] == 1.0  # one of the three stands in the first passage
+    assert notes["evidence"] == "stands in the passages of 33.3 % of the questions, 100.0 % with k=3"
+    assert others[:2] == ["rag+finetune", "finetune"]  # before other rates and adapters
+    assert sentences(notes) == [f"evidence: {notes['evidence']}"]
+    found, notes, others = held(("nowhere",))
+    assert found == {} == notes and others[0] == "finetune"
+    found, notes, others = held(("q1", "q2"), ("q1", "q2"))  # a label's word says nothing about a passage
+    assert found == {} == notes and others[0] == "finetune"
+
+
+def test_what_follows_reads_as_many_passages_as_did_better(model_folder: str) -> None:
+    data = Learnable("t", "say", "token_f1", documents="d.jsonl")
+    first, more = parse("rag(k=1)+finetune"), parse("rag(k=5)+finetune")
+    for order, reads in (((first, more), "rag(k=5)"), ((more, first), "rag(k=1)")):
+        trials = [SimpleNamespace(recipe=r, card=True) for r in order]
+        others = training._others(asked(model_folder, data, trials=trials), first, {1: 0.5, 3: 0.8, 5: 0.95})
+        names = [r.name for r in others]
+        assert names[:2] == ["rag(k=5)+finetune", "finetune"] and f"{reads}+finetune(adapter=dora)" in names
+    enough = training._others(asked(model_folder, data), first, {1: 0.92, 3: 1.0, 5: 1.0})
+    assert next(enough).name == "finetune"
 
 
 def test_few_rows_are_not_all_shown(task: Path) -> None:
