@@ -293,10 +293,10 @@ def _race(job: _Job) -> None:
             training.enter(job, tries.wished, local)
         return
     if tries.tuned is None or not training.race(job, tries.tuned):
+        raced(*plan.instead(job))
         for _ in range(REFINEMENTS):
-            raced(*plan.instead(job))
             raced(*plan.refined(job))
-    while raced(*plan.instead(job, 1.0)):  # as estimates are high, time may be left for more
+    while raced(*plan.instead(job, searches=True)):  # as estimates are high, time may be left for more
         pass
 
 

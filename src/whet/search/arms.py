@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from whet import embed
 from whet.errors import StoreError, WhetError
 from whet.methods import Run, lacking, table
+from whet.methods.calibrate import Calibrate
 from whet.methods.fewshot import FewShot
 from whet.methods.prompting import LEAST_ROWS, REASON_TOKENS, Prompting
 from whet.progress import clock
@@ -213,8 +214,9 @@ def _cost(
         system = replace(system, decoding=replace(system.decoding, max_tokens=most))
     session = run.session(base.model)
     whole = rates.price(estimate(system, select, session, metric=data.metric))
-    prompts = sum(getattr(method, "prompts", 0) for method in one.methods)
-    asked = select[:prompts]
+    prompts = sum(m.asks(len(data.train)) if isinstance(m, Calibrate) else getattr(m, "prompts", 0)
+                  for m in one.methods)  # fmt: skip
+    asked = (data.train or select)[:prompts]  # of few rows, what all share would count as often as they go into these
     once = prompts / len(asked) * rates.price(estimate(system, asked, session, every=True)) if prompts else 0.0
     found = any(getattr(m, "prompts", 0) and set(m.writes) & {"prompt", "demonstrations"} for m in one.methods)
     return None if found else system, once, whole

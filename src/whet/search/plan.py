@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from whet.methods import names, table
+from whet.methods.prompting import Prompting
 from whet.progress import clock
 from whet.search import limits, training
 from whet.search.arms import Arm, Dear, cheap_arms, halving, left_out, neighbours
@@ -28,7 +29,7 @@ LEAST_CONFIRMED, CONFIRMED = 200, 1.0  # sealed rows; of the budget, what confir
 LEAST_TEXTS = 20  # of either, where rows are plain texts: each tells of hundreds of words
 BEGINNING = 3_000  # characters, some 500 words, that are read of each text where so many whole ones take too long
 CHEAP = 0.1  # of the search's time: what the first rungs of arms without training may take where there is training
-REFINED = 0.5  # of what is left: what a round of arms left out before, or of settings next to the best arm's, may take
+REFINED = 0.5  # of what is left: what a round of settings next to those of the best arm may take
 INDEXED = 0.1  # of the budget: what indexing takes beyond it is told
 
 
@@ -162,22 +163,25 @@ def planned(job: _Job) -> Tries:
     return tries
 
 
-def instead(job: _Job, share: float = REFINED) -> tuple[Trial | None, list[Arm]]:
-    """The best arm so far, and arms that were left out for want of time: for a share of what is left by now.
+def instead(job: _Job, *, searches: bool = False) -> tuple[Trial | None, list[Arm]]:
+    """The best arm so far, and arms that were left out for want of time: those that what is left by now allows.
+
+    Searches of prompts, which take as much as they are let, only where asked for.
 
     Estimates are high, since beginnings are shared, and what was planned may not come about: more is left than the plan
     could know. The list of what is left out is corrected.
     """
     race = job.race
-    if not job.dear or time.monotonic() > race.deadline:
+    looked = [d for d in job.dear if searches or not any(isinstance(m, Prompting) for m in d.recipe.methods)]
+    if not looked or time.monotonic() > race.deadline:
         return None, []
     found, still, missed = cheap_arms(
-        job.wish, job.bases, labels(job), race.data, race.select, race.rates, job.run, share * race.left,
-        [d.recipe for d in job.dear], lambda arms: halving(arms, len(race.select)) + _beyond(job, arms),
+        job.wish, job.bases, labels(job), race.data, race.select, race.rates, job.run, race.left,
+        [d.recipe for d in looked], lambda arms: halving(arms, len(race.select)) + _beyond(job, arms),
     )  # fmt: skip
-    before = {name for d in job.dear for name in d.names}
+    before = {name for d in looked for name in d.names}
     job.skipped[:] = [d for d in job.skipped if d["method"] not in before] + missed + _named(still)
-    job.dear = still
+    job.dear = [d for d in job.dear if d not in looked] + still
     _set_aside(job, found)
     tried = {t.name for t in race.trials}  # as a setting next to another's, or a search as large as this
     return _best(job, trained=True), [a for a in found if f"{a.recipe.name}{a.label}" not in tried]
@@ -220,9 +224,8 @@ def _dearer(job: _Job, dearest: float, base: float) -> float:
 
 
 def _beyond(job: _Job, arms: Sequence[Arm]) -> float:
-    """Seconds that confirming the dearest of some arms takes beyond what the reserve allows for."""
-    more = max((a.scoring for a in arms), default=0.0) - job.dearest
-    return max(0.0, more) * len(job.splits.confirm) / max(1, len(job.race.select))
+    """Seconds that confirming the dearest of some arms takes beyond what the reserve holds, by `_dearer`."""
+    return _dearer(job, max((a.scoring for a in arms), default=0.0), job.dearest)
 
 
 def _set_aside(job: _Job, arms: Sequence[Arm]) -> None:
