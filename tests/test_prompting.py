@@ -340,8 +340,8 @@ def test_improve_tries_it_as_large_as_the_budget_allows(base: System, monkeypatc
     run, wish = run_with(FakeSession("hash"), base), Wish(methods=("prompting",))
     found, rates = {}, {base.model.content: Rates(1e3, 1e3, 1e3)}
     for most in (1e9, 9.0, 0.5):
-        arms, skipped = cheap_arms(wish, [base], [""], DATA, ROWS[:100], rates, run, most)
-        found[most] = [a.recipe.name for a in arms] or [s["why"] for s in skipped]
+        arms, dear, skipped = cheap_arms(wish, [base], [""], DATA, ROWS[:100], rates, run, most)
+        found[most] = [a.recipe.name for a in arms] or [d.why for d in dear]
     assert found[1e9] == ["prompting"] and found[9.0] == ["prompting(pool=12,examples=64)"]
     assert "would take" in found[0.5][0]
     assert run.session(base.model).spent.prefilled_tokens == 0  # the plan runs no model
@@ -351,7 +351,7 @@ def test_improve_tries_it_as_large_as_the_budget_allows(base: System, monkeypatc
 
     other, cost = replace(base, instruction="Judge it."), arms_module._cost
     monkeypatch.setattr(arms_module, "_cost", lambda one, on, *more: cost(one, on, *more) if on == base else fails())
-    arms, skipped = cheap_arms(wish, [base, other], ["", " [b]"], DATA, ROWS[:100], rates, run, 9.0)
+    arms, dear, skipped = cheap_arms(wish, [base, other], ["", " [b]"], DATA, ROWS[:100], rates, run, 9.0)
     assert [a.recipe.name for a in arms] == found[9.0] and len(skipped) == 1  # what fails at every size is told once
 
 

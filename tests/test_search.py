@@ -32,10 +32,11 @@ from whet.metrics import Outcome, get
 from whet.model import ModelRef, Transform, resolve
 from whet.progress import Plain, Silent
 from whet.report import verdict
+from whet.report.findings import sentences
 from whet.retention import Lost
 from whet.scorecard import Scorecard, alike
-from whet.search import Wish, base_system, limits, race, training
-from whet.search.arms import cheap_arms, neighbours, prompting_recipes
+from whet.search import Wish, base_system, limits, plan, race, training
+from whet.search.arms import Arm, cheap_arms, halving, neighbours, prompting_recipes
 from whet.search.budget import Rates, affordable, estimate, measure, seconds
 from whet.search.out import _trained
 from whet.search.plan import apportion
@@ -241,6 +242,44 @@ def test_where_no_training_comes_about_arms_that_were_left_out_for_it_are_tried(
     tried = {t["name"] for t in made.result["trials"]}
     assert "finetune" in planned and tried - planned  # more than the tenth that the plan had left to them
     assert not tried & {d["method"] for d in made.result["left_out"]}
+
+
+def test_arms_left_out_by_estimate_are_tried_while_measured_time_is_left(
+    task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    plain = plan.planned
+    monkeypatch.setattr("whet.search.measure_rates", lambda *_: Rates(450, 450, 450))
+    monkeypatch.setattr(plan, "planned", lambda job: (made.append(job), plain(job))[1])
+    said = Lines()
+    result = improve(task, model="fake:keyword", budget="4m", watch=said, out=tmp_path / "o",
+                     home=tmp_path / "h").result  # fmt: skip
+    planned, tried = {p["arm"] for p in result["plan"]}, {t["name"] for t in result["trials"]}
+    wanted = {r.name for r in prompting_recipes(load_task(task).split().learnable) if "prompting" not in r.name}
+    later = (tried - planned) & wanted
+    assert later  # nothing is trained here, and no training was planned
+    assert all(any(f"left out for now: {name}:" in line for line in said.said) for name in later)
+    assert not tried & {d["method"] for d in result["left_out"]}
+    (job,) = made
+    assert job.race.left >= 0 and job.race.seconds + job.reserve == pytest.approx(240)  # and confirming keeps its part
+    still = [d["why"] for d in result["left_out"] if "would take" in d["why"]]
+    assert still and all("trying it would take" in why for why in still)  # more than what is left in the end
+
+
+def test_demonstrations_that_lie_near_are_planned_before_prompts_are_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("whet.embed.available", lambda: True)
+    rows = tuple(Example(str(n), f"p{n}", ("x", "y")[n % 2]) for n in range(40))
+    for labels in (("x", "y"), ()):
+        data = Learnable("t", "say", "exact_match", labels, rows, documents="d.jsonl")
+        names = [r.name for r in prompting_recipes(data)]
+        near = next(n for n, name in enumerate(names) if "selection=nearest" in name)
+        assert near < names.index("rag(k=1)") < names.index("prompting")
+
+
+def test_halving_takes_at_most_what_its_dearer_half_does() -> None:
+    arms = [Arm(Recipe(), None, "", 1.0, seconds, 1.0 + seconds / 4) for seconds in (4.0, 8.0)]  # type: ignore[arg-type]
+    assert halving(arms, 400) == pytest.approx(2 + 12 / 4 + 8 / 4 + 8 / 2)
+    assert halving(arms[:1], 400) == arms[0].cost and halving(arms, 19) == 14  # few rows are one rung
 
 
 def test_a_training_is_planned_with_what_its_own_prompts_take(
@@ -677,7 +716,7 @@ def test_a_search_of_prompts_is_no_dearer_to_confirm(tmp_path: Path) -> None:
     data = Learnable("toy", "Say whether it is good or bad.", "accuracy", ("good", "bad"), tuple(rows))
     run, rates = Run(Store(tmp_path)), {base.model.content: Rates(1e3, 1e3, 1e3)}
     wish = Wish(methods=("prompting", "fewshot"))
-    arms, _ = cheap_arms(wish, [base], [""], data, rows, rates, run, 1e6)
+    arms, *_ = cheap_arms(wish, [base], [""], data, rows, rates, run, 1e6)
     plain, shown = (estimate(base, rows, run.session(base.model)).prefilled_tokens / 1e3,
                     next(a for a in arms if a.recipe.name == "fewshot"))  # fmt: skip
     search = next(a for a in arms if a.recipe.name == "prompting")
@@ -967,6 +1006,48 @@ def test_trainings_read_what_the_best_arm_reads_and_vary(model_folder: str) -> N
     assert named[0] == "finetune" and "rag(k=1)+finetune(learning_rate=0.0003)" in named
     assert any("adapter=dora" in n for n in named) and any("adapter=full" in n for n in named)
     assert list(training._others(asked(model_folder, data), recipe("dpo"))) == []
+
+
+@pytest.mark.embedder
+@pytest.mark.skipif(not embed.available(), reason="the embedding model is not installed")
+def test_more_passages_are_read_where_the_first_often_lack_what_is_asked_for(model_folder: str, tmp_path: Path) -> None:
+    """Of every thing one passage says the price and one the colour, in words that questions do not tell apart."""
+    names = ["aero", "brix", "coda", "dune", "echo", "flux", "gale", "halo", "iris", "juno"]
+    texts = [{"id": f"{name}-{part}", "text": f"Of the {name}: {part} {said}{n}."} for n, name in enumerate(names)
+             for part, said in (("a", "q1"), ("b", "q2"), ("c", "q3"))]  # fmt: skip
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    tuned = parse("rag(k=1)+finetune")
+
+    def held(asks: Sequence[str], labels: tuple[str, ...] = ()) -> tuple[dict[int, float], dict[str, Any], list[str]]:
+        rows = tuple(Example(f"{name}{s}", f"Of the {name}?", f"{s}{n}") for n, name in enumerate(names) for s in asks)
+        data = Learnable("t", "say", "exact_match", labels, rows, documents="d.jsonl", folder=tmp_path)
+        job = asked(model_folder, data)
+        base = replace(job.bases[0], home=tmp_path / "h")
+        system = recipe(("rag", {"k": 1})).run(base, data, Run(Store(tmp_path / "h")))
+        one = SimpleNamespace(recipe=tuned, system=system, notes={}, card=True)
+        return (found := training._held(job, one)), one.notes, [r.name for r in training._others(job, tuned, found)]  # type: ignore[arg-type]
+
+    found, notes, others = held(("q1", "q2", "q3"))
+    assert found[1] == pytest.approx(1 / 3) and found[3] == 1.0  # one of the three stands in the first passage
+    assert notes["evidence"] == "stands in the passages of 33.3 % of the questions, 100.0 % with k=3"
+    assert others[:2] == ["rag+finetune", "finetune"]  # before other rates and adapters
+    assert sentences(notes) == [f"evidence: {notes['evidence']}"]
+    found, notes, others = held(("nowhere",))
+    assert found == {} == notes and others[0] == "finetune"
+    found, notes, others = held(("q1", "q2"), ("q1", "q2"))  # a label's word says nothing about a passage
+    assert found == {} == notes and others[0] == "finetune"
+
+
+def test_what_follows_reads_as_many_passages_as_did_better(model_folder: str) -> None:
+    data = Learnable("t", "say", "token_f1", documents="d.jsonl")
+    first, more = parse("rag(k=1)+finetune"), parse("rag(k=5)+finetune")
+    for order, reads in (((first, more), "rag(k=5)"), ((more, first), "rag(k=1)")):
+        trials = [SimpleNamespace(recipe=r, card=True) for r in order]
+        others = training._others(asked(model_folder, data, trials=trials), first, {1: 0.5, 3: 0.8, 5: 0.95})
+        names = [r.name for r in others]
+        assert names[:2] == ["rag(k=5)+finetune", "finetune"] and f"{reads}+finetune(adapter=dora)" in names
+    enough = training._others(asked(model_folder, data), first, {1: 0.92, 3: 1.0, 5: 1.0})
+    assert next(enough).name == "finetune"
 
 
 def test_few_rows_are_not_all_shown(task: Path) -> None:

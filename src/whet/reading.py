@@ -105,6 +105,20 @@ def astray(found: Sequence[Found], example: Example) -> list[Found]:
     return others if others or len(ids) > 1 else [f for f in found if f not in right]
 
 
+def held(system: System, examples: Sequence[Example], ks: Sequence[int]) -> tuple[int, dict[int, int]]:
+    """Of how many examples it is known which passages hold what they ask for, and of how many the first k show one.
+
+    The System has a source of documents. Known is what its documents' best passages say, or the evidence that is named.
+    """
+    source = next(s for s in system.sources if isinstance(s, Documents))
+    source = replace(source, k=max(ks))
+    shown = source.find([e.query for e in examples], system.home)
+    around = _around(replace(system, sources=(source,)), examples, shown)
+    right = [holding(more, e) for e, more in zip(examples, around, strict=True)]
+    hits = {k: sum(any(f in good for f in here[:k]) for here, good in zip(shown, right, strict=True)) for k in ks}
+    return sum(map(bool, right)), hits
+
+
 def cited(answer: str, shown: Sequence[Found]) -> tuple[Found, ...]:
     """The passages that an answer stands in, in the order they were shown."""
     return tuple(f for f in shown if says(f.passage.text, answer))

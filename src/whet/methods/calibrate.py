@@ -72,6 +72,10 @@ class Calibrate:
         """The settings worth trying; more prompts only make the prior steadier."""
         return {"kind": KINDS}
 
+    def asks(self, rows: int) -> int:
+        """How many prompts the model is asked at most, where train has so many rows."""
+        return {"batch": min(self.prompts, rows), "contextual": 3, "domain": min(self.prompts, 20)}[self.kind]
+
     def apply(self, system: System, data: Learnable, run: Run) -> System:
         """The System with a prior; only the prompts of train are looked at, never their labels."""
         from whet.variants import unseen

@@ -28,6 +28,7 @@ from whet.retention import forgetting, refused
 from whet.scorecard import Scorecard, alike, evaluate, measure, versions
 from whet.search import limits, plan, training
 from whet.search import out as output
+from whet.search.arms import Arm, Dear
 from whet.search.budget import ENCODED, estimate, seconds
 from whet.search.budget import measure as measure_rates
 from whet.search.race import Race, Trial
@@ -88,6 +89,8 @@ class _Job:
     earlier: tuple[Known, ...] = ()  # tasks that must not get worse
     alone: Trial | None = None  # the only candidate, where there are no rows to select by
     shrinking: float = 0.0  # seconds set aside for making the finalist smaller
+    dearest: float = 0.0  # seconds that scoring select takes with the dearest arm that the reserve allows for
+    dear: list[Dear] = field(default_factory=list)  # arms that are left out until more time is known to be left
     judge: Spent = field(default_factory=Spent)  # what training the judge of a win rate took
     tight: bool = False  # the base itself goes beyond the limits
     notes: list[str] = field(default_factory=list)
@@ -264,7 +267,10 @@ def _earlier(base: System, data: Learnable, run: Run) -> tuple[Known, ...]:
 
 
 def _race(job: _Job) -> None:
-    """Bases first, then the cheap arms by successive halving, then training with what is left, then combinations."""
+    """Bases first, then the cheap arms by successive halving, then training with what is left, then combinations.
+
+    Then, or where nothing is trained, cheap arms that were left out for want of time, and settings next to the best's.
+    """
     race, tries, local = job.race, plan.planned(job), training.at_hand(job.bases)
     plan.show(job)
     if not race.select:
@@ -277,18 +283,23 @@ def _race(job: _Job) -> None:
     for base, label in zip(job.bases, plan.labels(job), strict=True):
         trial = race.enter(Recipe(), base, label=label)
         race.base = race.base or trial
-    if tries.arms:
-        race.halve([(a.recipe, a.base, a.label) for a in tries.arms])
+
+    def raced(best: Trial | None, arms: Sequence[Arm]) -> bool:
+        if arms:
+            race.halve([(a.recipe, a.base, a.label) for a in arms], best)
+        return bool(arms)
+
+    raced(None, tries.arms)
     if tries.wished is not None:
         if not any(t.recipe == tries.wished for t in race.trials):
             training.enter(job, tries.wished, local)
-    elif tries.tuned is None or not training.race(job, tries.tuned):
-        if tries.tuned is not None and (arms := plan.instead(job)):
-            race.halve([(a.recipe, a.base, a.label) for a in arms])
+        return
+    if tries.tuned is None or not training.race(job, tries.tuned):
+        raced(*plan.instead(job))
         for _ in range(REFINEMENTS):
-            best, near = plan.refined(job)
-            if near:
-                race.halve([(a.recipe, a.base, a.label) for a in near], best)
+            raced(*plan.refined(job))
+    while raced(*plan.instead(job, searches=True)):  # as estimates are high, time may be left for more
+        pass
 
 
 def _finalist(job: _Job) -> Trial | None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from whet import embed
 from whet.errors import StoreError, WhetError
 from whet.methods import Run, lacking, table
+from whet.methods.calibrate import Calibrate
+from whet.methods.fewshot import FewShot
 from whet.methods.prompting import LEAST_ROWS, REASON_TOKENS, Prompting
 from whet.progress import clock
 from whet.scorecard import reads_scores
 from whet.search.budget import Rates, estimate
 from whet.search.limits import limited
-from whet.search.race import first_rung
+from whet.search.race import LEAST, RUNGS, first_rung
 from whet.search.recipe import Recipe, parse, recipe
 from whet.system import System
 from whet.task import Example, Learnable
@@ -35,12 +37,37 @@ class Arm:
     label: str  # of its model, where several are raced
     once: float  # seconds, before anything is scored
     scoring: float  # seconds to score all of select
+    first: float  # seconds until its first rung is scored
     shared: bool = False  # it reads the scores of an arm before it
 
     @property
     def cost(self) -> float:
         """Seconds that it takes in all."""
         return self.once + (0.0 if self.shared else self.scoring)
+
+
+@dataclass(frozen=True)
+class Dear:
+    """A recipe that the time does not reach for as yet: as it was wanted, what its arms are called, and why."""
+
+    recipe: Recipe
+    names: tuple[str, ...]
+    why: str
+
+
+def first_rungs(arms: Sequence[Arm]) -> float:
+    """Seconds that the first rungs of some arms take."""
+    return sum(a.first for a in arms)
+
+
+def halving(arms: Sequence[Arm], count: int) -> float:
+    """Seconds that racing some arms on `count` rows of select takes at most: of every rung the dearer half goes on."""
+    spent, before = sum(a.once for a in arms), 0.0
+    going = sorted((0.0 if a.shared else a.scoring for a in arms), reverse=True)
+    for rung in sorted({min(1.0, max(LEAST, share * count) / max(1, count)) for share in RUNGS}):
+        spent += (rung - before) * sum(going)
+        going, before = going[: max(1, len(going) // 2)], rung
+    return spent
 
 
 def prompting_recipes(data: Learnable) -> list[Recipe]:
@@ -56,27 +83,29 @@ def prompting_recipes(data: Learnable) -> list[Recipe]:
         many = len(data.labels) > 16
         # Half of few rows at most: calibration asks about some that are not shown.
         k = max(1, min(8 if many else 16, len(data.train) // 2))
+        near = [recipe(("fewshot", {"k": 8, "selection": "nearest"}))] if nearest else []
         found = [
+            *(near if many else []),
             recipe("calibrate"),
             recipe(("fewshot", {"k": k})),
             recipe(("fewshot", {"k": k, "draw": 0}), "calibrate"),
-            recipe("prompting"),
+            *([] if many else near),
+            *facts,
+            *([recipe(read), recipe(read, "calibrate")] if reading else []),
+            recipe("prompting"),  # searched as widely as what is left allows: behind what is known to be cheaper
             recipe(("prompting", {"calibrated": True}), "calibrate"),
             *(recipe(("fewshot", {"k": k, "draw": draw}), "calibrate") for draw in (1, 2)),
             *(recipe(("calibrate", {"kind": kind})) for kind in ("contextual", "domain")),
         ]
-        if nearest:
-            found.insert(0 if many else len(found), recipe(("fewshot", {"k": 8, "selection": "nearest"})))
-            found.append(recipe(("fewshot", {"k": k, "selection": "diverse"}), "calibrate"))
-        return found + facts + ([recipe(read), recipe(read, "calibrate")] if reading else [])
+        return found + ([recipe(("fewshot", {"k": k, "selection": "diverse"}), "calibrate")] if nearest else [])
     found = [*facts, recipe(("fewshot", {"k": 4}))]
-    if data.metric not in ("perplexity", "win_rate"):
-        found.append(recipe("prompting"))
     if nearest:
         found.append(recipe(("fewshot", {"k": 4, "selection": "nearest"})))
     if reading:
         found += [recipe(read), recipe("rag"), recipe(read, ("fewshot", {"k": 4}))]
         found += [recipe(read, one)] if facts and data.knowledge is not None else []
+    if data.metric not in ("perplexity", "win_rate"):
+        found.append(recipe("prompting"))
     if data.metric in THOUGHT:
         found.append(recipe(("prompting", {"reason": True})))  # last: reasons take many tokens
     return found
@@ -97,10 +126,12 @@ def neighbours(one: Recipe) -> list[Recipe]:
 def cheap_arms(
     wish: Wish, bases: Sequence[System], labels: Sequence[str], data: Learnable, select: Sequence[Example],
     rates: Mapping[str, Rates], run: Run, most: float, among: Sequence[Recipe] = (),
-) -> tuple[list[Arm], list[dict[str, str]]]:  # fmt: skip
+    takes: Callable[[Sequence[Arm]], float] = first_rungs,
+) -> tuple[list[Arm], list[Dear], list[dict[str, str]]]:  # fmt: skip
     """Arms without training that this task allows (or those `among` some), each with its cost on all of select.
 
-    Once the first rungs of those before it take `most` seconds, an arm is left out, with the reason.
+    Where those before it and an arm itself would take more than `most` seconds, by `takes`, it is too dear as yet. Last
+    comes what cannot be had, and why.
     """
     wanted = [parse(wish.recipe)] if wish.recipe else among or prompting_recipes(data)
     wanted = [r for r in wanted if not any("weights" in m.needs for m in r.methods)]
@@ -109,17 +140,17 @@ def cheap_arms(
     if wish.methods:
         wanted = [r for r in wanted if all(m.name in wish.methods for m in r.methods)]
     arms: list[Arm] = []
-    first_rungs = 0.0
+    dear: list[Dear] = []
     scored = {base.uncalibrated.fingerprint for base in bases}
     skipped: list[dict[str, str]] = []
     models = list(zip(bases, labels, strict=True))
 
-    def tried(one: Recipe) -> tuple[list[tuple[Arm, float, str]], list[dict[str, str]]]:
-        """The recipe on each model: its arm, the seconds of its first rung, and what it shows, as a fingerprint.
+    def tried(one: Recipe) -> tuple[list[tuple[Arm, str]], list[dict[str, str]]]:
+        """The recipe on each model: its arm, and what it shows, as a fingerprint.
 
         And where it cannot be had: what is left out, and why.
         """
-        found, failed = list[tuple[Arm, float, str]](), list[dict[str, str]]()
+        found, failed = list[tuple[Arm, str]](), list[dict[str, str]]()
         for base, label in models:
             if one.lacks(base, data) or not select:
                 continue
@@ -136,24 +167,25 @@ def cheap_arms(
             mark = plain.fingerprint if plain is not None else ""
             known = mark in scored and plain is not None and reads_scores(plain, select, run.session(base.model))
             first = once + (0.0 if known else first_rung(len(select)) * whole)
-            found.append((Arm(one, base, label, once, whole, known), first, mark))
+            found.append((Arm(one, base, label, once, whole, first, known), mark))
         return found, failed
 
-    for one in wanted:
+    for wanted_one in wanted:
+        one, taken = wanted_one, takes(arms)
         found, failed = tried(one)
-        while not wish.recipe and sum(a.once for a, *_ in found) > most - first_rungs and (less := _smaller(one)):
+        while not wish.recipe and sum(a.once for a, _ in found) > most - taken and (less := _smaller(one)):
             (found, failed), one = tried(less), less
         skipped += failed
         # An arm is tried on all models or on none, so that their order decides nothing.
-        first = sum(seconds for _, seconds, _ in found)
-        if not wish.recipe and first_rungs + first > most:
-            why = f"its first rung would take {clock(first)}, and {clock(most - first_rungs)} is left for such arms"
-            skipped += [{"method": f"{one.name}{a.label}", "why": why} for a, *_ in found]
+        more = takes([*arms, *(a for a, _ in found)]) - taken
+        if not wish.recipe and taken + more > most:
+            what = "its first rung" if takes is first_rungs else "trying it"
+            why = f"{what} would take {clock(more)}, and {clock(max(0.0, most - taken))} is left for such arms"
+            dear.append(Dear(wanted_one, tuple(f"{one.name}{a.label}" for a, _ in found), why))
             continue
-        first_rungs += first
-        arms += [a for a, *_ in found]
-        scored |= {mark for *_, mark in found}
-    return arms, skipped
+        arms += [a for a, _ in found]
+        scored |= {mark for _, mark in found}
+    return arms, dear, skipped
 
 
 def _smaller(one: Recipe) -> Recipe | None:
@@ -173,15 +205,18 @@ def _cost(
     """
     system = base
     for method in one.methods:
-        if set(method.writes) <= {"demonstrations", "sources"} and not getattr(method, "prompts", 0):
+        if isinstance(method, FewShot) and method.prompts:  # what it will find is as long as random rows, about
+            method = replace(method, selection="random", ids=(), order="mixed")
+        if set(method.writes) <= {"demonstrations", "sources"}:
             system = method.apply(system, data, run)
     if any(isinstance(m, Prompting) and m.reason for m in one.methods):  # as many tokens as reasons may take
         most = system.decoding.max_tokens + REASON_TOKENS
         system = replace(system, decoding=replace(system.decoding, max_tokens=most))
     session = run.session(base.model)
     whole = rates.price(estimate(system, select, session, metric=data.metric))
-    prompts = sum(getattr(method, "prompts", 0) for method in one.methods)
-    asked = select[:prompts]
+    prompts = sum(m.asks(len(data.train)) if isinstance(m, Calibrate) else getattr(m, "prompts", 0)
+                  for m in one.methods)  # fmt: skip
+    asked = (data.train or select)[:prompts]  # of few rows, what all share would count as often as they go into these
     once = prompts / len(asked) * rates.price(estimate(system, asked, session, every=True)) if prompts else 0.0
     found = any(getattr(m, "prompts", 0) and set(m.writes) & {"prompt", "demonstrations"} for m in one.methods)
     return None if found else system, once, whole

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from whet.methods import names, table
+from whet.methods.prompting import Prompting
 from whet.progress import clock
 from whet.search import limits, training
-from whet.search.arms import Arm, cheap_arms, left_out, neighbours
+from whet.search.arms import Arm, Dear, cheap_arms, halving, left_out, neighbours
 from whet.search.budget import ENCODED, affordable
 from whet.search.recipe import Recipe, parse, recipe
 from whet.splits import shared_order
@@ -128,7 +129,7 @@ def planned(job: _Job) -> Tries:
     # Where training is possible it needs most of the budget; without it the cheap arms may have it.
     most = (CHEAP if tuned else 0.5) * race.seconds
     begun = time.monotonic()
-    arms, too_dear = cheap_arms(job.wish, job.bases, labels(job), data, race.select, race.rates, job.run, most)
+    arms, job.dear, missed = cheap_arms(job.wish, job.bases, labels(job), data, race.select, race.rates, job.run, most)
     # Indexes are kept: what making them takes is paid once, and not out of the budget.
     if (indexing := time.monotonic() - begun) > INDEXED * job.wish.budget:
         job.notes.append(f"embedding, indexing and estimating the arms took {clock(indexing)}, on top of the budget")
@@ -138,9 +139,10 @@ def planned(job: _Job) -> Tries:
     last = tuned or (wished if wished and all(wished != a.recipe for a in arms) else None)
     behind = training.scoring(job, last, local) if last and race.select else 0.0
     if race.select:  # an arm that is dearer than the base is dearer to confirm, too
-        more = _dearer(job, max([behind, *(a.scoring for a in arms)]), max(alone))
+        job.dearest = max([behind, *alone, *(a.scoring for a in arms)])
+        more = _dearer(job, job.dearest, max(alone))
         job.reserve, race.seconds = job.reserve + more, race.seconds - more
-    job.skipped += left_out(job.wish, local, data, wished) + too_dear
+    job.skipped += left_out(job.wish, local, data, wished) + missed + _named(job.dear)
     job.skipped += _unused(job, [a.recipe for a in arms] + ([tuned] if tuned else []))
     costs = {"base": sum(alone)} | {f"{a.recipe.name}{a.label}": a.cost for a in arms}
     if job.judge.trained_tokens:
@@ -152,7 +154,8 @@ def planned(job: _Job) -> Tries:
         job.plan.append({"arm": last.name, "minutes": max(0.0, cost) / 60} | ({"most": True} if trained else {}))
     elif arms and not wished:
         rest = max(0.0, race.seconds - sum(costs.values()))
-        job.plan.append({"arm": "settings next to the best arm's", "minutes": rest / 60, "most": True})
+        after = " and arms left out" if job.dear else ""
+        job.plan.append({"arm": f"settings next to the best arm's{after}", "minutes": rest / 60, "most": True})
     if job.shrinking and race.select:
         job.plan.append({"arm": "made small enough for limits", "minutes": job.shrinking / 60, "most": True})
     tries = Tries(arms, wished, tuned) if race.select else _unselected(job, tuned)
@@ -160,31 +163,57 @@ def planned(job: _Job) -> Tries:
     return tries
 
 
-def instead(job: _Job) -> list[Arm]:
-    """Arms that were left out for the sake of a training that did not come about, for half of what is left."""
-    race, tried, most = job.race, {t.name for t in job.race.trials}, 0.5 * job.race.left
-    found, _ = cheap_arms(job.wish, job.bases, labels(job), race.data, race.select, race.rates, job.run, most)
-    arms = {f"{a.recipe.name}{a.label}": a for a in found}
-    job.skipped[:] = [d for d in job.skipped if d["method"] not in arms]
-    return [a for name, a in arms.items() if name not in tried]
+def instead(job: _Job, *, searches: bool = False) -> tuple[Trial | None, list[Arm]]:
+    """The best arm so far, and arms that were left out for want of time: those that what is left by now allows.
+
+    Searches of prompts, which take as much as they are let, only where asked for.
+
+    Estimates are high, since beginnings are shared, and what was planned may not come about: more is left than the plan
+    could know. The list of what is left out is corrected.
+    """
+    race = job.race
+    looked = [d for d in job.dear if searches or not any(isinstance(m, Prompting) for m in d.recipe.methods)]
+    if not looked or time.monotonic() > race.deadline:
+        return None, []
+    found, still, missed = cheap_arms(
+        job.wish, job.bases, labels(job), race.data, race.select, race.rates, job.run, race.left,
+        [d.recipe for d in looked], lambda arms: halving(arms, len(race.select)) + _beyond(job, arms),
+    )  # fmt: skip
+    before = {name for d in looked for name in d.names}
+    job.skipped[:] = [d for d in job.skipped if d["method"] not in before] + missed + _named(still)
+    job.dear = [d for d in job.dear if d not in looked] + still
+    _set_aside(job, found)
+    tried = {t.name for t in race.trials}  # as a setting next to another's, or a search as large as this
+    return _best(job, trained=True), [a for a in found if f"{a.recipe.name}{a.label}" not in tried]
+
+
+def _named(dear: Sequence[Dear]) -> list[dict[str, str]]:
+    """What is left out for want of time, as the result names it."""
+    return [{"method": name, "why": d.why} for d in dear for name in d.names]
+
+
+def _best(job: _Job, *, trained: bool) -> Trial | None:
+    """The best arm on all of select, the base apart; those that train only where asked for."""
+    race = job.race
+    whole = [t for t in race.trials if t.card and t.recipe.methods and t.examples == len(race.select)]
+    return max((t for t in whole if trained or not training.trains(t.recipe)), key=race.merit, default=None)
 
 
 def refined(job: _Job) -> tuple[Trial | None, list[Arm]]:
     """The best arm without training, and arms a single setting apart: the cheapest, for half of what is left."""
-    race = job.race
-    whole = [t for t in race.trials if t.card and t.recipe.methods and t.examples == len(race.select)]
-    best = max((t for t in whole if not training.trains(t.recipe)), key=race.merit, default=None)
+    race, best = job.race, _best(job, trained=False)
     if best is None:
         return None, []
     tried = {t.name for t in race.trials}
     among = [r for r in neighbours(best.recipe) if f"{r.name}{best.label}" not in tried]
     base = next(b for b, label in zip(job.bases, labels(job), strict=True) if label == best.label)
-    found, _ = cheap_arms(job.wish, [base], [best.label], race.data, race.select, race.rates, job.run, math.inf,
-                          among) if among else ([], [])  # fmt: skip
-    arms, left = list[Arm](), REFINED * race.left
+    found = cheap_arms(job.wish, [base], [best.label], race.data, race.select, race.rates, job.run, math.inf,
+                       among)[0] if among else []  # fmt: skip
+    arms, most = list[Arm](), REFINED * race.left
     for arm in sorted(found, key=lambda a: a.cost):
-        if arm.cost <= left:
-            arms, left = [*arms, arm], left - arm.cost
+        if sum(a.cost for a in (*arms, arm)) + _beyond(job, [*arms, arm]) <= most:
+            arms.append(arm)
+    _set_aside(job, arms)
     return best, arms
 
 
@@ -192,6 +221,18 @@ def _dearer(job: _Job, dearest: float, base: float) -> float:
     """Seconds that confirming takes beyond what the base would, where scoring select takes so many, and the base so."""
     more = max(0.0, dearest - base) * len(job.splits.confirm) / max(1, len(job.race.select))
     return min(more, 0.25 * job.race.seconds)
+
+
+def _beyond(job: _Job, arms: Sequence[Arm]) -> float:
+    """Seconds that confirming the dearest of some arms takes beyond what the reserve holds, by `_dearer`."""
+    return _dearer(job, max((a.scoring for a in arms), default=0.0), job.dearest)
+
+
+def _set_aside(job: _Job, arms: Sequence[Arm]) -> None:
+    """Take what confirming the dearest of some arms needs out of what is left to the search."""
+    more = _beyond(job, arms)
+    job.reserve, job.race.seconds = job.reserve + more, job.race.seconds - more
+    job.dearest = max([job.dearest, *(a.scoring for a in arms)])
 
 
 def _unselected(job: _Job, tuned: Recipe | None) -> Tries:
@@ -240,7 +281,9 @@ def show(job: _Job) -> None:
     for item in job.plan:
         most = "up to " if item.get("most") else ""
         job.watch.say(f"  {item['arm']:<44} {most}{item['minutes']:.1f} min")
+    dear = {name for d in job.dear for name in d.names}
     for item in job.skipped:
-        job.watch.say(f"  left out: {item['method']}: {item['why']}")
+        for_now = " for now" if item["method"] in dear else ""
+        job.watch.say(f"  left out{for_now}: {item['method']}: {item['why']}")
     for note in job.notes:
         job.watch.say(f"  note: {note}")

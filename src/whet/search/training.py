@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from whet import embed, suspects
+from whet import embed, reading, suspects
 from whet.engine import Spent
 from whet.errors import StoreError, WhetError
 from whet.feedback import paired
 from whet.methods import make
 from whet.methods.finetune import FineTune, each_once
+from whet.methods.rag import Rag
 from whet.progress import clock
 from whet.scorecard import reads_scores
 from whet.search.budget import estimate
@@ -28,6 +29,8 @@ VALIDATED = 0.15  # of a fine-tuning's time, about, goes to its validations
 CALIBRATED_ROWS = 128
 LOOKED_AT = 600  # train rows, at most, that are looked over for wrong labels
 SEVERAL = 0.2  # of the questions rest on several documents: from there on, trainings read several passages
+ASKED = 200  # train rows, at most, by which it is told how often the passages hold what is asked for
+MISSED = 0.1  # of those rows: where more passages show it for as many more, another training reads more
 NAMED = 5  # of them in a note
 LEAST_WRONG = 0.01  # of labels: fewer are named where all are right
 UNTAUGHT = ("prune", "share", "quantize")  # methods that change weights without training them
@@ -75,11 +78,15 @@ def first(job: _Job) -> Recipe | None:
     return next((one for one in wanted if _wished(job, one)), None)  # the first that has what it needs
 
 
-def _passages(job: _Job) -> int:
+def _passages(job: _Job, held: Mapping[int, float] | None = None) -> int:
     """How many passages a training reads: one, but where many questions rest on several documents, three.
 
     Of two-hop questions (beerqa's train rows), both documents are among the first two for 60 %, the first three for 83.
+    Once it is `held` of what share of the rows the first k passages show what is asked for: the fewest that miss hardly
+    more than the most do.
     """
+    if held:
+        return min(k for k, share in held.items() if max(held.values()) - share < MISSED)
     asked = [e for e in job.splits.learnable.train if e.evidence]
     return 3 if sum(len(e.evidence) > 1 for e in asked) > SEVERAL * len(asked) else 1
 
@@ -112,7 +119,7 @@ def race(job: _Job, tuned: Recipe) -> bool:
     more += [Recipe((*tuned.methods, make("calibrate")))] if _calibrates(job) else []
     for other in more:  # with the same bound, which is part of what a training is known by
         job.race.enter(other, start, tokens=one.notes["allowed"]).notes["allowed"] = one.notes["allowed"]
-    others = _others(job, tuned)
+    others = _others(job, tuned, _held(job, one))
     while one.cost < 0.8 * job.race.left and (varied := next(others, None)):
         enter(job, varied, start)
     if "rl" in behind(job, tuned):
@@ -135,13 +142,46 @@ def _sourced(job: _Job, tuned: Recipe) -> Recipe:
     return Recipe((*shown, *tuned.methods))
 
 
-def _others(job: _Job, tuned: Recipe) -> Iterator[Recipe]:
-    """Further trainings, the most telling first: without what the first one reads, facts themselves, without rows whose
-    label looks wrong, other settings.
+def _held(job: _Job, one: Trial) -> dict[int, float]:
+    """Of what share of train's rows the first k passages show what is asked for, from the k that was trained with on.
+
+    A note of the trial says so. Empty where nothing is read, or where it is known of no row.
+    """
+    read = next((m for m in one.recipe.methods if isinstance(m, Rag)), None)
+    # A label's word says nothing about a passage.
+    rows = [e for e in job.race.data.train if e.evidence or (e.completion and not job.task.closed)]
+    if read is None or not rows:
+        return {}
+    rows = random.Random(job.wish.seed).sample(rows, min(ASKED, len(rows)))
+    try:
+        known, hits = reading.held(one.system, rows, [read.k, *(k for k in read.space()["k"] if k > read.k)])
+    except StoreError:
+        raise
+    except WhetError:  # a database that is down by now
+        return {}
+    if not known:
+        return {}
+    more = _passages(job, held := {k: count / len(rows) for k, count in hits.items()})
+    said = f"stands in the passages of {100 * hits[read.k] / known:.1f} % of the questions"
+    one.notes["evidence"] = said + (f", {100 * hits[more] / known:.1f} % with k={more}" if more > read.k else "")
+    return held
+
+
+def _others(job: _Job, tuned: Recipe, held: Mapping[int, float] | None = None) -> Iterator[Recipe]:
+    """Further trainings, the most telling first: on more passages where the first one's often lack what is asked for,
+    by what is `held` (the better of both goes on), without what it reads, facts themselves, without rows whose label
+    looks wrong, other settings.
     """
     *reads, last = tuned.methods
     if not isinstance(last, FineTune):
         return
+    k = _passages(job, held) if held else 0
+    wider = [replace(m, k=max(k, m.k)) if isinstance(m, Rag) else m for m in reads]
+    if wider != reads:
+        yield (more := Recipe((*wider, last)))
+        done = {t.recipe: job.race.merit(t) for t in job.race.trials if t.card}
+        if done.get(more, float("-inf")) > done.get(tuned, float("-inf")):
+            reads = wider
     if reads:
         yield Recipe((last,))
     taught = recipe(("knowledge", {"mode": "train"}))
