@@ -29,7 +29,7 @@ from whet.methods.finetune import Disputed, FineTune
 from whet.methods.rag import Rag
 from whet.metrics import get
 from whet.model import Transform
-from whet.retention import drift, forgetting, refused, retention
+from whet.retention import Lost, drift, forgetting, refused, retention
 from whet.retention import stream as updates
 from whet.scorecard import evaluate
 from whet.search import base_system
@@ -844,6 +844,17 @@ def test_newer_data_for_the_own_task_needs_no_kept_rows(taught: Any, whet: Any, 
     code, body, _ = whet("update", folder / "system", folder / "first", *settings(epochs=1.0), "--out", tmp_path / "o")
     assert code == 0 and body["notes"]["unprotected"] == ["first"] and "strategy=sequential" in body["recipe"]
     assert [one["task"] for one in body["earlier"]] == ["first"] and body["unmeasured"] == []
+
+
+def test_each_task_is_told_in_its_metrics_scale() -> None:
+    table = updates([({"a": 0.9}, {"a": 0.8, "b": 0.4})])
+    made = SimpleNamespace(drift=None, general=None, unmeasured=(), before=SimpleNamespace(metric="pearson"),
+                           stream=table, metrics={"a": "accuracy", "b": "pearson"})  # fmt: skip
+    *_, start, first, last = updating.told(made)  # type: ignore[arg-type]
+    assert start.split() == ["start", "90.0", "–"] and first.split() == ["update", "1", "80.0", "0.40"]
+    assert last.startswith("average 60.0; of the earlier tasks, 10.0 points lost")
+    for metric, shown in (("accuracy", "(90.0 to 80.0)"), ("pearson", "(0.90 to 0.80)")):
+        assert shown in str(Lost("a", 40, 0.9, 0.8, 10.0, 5.0, 15.0, 1.0, 14.0, 9.0, False, metric))
 
 
 def test_judgements_that_go_into_no_pair_are_told() -> None:

@@ -196,7 +196,7 @@ def test_the_plugin_of_contributing_keeps_the_contract(tmp_path: Path) -> None:
     new = made.apply(base, data, Run(Store(tmp_path)))
     assert new.instruction == "Say which. Answer with one of: a, b." and new.decoding.prior == ()
     assert base.decoding.prior == (0.0, 1.0) and new.fingerprint != base.fingerprint
-    assert space["Brevity"]().score("two words", data.train[0]) == 0.5
+    assert space["Brevity"]().score("two words", data.train[0]) == 0.5 and space["Brevity"]().points
 
 
 def test_readmes_code_by_hand_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,29 @@ def test_every_documented_name_is_found_by_the_entry_points(name):
     metric = get(name)
     assert metric.name == name
     assert metric.higher_is_better == (name != "perplexity")
+    assert metrics.in_points(name) == metric.points == (name not in ("perplexity", "pearson", "spearman"))
+
+
+@pytest.mark.parametrize("name", ["metrics.py:accuracy", "accuracy.py:f", "gone", "", "score"])
+def test_what_may_be_any_number_is_not_read_in_points(name):
+    assert not metrics.in_points(name)
+
+
+def test_a_plugin_says_whether_it_is_read_in_points(monkeypatch):
+    def door(load):
+        monkeypatch.setattr("importlib.metadata.entry_points", lambda **asked: [SimpleNamespace(load=load)])
+
+    class Own(metrics.Share):
+        name = "own"
+
+    try:
+        for n, (made, points) in enumerate(((Own, True), (metrics.Mean, False), (object, False))):
+            door(lambda made=made: made)
+            assert metrics.in_points(f"own{n}") is points
+        door(lambda: 1 / 0)  # one that no longer loads
+        assert not metrics.in_points("broken")
+    finally:
+        metrics.in_points.cache_clear()
 
 
 @pytest.mark.parametrize("name, hint", [("acuracy", "'accuracy'"), ("recall@0", "recall@"), ("ndcg@k", "ndcg@"),

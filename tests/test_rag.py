@@ -1004,6 +1004,9 @@ def test_reading_is_measured_apart(data: Learnable, home: Path) -> None:
     reader = Reader(**{f.name: getattr(made, f.name) for f in fields(made)})
     got = reading.measure(reader, rows, metrics.get("exact_match"), open_session(made.model, home))
     assert got == reading.Reading(2, 50.0, 100.0, 0.0, 100.0, 0.0, 50.0, 50.0)
+    own = metrics.Custom(metrics.get("exact_match").score, "mine.py:f", "")  # its scores may be of any range
+    got = reading.measure(reader, rows, own, open_session(made.model, home))
+    assert got == reading.Reading(2, 50.0, 1.0, 0.0, 1.0, 0.0, 50.0, 50.0)
     [answer, _] = reader.answers(rows)
     assert [f.passage.document for f in answer.passages] == ["kettle"]
 

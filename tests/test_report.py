@@ -334,6 +334,15 @@ def test_a_small_gain_in_perplexity_keeps_its_figure() -> None:
     assert "better by 0.00" in report.verdict(result)
 
 
+def test_a_correlation_is_shown_as_it_is() -> None:
+    """Wherever its scores happen to lie: no figure of a result decides how the others are written."""
+    result = rich() | {"metric": {"name": "pearson", "higher_is_better": True}, "trials": [], "baselines": []}
+    for base in (0.0, -0.05):
+        result["confirm"] |= {"base": {"score": base}, "chosen": {"score": 0.97}, "difference": 0.97 - base}
+        assert f"Pearson rose from {base:.2f} to 0.97 (+{0.97 - base:.2f}, ".replace("-", "−") in report.verdict(result)
+    assert view.Scale.of({"metric": {"name": "accuracy"}}).points and not view.Scale.of({}).points
+
+
 def test_frontier_is_what_no_cheaper_arm_matches() -> None:
     scale = view.Scale("accuracy", True, True)
     names = [a.name for a in figures.frontier(view.arms(rich()), scale)]

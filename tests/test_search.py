@@ -30,7 +30,7 @@ from whet.methods import Run, make
 from whet.methods.finetune import FineTune
 from whet.metrics import Outcome, get
 from whet.model import ModelRef, Transform, resolve
-from whet.progress import Plain, Silent
+from whet.progress import Plain, Silent, Standing, apart, figure
 from whet.report import verdict
 from whet.report.findings import sentences
 from whet.retention import Lost
@@ -751,6 +751,27 @@ def test_the_budget_is_told_only_where_there_is_one(capsys: pytest.CaptureFixtur
     told.arm("finetune", 65.0)
     told.arm("confirm: base")
     assert capsys.readouterr().err == "> finetune  (budget left 1:05)\n> confirm: base\n"
+
+
+@pytest.mark.parametrize("metric, shown, between", [
+    ("pearson", ["-0.05", "0.40", "1.70", "–"], "+0.97, 95 % [-0.1, +1.1]"),
+    ("mine.py:f", ["-0.05", "0.40", "1.70", "–"], "+0.97, 95 % [-0.1, +1.1]"),
+    ("accuracy", ["-5.0", "40.0", "170.0", "–"], "+97.0 points, 95 % [-10.0, +110.0]"),
+])  # fmt: skip
+def test_a_metric_has_one_scale(metric: str, shown: list[str], between: str) -> None:
+    """Not one a figure: whether it lies in 0..1 says nothing about its neighbours in the same line."""
+    assert [figure(value, metric) for value in (-0.05, 0.4, 1.7, None)] == shown
+    assert apart(0.97, -0.1, 1.1, metric) == between
+
+
+def test_a_board_has_one_scale(capsys: pytest.CaptureFixture[str]) -> None:
+    for metric in ("pearson", "accuracy"):
+        Plain().board([Standing(metric, metric, "done", 0.4, -0.05, 0.9, 60, 1.0)])
+    assert capsys.readouterr().err == ("  pearson: 0.40 [-0.05, 0.90] on 60 examples, done\n"
+                                       "  accuracy: 40.0 [-5.0, 90.0] on 60 examples, done\n")  # fmt: skip
+    best, paired = SimpleNamespace(name="base"), SimpleNamespace(difference=0.25)
+    behind = [Race._behind(SimpleNamespace(metric=get(m)), best, paired) for m in ("pearson", "accuracy")]  # type: ignore[arg-type]
+    assert behind == ["behind base by 0.25", "behind base by 25.0 points"]
 
 
 def test_free_text_and_own_choices(tmp_path: Path) -> None:

@@ -268,9 +268,12 @@ def _tell(card: Scorecard, read: Reading | None) -> None:
     """Print a scorecard for people."""
     from dataclasses import asdict
 
+    from whet.metrics import in_points
     from whet.progress import figure
+    from whet.reading import SCORES
 
-    print(f"{card.metric}  {figure(card.score)}  [{figure(card.low)}, {figure(card.high)}]  on {card.n} examples")
+    score, low, high = (figure(one, card.metric) for one in (card.score, card.low, card.high))
+    print(f"{card.metric}  {score}  [{low}, {high}]  on {card.n} examples")
     alone = f", {card.latency_ms:.0f} ms each, one at a time" if card.latency_ms else ""
     print(f"{card.seconds:.1f} s of answering{alone}")
     if card.memory_bytes and card.size_bytes:
@@ -280,7 +283,8 @@ def _tell(card: Scorecard, read: Reading | None) -> None:
         if count:
             print(f"{count} {what}")
     for name, value in asdict(read).items() if read else ():
-        print(f"  {name:<10} {'–' if value is None else f'{value:.1f}'}")
+        places = 2 if name in SCORES and not in_points(card.metric) else 1
+        print(f"  {name:<10} {'–' if value is None else f'{value:.{places}f}'}")
 
 
 @main.command(epilog=example("whet compare smollm2-135m runs/sst2/system TASK"))
@@ -315,11 +319,12 @@ def compare(first: str, second: str, task: str, split: str, seed: int, trust: bo
     if as_json:
         _print({"first": a.record(), "second": b.record(), **asdict(paired)})
         return
-    print(f"{first}: {figure(a.score)}   {second}: {figure(b.score)}   ({a.metric}, {a.n} examples)")
-    between, least = apart(paired.difference, paired.low, paired.high, a.score, b.score), paired.smallest_detectable
+    own, other = figure(a.score, a.metric), figure(b.score, a.metric)
+    print(f"{first}: {own}   {second}: {other}   ({a.metric}, {a.n} examples)")
+    between, least = apart(paired.difference, paired.low, paired.high, a.metric), paired.smallest_detectable
     print(f"difference {between}, p = {paired.p_value:.2g} ({paired.test})")
     print("the smallest difference this many examples could have shown: "
-          f"{apart(least, least, least, a.score, b.score).partition(',')[0].removeprefix('+')}")
+          f"{apart(least, least, least, a.metric).partition(',')[0].removeprefix('+')}")
 
 
 @main.command(epilog=example(
@@ -457,9 +462,10 @@ def update(
     if as_json:
         _print({"system": None if made.refused else str(out), **made.record()})
     else:
-        paired, found = made.paired, (made.before.score, made.after.score)
-        print(f"{loaded.name}: {figure(found[0])} to {figure(found[1])} ({made.before.metric}, {paired.n} rows), "
-              f"{apart(paired.difference, paired.low, paired.high, *found)}")  # fmt: skip
+        paired, name = made.paired, made.before.metric
+        before, after = figure(made.before.score, name), figure(made.after.score, name)
+        print(f"{loaded.name}: {before} to {after} ({name}, {paired.n} rows), "
+              f"{apart(paired.difference, paired.low, paired.high, name)}")  # fmt: skip
         for lost in made.lost:
             print(lost)
         for note in made.notes.get("feedback", ()):
@@ -569,8 +575,9 @@ def export(
         if found.note:
             print(f"         {found.note}")
         if scores := found.scores:
-            print(f"{scores.metric}: {figure(scores.system)} as it is, {figure(scores.exported)} exported"
-                  + (f", which writes its answer; {figure(scores.choosing)} if it is bound to the labels"
+            own, there, bound = (figure(s, scores.metric) for s in (scores.system, scores.exported, scores.choosing))
+            print(f"{scores.metric}: {own} as it is, {there} exported"
+                  + (f", which writes its answer; {bound} if it is bound to the labels"
                      if scores.choosing is not None else ""))  # fmt: skip
             print(f"DIFFERS  {done.why}" if done.why else f"         {scores.lost}")
         else:

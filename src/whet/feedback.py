@@ -23,7 +23,7 @@ from whet import stats
 from whet.convert import as_text, standard
 from whet.engine import Sampling, Session
 from whet.errors import MethodError, TaskError, nearest
-from whet.metrics import Mean, Outcome, WinRate
+from whet.metrics import Outcome, Share, WinRate
 from whet.rows import Broken, Row, read, short, sift
 from whet.splits import Leaks, mark, without
 from whet.task import Example, places
@@ -367,7 +367,7 @@ def words(text: str) -> int:
 
 
 @dataclass(frozen=True)
-class Versus(Mean):
+class Versus(Share):
     """win_rate as a metric: answers against those of a base, by a judge; equal answers tie, and a tie counts half.
 
     The base answers each example once. `rules` name judge and base for the protocol of every score.

@@ -90,6 +90,7 @@ class Additive:
     """What the built-in metrics have in common: the figure is `finish` of the summed `statistics`."""
 
     higher_is_better: ClassVar[bool] = True
+    points: ClassVar[bool] = False  # whether people read it in hundredths, as a share: see `in_points`
 
     @property
     def rules(self) -> dict[str, str]:
@@ -121,6 +122,12 @@ def _package(place: str) -> str:
 
 class Mean(Additive):
     """A metric whose figure is the mean of its per-example scores: a plugin needs `name` and `score` only."""
+
+
+class Share(Mean):
+    """A mean of scores from 0 to 1, which people read in points: 71.2 for 0.712."""
+
+    points: ClassVar[bool] = True
 
 
 # -- normalisation -----------------------------------------------------------------------------------------------
@@ -193,7 +200,7 @@ def _script(sign: str) -> str:
 
 
 @dataclass(frozen=True)
-class Accuracy(Mean):
+class Accuracy(Share):
     """Share of answers equal to an accepted one after `plain`; rows with choices compare the choices exactly."""
 
     name: ClassVar[str] = "accuracy"
@@ -214,6 +221,7 @@ class MacroF1(Additive):
     """
 
     name: ClassVar[str] = "macro_f1"
+    points: ClassVar[bool] = True
 
     def score(self, answer: str, example: Example) -> float:
         """1 if right, else 0."""
@@ -247,7 +255,7 @@ class MacroF1(Additive):
 
 
 @dataclass(frozen=True)
-class ExactMatch(Mean):
+class ExactMatch(Share):
     """Share of answers that equal an accepted one after SQuAD's normalisation (Rajpurkar et al., 2016)."""
 
     name: ClassVar[str] = "exact_match"
@@ -258,7 +266,7 @@ class ExactMatch(Mean):
 
 
 @dataclass(frozen=True)
-class TokenF1(Mean):
+class TokenF1(Share):
     """SQuAD's F1 over tokens (Rajpurkar et al., 2016), the best over the accepted answers.
 
     Tokens are parted by spaces; in scripts without spaces each character is one.
@@ -278,7 +286,7 @@ class TokenF1(Mean):
 
 
 @dataclass(frozen=True)
-class Contains(Mean):
+class Contains(Share):
     """Share of answers that contain an accepted one, after SQuAD's normalisation.
 
     A word or a number must be contained whole ('no' is not in 'know', nor 5 in -5). Behind a Korean word particles may
@@ -293,7 +301,7 @@ class Contains(Mean):
 
 
 @dataclass(frozen=True)
-class SetF1(Mean):
+class SetF1(Share):
     """F1 over sets of items, for several labels a row: scikit-learn's f1_score(average="samples").
 
     Items are parted by commas, semicolons, bars or lines and compared after `plain`; their order and repeats do not
@@ -338,7 +346,7 @@ def _rouge() -> Any:
 
 
 @dataclass(frozen=True)
-class RougeL(Mean):
+class RougeL(Share):
     """ROUGE-L F-measure (Lin, 2004; rouge-score, no stemmer, any script), the best over the accepted answers."""
 
     name: ClassVar[str] = "rouge_l"
@@ -373,6 +381,7 @@ class Bleu(Additive):
     """
 
     name: ClassVar[str] = "bleu"
+    points: ClassVar[bool] = True
 
     def score(self, answer: str, example: Example) -> float:
         """Sentence BLEU / 100 with effective order."""
@@ -401,6 +410,7 @@ class Chrf(Additive):
     """Corpus chrF (Popović, 2015) as sacrebleu computes it (character 6-grams, beta 2), divided by 100."""
 
     name: ClassVar[str] = "chrf"
+    points: ClassVar[bool] = True
 
     def score(self, answer: str, example: Example) -> float:
         """Sentence chrF / 100."""
@@ -451,7 +461,7 @@ class Perplexity(Additive):
 
 
 @dataclass(frozen=True)
-class WinRate(Mean):
+class WinRate(Share):
     """Share of answers preferred over the base's, a tie counting half; the scores come from a judge."""
 
     name: ClassVar[str] = "win_rate"
@@ -470,7 +480,7 @@ def grades(example: Example) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Recall(Mean):
+class Recall(Share):
     """Share of an example's relevant documents among the first k; the answer is ranked ids, one a line."""
 
     k: int = 5
@@ -487,7 +497,7 @@ class Recall(Mean):
 
 
 @dataclass(frozen=True)
-class Ndcg(Mean):
+class Ndcg(Share):
     """nDCG at k with linear gain, as trec_eval (Järvelin & Kekäläinen, 2002); the answer is ranked ids, one a line."""
 
     k: int = 10
@@ -508,7 +518,7 @@ class Ndcg(Mean):
 
 
 @dataclass(frozen=True)
-class Mrr(Mean):
+class Mrr(Share):
     """Mean reciprocal rank of the first relevant document among the first k (Voorhees, 1999)."""
 
     k: int = 10
@@ -571,6 +581,19 @@ def get(name: str, folder: Path | None = None, trusted: bool = False) -> Metric:
     except TypeError as error:
         raise TaskError(f"metric {name!r} cannot be made: {error}") from error
     return metric
+
+
+@functools.cache
+def in_points(name: str) -> bool:
+    """Whether people read figures of the metric of a name in points (71.2 for 0.712), by its `points`.
+
+    False for a task's own function, whose scores may be anything, and for a metric that is not to be had here.
+    """
+    doors = importlib.metadata.entry_points(group=GROUP, name=name.partition("@")[0])
+    try:
+        return ".py:" not in name and any(bool(getattr(door.load(), "points", False)) for door in doors)
+    except Exception:  # a plugin that no longer loads: what it once scored can be shown all the same
+        return False
 
 
 def _load(name: str, folder: Path | None, trusted: bool) -> Custom:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from whet.metrics import Additive, Mean, Outcome, plain, references
+from whet.metrics import Additive, Outcome, Share, plain, references
 
 if TYPE_CHECKING:
     from whet.task import Example
@@ -43,7 +43,7 @@ def number(text: str) -> float | None:
 
 
 @dataclass(frozen=True)
-class Number(Mean):
+class Number(Share):
     """Share of answers that end in an accepted number (see `number`), as GSM8K is scored (Cobbe et al., 2021).
 
     Numbers are equal within a millionth of the wanted one; a reference without a number is compared after `plain`.

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from whet.metrics import in_points
+
 if TYPE_CHECKING:
     from whet.engine import Spent
 
@@ -17,6 +19,7 @@ class Standing:
     """A line of the leader board."""
 
     name: str
+    metric: str
     status: str
     score: float | None
     low: float | None
@@ -86,17 +89,16 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
 
 
-def figure(value: float | None) -> str:
-    """A score as people read it: 71.2 for 0.712 where it is a share, as it is where it is not."""
+def figure(value: float | None, metric: str) -> str:
+    """A score as people read it: 71.2 for 0.712 where the metric is read in points, else as it is."""
     if value is None:
         return "–"
-    return f"{100 * value:.1f}" if 0 <= value <= 1 else f"{value:.2f}"
+    return f"{100 * value:.1f}" if in_points(metric) else f"{value:.2f}"
 
 
-def apart(difference: float, low: float, high: float, *scores: float) -> str:
-    """A difference of these scores with its interval: in points where both are shares, else as it is."""
-    share = all(0 <= s <= 1 for s in scores)
-    many, form, unit = (100, "+.1f", " points") if share else (1, "+.3g", "")
+def apart(difference: float, low: float, high: float, metric: str) -> str:
+    """A difference of two scores with its interval: in points where the metric is read in them, else as it is."""
+    many, form, unit = (100, "+.1f", " points") if in_points(metric) else (1, "+.3g", "")
     return f"{many * difference:{form}}{unit}, 95 % [{many * low:{form}}, {many * high:{form}}]"
 
 
@@ -130,8 +132,9 @@ class Plain(Watch):
             mark = (new.name, new.status, new.examples)
             if mark not in self._said:
                 self._said.add(mark)
-                between = f" [{figure(new.low)}, {figure(new.high)}]" if new.low is not None else ""
-                self.say(f"  {new.name}: {figure(new.score)}{between} on {new.examples} examples, {new.status}")
+                score, low, high = (figure(one, new.metric) for one in (new.score, new.low, new.high))
+                between = f" [{low}, {high}]" if new.low is not None else ""
+                self.say(f"  {new.name}: {score}{between} on {new.examples} examples, {new.status}")
 
 class Live(Watch):
     """A leader board that stays in place, with the arm now running, its progress, and the budget left."""
@@ -159,9 +162,10 @@ class Live(Watch):
             table.add_column(title, justify=side, no_wrap=title != "arm")  # type: ignore[arg-type]
         ranked = sorted(self._standings, key=lambda s: (s.score is None, s.status == "dropped", -s.merit))
         for n, s in enumerate(ranked):
-            between = f"{figure(s.low)} – {figure(s.high)}" if s.low is not None else ""
+            score, low, high = (figure(one, s.metric) for one in (s.score, s.low, s.high))
+            between = f"{low} – {high}" if s.low is not None else ""
             style = "bold green" if n == 0 else ("dim" if s.status != "done" else "")
-            table.add_row(Text(s.name, style), figure(s.score), between, str(s.examples), clock(s.cost), s.status)
+            table.add_row(Text(s.name, style), score, between, str(s.examples), clock(s.cost), s.status)
         lines: list[Any] = [table]
         if self._now:
             passed = clock(time.monotonic() - self._begun)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from whet.engine import Session
-from whet.metrics import Metric, references, score_all, squad, stands
+from whet.metrics import Metric, in_points, references, score_all, squad, stands
 from whet.retrieval import BEHIND, Found
 from whet.retrieval import Source as Documents
 from whet.task import Example
@@ -17,6 +17,7 @@ from whet.task import Example
 if TYPE_CHECKING:
     from whet.system import Answer, System
 
+SCORES = ("found", "missed", "oracle", "distracted")  # what of a Reading is in the metric's own scale
 DEEP = 50  # passages of a question among which the one that holds the answer is looked for
 POLAR = ("yes", "no")  # answers whose words stand anywhere, whatever is asked
 # How answers begin that only say that there is none, as `squad` writes them.
@@ -169,7 +170,9 @@ def taught(
 
 @dataclass(frozen=True)
 class Reading:
-    """Scores in percent, measured apart; None where no row is of that kind.
+    """How a System reads, measured apart: shares of rows in percent, scores as the metric's are read (`in_points`).
+
+    A score is None where no row is of that kind.
 
     `recall`: rows whose answer stands in what they were shown. `found` and `missed`: the score of those rows and of
     the others. `oracle`: shown the right passages alone, one of each document of the evidence, as many as ever at most;
@@ -195,8 +198,10 @@ def measure(system: System, examples: Sequence[Example], metric: Metric, session
     right = [holding(more, e) for e, more in zip(examples, deep, strict=True)]
     hit = [any(f in good for f in here) for here, good in zip(shown, right, strict=True)]
 
+    unit = 100 if in_points(metric.name) else 1
+
     def score(some: Sequence[Example], texts: Sequence[str]) -> float | None:
-        return 100 * metric.aggregate(score_all(metric, texts, some)) if some else None
+        return unit * metric.aggregate(score_all(metric, texts, some)) if some else None
 
     def part(wanted: bool) -> float | None:
         rows = [n for n, found in enumerate(hit) if found == wanted]

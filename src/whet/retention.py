@@ -12,6 +12,7 @@ from whet.errors import TaskError
 from whet.memory import Known
 from whet.methods import Run
 from whet.metrics import Metric, get
+from whet.progress import figure
 from whet.scorecard import Scorecard, alike, evaluate
 from whet.system import System
 
@@ -118,12 +119,13 @@ class Lost:
     bound: float
     most: float
     ok: bool
+    metric: str = ""
 
     def __str__(self) -> str:
         verb, sign = ("gains", -1) if self.lost < 0 else ("loses", 1)
         low, high = sorted((sign * self.low, sign * self.high))
         return (f"{self.task} {verb} {sign * self.lost:z.1f} points [{low:z.1f}, {high:z.1f}] on {self.n} rows "
-                f"({self.before:.3g} to {self.after:.3g}); {self.allowed:g} allowed, "
+                f"({figure(self.before, self.metric)} to {figure(self.after, self.metric)}); {self.allowed:g} allowed, "
                 f"one-sided bound {self.bound:z.1f} of {self.most:.1f}")  # fmt: skip
 
 
@@ -133,7 +135,7 @@ def loss(name: str, before: Scorecard, after: Scorecard, metric: Metric, allowed
     paired = stats.compare(before.outcomes, after.outcomes, metric, seed)
     kept = stats.not_worse(before.outcomes, after.outcomes, metric, allowed / unit, seed)
     return Lost(name, paired.n, before.score, after.score, -unit * paired.difference, -unit * paired.high,
-                -unit * paired.low, allowed, unit * kept.bound, unit * kept.allowed, kept.ok)  # fmt: skip
+                -unit * paired.low, allowed, unit * kept.bound, unit * kept.allowed, kept.ok, metric.name)  # fmt: skip
 
 
 def forgetting(

@@ -37,8 +37,8 @@ class Update:
     `paired` compares after with before on the task's held-out rows; `length` is words per answer, before and after;
     `drift` the KL divergence from before, in nats per token, and `from_base` that from the model before all updates;
     None where no held-out row has an answer to take it from. `general`: what it did to all else; None where the
-    weights are the same. `stream`: all updates of the System so far.
-    `agreement`: how far the judge of a win rate agrees with the held-out pairs; None without any.
+    weights are the same. `stream`: all updates of the System so far; `metrics`: by task, what it
+    is scored by. `agreement`: how far the judge of a win rate agrees with the held-out pairs; None without any.
     `dropped` are rows and judgements that leak, as (id, why); `unused` the judgements that dpo finds no pair for.
     `refused` says why it should not be used; empty: it may.
     """
@@ -54,6 +54,7 @@ class Update:
     from_base: float | None
     general: Ability | None
     stream: Stream
+    metrics: Mapping[str, str]
     agreement: Agreement | None
     dropped: tuple[tuple[str, str], ...]
     unused: tuple[str, ...]
@@ -85,14 +86,15 @@ def told(made: Update) -> list[str]:
     if made.before.metric == "win_rate":
         lines.append(str(made.agreement or UNCHECKED))
     found, width = made.stream, max(9, *map(len, made.stream.tasks)) + 2
-    if found.backward is None or found.forgetting is None:
+    if found.average is None or found.backward is None or found.forgetting is None:
         return lines
     lines.append("".join(f"{name:>{width}}" for name in ("scores", *found.tasks)))
     for n, row in enumerate(found.matrix):
         when = f"update {n}" if n else "start"
-        lines.append("".join(f"{cell:>{width}}" for cell in (when, *map(figure, row))))
+        cells = (figure(score, made.metrics.get(t, "")) for t, score in zip(found.tasks, row, strict=True))
+        lines.append("".join(f"{cell:>{width}}" for cell in (when, *cells)))
     forward = "" if found.forward is None else f", forward {100 * found.forward:+.1f}"
-    lines.append(f"average {figure(found.average)}; of the earlier tasks, {100 * found.forgetting:.1f} points lost "
+    lines.append(f"average {100 * found.average:.1f}; of the earlier tasks, {100 * found.forgetting:.1f} points lost "
                  f"from their best, backward transfer {100 * found.backward:+.1f}{forward}")  # fmt: skip
     return lines
 
@@ -225,7 +227,7 @@ def update(
     return Update(
         replace(after, card=card), *cards, compared, lost,
         tuple(one.name for one in tasks if not one.held and one.name not in named), length, moved,
-        from_base, general, updates,
+        from_base, general, updates, {one.name: one.metric for one in tasks} | {task.name: metric.name},
         agreed(metric.judge, rows, run.seed) if isinstance(metric, Versus) else None,
         splits.dropped, unused, "; ".join(why),
         {k: v for k, v in run.notes.items() if k != "curves"},

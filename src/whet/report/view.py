@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from whet.metrics import in_points, plain
 from whet.rows import short_line
 
 Record = Mapping[str, Any]
@@ -69,10 +70,10 @@ class Scale:
 
     @staticmethod
     def of(result: Record) -> Scale:
-        """Points where higher is better and every score lies in 0..1."""
+        """Of a result's metric; points where that is read in them."""
         metric = record(result.get("metric"))
         name, higher = line(metric.get("name")) or "score", metric.get("higher_is_better") is not False
-        return Scale(name, higher and all(0 <= s <= 1 for s in _scores(result)), higher)
+        return Scale(name, in_points(name), higher)
 
     @property
     def title(self) -> str:
@@ -113,14 +114,6 @@ class Scale:
             return ""
         write = self.gain if signed else self.score
         return f"{write(low)} to {write(high)}"
-
-
-def _scores(result: Record) -> Iterator[float]:
-    confirm = record(result.get("confirm"))
-    cards = [record(t.get("select")) for t in records(result.get("trials"))]
-    for card in (*cards, record(confirm.get("base")), record(confirm.get("chosen"))):
-        if (score := number(card.get("score"))) is not None:
-            yield score
 
 
 def p_value(p: float | None) -> str:
@@ -353,8 +346,6 @@ class Confusion:
 
 def confusion(details: Record, who: str) -> Confusion | None:
     """The confusion matrix of "base" or "chosen"; None without labels or without answers to known references."""
-    from whet.metrics import plain
-
     raw = {plain(label): line(label) for x in sequence(details.get("labels")) if (label := _cell(x))}
     labels, place = tuple(raw.values()), {label: i for i, label in enumerate(raw)}
     tally: Counter[tuple[int, int]] = Counter()

@@ -13,7 +13,7 @@ from whet import stats
 from whet.engine import Session, Spent
 from whet.errors import StoreError, WhetError
 from whet.methods import Run
-from whet.metrics import Metric
+from whet.metrics import Metric, in_points
 from whet.progress import Standing, Watch
 from whet.scorecard import Scorecard, alike, evaluate, join, reads_scores
 from whet.search.budget import Rates
@@ -61,12 +61,12 @@ class Trial:
         """Seconds that the recipe takes by itself, where no other trial has paid for a part of it."""
         return self.making + self.scoring
 
-    def standing(self, higher_is_better: bool) -> Standing:
+    def standing(self, metric: Metric) -> Standing:
         """Its line of the leader board."""
         card = self.card
         score, low, high = (card.score, card.low, card.high) if card else (None, None, None)
-        merit = (score or 0.0) if higher_is_better else -(score or 0.0)
-        return Standing(self.name, self.status, score, low, high, self.examples, self.cost, merit)
+        merit = (score or 0.0) if metric.higher_is_better else -(score or 0.0)
+        return Standing(self.name, metric.name, self.status, score, low, high, self.examples, self.cost, merit)
 
 
 @dataclass
@@ -258,7 +258,7 @@ class Race:
         return changed
 
     def _show(self) -> None:
-        self.watch.board([t.standing(self.metric.higher_is_better) for t in self.trials])
+        self.watch.board([t.standing(self.metric) for t in self.trials])
 
     def halve(self, arms: Sequence[tuple[Recipe, System, str]], ahead: Trial | None = None) -> list[Trial]:
         """Successive halving (Jamieson & Talwalkar 2016) on paired differences: the better half goes on, less those
@@ -294,7 +294,7 @@ class Race:
         if not paired.difference:
             return f"no better than {best.name}"
         points, least = f"{100 * abs(paired.difference):.1f} points", f"{abs(paired.difference):.3g}"
-        return f"behind {best.name} by {points if self.metric.higher_is_better else least}"
+        return f"behind {best.name} by {points if in_points(self.metric.name) else least}"
 
     def merit(self, trial: Trial) -> float:
         """Its score on select, greater is better; minus infinity where it has none."""
