@@ -23,7 +23,7 @@ from whet.methods import Method, Run
 from whet.methods.continual import Continual
 from whet.methods.dpo import DPO, ahead
 from whet.methods.kto import KTO
-from whet.methods.reward import Reward, fit, judged_by, render_pairs
+from whet.methods.reward import Reward, feedback_of, fit, judged_by, render_pairs
 from whet.methods.rl import RL, ByMetric, _price, advantages, spread
 from whet.metrics import Outcome
 from whet.model import resolve
@@ -235,6 +235,18 @@ def test_annotators_are_weighted_or_left_out() -> None:
     for entry in ("bob", "bob=x", "bob=-1", "bob=nan"):
         with pytest.raises(MethodError, match="cannot read the weight"):
             weighted(rows, (entry,))
+
+
+def test_an_annotator_whose_judgements_are_all_set_aside_may_be_weighted(tmp_path: Path) -> None:
+    rows = [{"prompt": j.prompt, "chosen": j.chosen, "rejected": j.rejected, "annotator": "ann"} for j in judgements()]
+    splits = task.load(write(tmp_path / "t", rows)).split()
+    held = {j.prompt for j in splits.judging}
+    named = [{**row, "annotator": "jo" if row["prompt"] in held else "ann"} for row in rows]
+    data = task.load(write(tmp_path / "t", named)).split().learnable
+    assert {j.annotator for j in data.judged} == {"ann"} and data.annotators == ("ann", "jo")
+    assert feedback_of(data, ("jo=0", "ann=2")) == tuple(replace(j, weight=2) for j in data.judged)
+    with pytest.raises(MethodError, match="no judgement is by 'joe'.*'jo'"):
+        feedback_of(data, ("joe=0",))
 
 
 def test_the_judge_gets_prompts_of_its_own() -> None:
