@@ -639,6 +639,26 @@ def test_reinforcement_raises_the_reward(algorithm: str, system: System, home: P
     assert made.fingerprint == method.apply(system, data, run(home / "other")).fingerprint != system.fingerprint
 
 
+def test_a_killed_reinforcement_ends_with_the_same_weights_and_tells_all_its_steps(
+    system: System, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("whet.train.loop.KEEP_EVERY", 0.0)
+    monkeypatch.setattr("whet.train.loop.WRITING_SHARE", math.inf)
+    method, made = RL(epochs=3, batch=5, samples=4, rank=2), {}
+
+    def halt(what: str, done: int, of: int) -> None:
+        if what.startswith("loss") and done == last:
+            raise KeyboardInterrupt
+
+    for last in (0, 4):
+        if last:
+            with pytest.raises(KeyboardInterrupt):
+                method.apply(system, few(tmp_path), run(home / str(last), tell=halt))
+        after = run(home / str(last))
+        made[last] = method.apply(system, few(tmp_path), after).fingerprint, after.notes["steps_log"]
+    assert made[0] == made[4] and [one["step"] for one in made[4][1]] == list(range(6))
+
+
 def test_probabilities_are_those_of_the_temperature_drawn_at(system: System) -> None:
     session = system.session
     assert isinstance(session, TorchSession)
