@@ -634,7 +634,7 @@ def test_reinforcement_raises_the_reward(algorithm: str, system: System, home: P
     assert noted["rewarded_by"] == "own.py:vowels" and noted["steps"] == 20 == len(noted["steps_log"])
     assert noted["after"]["reward"] > 1.5 * noted["before"]["reward"] and noted["after"]["kl"] > 0
     assert noted["before"]["best_of_n"] > noted["before"]["reward"] and noted["before"]["mixed"] > 0.5
-    assert {"step", "reward", "kl", "entropy", "length"} <= set(noted["steps_log"][0])
+    assert {"step", "reward", "kl", "entropy", "length", "logprob"} <= set(noted["steps_log"][0])
     assert noted["steps_log"][0]["kl"] == pytest.approx(0, abs=1e-4)  # the fresh adapter changes nothing
     assert made.fingerprint == method.apply(system, data, run(home / "other")).fingerprint != system.fingerprint
 
@@ -677,6 +677,7 @@ def test_entropy_is_that_of_the_samples(system: System, home: Path, tmp_path: Pa
     RL(epochs=0.5, batch=5, samples=4, rank=2, temperature=5.0).apply(system, few(tmp_path), hot)
     first = hot.notes["steps_log"][0]
     assert 5 < first["entropy"] < math.log(300) + 0.1  # at most that of all 300 tokens alike
+    assert first["logprob"] == pytest.approx(-first["entropy"] * first["length"])  # of whole answers
     assert first["kl"] == pytest.approx(0, abs=1e-4)
 
 
