@@ -428,6 +428,9 @@ def test_an_update_whose_answers_win_less_is_refused(
     assert made.after.score < 0.5 and "win rate fell from 50.0" in made.refused
     # It is of one mind about "yes" and "no", and that is told, with a warning.
     assert made.agreement is not None and made.record()["agreement"] == list(made.agreement.accuracy) == [0.5] * 3
+    even = made.record()["controlled"]
+    assert even == list(feedback.controlled(made.after.outcomes)) and even[1] <= even[0] <= even[2]
+    assert f"win rate at equal length {100 * even[0]:.1f} % [{100 * even[1]:.1f}, {100 * even[2]:.1f}]" in told(made)
     [said] = [line for line in told(made) if "judge" in line]
     remedy = "korean: no rows to measure it on; name its folder in earlier: of task.yaml"
     assert remedy in told(replace(made, unmeasured=("korean",))) and remedy not in told(made)
