@@ -372,13 +372,20 @@ def _fitting_step(
             return team.sum(value), round(team.sum(used))
         state.pack_tokens //= 2
         if state.pack_tokens < LEAST_TOKENS or team.sharded:
-            largest = max(row_tokens(row, shares(module, rows)) for row in rows)
-            raise MethodError(
-                "too little memory to train", expected=f"room for one row's pass of {largest} tokens",
-                found=f"none in packs of {2 * state.pack_tokens}",
-                do="shorten the rows, lower the number of answers to each or set recompute=true",
-            ) from short  # fmt: skip
+            raise _unfitting(rows, shares(module, rows), 2 * state.pack_tokens, team.size) from short
         module.zero_grad(set_to_none=True)
+
+
+def _unfitting(rows: Sequence[Row], shared: bool, most: int, processes: int) -> MethodError:
+    """What to do where passes of `most` tokens do not fit: the batch whose passes have half as many rows, if any."""
+    largest = max(row_tokens(row, shared) for row in rows)
+    each = min(math.ceil(len(rows) / processes), most // largest) // 2
+    batch = f"--set batch={each * processes} may fit; else " if each else "no batch fits, not even --set batch=1: "
+    return MethodError(
+        "too little memory to train", expected=f"room for one row's pass of {largest} tokens",
+        found=f"none in packs of {most}",
+        do=f"{batch}shorten the rows, lower the number of answers to each or set recompute=true",
+    )  # fmt: skip
 
 
 def _step(
