@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import TEXT
 from test_cli import whet
 
 from whet import feedback, metrics, scorecard, task
@@ -561,18 +563,25 @@ def test_a_killed_training_on_judgements_ends_with_the_same_weights(
 ) -> None:
     monkeypatch.setattr("whet.train.loop.KEEP_EVERY", 0.0)
     monkeypatch.setattr("whet.train.loop.WRITING_SHARE", math.inf)
-    method, made = kind(rank=4, learning_rate=1e-2, epochs=2, batch=2), {}
+    method, made = kind(rank=4, learning_rate=1e-2, epochs=2, batch=4), {}
+    draw = random.Random(0)
+
+    def text(least: int, most: int) -> str:
+        return " ".join(draw.choice(TEXT.split()) for _ in range(draw.randint(least, most)))
+
+    # Of such lengths that the reference comes out rounded otherwise where rows are read in other blocks.
+    rows = tuple(Judged(str(n), text(4, 20), f"yes {text(3, 9)}", f"no {text(3, 9)}") for n in range(40))
+    data = replace(learnable(), judged=rows)
 
     def halt(what: str, done: int, of: int) -> None:
         if what.startswith("loss") and done == last:
             raise KeyboardInterrupt
 
-    for last in (0, 5, 15):  # never, and in either epoch
-        here = Run(Store(home / str(last)), seed=1, tell=halt)
+    for last in (0, 6, 15):  # never, and in either epoch
         if last:
             with pytest.raises(KeyboardInterrupt):
-                method.apply(system, learnable(), here)
-        made[last] = method.apply(system, learnable(), run(home / str(last))).model.transforms[-1].fingerprint
+                method.apply(system, data, run(home / str(last), tell=halt))
+        made[last] = method.apply(system, data, run(home / str(last))).model.transforms[-1].fingerprint
     assert len(set(made.values())) == 1
 
 
