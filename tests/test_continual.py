@@ -910,5 +910,17 @@ def test_update_by_feedback_passes_a_gate(
     assert body["recipe"].startswith("kto") and body["refused"]
 
 
+def test_update_reports_its_steps_to_trackers(
+    taught: Any, whet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(system: System, task: Task, run: Run, *_: Any) -> None:
+        raise MethodError(f"told to {run.report_to}")
+
+    monkeypatch.setattr("whet.update.update", refuse)
+    named = ("--report-to", "tensorboard", "--report-to", "mlflow", "--out", tmp_path / "out")
+    _, _, err = whet("update", taught[0] / "system", taught[0] / "first", *named)
+    assert "told to ('tensorboard', 'mlflow')" in err
+
+
 def test_more_earlier_tasks_are_replayed_more() -> None:
     assert [replayed_share(n) for n in (1, 2, 3, 8)] == [0.25, 0.4, 0.5, 0.5]

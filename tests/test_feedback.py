@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import TEXT
 from test_cli import whet
 
 from whet import feedback, metrics, scorecard, task
@@ -23,7 +25,7 @@ from whet.methods import Method, Run
 from whet.methods.continual import Continual
 from whet.methods.dpo import DPO, ahead
 from whet.methods.kto import KTO
-from whet.methods.reward import Reward, fit, judged_by, render_pairs
+from whet.methods.reward import Reward, feedback_of, fit, judged_by, render_pairs
 from whet.methods.rl import RL, ByMetric, _price, advantages, spread
 from whet.metrics import Outcome
 from whet.model import resolve
@@ -237,6 +239,18 @@ def test_annotators_are_weighted_or_left_out() -> None:
             weighted(rows, (entry,))
 
 
+def test_an_annotator_whose_judgements_are_all_set_aside_may_be_weighted(tmp_path: Path) -> None:
+    rows = [{"prompt": j.prompt, "chosen": j.chosen, "rejected": j.rejected, "annotator": "ann"} for j in judgements()]
+    splits = task.load(write(tmp_path / "t", rows)).split()
+    held = {j.prompt for j in splits.judging}
+    named = [{**row, "annotator": "jo" if row["prompt"] in held else "ann"} for row in rows]
+    data = task.load(write(tmp_path / "t", named)).split().learnable
+    assert {j.annotator for j in data.judged} == {"ann"} and data.annotators == ("ann", "jo")
+    assert feedback_of(data, ("jo=0", "ann=2")) == tuple(replace(j, weight=2) for j in data.judged)
+    with pytest.raises(MethodError, match="no judgement is by 'joe'.*'jo'"):
+        feedback_of(data, ("joe=0",))
+
+
 def test_the_judge_gets_prompts_of_its_own() -> None:
     rows = judgements(120)
     learn, judge = divide(rows)
@@ -416,6 +430,9 @@ def test_an_update_whose_answers_win_less_is_refused(
     assert made.after.score < 0.5 and "win rate fell from 50.0" in made.refused
     # It is of one mind about "yes" and "no", and that is told, with a warning.
     assert made.agreement is not None and made.record()["agreement"] == list(made.agreement.accuracy) == [0.5] * 3
+    even = made.record()["controlled"]
+    assert even == list(feedback.controlled(made.after.outcomes)) and even[1] <= even[0] <= even[2]
+    assert f"win rate at equal length {100 * even[0]:.1f} % [{100 * even[1]:.1f}, {100 * even[2]:.1f}]" in told(made)
     [said] = [line for line in told(made) if "judge" in line]
     remedy = "korean: no rows to measure it on; name its folder in earlier: of task.yaml"
     assert remedy in told(replace(made, unmeasured=("korean",))) and remedy not in told(made)
@@ -546,18 +563,25 @@ def test_a_killed_training_on_judgements_ends_with_the_same_weights(
 ) -> None:
     monkeypatch.setattr("whet.train.loop.KEEP_EVERY", 0.0)
     monkeypatch.setattr("whet.train.loop.WRITING_SHARE", math.inf)
-    method, made = kind(rank=4, learning_rate=1e-2, epochs=2, batch=2), {}
+    method, made = kind(rank=4, learning_rate=1e-2, epochs=2, batch=4), {}
+    draw = random.Random(0)
+
+    def text(least: int, most: int) -> str:
+        return " ".join(draw.choice(TEXT.split()) for _ in range(draw.randint(least, most)))
+
+    # Of such lengths that the reference comes out rounded otherwise where rows are read in other blocks.
+    rows = tuple(Judged(str(n), text(4, 20), f"yes {text(3, 9)}", f"no {text(3, 9)}") for n in range(40))
+    data = replace(learnable(), judged=rows)
 
     def halt(what: str, done: int, of: int) -> None:
         if what.startswith("loss") and done == last:
             raise KeyboardInterrupt
 
-    for last in (0, 5, 15):  # never, and in either epoch
-        here = Run(Store(home / str(last)), seed=1, tell=halt)
+    for last in (0, 6, 15):  # never, and in either epoch
         if last:
             with pytest.raises(KeyboardInterrupt):
-                method.apply(system, learnable(), here)
-        made[last] = method.apply(system, learnable(), run(home / str(last))).model.transforms[-1].fingerprint
+                method.apply(system, data, run(home / str(last), tell=halt))
+        made[last] = method.apply(system, data, run(home / str(last))).model.transforms[-1].fingerprint
     assert len(set(made.values())) == 1
 
 
@@ -622,9 +646,29 @@ def test_reinforcement_raises_the_reward(algorithm: str, system: System, home: P
     assert noted["rewarded_by"] == "own.py:vowels" and noted["steps"] == 20 == len(noted["steps_log"])
     assert noted["after"]["reward"] > 1.5 * noted["before"]["reward"] and noted["after"]["kl"] > 0
     assert noted["before"]["best_of_n"] > noted["before"]["reward"] and noted["before"]["mixed"] > 0.5
-    assert {"step", "reward", "kl", "entropy", "length"} <= set(noted["steps_log"][0])
+    assert {"step", "reward", "kl", "entropy", "length", "logprob"} <= set(noted["steps_log"][0])
     assert noted["steps_log"][0]["kl"] == pytest.approx(0, abs=1e-4)  # the fresh adapter changes nothing
     assert made.fingerprint == method.apply(system, data, run(home / "other")).fingerprint != system.fingerprint
+
+
+def test_a_killed_reinforcement_ends_with_the_same_weights_and_tells_all_its_steps(
+    system: System, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("whet.train.loop.KEEP_EVERY", 0.0)
+    monkeypatch.setattr("whet.train.loop.WRITING_SHARE", math.inf)
+    method, made = RL(epochs=3, batch=5, samples=4, rank=2), {}
+
+    def halt(what: str, done: int, of: int) -> None:
+        if what.startswith("loss") and done == last:
+            raise KeyboardInterrupt
+
+    for last in (0, 4):
+        if last:
+            with pytest.raises(KeyboardInterrupt):
+                method.apply(system, few(tmp_path), run(home / str(last), tell=halt))
+        after = run(home / str(last))
+        made[last] = method.apply(system, few(tmp_path), after).fingerprint, after.notes["steps_log"]
+    assert made[0] == made[4] and [one["step"] for one in made[4][1]] == list(range(6))
 
 
 def test_probabilities_are_those_of_the_temperature_drawn_at(system: System) -> None:
@@ -645,6 +689,7 @@ def test_entropy_is_that_of_the_samples(system: System, home: Path, tmp_path: Pa
     RL(epochs=0.5, batch=5, samples=4, rank=2, temperature=5.0).apply(system, few(tmp_path), hot)
     first = hot.notes["steps_log"][0]
     assert 5 < first["entropy"] < math.log(300) + 0.1  # at most that of all 300 tokens alike
+    assert first["logprob"] == pytest.approx(-first["entropy"] * first["length"])  # of whole answers
     assert first["kl"] == pytest.approx(0, abs=1e-4)
 
 

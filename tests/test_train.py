@@ -794,9 +794,19 @@ def test_what_does_not_fit_is_named() -> None:
 
     sizes: list[int] = []
     rows = [Row(HEAD[:17], ((1, 2),) * 8)] * 2
-    with pytest.raises(MethodError, match="one row's pass of 144 tokens"):
+    with pytest.raises(MethodError, match="one row's pass of 144 tokens.*no batch fits, not even --set batch=1"):
         train(make_model("gemma2"), lambda _: rows, Short(), Settings(Schedule(1e-3, 1)))
     assert sizes == [288, 288, 144, 144, 144]  # packs of 1024, 512, 256, 128 and 64
+
+
+@pytest.mark.parametrize(
+    ("length", "most", "processes", "batch"), [(8, 64, 1, 4), (99, 1024, 2, 8), (99, 256, 2, 2), (99, 128, 2, 0)]
+)
+def test_the_batch_that_would_fit_is_named(length: int, most: int, processes: int, batch: int) -> None:
+    # Short rows in the smallest pack; shards in their first one, which may hold more rows than there are.
+    rows = [Row(HEAD[:3], (tuple(range(length - 3)),))] * 16
+    told = f"--set batch={batch} may fit" if batch else "no batch fits"
+    assert told in str(loop._unfitting(rows, True, most, processes))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -424,13 +424,14 @@ def apply(
               help="Learn from the judgements in this file instead of from TASK's train rows.")  # fmt: skip
 @click.option("--set", "pairs", multiple=True, help="Settings of continual, or of dpo: --set strategy=replay.")
 @click.argument("more", nargs=-1)
+@click.option("--report-to", multiple=True, help="Also tell each step to tensorboard, wandb or mlflow.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the new System.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--trust", is_flag=True, help="Run code that the task brings along.")
 @common
 def update(
-    system: str, task: str, feedback: Path | None, pairs: tuple[str, ...], more: tuple[str, ...], out: Path, seed: int,
-    trust: bool, as_json: bool, debug: bool,
+    system: str, task: str, feedback: Path | None, pairs: tuple[str, ...], more: tuple[str, ...],
+    report_to: tuple[str, ...], out: Path, seed: int, trust: bool, as_json: bool, debug: bool,
 ) -> None:  # fmt: skip
     """Teach SYSTEM more without losing what it knew.
 
@@ -451,7 +452,7 @@ def update(
     opened = load(system, trust=trust)
     loaded, kept = updating.with_made(load_task(task, trust=trust), opened, Path(system))
     with _watched(as_json, "update", (*loaded.notes, *filter(None, [kept]))) as watch:
-        run = Run(Store(), seed, tell=watch.tell)
+        run = Run(Store(), seed, tell=watch.tell, report_to=report_to)
         made = updating.update(opened, loaded, run, _settings((*pairs, *more)), feedback)
         crew = team()
         if crew.first and not made.refused:

@@ -204,12 +204,13 @@ def thumbs(rows: Sequence[Judged]) -> tuple[Judged, ...]:
     return tuple(found)
 
 
-def weighted(rows: Sequence[Judged], weights: Sequence[str]) -> tuple[Judged, ...]:
+def weighted(rows: Sequence[Judged], weights: Sequence[str], annotators: Iterable[str] = ()) -> tuple[Judged, ...]:
     """Judgements under weights of annotators, written "name=weight"; weight 0 leaves an annotator out.
 
-    Raises MethodError for an annotator that no judgement names, or a weight that is no number from 0 up.
+    Raises MethodError for an annotator that neither a judgement nor `annotators` name (those whose judgements were set
+    aside), or a weight that is no number from 0 up.
     """
-    known = {r.annotator for r in rows}
+    known = {*annotators, *(r.annotator for r in rows)}
     factor: dict[str, float] = {}
     for entry in weights:
         name, sign, number = entry.rpartition("=")

@@ -107,7 +107,8 @@ class Learnable:
 
     Sources are absolute paths, or text where they are URLs, queries or lists (one a line). `sealed` tells whether
     what a Method reads from elsewhere repeats held-out rows, without showing them. `columns` is what prompt and
-    completion were called where the rows came from, or nothing.
+    completion were called where the rows came from, or nothing. `annotators` are all whom the feedback names, also
+    those whose judgements were set aside.
     """
 
     name: str
@@ -123,6 +124,7 @@ class Learnable:
     limits: Limits = field(default_factory=Limits)
     folder: Path = Path()
     judged: tuple[Judged, ...] = ()
+    annotators: tuple[str, ...] = ()
     trusted: bool = False
     sealed: Sealed = field(default_factory=Sealed)
     columns: tuple[str, ...] = ()
@@ -250,6 +252,7 @@ class Task:
             limits=self.limits,
             folder=self.folder,
             judged=judged,
+            annotators=tuple(sorted({r.annotator for r in self.judged})),
             trusted=self.trusted,
             sealed=Sealed((*self.test, *select)),
             columns=self.columns,

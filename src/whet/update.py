@@ -9,7 +9,7 @@ from typing import Any
 
 from whet import stats
 from whet.errors import MethodError
-from whet.feedback import UNCHECKED, Agreement, Versus, agreed, paired, weighted, words
+from whet.feedback import UNCHECKED, Agreement, Versus, agreed, controlled, paired, weighted, words
 from whet.feedback import load as load_feedback
 from whet.general import Ability, ability
 from whet.memory import Known, as_task, at_hand, carried, known, remember
@@ -37,8 +37,9 @@ class Update:
     `paired` compares after with before on the task's held-out rows; `length` is words per answer, before and after;
     `drift` the KL divergence from before, in nats per token, and `from_base` that from the model before all updates;
     None where no held-out row has an answer to take it from. `general`: what it did to all else; None where the
-    weights are the same. `stream`: all updates of the System so far; `metrics`: by task, what it
-    is scored by. `agreement`: how far the judge of a win rate agrees with the held-out pairs; None without any.
+    weights are the same. `stream`: all updates of the System so far; `metrics`: by task, what it is scored by.
+    `agreement`: how far the judge of a win rate agrees with the held-out pairs; None without any. `controlled`: the win
+    rate after, at equal length, with its 95 % interval; None where another metric is measured.
     `dropped` are rows and judgements that leak, as (id, why); `unused` the judgements that dpo finds no pair for.
     `refused` says why it should not be used; empty: it may.
     """
@@ -56,6 +57,7 @@ class Update:
     stream: Stream
     metrics: Mapping[str, str]
     agreement: Agreement | None
+    controlled: tuple[float, float, float] | None
     dropped: tuple[tuple[str, str], ...]
     unused: tuple[str, ...]
     refused: str
@@ -70,6 +72,7 @@ class Update:
             "length": list(self.length), "drift": self.drift, "from_base": self.from_base,
             "general": self.general and asdict(self.general),
             "stream": asdict(self.stream), "agreement": self.agreement and list(self.agreement.accuracy),
+            "controlled": self.controlled and list(self.controlled),
             "refused": self.refused,
             "dropped": [{"id": name, "why": why} for name, why in self.dropped], "unused": list(self.unused),
             "recipe": self.system.card["recipe"], "notes": dict(self.notes),
@@ -77,12 +80,14 @@ class Update:
 
 
 def told(made: Update) -> list[str]:
-    """Drift, general ability, how often a win rate's judge is right, and the matrix of all updates, as lines."""
+    """Drift, general ability, a win rate at equal length, its judge, and the matrix of all updates, as lines."""
     lines = ["drift not measured: no answers"]
     if made.drift is not None:
         lines = [f"drift {made.drift:.3f} nats a token, {made.from_base:.3f} from the base"]
     lines += [str(made.general)] if made.general else []
     lines += [f"{name}: no rows to measure it on; name its folder in earlier: of task.yaml" for name in made.unmeasured]
+    if made.controlled is not None:
+        lines.append("win rate at equal length {:.1f} % [{:.1f}, {:.1f}]".format(*(100 * v for v in made.controlled)))
     if made.before.metric == "win_rate":
         lines.append(str(made.agreement or UNCHECKED))
     found, width = made.stream, max(9, *map(len, made.stream.tasks)) + 2
@@ -229,6 +234,7 @@ def update(
         tuple(one.name for one in tasks if not one.held and one.name not in named), length, moved,
         from_base, general, updates, {one.name: one.metric for one in tasks} | {task.name: metric.name},
         agreed(metric.judge, rows, run.seed) if isinstance(metric, Versus) else None,
+        controlled(cards[1].outcomes, run.seed) if isinstance(metric, Versus) else None,
         splits.dropped, unused, "; ".join(why),
         {k: v for k, v in run.notes.items() if k != "curves"},
     )  # fmt: skip

@@ -168,7 +168,7 @@ class RL:
             learnt = tokens_per_row(rows, min(self.batch, len(rows)), run.seed, module=live.module)
             wanted = min(wanted, (run.trained_tokens - 2 * asked) / (asked / len(rows) + (1 + READ) * learnt))
         count = step_count(run.fidelity * wanted, len(prompts), self.batch)
-        log: list[dict[str, float]] = []
+        log: list[dict[str, Any]] = []
 
         def source(number: int) -> list[Row]:
             made, earned = self._sampled(policy, order(number), judge, run.seed + 1 + number)
@@ -191,7 +191,7 @@ class RL:
 
         return Lesson(
             source, losses.PolicyGradient(self.beta, self.algorithm == "grpo", self.temperature),
-            Settings(Schedule(self.learning_rate, count)), None, {"prompts": len(prompts), "before": probe}, after,
+            Settings(Schedule(self.learning_rate, count)), None, {"prompts": len(prompts), "before": probe}, after, log,
         )  # fmt: skip
 
     def _sampled(

@@ -36,7 +36,10 @@ RULES = 6  # by which rows become steps; raised where the same settings come to 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a live module is to learn: the rows of each step, the loss, the settings, and how it is validated."""
+    """What a live module is to learn: the rows of each step, the loss, the settings, and how it is validated.
+
+    `log` is what the source writes down of its steps; a training that is gone on from a checkpoint has it again.
+    """
 
     source: Source
     loss: Loss
@@ -44,6 +47,7 @@ class Lesson:
     validate: Callable[[], float] | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
     after: Callable[[Curves], Mapping[str, Any]] = lambda _: {}  # notes that are known only afterwards
+    log: list[dict[str, Any]] = field(default_factory=list)
 
 
 def key(*parts: Any) -> str:
@@ -94,7 +98,7 @@ def teach(
                 curves = train(
                     tuned, lesson.source, lesson.loss, settings, validate=lesson.validate, beat=beat, keep=checkpoint,
                     since=before, team=crew, continued=run.fidelity < 1, rescue=rescue if run.fidelity == 1 else None,
-                    session=live,
+                    session=live, log=lesson.log,
                 )  # fmt: skip
             notes = {
                 **lesson.notes,

@@ -159,6 +159,7 @@ class _State:
     checks: list[tuple[int, float]] = field(default_factory=list)
     spent: dict[str, Any] = field(default_factory=dict)  # by the session: on validations, samples and what came before
     pack_tokens: int = 0  # of a pass: halved where they do not fit
+    log: list[dict[str, Any]] = field(default_factory=list)  # what the source wrote down of its steps
 
 
 def train(
@@ -175,11 +176,13 @@ def train(
     continued: bool = False,
     rescue: Callable[[], Path] | None = None,
     session: Session | None = None,
+    log: list[dict[str, Any]] | None = None,
 ) -> Curves:
     """Train a module's trainable weights in place; the weights of the best validation are kept.
 
     `source(n)` gives the rows of step n. `keep` is where checkpoints go: a training that was killed goes on from
     there and ends with the same weights, if all processes hold the same step, and what its `session` had spent counts.
+    What `source` appends to the `log` (of plain values) is kept with it, and stands in it again.
     Where it is to be `continued`, a second file, with `.stable` behind its name, holds the state before the decay;
     `since` is such a file of a shorter training, from which this one goes on.
     Raises MethodError when the loss is not finite or explodes (the module then holds the best validated weights, or,
@@ -206,6 +209,8 @@ def train(
         best = _resume(begin, state, masters, optimizer, continuing=begin is since)
         if session and state.spent and begin is keep:
             session.spent = Spent(**state.spent)
+    if log is not None:
+        log[:], state.log = state.log, log
     if validate and not state.checks:
         state.checks.append((0, validate()))
     failed: float | None = None
@@ -367,13 +372,20 @@ def _fitting_step(
             return team.sum(value), round(team.sum(used))
         state.pack_tokens //= 2
         if state.pack_tokens < LEAST_TOKENS or team.sharded:
-            largest = max(row_tokens(row, shares(module, rows)) for row in rows)
-            raise MethodError(
-                "too little memory to train", expected=f"room for one row's pass of {largest} tokens",
-                found=f"none in packs of {2 * state.pack_tokens}",
-                do="shorten the rows, lower the number of answers to each or set recompute=true",
-            ) from short  # fmt: skip
+            raise _unfitting(rows, shares(module, rows), 2 * state.pack_tokens, team.size) from short
         module.zero_grad(set_to_none=True)
+
+
+def _unfitting(rows: Sequence[Row], shared: bool, most: int, processes: int) -> MethodError:
+    """What to do where passes of `most` tokens do not fit: the batch whose passes have half as many rows, if any."""
+    largest = max(row_tokens(row, shared) for row in rows)
+    each = min(math.ceil(len(rows) / processes), most // largest) // 2
+    batch = f"--set batch={each * processes} may fit; else " if each else "no batch fits, not even --set batch=1: "
+    return MethodError(
+        "too little memory to train", expected=f"room for one row's pass of {largest} tokens",
+        found=f"none in packs of {most}",
+        do=f"{batch}shorten the rows, lower the number of answers to each or set recompute=true",
+    )  # fmt: skip
 
 
 def _step(
@@ -524,7 +536,8 @@ def _resume(
         body = json.loads((opened.metadata() or {})["state"])
     body["pack_tokens"] = min(body.get("pack_tokens", state.pack_tokens), state.pack_tokens)
     for name, value in body.items():
-        setattr(state, name, [tuple(v) for v in value] if isinstance(value, list) else value)
+        curve = isinstance(value, list) and name != "log"
+        setattr(state, name, [tuple(v) for v in value] if curve else value)
     torch.set_rng_state(tensors["random"])
     with torch.no_grad():
         for i, weight in enumerate(masters.copies):

@@ -105,12 +105,14 @@ class Policy:
         return rows, [[decoding.read(g.text) for _, g in part] for part in parts]
 
     def drift(self, rows: Sequence[Row]) -> dict[str, float]:
-        """How far the policy has moved, from its own samples: KL to its beginning, entropy, length.
+        """How far the policy has moved, from its own samples: KL to its beginning, entropy, length, log-probability.
 
-        KL (nats per answer) is the mean log-ratio, entropy (nats per token) the mean of -log p, both by Monte Carlo.
+        KL (nats per answer) is the mean log-ratio, entropy (nats per token) the mean of -log p, both by Monte Carlo;
+        `logprob` is the samples' mean log-probability (nats per answer).
         """
         now, before = self.logprobs(rows), self.reference(rows)
         sizes = [len(c) for row in rows for c in row.continuations]
         flat = [v for row in now for v in row]
         kl = statistics.fmean(a - b for x, y in zip(now, before, strict=True) for a, b in zip(x, y, strict=True))
-        return {"kl": kl, "entropy": -sum(flat) / sum(sizes), "length": statistics.fmean(sizes)}
+        return {"kl": kl, "entropy": -sum(flat) / sum(sizes), "length": statistics.fmean(sizes),
+                "logprob": statistics.fmean(flat)}  # fmt: skip
