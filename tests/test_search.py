@@ -642,7 +642,7 @@ def test_limits_are_measured_on_rows_to_select_by(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("whet.search.limits.measure", lambda card, system, rows: seen.append(rows))
     job: Any = SimpleNamespace(
         task=SimpleNamespace(limits=Limits(latency=50.0)), watch=Silent(), splits=SimpleNamespace(confirm=["sealed"]),
-        race=SimpleNamespace(left=1.0, select=["select"]),
+        race=SimpleNamespace(left=1.0, aside=0.0, select=["select"]),
     )  # fmt: skip
     limits._measured(job, None, None)  # type: ignore[arg-type]
     assert seen == [["select"]]
