@@ -849,7 +849,8 @@ def test_newer_data_for_the_own_task_needs_no_kept_rows(taught: Any, whet: Any, 
 def test_each_task_is_told_in_its_metrics_scale() -> None:
     table = updates([({"a": 0.9}, {"a": 0.8, "b": 0.4})])
     made = SimpleNamespace(drift=None, general=None, controlled=None, unmeasured=(),
-                           before=SimpleNamespace(metric="pearson"), stream=table, metrics={"a": "accuracy", "b": "pearson"})  # fmt: skip
+                           before=SimpleNamespace(metric="pearson"), stream=table,
+                           metrics={"a": "accuracy", "b": "pearson"})  # fmt: skip
     *_, start, first, last = updating.told(made)  # type: ignore[arg-type]
     assert start.split() == ["start", "90.0", "–"] and first.split() == ["update", "1", "80.0", "0.40"]
     assert last.startswith("average 60.0; of the earlier tasks, 10.0 points lost")
