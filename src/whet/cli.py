@@ -442,7 +442,6 @@ def update(
     from whet import update as updating
     from whet.errors import MethodError
     from whet.methods import Run
-    from whet.progress import apart, figure
     from whet.store import Store, place_for
     from whet.system import load
     from whet.task import load as load_task
@@ -463,24 +462,7 @@ def update(
     if as_json:
         _print({"system": None if made.refused else str(out), **made.record()})
     else:
-        paired, name = made.paired, made.before.metric
-        before, after = figure(made.before.score, name), figure(made.after.score, name)
-        print(f"{loaded.name}: {before} to {after} ({name}, {paired.n} rows), "
-              f"{apart(paired.difference, paired.low, paired.high, name)}")  # fmt: skip
-        for lost in made.lost:
-            print(lost)
-        for note in made.notes.get("feedback", ()):
-            print(f"feedback {note}")
-        if made.dropped:
-            print(f"dropped  {len(made.dropped)} rows that leak; the first, {made.dropped[0][0]}, {made.dropped[0][1]}")
-        if made.unused:
-            print(f"unused   {len(made.unused)} judgements without a counterpart; to learn from them: whet apply kto")
-        if calibration := made.notes.get("calibration"):
-            print(f"calibrated {'anew' if calibration == 'anew' else 'no longer: it scores more without'}")
-        if unprotected := made.notes.get("unprotected"):
-            print(f"nothing of {', '.join(unprotected)} was replayed: none of its rows is kept, or still true")
-        for line in updating.told(made):
-            print(line)
+        print("\n".join(updating.lines(made, loaded.name)))
     if made.refused:
         raise MethodError(f"refused: {made.refused}", do="set strategy or share, or limits.forgetting in task.yaml")
     if not as_json:
@@ -554,7 +536,6 @@ def export(
     """
     from whet import export as exporting
     from whet.model import resolve
-    from whet.progress import figure
     from whet.search.out import made_for
     from whet.store import home_folder
     from whet.system import System, load
@@ -569,24 +550,7 @@ def export(
     if as_json:
         _print(done.record())
         return int(done.kept is False)
-    print(f"{target:<8} {done.folder}  ({done.bytes / 1e6:.0f} MB, {done.type})")
-    if found := done.check:
-        print(f"check    {found.by}: {found.agreement:.1%} of {found.tokens} tokens, {found.same} of {found.prompts} "
-              f"answers the same; elsewhere at most {found.gap:.2g} nats apart")  # fmt: skip
-        if found.note:
-            print(f"         {found.note}")
-        if scores := found.scores:
-            own, there, bound = (figure(s, scores.metric) for s in (scores.system, scores.exported, scores.choosing))
-            print(f"{scores.metric}: {own} as it is, {there} exported"
-                  + (f", which writes its answer; {bound} if it is bound to the labels"
-                     if scores.choosing is not None else ""))  # fmt: skip
-            print(f"DIFFERS  {done.why}" if done.why else f"         {scores.lost}")
-        else:
-            print(f"scores   not compared: {found.unscored}")
-    else:
-        print("check    none was made")
-    for what, why in done.left_out:
-        print(f"left out {what}: {why}")
+    print("\n".join(exporting.lines(done, target)))
     return int(done.kept is False)
 
 

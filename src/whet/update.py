@@ -18,7 +18,7 @@ from whet.methods.calibrate import Calibrate
 from whet.methods.continual import BY_ROWS, Continual
 from whet.methods.reward import metric_of
 from whet.metrics import Metric, get
-from whet.progress import figure
+from whet.progress import apart, figure
 from whet.retention import ALLOWED, Lost, Stream, drift, forgetting, loss, refused, stream
 from whet.scorecard import Scorecard, evaluate
 from whet.search.out import made_for
@@ -77,6 +77,24 @@ class Update:
             "dropped": [{"id": name, "why": why} for name, why in self.dropped], "unused": list(self.unused),
             "recipe": self.system.card["recipe"], "notes": dict(self.notes),
         }  # fmt: skip
+
+
+def lines(made: Update, task: str) -> list[str]:
+    """What an update came to, as `whet update` prints it."""
+    paired, name = made.paired, made.before.metric
+    before, after = figure(made.before.score, name), figure(made.after.score, name)
+    said = [f"{task}: {before} to {after} ({name}, {paired.n} rows), "
+            f"{apart(paired.difference, paired.low, paired.high, name)}", *map(str, made.lost)]  # fmt: skip
+    said += [f"feedback {note}" for note in made.notes.get("feedback", ())]
+    if made.dropped:
+        said.append(f"dropped  {len(made.dropped)} rows that leak; the first, {', '.join(made.dropped[0])}")
+    if made.unused:
+        said.append(f"unused   {len(made.unused)} judgements without a counterpart; to learn from them: whet apply kto")
+    if calibration := made.notes.get("calibration"):
+        said.append(f"calibrated {'anew' if calibration == 'anew' else 'no longer: it scores more without'}")
+    if unprotected := made.notes.get("unprotected"):
+        said.append(f"nothing of {', '.join(unprotected)} was replayed: none of its rows is kept, or still true")
+    return said + told(made)
 
 
 def told(made: Update) -> list[str]:

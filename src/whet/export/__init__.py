@@ -17,6 +17,7 @@ from whet import __version__
 from whet import model as models
 from whet.compress.folder import compressed, dense
 from whet.errors import ArtifactError, nearest
+from whet.progress import figure
 from whet.prompt import SLOT, as_turns, asides_of, dated, ends_of, fold_system, messages, specials_of, takes_system
 from whet.splits import shared_order
 from whet.store import anew
@@ -242,6 +243,25 @@ def _write(system: System, target: str, kind: str, work: Path) -> tuple[tuple[Le
         (work / REQUEST).write_text(body + "\n", encoding="utf-8")
     (work / "README.md").write_text(_readme(asked, target, context, left), encoding="utf-8")
     return left, tokenizer, packed.rounded
+
+
+def lines(done: Exported, target: str) -> list[str]:
+    """What was written and how it checked, as `whet export` prints it."""
+    said = [f"{target:<8} {done.folder}  ({done.bytes / 1e6:.0f} MB, {done.type})"]
+    if found := done.check:
+        said.append(f"check    {found.by}: {found.agreement:.1%} of {found.tokens} tokens, {found.same} of "
+                    f"{found.prompts} answers the same; elsewhere at most {found.gap:.2g} nats apart")  # fmt: skip
+        said += [f"         {found.note}"] if found.note else []
+        if scores := found.scores:
+            own, there, bound = (figure(s, scores.metric) for s in (scores.system, scores.exported, scores.choosing))
+            writes = f", which writes its answer; {bound} if it is bound to the labels"
+            said.append(f"{scores.metric}: {own} as it is, {there} exported{'' if scores.choosing is None else writes}")
+            said.append(f"DIFFERS  {done.why}" if done.why else f"         {scores.lost}")
+        else:
+            said.append(f"scores   not compared: {found.unscored}")
+    else:
+        said.append("check    none was made")
+    return [*said, *(f"left out {what}: {why}" for what, why in done.left_out)]
 
 
 def export(
