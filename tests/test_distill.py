@@ -790,3 +790,5 @@ def test_labels_in_another_order_are_the_same(system: System, other: System, tmp
 
 def test_its_place_in_a_recipe() -> None:
     Recipe((*parse("fewshot+calibrate").methods, Distill())).check()
+    with pytest.raises(MethodError, match="stands twice"):
+        Recipe((Distill(), Distill())).check()

@@ -975,7 +975,9 @@ def tiny(model_folder: str, home: Path, fp32: None) -> System:
     return System(models.resolve(model_folder), "Answer.", decoding=Decoding(max_tokens=6), home=home)
 
 
-def test_facts_are_taught_within_the_budget_and_an_edit_as_an_update(tiny: System, data: Learnable, home: Path) -> None:
+def test_facts_are_taught_within_the_budget_and_an_edit_as_an_update(
+    tiny: System, data: Learnable, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     method = Knowledge(mode="train", epochs=1.0, rank=4, batch=8)
     run = Run(Store(home), trained_tokens=3000)
     made = method.apply(tiny, data, run)
@@ -988,6 +990,11 @@ def test_facts_are_taught_within_the_budget_and_an_edit_as_an_update(tiny: Syste
     again = Run(Store(home), trained_tokens=3000)
     assert method.apply(tiny, data, again).fingerprint == made.fingerprint and again.spent == run.spent
     assert again.notes["phrasings"] == asked
+    monkeypatch.setattr("whet.embed.available", lambda: False)  # nothing can be looked up then, and need not be
+    alone = Run(Store(home), trained_tokens=3000)
+    assert method.apply(tiny, data, alone).fingerprint == made.fingerprint
+    assert alone.notes["phrasings"].keys() == {"taught", "n"}
+    monkeypatch.undo()
     made.save(home / "system")
     assert system.load(home / "system", home).card["facts"] == made.card["facts"]
     with pytest.raises(MethodError, match="nothing new to teach"):
