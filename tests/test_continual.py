@@ -681,7 +681,11 @@ def test_update_teaches_keeps_and_says_so(taught: Any, whet: Any, tmp_path: Path
     assert everything["n"] == 48 and everything["low"] <= everything["high"] and min(everything["perplexity"]) > 1
     assert everything["perplexity"][0] != everything["perplexity"][1]
     [history] = made.card["taught"][-1:]
-    assert table["forward"] == history["ahead"] and -1 <= history["ahead"] <= 1
+    run, second = Run(Store(tmp_path / "home")), load_task(folder / "second")
+    start = updating.begin(system, second, run)
+    base = replace(start, model=replace(start.model, transforms=()))
+    card = evaluate(base, second.test, get("accuracy"), session=run.session(base.model))
+    assert card.score > 0 and table["forward"] == history["ahead"] == pytest.approx(body["before"] - card.score)
     assert made.card["taught"] == [{**made.card["taught"][0], "task": "second", "from": system.fingerprint}]
     said = updating.asked(SimpleNamespace(system=made), out)  # type: ignore[arg-type]
     assert said == f"whet chat {out} answers as second; for first: whet evaluate {out} TASK"

@@ -29,6 +29,7 @@ from whet.linking import GraphSource, Linker, words
 from whet.methods import Run, lacking, make
 from whet.methods.knowledge import FRAMES, HELD, Knowledge, _rows, facts_of, frames, put
 from whet.model import resolve
+from whet.scorecard import evaluate
 from whet.store import Store
 from whet.system import Answer, Decoding, Demonstrations, System
 from whet.task import Example, Learnable, Query
@@ -979,8 +980,17 @@ def test_facts_are_taught_within_the_budget_and_an_edit_as_an_update(
     tiny: System, data: Learnable, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method = Knowledge(mode="train", epochs=1.0, rank=4, batch=8)
-    run = Run(Store(home), trained_tokens=3000)
+    run, asked_for = Run(Store(home), trained_tokens=3000), dict[str, list[str]]()
+
+    def noted(one: System, rows: Any, *args: Any, split: str, **more: Any) -> Any:
+        asked_for.setdefault(split, []).extend(e.prompt for e in rows)
+        return evaluate(one, rows, *args, split=split, **more)
+
+    monkeypatch.setattr("whet.scorecard.evaluate", noted)
     made = method.apply(tiny, data, run)
+    every = facts_of(Graph.of(triples.load(data, home)[0]))
+    for split, shown in zip(("seen phrasings", "unseen phrasings"), frames(run.seed), strict=True):
+        assert set(asked_for[split]) <= {put(frame, one.phrase) for frame in shown for one in every}
     assert made.model != tiny.model and not made.sources and 0 < run.spent.trained_tokens < 6000
     assert run.notes["taught"] == run.notes["new"] > 10 and not set(run.notes["seen"]) & set(run.notes["held"])
     asked = run.notes["phrasings"]  # both ways on the same questions
