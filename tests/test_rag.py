@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import threading
 import time
 import tracemalloc
@@ -18,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whet import documents, embed, metrics, reading, system
+from whet import documents, embed, metrics, reading, retrieval, system
 from whet.documents import Document, Passage, passages
 from whet.errors import ArtifactError, MethodError, TaskError
 from whet.methods import Run
@@ -497,8 +498,6 @@ def test_words_are_weighed_as_anserini_does(home: Path, monkeypatch: pytest.Monk
 
 
 def test_vowel_signs_are_part_of_words() -> None:
-    from whet import retrieval
-
     found = retrieval._stems(["हिन्दी में, தமிழ் বাংলা; kettles of steel"]).vocab
     assert {"हिन्दी", "में", "தமிழ்", "বাংলা", "kettl", "steel"} == found.keys() - {""}
 
@@ -690,8 +689,6 @@ def test_a_crash_while_documents_change_leaves_the_old_index(
 @needs_embedder
 def test_many_passages_are_searched_through_lists(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("faiss")
-    from whet import retrieval
-
     pieces = [Passage(str(n), "", f"Part {n} is kept on shelf {n % 37}.", "x", 0) for n in range(400)]
     ask = [f"Where is part {n} kept?" for n in range(0, 400, 20)]
     exact = Index(home / "a" / build(pieces, home / "a", embed.Embedder(home)), embed.Embedder(home))
@@ -703,11 +700,22 @@ def test_many_passages_are_searched_through_lists(home: Path, monkeypatch: pytes
     assert sum(shared) / len(shared) >= 0.9
 
 
+@needs_embedder
+def test_the_best_by_words_are_those_of_bm25s_and_the_first_of_equal_ones(home: Path) -> None:
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(["red", "blue", "green", "lamp", "door"], k=draw.randint(2, 9))) for _ in range(300)]
+    index = Index(home / build([Passage(str(n), "", t, "x", 0) for n, t in enumerate(texts)], home,
+                               embed.Embedder(home)), embed.Embedder(home))  # fmt: skip
+    for question in ("red lamp", "a blue blue door", "nothing known"):
+        (ours,) = index._by_words([question], 40)
+        scores = index._words.retrieve(retrieval._stems([question]), k=300, show_progress=False)
+        every = sorted((-float(s), int(p)) for p, s in zip(scores[0][0], scores[1][0], strict=True) if s > 0)
+        assert ours == {p: -s for s, p in every[:40]}
+
+
 def test_many_passages_are_compared_a_few_questions_at_a_time(tmp_path: Path) -> None:
     """A whole matrix of 200 questions by 20,000 passages takes 16 MB in float32, and 32 MB more as places."""
     pytest.importorskip("faiss")
-    from whet import retrieval
-
     vectors = np.random.default_rng(0).standard_normal((20_000, 8), np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     tracemalloc.start()
@@ -722,8 +730,6 @@ def test_many_passages_are_compared_a_few_questions_at_a_time(tmp_path: Path) ->
 
 def test_a_cross_encoder_reads_again(tmp_path: Path) -> None:
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
-
-    from whet import retrieval
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "blue", "green"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))

@@ -179,12 +179,18 @@ def _into_lists(vectors: Vectors, file: Path) -> None:
     noise = draw.standard_normal(asked.shape, np.float32)
     asked = asked + noise / np.linalg.norm(noise, axis=1, keepdims=True)
     exact = np.concatenate([_ten_nearest(asked[n : n + COMPARED], vectors) for n in range(0, len(asked), COMPARED)])
-    near.nprobe = 8
-    while near.nprobe < lists:
+    near.parallel_mode = 0  # threads share the questions
+
+    def enough(probes: int) -> bool:
+        near.nprobe = probes
         _, got = near.search(asked, 10)
-        if np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, got, strict=True)]) >= NEAR_ENOUGH:
-            break
-        near.nprobe = min(lists, 2 * near.nprobe)
+        return bool(np.mean([len({*a} & {*b}) / 10 for a, b in zip(exact, got, strict=True)]) >= NEAR_ENOUGH)
+
+    most = 8
+    while most < lists and not enough(most):
+        most = min(lists, 2 * most)
+    steps = range(most // 2, most, max(1, most // 16)) if most > 8 else ()
+    near.nprobe = next((n for n in steps[1:] if enough(n)), most)
     faiss.write_index(near, str(file))
 
 
@@ -417,7 +423,11 @@ class Index(Corpus[int]):
     @cached_property
     def _lists(self) -> Any:
         faiss, file = package("faiss", "rag"), self.folder / "near.faiss"
-        return faiss.read_index(str(file), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY) if file.exists() else None
+        if not file.exists():
+            return None
+        near = faiss.read_index(str(file), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+        near.parallel_mode = 1  # threads share the lists of one question, not the questions
+        return near
 
     @cached_property
     def _words(self) -> Any:
@@ -435,12 +445,29 @@ class Index(Corpus[int]):
                 continue
             asked = self.embedder(some)
             nearest = self._by_meaning(asked, depth)
-            tops, scores = ([[]] * len(some), [[]] * len(some)) if self._words is None else self._words.retrieve(
-                _stems(some), k=depth, show_progress=False, n_threads=0)  # fmt: skip
-            for n in range(len(some)):
-                words = dict(sorted((int(p), float(s)) for p, s in zip(tops[n], scores[n], strict=True) if s > 0))
+            for n, words in enumerate(self._by_words(some, depth)):
                 both = sorted({*words, *(int(p) for p in nearest[n] if p >= 0)})
                 yield words, dict(zip(both, (self.dense[both] @ asked[n]).tolist(), strict=True))
+
+    def _by_words(self, questions: Sequence[str], depth: int) -> Iterator[dict[int, float]]:
+        """The `depth` best passages by BM25 of each question, where above zero; the first of equal ones."""
+        import numpy as np
+
+        stems = _stems(questions)
+        names = {number: stem for stem, number in stems.vocab.items()}
+        for ids in stems.ids:
+            known = [] if self._words is None else self._words.get_tokens_ids([names[i] for i in ids])
+            if not known:
+                yield {}
+                continue
+            # Only those above zero are ordered: a selection among a million equal zeros takes ten times as long.
+            scores = self._words.get_scores_from_ids(known)
+            above = np.flatnonzero(scores > 0)
+            if len(above) > depth:
+                last = np.partition(scores[above], -depth)[-depth]
+                sure, equal = above[scores[above] > last], above[scores[above] == last]
+                above = np.sort(np.concatenate([sure, equal[: depth - len(sure)]]))
+            yield dict(zip(above.tolist(), scores[above].tolist(), strict=True))
 
     def _by_meaning(self, asked: Vectors, depth: int) -> Vectors:
         """Passages by cosine similarity [questions, depth]; -1 where the lists gave fewer."""
