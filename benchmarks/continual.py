@@ -30,7 +30,7 @@ ORDERS = (
     ("banking77", "subj", "trec", "sst2", "agnews"),
     ("sst2", "banking77", "agnews", "trec", "subj"),
 )
-STRATEGIES = ("sequential", "replay", "ewc", "orthogonal", "merge", "joint")
+STRATEGIES = ("sequential", "replay", "ewc", "orthogonal", "osf", "merge", "joint")
 ASKED = {"forgetting": 0.25, "newest": 0.98, "joint": -0.02, "rival": 0.0, "changed": 0.80, "untouched": -0.02}
 # What is asked of a fact: phrasings that are trained, and one that is not.
 RELATIONS = {
@@ -125,6 +125,8 @@ def stream(tasks: Sequence[Any], strategy: str, setting: Setting) -> Ended:
         # All take 16 new rows a step; those that replay take earlier ones beside.
         share = setting.share or replayed_share(n)
         more = {"share": share, "batch": round(16 / (1 - share))} if strategy == "replay" and n else {"batch": 16}
+        if strategy == "osf" and n:
+            more["learning_rate"] = 0.0  # its own: that of adapters is far too much for whole weights
         tuning = {**setting.tuning, **more}
         method = Continual(strategy=strategy, **tuning) if n else FineTune(**tuning)
         taught = method.apply(start, data, run)

@@ -39,7 +39,7 @@ from whet.suspects import Suspect
 from whet.system import Decoding, System, load
 from whet.task import Example, Learnable, Query, Task
 from whet.task import load as load_task
-from whet.train import batches, lesson
+from whet.train import adapters, batches, lesson
 from whet.train.adapters import Adapter, adapted, add_lora
 from whet.train.fit import Doubling
 from whet.train.lesson import render_rows
@@ -458,9 +458,10 @@ def test_replay_keeps_what_plain_training_forgets(taught: Any) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"strategy": "ewc"}, {"strategy": "orthogonal"}, {"strategy": "merge"}, {"strategy": "merge", "merging": "ties"}],
+    [{"strategy": "ewc"}, {"strategy": "orthogonal"}, {"strategy": "osf"}, {"strategy": "merge"},
+     {"strategy": "merge", "merging": "ties"}],
     ids=str,
-)
+)  # fmt: skip
 def test_other_strategies_teach_repeatably(taught: Any, tmp_path: Path, settings: dict[str, str]) -> None:
     folder, system, tasks = taught
     short = {"epochs": 3.0, **settings}
@@ -469,9 +470,9 @@ def test_other_strategies_teach_repeatably(taught: Any, tmp_path: Path, settings
     second = teach(taught, run, **short)
     assert first.fingerprint == second.fingerprint != system.fingerprint
     assert run.spent.trained_tokens > 0
-    apart = settings["strategy"] == "merge"
+    apart = settings["strategy"] in ("merge", "osf")
     assert second.model.transforms[-1].kind == ("weights" if apart else "adapter")
-    if apart:
+    if settings["strategy"] == "merge":
         assert run.notes["merged"]["new"] in (0.5, 0.75, 1.0) and len(second.model.transforms) == 1
     spent = Run(run.store)
     assert teach(taught, spent, **short).fingerprint == second.fingerprint  # finished before: not repeated
@@ -493,6 +494,35 @@ def test_what_ewc_is_informed_by_is_drawn(taught: Any, run: Run, monkeypatch: py
     with pytest.raises(MethodError, match="enough"):
         Continual(strategy="ewc", **SETTINGS).apply(start, data, run)
     assert len(seen[0]) == 2
+
+
+def test_osf_begins_as_it_was_and_leaves_the_greater_directions_alone() -> None:
+    module = make_model("llama")
+    ids, weight = torch.arange(3, 40)[None], module.model.layers[0].mlp.down_proj.weight.detach().clone()
+    u, _, v = torch.linalg.svd(weight, full_matrices=False)
+    half = min(weight.shape) // 2
+    with adapted(module, Adapter("osf"), 0) as tuned, torch.no_grad():
+        assert torch.allclose(tuned(input_ids=ids).logits, module(input_ids=ids).logits, atol=1e-4)
+        same = adapters.merged(tuned, Adapter("osf"))
+        assert torch.allclose(same.model.layers[0].mlp.down_proj.weight, weight, atol=1e-5)
+        with torch.enable_grad():
+            tuned(input_ids=ids, labels=ids).loss.backward()
+        trained = [p for p in tuned.parameters() if p.requires_grad]
+        assert {n.split(".")[-1] for n, p in tuned.named_parameters() if p.requires_grad} == {"U_low", "S_low", "V_low"}
+        for p in trained:
+            p -= 10 * p.grad
+        made = adapters.merged(tuned, Adapter("osf"))
+        assert torch.allclose(tuned(input_ids=ids).logits, made(input_ids=ids).logits, atol=1e-3)
+    changed = made.model.layers[0].mlp.down_proj.weight - weight
+    assert float((u[:, :half].T @ changed).norm()) < 1e-4 * float(changed.norm()) > 0
+    assert float((changed @ v[:half].T).norm()) < 1e-4 * float(changed.norm())
+    assert torch.equal(module.model.layers[0].mlp.down_proj.weight, weight)  # the given module is as it was
+
+
+def test_osf_says_where_it_cannot_stand() -> None:
+    module = make_model("gpt2")
+    with pytest.raises(MethodError, match="osf takes linear layers apart"), adapted(module, Adapter("osf"), 0):
+        pass
 
 
 @pytest.mark.parametrize("rows", [2, 8])
@@ -601,7 +631,8 @@ def test_drift_is_the_divergence_of_whole_distributions() -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [({"strategy": "rehearse"}, "one of replay"), ({"share": 1.0}, "less than 1"), ({"merging": "max"}, "ties"),
-     ({"strategy": "ewc", "adapter": "dora"}, "ewc goes with adapter=lora"), ({"rank": 0}, "positive")],
+     ({"strategy": "ewc", "adapter": "dora"}, "ewc goes with adapter=lora"), ({"rank": 0}, "positive"),
+     ({"strategy": "osf", "adapter": "full"}, "no adapter"), ({"strategy": "osf", "bits": 4}, "no bits")],
 )  # fmt: skip
 def test_settings_that_make_no_sense(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from whet.engine import Spent
 from whet.errors import MethodError
 from whet.methods import Need, Run
-from whet.methods.finetune import Disputed, FineTune
+from whet.methods.finetune import RATES, Disputed, FineTune
 from whet.system import System
 from whet.task import Learnable
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from whet.train.lesson import Lesson
     from whet.train.loop import Curves
 
-STRATEGIES = ("replay", "sequential", "ewc", "orthogonal", "merge")
+STRATEGIES = ("replay", "sequential", "ewc", "orthogonal", "osf", "merge")
 BY_ROWS = ("replay", "ewc", "merge")  # what these keep, they know from rows of the earlier tasks
 STRENGTH = {"ewc": 1000.0, "orthogonal": 0.5}  # orthogonal: as in the scripts released with O-LoRA
 CHECKS = 24  # rows of each earlier task that every validation looks at
@@ -42,12 +42,13 @@ def replayed_share(earlier: int) -> float:
 
 @dataclass(frozen=True)
 class Continual(FineTune):
-    """Fine-tuning on the new rows with one of five ways to keep what was known; settings as in finetune, and:
+    """Fine-tuning on the new rows with one of six ways to keep what was known; settings as in finetune, and:
 
     `strategy`: replay (a `share` of each step's rows are earlier ones, Chaudhry et al. 2019; 0 takes what
     `replayed_share` says; where none are kept, the System makes some up), sequential (no protection: the baseline),
-    ewc (elastic weight consolidation), orthogonal (O-LoRA), merge (trained from the base apart, then merged: `merging`
-    is linear or ties). `strength` weighs the penalty of ewc (1000) and orthogonal (0.5); 0 takes these.
+    ewc (elastic weight consolidation), orthogonal (O-LoRA), osf (orthogonal subspace fine-tuning: no adapter, but the
+    lesser half of each layer's singular directions), merge (trained from the base apart, then merged: `merging` is
+    linear or ties). `strength` weighs the penalty of ewc (1000) and orthogonal (0.5); 0 takes these.
     """
 
     name: ClassVar[str] = "continual"
@@ -69,8 +70,15 @@ class Continual(FineTune):
             raise ValueError("share is at least 0 and less than 1, and strength is not negative")
         if self.strategy in STRENGTH and self.adapter not in ("lora", "rslora"):
             raise ValueError(f"{self.strategy} goes with adapter=lora or rslora, not {self.adapter}")
+        if self.strategy == "osf" and (self.adapter != "lora" or self.bits < 16):
+            raise ValueError("osf trains the weights themselves: it takes no adapter and no bits")
         if self.strategy not in BY_ROWS:  # the others know earlier tasks by the System's adapters, or not at all
             object.__setattr__(self, "needs", FineTune.needs)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate that it trains with; that of full training, where the weights themselves are trained."""
+        return (self.learning_rate or RATES[True]) if self.strategy == "osf" else super().rate
 
     @property
     def validated(self) -> bool:
@@ -80,7 +88,8 @@ class Continual(FineTune):
     def space(self) -> Mapping[str, Sequence[Any]]:
         """The settings worth trying; not the strategy: each is validated on other rows."""
         shares = {"share": (0.0, 0.125, 1 / 3)} if self.strategy == "replay" else {}  # 0 is a quarter or more
-        return {**shares, "learning_rate": super().space()["learning_rate"][:2]}
+        like = replace(self.alone, adapter="full") if self.strategy == "osf" else self.alone
+        return {**shares, "learning_rate": like.space()["learning_rate"][:2]}
 
     def apply(self, system: System, data: Learnable, run: Run) -> System:
         """The System taught the new task; raises MethodError where there is nothing that could be forgotten.
@@ -111,7 +120,8 @@ class Continual(FineTune):
         if self.strategy == "merge":
             taught = self._merge(system, data, run, tasks, name)
         else:
-            adapter = Adapter(self.adapter, self.rank, 2 * self.rank, bits=self.bits)
+            kind = "osf" if self.strategy == "osf" else self.adapter
+            adapter = Adapter(kind, self.rank, 2 * self.rank, bits=self.bits)
             finished = (run.store.artifact(name) / "done.json").exists()
             wrong = self.suspects(system, data, run) if self.clean and not finished else ()
             taught = teach(
@@ -142,7 +152,7 @@ class Continual(FineTune):
         if self.strategy == "orthogonal":
             penalty = protect.orthogonal(live.module, system.model.standing, strength)
             return replace(lesson, settings=replace(lesson.settings, penalty=penalty))
-        if self.strategy == "sequential":
+        if self.strategy in ("sequential", "osf"):
             return lesson
         earlier, checks = self._earlier(system, data, run, live, tasks)
         own, count = lesson.validate, {one.name: len(rows) for one, rows in zip(tasks, earlier, strict=True)}

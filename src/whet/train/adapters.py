@@ -19,13 +19,17 @@ from whet.extras import package
 from whet.model import as_dtype
 from whet.train.head import headed
 
+PRESERVED = 0.5  # of a layer's singular directions that osf leaves as they are: peft's default
+
 
 @dataclass(frozen=True)
 class Adapter:
     """What is trained: LoRA on every linear layer that it suits but the output, one of its kin, or all weights.
 
     lora: Hu et al. 2021. rslora: the same scaled by alpha/√rank (Kalajdzievski 2023). dora: magnitude and direction
-    apart (Liu et al. 2024). full: every weight. `head`: a reward model, whose output is one trained number per place.
+    apart (Liu et al. 2024). full: every weight. osf: of every linear layer but the output the half of its singular
+    directions that weigh least, the others staying as they are (Nayak et al. 2025; peft's version). `head`: a reward
+    model, whose output is one trained number per place.
     `bits`: the frozen weights are held in 8 or 4 bits (QLoRA, Dettmers et al. 2023), which saves memory, not time.
     """
 
@@ -34,6 +38,11 @@ class Adapter:
     alpha: int = 32
     head: bool = False
     bits: int = 16
+
+    @property
+    def apart(self) -> bool:
+        """Whether what is trained becomes weights of its own, not an adapter beside the given ones."""
+        return self.kind in ("full", "osf")
 
 
 def add_lora(module: Any, adapter: Adapter, seed: int) -> Any:
@@ -59,6 +68,23 @@ def add_lora(module: Any, adapter: Adapter, seed: int) -> Any:
         torch.random.set_rng_state(state)
 
 
+def add_osf(module: Any) -> Any:
+    """A peft model that trains half of the singular directions of each linear layer, the lesser ones.
+
+    Raises MethodError for a model without layers that peft's version goes with.
+    """
+    from peft import OSFConfig, get_peft_model
+
+    beside = {*_unsuited(module)}
+    suited = [n for n, m in module.named_modules() if type(m) is torch.nn.Linear and n not in beside
+              and m is not module.get_output_embeddings()]  # fmt: skip
+    if not suited:
+        raise MethodError("osf takes linear layers apart", expected="a model that has some",
+                          found=type(module).__name__, do="set strategy=replay")  # fmt: skip
+    config = OSFConfig(effective_rank=PRESERVED, target_modules=suited)
+    return get_peft_model(module, config, autocast_adapter_dtype=False)
+
+
 def _unsuited(module: Any) -> list[str]:
     """Linear layers that no LoRA can stand on: routers that give more than a product, and the outputs of state-space
     mixers (Gu & Dao 2023), whose kernels read the weight itself.
@@ -72,21 +98,23 @@ def _unsuited(module: Any) -> list[str]:
 def adapted(module: Any, adapter: Adapter, seed: int) -> Iterator[Any]:
     """A trainable module for the length of the block; afterwards the given one is as it was.
 
-    An adapter is put on the module itself, so that no second copy of the weights is held; for full training a copy is.
+    An adapter is put on the module itself, so that no second copy of the weights is held; for full training, and for
+    osf, a copy is.
     """
-    if adapter.kind == "full":
-        if any(isinstance(m, PackedLinear) for m in module.modules()):
-            raise MethodError(
-                "packed weights cannot be trained", expected="adapter=lora, which stands beside them", found="full",
-                do="set adapter=lora, or train before quantize",
-            )  # fmt: skip
-        yield copy.deepcopy(module).requires_grad_(True)
-        return
-    if adapter.kind == "dora" and not plain(module):
+    if adapter.apart and any(isinstance(m, PackedLinear) for m in module.modules()):
         raise MethodError(
-            "DoRA rescales the weights beneath it, which other layers share or which are packed",
-            expected="adapter=lora or rslora", found="dora", do="set adapter=lora",
+            "packed weights cannot be trained", expected="adapter=lora, which stands beside them", found=adapter.kind,
+            do="set adapter=lora, or train before quantize",
         )  # fmt: skip
+    if adapter.kind in ("dora", "osf") and not plain(module):
+        raise MethodError(
+            f"{adapter.kind} changes the weights beneath it, which other layers share or which are packed",
+            expected="adapter=lora or rslora", found=adapter.kind, do="set adapter=lora",
+        )  # fmt: skip
+    if adapter.apart:
+        own = copy.deepcopy(module)
+        yield own.requires_grad_(True) if adapter.kind == "full" else add_osf(own)
+        return
     training = module.training
     with headed(module, seed) if adapter.head else nullcontext(), frozen(module, adapter.bits):
         try:
@@ -121,7 +149,11 @@ def merged(tuned: Any, adapter: Adapter) -> Any:
     """The module with its adapter in its weights, as a copy; summed in fp32, so that rounding once loses least."""
     if adapter.kind == "full":
         return tuned
-    return as_dtype(as_dtype(copy.deepcopy(tuned), torch.float32).merge_and_unload(), tuned.dtype)
+    wide = as_dtype(copy.deepcopy(tuned), torch.float32)
+    for name, value in wide.named_buffers():
+        if "_osf_" in name:  # what osf began with, which it takes off again
+            value.data = value.data.float()
+    return as_dtype(wide.merge_and_unload(), tuned.dtype)
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def teach(
             schedule = replace(lesson.settings.schedule, whole=round(lesson.settings.schedule.steps / run.fidelity))
             settings = replace(lesson.settings, schedule=schedule, peak=matmul_peak(tuned.dtype, tuned.device))
             beats: list[Beat] = []
-            alone = whole or (adapter.kind == "full" and system.model.whole is not None)
+            alone = whole or (adapter.apart and system.model.whole is not None)
             tokenizer = session.tokenizer if alone else None
 
             def rescue() -> Path:
@@ -125,7 +125,7 @@ def _fitting(module: Any, adapter: Adapter) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        full = adapter.kind == "full"
+        full = adapter.apart
         needs = f"about {STATE_BYTES * module.num_parameters() / 1e9:.2g} GB beside the activations"
         raise MethodError(
             "too little memory to train", expected=needs if full else "room for an adapter and what it is trained on",
@@ -189,9 +189,9 @@ def keep(tuned: Any, adapter: Adapter, made: Path, body: dict[str, Any], tokeniz
             from whet.compress.folder import save
 
             save(merged(tuned, adapter), tokenizer, folder)
-        elif adapter.kind == "full":
+        elif adapter.apart:
             folder.mkdir()
-            save_weights(tuned, folder)
+            save_weights(merged(tuned, adapter), folder)
         else:
             tuned.save_pretrained(folder, safe_serialization=True)
             (folder / "README.md").unlink(missing_ok=True)  # peft's template; the System has its own card
@@ -204,7 +204,7 @@ def keep(tuned: Any, adapter: Adapter, made: Path, body: dict[str, Any], tokeniz
             config.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             if adapter.head:
                 save_head(tuned, folder)
-        body["kind"] = "model" if tokenizer is not None else "weights" if adapter.kind == "full" else "adapter"
+        body["kind"] = "model" if tokenizer is not None else "weights" if adapter.apart else "adapter"
         body["fingerprint"] = hash_files([p for p in folder.iterdir() if p.is_file()])
         (work / "done.json").write_text(json.dumps(body), encoding="utf-8")
 
