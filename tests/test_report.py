@@ -203,6 +203,13 @@ def test_verdict_without_a_test_split() -> None:
                                       "split, not confirmed.")
 
 
+def test_examples_are_called_sealed_only_where_they_are(tmp_path: Path) -> None:
+    one = {"id": "1", "prompt": "p", "reference": "r", "base": "x", "chosen": "r", "base_score": 0, "chosen_score": 1}
+    for more, lead in (({}, "The sealed examples with both answers"),
+                       ({"confirm": None}, "that candidates were compared on (none is sealed) with both")):  # fmt: skip
+        assert lead in page(tmp_path, rich() | more, {"examples": [one]})
+
+
 def test_verdict_of_perplexity_where_lower_is_better() -> None:
     """A difference is signed so that plus is better, whatever the metric: perplexity fell by 7.94."""
     result = rich() | {"metric": {"name": "perplexity", "higher_is_better": False}, "baselines": []}

@@ -148,6 +148,7 @@ def _page(result: Record, details: Record) -> dict[str, Any]:
                     figures.fit_verdict(result, line(c.get("name"))))
                    for i, c in enumerate(figures.drawn_curves(details))],
         "diagnosis": _diagnosis(result), "confused": confused, "examples": shown,
+        "sealed": bool(record(result.get("confirm"))),
         "spent": _spent(result), "handed": _handed(arms),
         "plan": [(line(p.get("arm")), view.duration(_minutes(p))) for p in records(result.get("plan"))],
         "left_out": [(line(p.get("method")), line(p.get("why"))) for p in records(result.get("left_out"))],
