@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from whet import embed
 from whet import model as models
 from whet import update as updating
 from whet.cli import main
+from whet.engine import Spent
 from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession
 from whet.errors import ArtifactError, MethodError, TaskError
@@ -27,11 +29,11 @@ from whet.methods import Run, lacking, make
 from whet.methods.continual import Continual, replayed_share
 from whet.methods.finetune import Disputed, FineTune
 from whet.methods.rag import Rag
-from whet.metrics import get
+from whet.metrics import Outcome, get
 from whet.model import Transform
-from whet.retention import Lost, drift, forgetting, refused, retention
+from whet.retention import Lost, drift, forgetting, loss, refused, retention
 from whet.retention import stream as updates
-from whet.scorecard import evaluate
+from whet.scorecard import Scorecard, evaluate
 from whet.search import base_system
 from whet.splits import Sealed
 from whet.store import Store
@@ -47,7 +49,7 @@ from whet.train.loop import _step
 from whet.train.losses import NextToken
 from whet.train.protect import elastic, fisher, lora_layers, merged, mixed, orthogonal
 from whet.train.team import Alone
-from whet.update import begin, check, own, update
+from whet.update import _overdone, begin, check, own, update
 
 HEAD = tuple(range(10, 45))
 ROWS = [Row(HEAD + (5, 6), ((7, 8, 9),)), Row(HEAD + (5, 7), ((7, 4),)), Row((3, 4), ((1, 6),))]
@@ -517,6 +519,23 @@ def test_osf_begins_as_it_was_and_leaves_the_greater_directions_alone() -> None:
     assert float((u[:, :half].T @ changed).norm()) < 1e-4 * float(changed.norm()) > 0
     assert float((changed @ v[:half].T).norm()) < 1e-4 * float(changed.norm())
     assert torch.equal(module.model.layers[0].mlp.down_proj.weight, weight)  # the given module is as it was
+
+
+def test_a_task_scored_from_0_to_100_loses_percent(tmp_path: Path) -> None:
+    (tmp_path / "m.py").write_text("def f(answer, reference):\n    return float(answer)\n")
+    metric = get("m.py:f", tmp_path, trusted=True)
+
+    def card(*scores: float) -> Scorecard:
+        found = tuple(Outcome(str(n), "", score, "") for n, score in enumerate(scores))
+        return Scorecard(fmean(scores), 0, 0, metric.name, found, 0, 0, Spent(), {})
+
+    lost = loss("t", card(*[70.0] * 200), card(*[69.65] * 200), metric, 1.0)
+    assert lost.ok and lost.lost == pytest.approx(0.5)
+
+
+def test_short_answers_may_grow_by_a_few_words() -> None:
+    assert _overdone((0.0, 1.0), None) == [] and _overdone((0.4, 0.9), None) == []
+    assert _overdone((0.0, 9.0), None) and _overdone((20.0, 31.0), None) and not _overdone((20.0, 29.0), None)
 
 
 def test_osf_says_where_it_cannot_stand() -> None:

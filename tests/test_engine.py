@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DogeConfig, MambaConfig, Nemotron
 
 from whet.engine import Sampling, attention, open_session, prefix
 from whet.engine.prefix import Row
-from whet.engine.torch import TorchSession, using_tree
+from whet.engine.torch import TorchSession, groups, using_tree
 from whet.errors import EngineError
 from whet.model import resolve
 from whet.prompt import escape, render
@@ -276,6 +276,17 @@ def test_generation_in_small_groups(models: Any, tokenizer: Any, monkeypatch: py
     assert session.generate(CHATS, Sampling(max_tokens=9), lambda done, of: told.append((done, of))) == whole
     assert len(told) > 1
     assert told[-1] == (len(CHATS), len(CHATS))
+
+
+def test_trunks_count_where_groups_are_cut() -> None:
+    """Questions on long documents: each group holds few documents, and the questions on one stay together."""
+    rows = [Row((d, *range(10, 210), q), ()) for d in range(1, 9) for q in (1, 2, 3)]
+    forest = prefix.arrange(rows)
+    cut = list(groups(forest, 4, 450))
+    assert [unit for group in cut for unit in group] == list(forest.units)
+    held = [{t for unit in group for t in forest.chain(unit.trunk)} for group in cut]
+    assert all(sum(len(forest.trunks[t].tokens) for t in some) <= 450 for some in held) and len(cut) == 4
+    assert [len(g) for g in groups(forest, 4, 100)] == [3] * 8  # one that is longer by itself is computed once
 
 
 def test_samples_of_one_prompt_differ_however_they_are_grouped(

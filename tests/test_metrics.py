@@ -194,6 +194,7 @@ def test_macro_f1_counts_a_failed_example_as_a_miss_of_its_class_only():
     ("한국의 수도는 서울이다.", "한국의 수도는 서울이다"), ("A", "a"), ("!!!", "!!!"), ("", ""), ("theory", "theory"),
     ("A.", "a"), ("$1,000.50.", "1000.50"), ("-5", "-5"), ("(-$5)", "-5"), ("1/2 or .5", "1/2 or .5"),
     ("12-05", "12-05"), ("U.S. F-16", "us f16"), ("a 3-year-old", "3yearold"), ("No.5, and/or - 6.", "no5 andor 6"),
+    ("1,5", "1,5"), ("1,234,567", "1234567"), ("at 10:30, then", "at 10:30 then"), ("\N{MINUS SIGN}5", "-5"),
 ])
 def test_squad_normalisation(text, normal):
     assert squad(text) == normal

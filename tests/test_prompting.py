@@ -476,6 +476,9 @@ def test_fewer_are_shown_where_the_window_is_short(base: System) -> None:
 
 def test_inputs_that_say_nothing(base: System) -> None:
     assert [e.prompt for e in free_inputs("contextual", ROWS, 20, 0)] == ["N/A", "", "[MASK]"]
+    own = [replace(e, history=(("system", "Sort it."), ("user", "Hm?"))) for e in ROWS]
+    for kind in ("contextual", "domain"):
+        assert {e.history for e in free_inputs(kind, own, 20, 0)} == {own[0].history[:1]}
     domain = free_inputs("domain", ROWS, 20, 0)
     assert len(domain) == 20 and all(len(e.prompt.split()) == 5 for e in domain)
     assert {w for e in domain for w in e.prompt.split()} <= {w for e in ROWS for w in e.prompt.split()}

@@ -697,6 +697,21 @@ def test_perplexities_are_compared_per_token_of_the_first_model() -> None:
     assert alike(few, few, get("perplexity")) is few
 
 
+def test_rows_of_the_same_id_are_told_apart_in_perplexities() -> None:
+    """As where a System carries rows of two files, both numbered from 1."""
+    found = tuple(Outcome(f"test-{n % 2}", "", 2.0, "", weight=w) for n, w in enumerate((500, 400, 50, 60)))
+    card = Scorecard(get("perplexity").aggregate(found), 0, 0, "perplexity", found, 0, 0, Spent(), {})
+    assert alike(card, card, get("perplexity")) is card
+
+
+def test_costs_are_estimated_from_rows_of_the_whole_file(tmp_path: Path) -> None:
+    rows = [Example(id=str(n), prompt="word " * (12 if n < 100 else 600), completion="x") for n in range(500)]
+    run = Run(Store(tmp_path))
+    base = System(resolve("fake:keyword"), home=tmp_path)
+    true = estimate(base, rows, run.session(base.model), sample=500).prefilled_tokens
+    assert estimate(base, rows, run.session(base.model)).prefilled_tokens == pytest.approx(true, rel=0.25)
+
+
 def test_no_arm_is_dropped_twice_by_the_same_rows(
     task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -829,7 +844,8 @@ def test_a_full_disk_keeps_what_is_finished(task: Path, tmp_path: Path, monkeypa
      ("fewshot(selection=rnd)", "is none of"), ("share+prune", "prune undoes share"),
      ("prune+distill+share", "share undoes distill"),
      ("share(values=16)+distill+quantize", "leave share"),
-     ("quantize+finetune(adapter=full)", "put quantize last"), ("quantize+distill(adapter=full)", "put quantize last"),
+     ("quantize+finetune(adapter=full)", "put quantize last"),
+     ("share+continual(strategy=osf)", "strategy=replay"), ("quantize+distill(adapter=full)", "put quantize last"),
      ("share+finetune(adapter=dora)", "train before it")],
 )  # fmt: skip
 def test_recipes_that_make_no_sense(text: str, says: str) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 DEFAULT_MODEL = "smollm2-135m"
+SEED = click.IntRange(min=0)
 
 
 class Commands(click.Group):
@@ -138,7 +139,7 @@ def _watched(as_json: bool, work: str, notes: Sequence[str] = ()) -> Iterator[Wa
 @click.option("--methods", default="", help="Only these methods, separated by commas.")
 @click.option("--recipe", default=None, help='Only this recipe, like "fewshot(k=8)+calibrate".')
 @click.option("--out", default=None, type=click.Path(path_type=Path), help="Folder for the results [runs/NAME].")
-@click.option("--seed", default=0, show_default=True, help="One seed gives one result.")
+@click.option("--seed", default=0, type=SEED, show_default=True, help="One seed gives one result.")
 @click.option("--strict", is_flag=True, help="Refuse train rows that stand in held-out data instead of dropping them.")
 @click.option("--trust", is_flag=True, help="Run code that the task brings along (a metric of its own).")
 @click.option("--self-contained", is_flag=True, help="Put the base's weights into system/, too.")
@@ -161,8 +162,9 @@ def improve(
     print(report.summary(made.result))
     print(f"\nreport   {made.folder / 'report.html'}\nresult   {made.folder / 'result.json'}")
     print(f"system   {made.folder / 'system'}\n\nnext:")
-    trusted = " --trust" if made.system.servers else ""
-    print(f"  whet chat {made.folder / 'system'}{trusted}\n  whet evaluate {made.folder / 'system'} {task}{trusted}")
+    served = " --trust" if made.system.servers else ""
+    trusted = " --trust" if trust else served
+    print(f"  whet chat {made.folder / 'system'}{served}\n  whet evaluate {made.folder / 'system'} {task}{trusted}")
 
 
 def _made(name: str, task: Any, trust: bool) -> System | None:
@@ -221,7 +223,7 @@ def _reading(system: Any, rows: Any, metric: Any, watch: Watch) -> Any:
 @click.argument("system")
 @click.argument("task", type=click.Path())
 @click.option("--split", default="test", show_default=True, help="train, dev, select or test.")
-@click.option("--seed", default=0, show_default=True, help="Of the interval's bootstrap; and of the cut "
+@click.option("--seed", default=0, type=SEED, show_default=True, help="Of the interval's bootstrap; and of the cut "
               "between train and select, where SYSTEM does not say by which it was made.")  # fmt: skip
 @click.option("--trust", is_flag=True, help="Run code that the task brings; let a System reach its server.")
 @click.option("--answers", default=None, type=click.Path(path_type=Path), help="Write every answer to this JSONL file.")
@@ -292,7 +294,7 @@ def _tell(card: Scorecard, read: Reading | None) -> None:
 @click.argument("second")
 @click.argument("task", type=click.Path())
 @click.option("--split", default="test", show_default=True, help="train, dev, select or test.")
-@click.option("--seed", default=0, show_default=True, help="Of the bootstrap; and of the cut between train "
+@click.option("--seed", default=0, type=SEED, show_default=True, help="Of the bootstrap; and of the cut between train "
               "and select, where neither System says by which it was made.")  # fmt: skip
 @click.option("--trust", is_flag=True, help="Run code that the task brings; let a System reach its server.")
 @common
@@ -343,7 +345,7 @@ def compare(first: str, second: str, task: str, split: str, seed: int, trust: bo
 @click.option("--trials", default=0, help="Within the budget, draw all settings this many times by Optuna's sampler.")
 @click.option("--report-to", multiple=True, help="Also tell each step to tensorboard, wandb or mlflow.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the new System.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, type=SEED, show_default=True)
 @click.option("--trust", is_flag=True, help="Run code that the task brings; let a System reach its server.")
 @common
 def apply(
@@ -426,7 +428,7 @@ def apply(
 @click.argument("more", nargs=-1)
 @click.option("--report-to", multiple=True, help="Also tell each step to tensorboard, wandb or mlflow.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the new System.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, type=SEED, show_default=True)
 @click.option("--trust", is_flag=True, help="Run code that the task brings along.")
 @common
 def update(
@@ -607,7 +609,7 @@ def documents(
               help="File that judgements are appended to, one by one.")  # fmt: skip
 @click.option("--annotator", default="", help="Who judges; kept with each judgement.")
 @click.option("--temperature", default=0.8, show_default=True, help="Of the two answers that are drawn.")
-@click.option("--seed", default=0, show_default=True, help="Of the answers, and of which is shown first.")
+@click.option("--seed", default=0, type=SEED, show_default=True, help="Of the answers, and of which is shown first.")
 @click.option("--trust", is_flag=True, help="Let a System reach the server it names.")
 @common
 def feedback(

@@ -34,9 +34,9 @@ GROUP = "whet.metrics"
 # What a failed row costs in perplexity, in nats per token: a blind guess among 2^18 tokens, the largest vocabularies.
 FAILED_NLL = 18 * math.log(2)
 ARTICLES = frozenset(("a", "an", "the"))
-# ASCII punctuation, and behind group 1 what is part of a number: 1.5, 1/2, 2010-12, -5, -$5, .5
+# ASCII punctuation, and behind group 1 what is part of a number: 1.5, 1,5 (not 1,500), 10:30, 1/2, 2010-12, -5, -$5, .5
 _PUNCTUATION = re.compile(
-    rf"((?<=\d)[-./](?=\d)|(?<![\w.-])-(?=\$?\.?\d)|(?<![\w.])\.(?=\d))|[{re.escape(string.punctuation)}]"
+    rf"((?<=\d)[-./:](?=\d)|(?<=\d),(?=\d)(?!\d{{3}}(?!\d))|(?<![\w.-])-(?=\$?\.?\d)|(?<![\w.])\.(?=\d))|[{re.escape(string.punctuation)}]"
 )
 _HANGUL = re.compile("[\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff]")
 _UNSPACED = re.compile(f"[{UNSPACED}]")
@@ -155,10 +155,10 @@ def plain(text: str) -> str:
 def squad(text: str, articles: bool = False) -> str:
     """SQuAD's normalisation (Rajpurkar et al., 2016): lower case, no ASCII punctuation, no articles, single spaces.
 
-    Other scripts stay intact (NFC), and so do signs inside numbers: 1.5 is not 15. Articles stay on request and where
-    nothing else would (the choice 'A'), punctuation where a text has no more than that.
+    Other scripts stay intact (NFC), and so do signs inside numbers: 1.5 is not 15, nor is 1,5. Articles stay on
+    request and where nothing else would (the choice 'A'), punctuation where a text has no more than that.
     """
-    lowered = unicodedata.normalize("NFC", text).lower()
+    lowered = unicodedata.normalize("NFC", text).lower().replace("\N{MINUS SIGN}", "-")
     bare = _PUNCTUATION.sub(r"\1", lowered)
     short = "" if articles else re.sub(r"\b(a|an|the)\b", " ", bare)
     return next((" ".join(form.split()) for form in (short, bare, lowered) if form.strip()), "")

@@ -11,7 +11,7 @@ from whet import stats
 from whet.errors import TaskError
 from whet.memory import Known
 from whet.methods import Run
-from whet.metrics import Metric, get
+from whet.metrics import Metric, get, in_points
 from whet.progress import figure
 from whet.scorecard import Scorecard, alike, evaluate
 from whet.system import System
@@ -102,7 +102,7 @@ def stream(
 
 @dataclass(frozen=True)
 class Lost:
-    """What one earlier task lost, in points (hundredths of its metric; of perplexity, percent); negative: it gained.
+    """What one earlier task lost, in points (hundredths; of a metric that is no share, percent); negative: it gained.
 
     `low`..`high` is the paired 95 % interval. `ok` by `stats.not_worse`: the loss is within `allowed`, and its
     one-sided 95 % `bound` within `most`: that plus what so many rows can show.
@@ -131,7 +131,9 @@ class Lost:
 
 def loss(name: str, before: Scorecard, after: Scorecard, metric: Metric, allowed: float, seed: int = 0) -> Lost:
     """What a task lost between two scorecards on the same rows; `allowed` is in points."""
-    unit, after = 100.0 if metric.higher_is_better else 100.0 / before.score, alike(after, before, metric, seed)
+    # Points, where scores are shares; of perplexity, and of what a task's own metric gives, percent of what there was.
+    shares = metric.higher_is_better and (in_points(metric.name) or abs(before.score) <= 1)
+    unit, after = 100.0 if shares else 100.0 / abs(before.score), alike(after, before, metric, seed)
     paired = stats.compare(before.outcomes, after.outcomes, metric, seed)
     kept = stats.not_worse(before.outcomes, after.outcomes, metric, allowed / unit, seed)
     return Lost(name, paired.n, before.score, after.score, -unit * paired.difference, -unit * paired.high,

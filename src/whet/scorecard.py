@@ -10,6 +10,7 @@ import re
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -149,13 +150,24 @@ def alike(card: Scorecard, first: Scorecard, metric: Metric, seed: int = 0) -> S
     """The card with perplexities per token of another card's tokenizer on the same texts: per token of their own, those
     of models with different vocabularies cannot be compared.
     """
-    tokens = {o.id: o.weight for o in first.outcomes}
-    if metric.name != "perplexity" or all(o.weight == tokens.get(o.id, o.weight) for o in card.outcomes):
+    if metric.name != "perplexity":
         return card
-    outcomes = tuple(replace(o, score=o.score * o.weight / tokens[o.id], weight=tokens[o.id]) if o.id in tokens else o
-                     for o in card.outcomes)  # fmt: skip
+    tokens = dict(zip(_apart(first.outcomes), (o.weight for o in first.outcomes), strict=True))
+    own = [(o, tokens.get(at, o.weight)) for at, o in zip(_apart(card.outcomes), card.outcomes, strict=True)]
+    if all(o.weight == weight for o, weight in own):
+        return card
+    outcomes = tuple(replace(o, score=o.score * o.weight / weight, weight=weight) for o, weight in own)
     low, high = stats.bootstrap_interval(outcomes, metric, seed)
     return replace(card, score=metric.aggregate(outcomes), low=low, high=high, outcomes=outcomes)
+
+
+def _apart(outcomes: Sequence[Outcome]) -> list[tuple[str, int]]:
+    """A name of its own for each: rows of two files may have the same ids."""
+    seen, named = Counter[str](), []
+    for one in outcomes:
+        seen[one.id] += 1
+        named.append((one.id, seen[one.id]))
+    return named
 
 
 def reads_scores(system: System, examples: Sequence[Example], session: Session) -> bool:

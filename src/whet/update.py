@@ -17,16 +17,18 @@ from whet.methods import Method, Run, make
 from whet.methods.calibrate import Calibrate
 from whet.methods.continual import BY_ROWS, Continual
 from whet.methods.reward import metric_of
-from whet.metrics import Metric, get
+from whet.metrics import Metric, get, in_points
 from whet.progress import apart, figure
 from whet.retention import ALLOWED, Lost, Stream, drift, forgetting, loss, refused, stream
 from whet.scorecard import Scorecard, evaluate
 from whet.search.out import made_for
 from whet.search.recipe import Recipe
+from whet.splits import shared_order
 from whet.system import System
 from whet.task import Example, Splits, Task
 
 LOOKED_AT = 64  # rows of the new task that drift is told from
+WORDIER = 3.0  # words more that are no long-windedness yet, of answers that were short or empty
 LONGER, DRIFTED = 1.5, 0.5  # feedback may make answers so many times as long, and move them so many nats a token
 
 
@@ -116,9 +118,12 @@ def told(made: Update) -> list[str]:
         when = f"update {n}" if n else "start"
         cells = (figure(score, made.metrics.get(t, "")) for t, score in zip(found.tasks, row, strict=True))
         lines.append("".join(f"{cell:>{width}}" for cell in (when, *cells)))
-    forward = "" if found.forward is None else f", forward {100 * found.forward:+.1f}"
-    lines.append(f"average {100 * found.average:.1f}; of the earlier tasks, {100 * found.forgetting:.1f} points lost "
-                 f"from their best, backward transfer {100 * found.backward:+.1f}{forward}")  # fmt: skip
+    shares = all(in_points(name) for name in made.metrics.values())
+    unit, points = (100.0, " points") if shares else (1.0, "")
+    forward = "" if found.forward is None else f", forward {unit * found.forward:+.1f}"
+    lost = f"{unit * found.forgetting:.1f}{points} lost"
+    lines.append(f"average {unit * found.average:.1f}; of the earlier tasks, {lost} from their best, "
+                 f"backward transfer {unit * found.backward:+.1f}{forward}")  # fmt: skip
     return lines
 
 
@@ -278,7 +283,7 @@ def _refused(
 def _overdone(length: tuple[float, float], moved: float | None) -> list[str]:
     """Why a System should not be used that judgements made longer-winded, or moved too far."""
     why = []
-    if length[1] > LONGER * length[0]:
+    if length[1] > max(LONGER * length[0], length[0] + WORDIER):
         why.append(f"answers grew from {length[0]:.0f} to {length[1]:.0f} words")
     if moved is not None and moved > DRIFTED:
         why.append(f"answers drifted by {moved:.2f} nats a token; {DRIFTED:g} allowed")
@@ -309,7 +314,8 @@ def _calibrated(given: System, taught: System, splits: Splits, metric: Metric, r
     if not given.decoding.prior:
         return taught
     data, gone = splits.learnable, "gone"
-    rows = ((splits.select if splits.confirm else ()) or data.train)[:LOOKED_AT]
+    every = (splits.select if splits.confirm else ()) or data.train
+    rows = shared_order(every, bool(given.decoding.closed), run.seed)[:LOOKED_AT]  # files are often sorted by label
     try:
         made = Calibrate().apply(taught, data, run)
     except MethodError:  # no prompts to tell it from
@@ -360,7 +366,8 @@ def _drift(before: System, after: System, splits: Splits, run: Run) -> float | N
     from whet.engine.torch import TorchSession
     from whet.train.lesson import render_rows
 
-    rows = [e for e in (*splits.confirm, *splits.select) if e.completion][:LOOKED_AT]
+    every = [e for e in (*splits.confirm, *splits.select) if e.completion]
+    rows = shared_order(every, bool(before.decoding.closed), run.seed)[:LOOKED_AT]
     old, new = (run.session(one.model) for one in (before, after))
     if not rows or not isinstance(old, TorchSession) or not isinstance(new, TorchSession):
         return None

@@ -42,6 +42,7 @@ DEVICE_TOKENS = 16_384  # on a GPU, which smaller passes leave idle between kern
 KEY_BYTES = 512 * 2**20  # keys and values of prompts held at once while generating; joining them needs as much again
 KEY_SHARE = 1 / 16  # of a GPU's memory, for the same
 SHARED_TEXT = 200  # characters from which on a common beginning is worth a second call of the tokenizer
+DRAWN = 2**24  # chances that are drawn from at once
 LOGIT_CELLS = 2**28  # logits of one pass: half a gigabyte in half precision
 LOGIT_ROWS = 1024  # places whose logits are in fp32 at once
 CACHES = ("past_key_values", "cache_params", "state")  # what families call the cache that they give back
@@ -551,15 +552,23 @@ def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def groups(forest: prefix.Forest, new: int, most: int) -> Iterator[list[prefix.Unit]]:
-    """Units whose keys and values (prompt rest and new tokens) are those of at most `most` tokens together."""
+    """Units whose keys and values (prompt rest and new tokens) are those of at most `most` tokens together, and so are
+    those of the trunks that they hang on, but for the first unit's.
+    """
     group: list[prefix.Unit] = []
-    longest = 0
+    longest, trunks, shared = 0, set[int](), 0
     for unit in forest.units:
+        chain = {*forest.chain(unit.trunk)}
         longest = max(longest, len(unit.tokens) + new)
-        if group and longest * (len(group) + 1) > most:
+        more = sum(len(forest.trunks[t].tokens) for t in chain - trunks)
+        # A trunk that is longer by itself is not computed anew for each of its units: only what is new counts.
+        if group and (longest * (len(group) + 1) > most or (more and shared + more > most)):
             yield group
-            group, longest = [], len(unit.tokens) + new
+            group, longest, trunks, shared = [], len(unit.tokens) + new, set(), 0
+            more = sum(len(forest.trunks[t].tokens) for t in chain)
         group.append(unit)
+        trunks |= chain
+        shared += more
     if group:
         yield group
 
@@ -597,15 +606,20 @@ def _sampler(
         seed = hash((sampling.seed, prompt, copy)) & 0x7FFF_FFFF_FFFF_FFFF
         generators[row] = torch.Generator().manual_seed(seed)
 
-    def draw(logits: Tensor, live: list[int], step: int) -> list[int]:
-        chances = torch.softmax(logits.float() / sampling.temperature, -1)
-        ordered, index = chances.sort(-1, descending=True)
-        # The nucleus: tokens before which less than top_p lies (Holtzman et al. 2020).
-        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered > sampling.top_p, 0)
-        total = ordered.cumsum(-1)
+    def some(logits: Tensor, live: list[int]) -> list[int]:
+        chances, index = torch.softmax(logits.float() / sampling.temperature, -1), None
+        if sampling.top_p < 1:  # the nucleus: tokens before which less than top_p lies (Holtzman et al. 2020)
+            chances, index = chances.sort(-1, descending=True)
+            chances = chances.masked_fill(chances.cumsum(-1) - chances > sampling.top_p, 0)
+        total = chances.cumsum(-1)
         point = torch.tensor([torch.rand(1, generator=generators[r]).item() for r in live], device=total.device)
-        place = torch.searchsorted(total, (point * total[:, -1])[:, None]).clamp(max=total.shape[1] - 1)
-        return cast(list[int], index.gather(1, place)[:, 0].tolist())
+        place = torch.searchsorted(total, (point * total[:, -1])[:, None], right=True).clamp(max=total.shape[1] - 1)
+        return cast(list[int], (place if index is None else index.gather(1, place))[:, 0].tolist())
+
+    def draw(logits: Tensor, live: list[int], step: int) -> list[int]:
+        each = max(1, DRAWN // logits.shape[-1])  # rows at once: several copies of their chances are held
+        parts = range(0, len(live), each)
+        return [token for at in parts for token in some(logits[at : at + each], live[at : at + each])]
 
     return draw
 

@@ -44,7 +44,11 @@ def free_inputs(kind: str, rows: Sequence[Example], count: int, seed: int) -> li
         draw, words = random.Random(seed), [word for row in rows for word in WORD.findall(row.prompt)]
         size = max(1, len(words) // len(rows))
         texts = [_SPACED.sub("", " ".join(draw.choices(words or ["N/A"], k=size))) for _ in range(count)]
-    return [Example(f"free-{n}", text) for n, text in enumerate(texts)]
+    # Behind the system turns that rows bring with them: the prior is of the prompt that questions stand in.
+    system = [tuple(turn for turn in row.history if turn[0] == "system") for row in rows] or [()]
+    drawn = random.Random(seed).choices(system, k=len(texts))
+    told = enumerate(zip(texts, drawn, strict=True))
+    return [Example(f"free-{n}", text, history=before) for n, (text, before) in told]
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,9 @@ class Continual(FineTune):
     `strategy`: replay (a `share` of each step's rows are earlier ones, Chaudhry et al. 2019; 0 takes what
     `replayed_share` says; where none are kept, the System makes some up), sequential (no protection: the baseline),
     ewc (elastic weight consolidation), orthogonal (O-LoRA), osf (orthogonal subspace fine-tuning: no adapter, but the
-    lesser half of each layer's singular directions), merge (trained from the base apart, then merged: `merging` is
-    linear or ties). `strength` weighs the penalty of ewc (1000) and orthogonal (0.5); 0 takes these.
+    lesser half of each layer's singular directions, as far as AdamW keeps to it), merge (trained from the base apart,
+    then merged: `merging` is linear or ties). `strength` weighs the penalty of ewc (1000) and orthogonal (0.5); 0 takes
+    these.
     """
 
     name: ClassVar[str] = "continual"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from whet import stats
 from whet.engine import Sampling
-from whet.errors import MethodError
+from whet.errors import MethodError, WhetError
 from whet.extras import package
 from whet.methods import Need, Run
 from whet.prompt import SLOT, from_text
@@ -146,19 +146,29 @@ class Prompting:
 
         gepa = package("gepa", "prompting")
         asked = run.session(resolve(self.proposer))
-        before = asked.spent
+        before, tried, failed = asked.spent, list[bool](), list[WhetError]()
 
         def reflect(prompt: str | list[dict[str, Any]]) -> str:
             turns = [("user", prompt)] if isinstance(prompt, str) else [(m["role"], m["content"]) for m in prompt]
-            return asked.generate([tuple(turns)], Sampling(1024, 1.0))[0][0].text
+            tried.append(True)
+            try:
+                return asked.generate([tuple(turns)], Sampling(1024, 1.0))[0][0].text
+            except WhetError as error:  # GEPA goes on without a word
+                failed.append(error)
+                raise
 
         # Each proposal costs a few rows, and all of the second half if it does better there.
         found = gepa.optimize(
             {"instruction": best.instruction, "frame": best.frame}, list(range(most // 2)),
             list(range(most // 2, most)), adapter=_Reflected(contest, best), reflection_lm=reflect, seed=run.seed,
             max_metric_calls=(self.proposals + 1) * most // 2 + 8 * self.proposals, logger=_Quiet(),
+            stop_callbacks=lambda _: len(tried) >= self.proposals,
         )  # fmt: skip
         run.spent += asked.spent - before
+        if failed and len(failed) == len(tried):
+            raise failed[0]
+        if failed:
+            run.notes["proposals"] = f"{len(failed)} of {len(tried)} failed: {failed[0]}"
         return _with(best, found.best_candidate) or best
 
 
@@ -353,6 +363,9 @@ def _reasoned(system: System, reason: bool) -> list[Reading]:
 # --- proposals --------------------------------------------------------------------------------------------------------
 
 
+LOWEST = -1e9  # a metric may score below 0
+
+
 class _Quiet:
     """GEPA's log goes nowhere: what came of it stands in the notes."""
 
@@ -369,12 +382,12 @@ class _Reflected:
     propose_new_texts: None = None  # GEPA's own way of asking
 
     def evaluate(self, batch: list[int], candidate: dict[str, str], capture_traces: bool = False) -> Any:
-        """Scores, higher is better; a frame without its slot scores 0."""
+        """Scores, higher is better; a frame without its slot scores less than any other."""
         made = _with(self.system, candidate)
         found = [] if made is None else self.contest.outcomes(made, batch)
         sign = 1 if self.contest.metric.higher_is_better else -1
         answers = [o.answer for o in found] or [f"the frame must hold {SLOT} once"] * len(batch)
-        scores = [sign * o.score for o in found] or [0.0] * len(batch)
+        scores = [sign * o.score for o in found] or [LOWEST] * len(batch)
         traces = list(zip(batch, answers, scores, strict=True)) if capture_traces else None
         return package("gepa", "prompting").EvaluationBatch(outputs=answers, scores=scores, trajectories=traces)
 

@@ -344,7 +344,7 @@ def _best_single(job: _Job, finalist: Trial) -> Trial | None:
     """The best arm of a single family, where the finalist combines several."""
     if len(finalist.recipe.families) < 2:
         return None
-    single = [t for t in job.race.trials if t.card and len(t.recipe.families) == 1]
+    single = [t for t in job.race.trials if t.card and len(t.recipe.families) == 1 and t.status != "refused"]
     single = [t for t in single if t.examples == len(job.race.select)]
     return max(single, key=job.race.merit, default=None)
 

@@ -137,7 +137,8 @@ def estimate(
     """
     if not examples or "@" in metric:
         return Spent()
-    few = list(examples[:sample])
+    # Drawn, and in no order: files are often sorted, by length or by where rows came from.
+    few = random.Random(0).sample(list(examples), min(sample, len(examples)))
     share = len(examples) / len(few)
     closed = system.decoding.closed
     prompts = system.prompts(few)

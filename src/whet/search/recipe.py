@@ -24,6 +24,8 @@ CLASHES: tuple[tuple[Sort, Sort, str], ...] = (
      "put quantize last, or set adapter=lora"),
     (lambda a: a.name in ("quantize", "share"), lambda b: getattr(b, "adapter", "") == "dora",
      "set adapter=lora, or train before it"),
+    (lambda a: a.name in ("quantize", "share"), lambda b: getattr(b, "strategy", "") == "osf",
+     "set strategy=replay, or train before it"),
 )  # fmt: skip
 
 

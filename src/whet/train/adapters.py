@@ -28,9 +28,9 @@ class Adapter:
 
     lora: Hu et al. 2021. rslora: the same scaled by alpha/√rank (Kalajdzievski 2023). dora: magnitude and direction
     apart (Liu et al. 2024). full: every weight. osf: of every linear layer but the output the half of its singular
-    directions that weigh least, the others staying as they are (Nayak et al. 2025; peft's version). `head`: a reward
-    model, whose output is one trained number per place.
-    `bits`: the frozen weights are held in 8 or 4 bits (QLoRA, Dettmers et al. 2023), which saves memory, not time.
+    directions that weigh least, gradients being kept out of the others (Nayak et al. 2025; as peft does). `head`: a
+    reward model, whose output is one trained number per place. `bits`: the frozen weights are held in 8 or 4 bits
+    (QLoRA, Dettmers et al. 2023), which saves memory, not time.
     """
 
     kind: str = "lora"
@@ -77,7 +77,7 @@ def add_osf(module: Any) -> Any:
 
     beside = {*_unsuited(module)}
     suited = [n for n, m in module.named_modules() if type(m) is torch.nn.Linear and n not in beside
-              and m is not module.get_output_embeddings()]  # fmt: skip
+              and min(m.weight.shape) > 1 and m is not module.get_output_embeddings()]  # fmt: skip
     if not suited:
         raise MethodError("osf takes linear layers apart", expected="a model that has some",
                           found=type(module).__name__, do="set strategy=replay")  # fmt: skip
@@ -101,15 +101,16 @@ def adapted(module: Any, adapter: Adapter, seed: int) -> Iterator[Any]:
     An adapter is put on the module itself, so that no second copy of the weights is held; for full training, and for
     osf, a copy is.
     """
+    instead = "strategy=replay" if adapter.kind == "osf" else "adapter=lora"
     if adapter.apart and any(isinstance(m, PackedLinear) for m in module.modules()):
         raise MethodError(
-            "packed weights cannot be trained", expected="adapter=lora, which stands beside them", found=adapter.kind,
-            do="set adapter=lora, or train before quantize",
+            "packed weights cannot be trained", expected="an adapter, which stands beside them", found=adapter.kind,
+            do=f"set {instead}, or train before quantize",
         )  # fmt: skip
     if adapter.kind in ("dora", "osf") and not plain(module):
         raise MethodError(
             f"{adapter.kind} changes the weights beneath it, which other layers share or which are packed",
-            expected="adapter=lora or rslora", found=adapter.kind, do="set adapter=lora",
+            expected="an adapter that stands beside them", found=adapter.kind, do=f"set {instead}",
         )  # fmt: skip
     if adapter.apart:
         own = copy.deepcopy(module)

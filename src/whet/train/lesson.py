@@ -68,6 +68,8 @@ def teach(
     """
     made, crew = run.store.artifact(name), team()
     if not (made / "done.json").exists():
+        if crew.sharded and adapter.kind == "osf":  # whose hooks on the weights shards do not have
+            raise MethodError("osf trains whole weights", expected="DDP", found="FSDP", do="leave out --use_fsdp")
         session = run.local(system.model, "training")
         checkpoint = run.home / "checkpoints" / name
         before = checkpoint.with_name(f"{run.previous}.stable") if run.previous else None
@@ -130,7 +132,8 @@ def _fitting(module: Any, adapter: Adapter) -> Iterator[None]:
         raise MethodError(
             "too little memory to train", expected=needs if full else "room for an adapter and what it is trained on",
             found=str(error).split("\n")[0][:120] or type(error).__name__,
-            do="set adapter=lora" if full else "set recompute=true, bits=4 or a lower rank, where they are settings",
+            do="set strategy=replay" if adapter.kind == "osf" else "set adapter=lora" if full else
+            "set recompute=true, bits=4 or a lower rank, where they are settings",
         ) from error  # fmt: skip
 
 
