@@ -17,7 +17,7 @@ from whet.methods import Method, Run, make
 from whet.methods.calibrate import Calibrate
 from whet.methods.continual import BY_ROWS, Continual
 from whet.methods.reward import metric_of
-from whet.metrics import Metric, get, in_points
+from whet.metrics import Metric, get
 from whet.progress import apart, figure
 from whet.retention import ALLOWED, Lost, Stream, drift, forgetting, loss, refused, stream
 from whet.scorecard import Scorecard, evaluate
@@ -118,7 +118,7 @@ def told(made: Update) -> list[str]:
         when = f"update {n}" if n else "start"
         cells = (figure(score, made.metrics.get(t, "")) for t, score in zip(found.tasks, row, strict=True))
         lines.append("".join(f"{cell:>{width}}" for cell in (when, *cells)))
-    shares = all(in_points(name) for name in made.metrics.values())
+    shares = all(abs(score) <= 1 for row in found.matrix for score in row if score is not None)
     unit, points = (100.0, " points") if shares else (1.0, "")
     forward = "" if found.forward is None else f", forward {unit * found.forward:+.1f}"
     lost = f"{unit * found.forgetting:.1f}{points} lost"
