@@ -17,6 +17,7 @@ from whet.prompt import (
     end_of_turn,
     escape,
     messages,
+    recent,
     render,
     shorten,
     specials_of,
@@ -287,6 +288,18 @@ def test_the_instruction_goes_last_of_all() -> None:
     assert len(cut[1][1]) <= 8  # all of the question that may go is gone first
     assert " … " in cut[0][1]
     assert count(cut) <= count(chat) - 60
+
+
+def test_the_oldest_exchanges_of_a_long_conversation_go_first() -> None:
+    talk = [turn for n in range(200) for turn in (("user", f"question {n} is asked"), ("assistant", f"answer {n}"))]
+    chat: Chat = (("system", "Be brief."), *talk, ("user", "What was the last question?"))
+    asked: list[int] = []
+    left = recent(chat, count(chat) - 100, lambda c: asked.append(1) or count(c))
+    assert count(left) <= 100 < count((left[0], *chat[-len(left) - 1 :])) and len(asked) < 20
+    assert left[0] == chat[0] and left[1:] == chat[-len(left) + 1 :] and left[1][0] == "user"
+    document: Chat = (("user", "word " * 300), ("assistant", "Read."), ("user", "Who?"), ("assistant", "I."), chat[-1])
+    assert recent(document, 100, count) == document  # one turn is cut instead
+    assert recent(chat, 10**6, count) == (chat[0], *chat[-3:])
 
 
 def test_shortening_ends_where_nothing_is_left() -> None:

@@ -256,6 +256,26 @@ def asides_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     return tuple(sorted(found.union(ASIDES)))
 
 
+def recent(chat: Chat, excess: int, count: Callable[[Chat], int]) -> Chat:
+    """A chat without as many of its oldest exchanges as hold `excess` tokens, where no turn alone holds that many.
+
+    The system turn stays, and so do the last turn and the exchange before it. `count` gives a chat's tokens.
+    """
+    lead = int(bool(chat) and chat[0][0] == "system")
+    starts = [n for n in range(lead, len(chat) - 1) if chat[n][0] == "user"]
+    longest = max((text for _, text in chat[lead:]), key=len, default="")
+    if len(starts) < 2 or count((("user", longest),)) > excess:
+        return chat
+    limit, low, high = count(chat) - excess, 0, len(starts) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if count((*chat[:lead], *chat[starts[middle] :])) <= limit:
+            high = middle
+        else:
+            low = middle + 1
+    return (*chat[:lead], *chat[starts[low] :])
+
+
 def shorten(chat: Chat, excess: int, count: Callable[[Chat], int]) -> Chat:
     """Cut at least `excess` tokens from the middle of the longest turns, instruction last of all, until it fits.
 

@@ -19,7 +19,7 @@ from whet.engine.replies import UNANSWERED
 from whet.errors import ArtifactError
 from whet.metrics import plain
 from whet.model import ModelRef, Transform, hash_files, local_folder, resolve
-from whet.prompt import SLOT, beside, framed, messages, shorten, to_text
+from whet.prompt import SLOT, beside, framed, messages, recent, shorten, to_text
 from whet.retrieval import BATCH, Found
 from whet.retrieval import Source as Documents
 from whet.sources import Source, revive_source
@@ -300,8 +300,8 @@ class System:
     ) -> tuple[list[Prompt], list[tuple[Found, ...]], list[bool]]:
         """What `fitting` gives, and between the two the passages that stand whole in each prompt.
 
-        Where the window is too short and the question's turn the longest, its last passages go first; only then texts
-        are cut, the best passage's, too.
+        Where the window is too short and the question's turn the longest, its last passages go first; then the oldest
+        exchanges of a long conversation; only then texts are cut, the best passage's, too.
         """
         read = self.found([e.query for e in examples]) if found is None else found
         prompts = self.prompts(examples, blind=blind, found=read)
@@ -319,7 +319,8 @@ class System:
                 kept[n] = kept[n][:-1]
                 chat = (*chat[:-1], ("user", beside(_pairs(kept[n]), framed(self.frame, examples[n].prompt))))
                 size = count(chat)
-            prompts[n] = chat = shorten(chat, size - most, count)
+            chat = recent(chat, size - most, count)
+            prompts[n] = chat = shorten(chat, max(0, count(chat) - most), count)
             kept[n] = tuple(f for f in kept[n] if f.passage.text in chat[-1][1])
             cut[n] = True
         return prompts, kept, cut

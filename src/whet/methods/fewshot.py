@@ -141,9 +141,16 @@ class FewShot:
         rows = self._bootstrapped(usable, start, data, run) if self.selection == "bootstrapped" else usable
         k = most = len(self.ids) or self.k
         new = self._shown(rows, start, data, run, k)
-        while not (fits := self._fits(new, asked, run)) and k > 1:
-            k -= 1
+        if not (fits := self._fits(new, asked, run)) and most > 1:
+            k, high = 1, most - 1  # the most that fit, by halves
+            while k < high:
+                middle = (k + high + 1) // 2
+                if self._fits(self._shown(rows, start, data, run, middle), asked, run):
+                    k = middle
+                else:
+                    high = middle - 1
             new = self._shown(rows, start, data, run, k)
+            fits = self._fits(new, asked, run)
         if k < most or not fits:
             holds = "no more" if fits else "not even that"
             run.notes["shown"] = f"{k} of {most}: the context window holds {holds}"
