@@ -19,7 +19,7 @@ from whet.extras import package
 from whet.model import as_dtype
 from whet.train.head import headed
 
-PRESERVED = 0.5  # of a layer's singular directions that osf leaves as they are: peft's default
+PRESERVED = 0.5  # of a layer's singular directions that osf keeps gradients out of: peft's default
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ def adapted(module: Any, adapter: Adapter, seed: int) -> Iterator[Any]:
         )  # fmt: skip
     if adapter.kind in ("dora", "osf") and not plain(module):
         raise MethodError(
-            f"{adapter.kind} changes the weights beneath it, which other layers share or which are packed",
+            f"{'DoRA' if adapter.kind == 'dora' else 'osf'} rescales the weights beneath it, which other layers share "
+            "or which are packed",
             expected="an adapter that stands beside them", found=adapter.kind, do=f"set {instead}",
         )  # fmt: skip
     if adapter.apart:
