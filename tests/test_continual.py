@@ -538,6 +538,14 @@ def test_short_answers_may_grow_by_a_few_words() -> None:
     assert _overdone((0.0, 9.0), None) and _overdone((20.0, 31.0), None) and not _overdone((20.0, 29.0), None)
 
 
+def test_untrained_osf_changes_no_weight_in_half_precision() -> None:
+    module = make_model("llama").to(torch.bfloat16)
+    before = {n: p.clone() for n, p in module.named_parameters()}
+    with adapted(module, Adapter("osf"), 0) as tuned:
+        same = dict(adapters.merged(tuned, Adapter("osf")).named_parameters())
+    assert all(torch.equal(p, same[n]) for n, p in before.items())
+
+
 def test_osf_says_where_it_cannot_stand() -> None:
     module = make_model("gpt2")
     with pytest.raises(MethodError, match="osf takes linear layers apart"), adapted(module, Adapter("osf"), 0):

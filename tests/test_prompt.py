@@ -294,12 +294,15 @@ def test_the_oldest_exchanges_of_a_long_conversation_go_first() -> None:
     talk = [turn for n in range(200) for turn in (("user", f"question {n} is asked"), ("assistant", f"answer {n}"))]
     chat: Chat = (("system", "Be brief."), *talk, ("user", "What was the last question?"))
     asked: list[int] = []
-    left = recent(chat, count(chat) - 100, lambda c: asked.append(1) or count(c))
-    assert count(left) <= 100 < count((left[0], *chat[-len(left) - 1 :])) and len(asked) < 20
+    for most in (100, 300, 700, 1500, 3000):
+        left = recent(chat, count(chat) - most, lambda c: asked.append(1) or count(c))
+        assert count(left) <= most < count((left[0], *chat[-len(left) - 1 :])) and len(asked) < 20
+        asked.clear()
     assert left[0] == chat[0] and left[1:] == chat[-len(left) + 1 :] and left[1][0] == "user"
     document: Chat = (("user", "word " * 300), ("assistant", "Read."), ("user", "Who?"), ("assistant", "I."), chat[-1])
     assert recent(document, 100, count) == document  # one turn is cut instead
     assert recent(chat, 10**6, count) == (chat[0], *chat[-3:])
+    assert recent((chat[0], chat[-1]), 10**6, count) == (chat[0], chat[-1])  # nothing was said before
 
 
 def test_shortening_ends_where_nothing_is_left() -> None:
