@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import threading
 import time
@@ -26,7 +27,7 @@ from whet.methods import Run
 from whet.methods.rag import Rag
 from whet.model import resolve
 from whet.prompt import from_text, messages, to_text
-from whet.retrieval import Found, Index, Source, build
+from whet.retrieval import Found, Index, Source, build, merged, scored
 from whet.scorecard import evaluate, protocol
 from whet.store import Store
 from whet.system import Answer, Decoding, System
@@ -517,6 +518,15 @@ def test_a_long_document_leaves_room_for_others_in_a_ranking(home: Path) -> None
 HOPS = {"Route 67": "Route 67 is a state highway. It ends in Hoosick, near Troy.",
         "Hoosick": "A town of 6,924 inhabitants.", "Route 66 (song)": "A song on a state highway.",
         "Route 65": "A state highway that ends in Albany.", "Albany (town)": "A place of many people."}  # fmt: skip
+
+
+def test_words_and_meaning_are_mixed_in_standard_deviations() -> None:
+    # Words 4, 0, 2 deviate by sqrt(8/3), meaning 0.1, 0.5, 0.3 by sqrt(0.08/3): both are 0, 1, 2 times sqrt(3/2).
+    near, step = {"a": 0.1, "b": 0.5, "c": 0.3}, math.sqrt(1.5)
+    made = scored({"a": 4.0, "c": 2.0}, near, "both")
+    assert made == pytest.approx({"a": 0.8 * step, "b": 1.2 * step, "c": 1.0 * step})
+    assert merged({"a": 4.0, "c": 2.0}, near, "both") == ["b", "c", "a"]
+    assert scored({}, {"a": 0.3, "b": 0.3}, "both") == {"a": 0.0, "b": 0.0} and scored({}, {}, "both") == {}
 
 
 @needs_embedder

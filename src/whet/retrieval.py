@@ -50,6 +50,7 @@ Key = TypeVar("Key", int, str)
 DEPTH = 100  # passages of each ranking that are merged
 K1, B = 0.9, 0.4  # of BM25: Anserini's defaults (Yang et al. 2017)
 RANK_CONSTANT = 60  # of reciprocal rank fusion (Cormack et al. 2009)
+MEANING = 0.6  # of the score where words and meaning are mixed: chosen on train questions of three tasks (docs/rag.md)
 BATCH = 64  # questions whose similarities are held at once
 EXACT = 50_000  # passages up to which vectors are compared one by one; beyond, through FAISS's inverted lists
 COMPARED = 8  # questions that are compared with all of so many passages at once: 12 bytes for each pair
@@ -481,17 +482,27 @@ class Index(Corpus[int]):
 def scored(words: Mapping[Key, float], near: Mapping[Key, float], mix: str) -> Mapping[Key, float]:
     """Candidates by words and by meaning with one score each.
 
-    `both`: the mean of the two scores, each scaled to 0 … 1 over the candidates (Bruch et al. 2023, who find it above
-    reciprocal ranks). `ranks`: the sum of 1 / (60 + rank) (Cormack et al. 2009). `words`, `meaning`: one alone.
+    `both`: the weighted mean of the two scores, each from 0 on and in standard deviations over the candidates (Bruch et
+    al. 2023, who find such a mean above reciprocal ranks). `ranks`: the sum of 1 / (60 + rank) (Cormack et al. 2009).
+    `words`, `meaning`: one alone.
     """
     if mix in ("words", "meaning"):
         return words if mix == "words" else near
     if mix == "ranks":
         orders = [{key: n for n, key in enumerate(_ordered(one), 1)} for one in (words, near)]
         return {key: sum(1 / (RANK_CONSTANT + o[key]) for o in orders if key in o) for key in near}
-    top = max(words.values(), default=1.0)
-    low, high = min(near.values(), default=0.0), max(near.values(), default=1.0)
-    return {k: words.get(k, 0.0) / top + (v - low) / ((high - low) or 1.0) for k, v in near.items()}
+    said, meant = _spread([words.get(key, 0.0) for key in near]), _spread(list(near.values()))
+    return {k: (1 - MEANING) * w + MEANING * m for k, w, m in zip(near, said, meant, strict=True)}
+
+
+def _spread(scores: list[float]) -> list[float]:
+    """Scores from 0 on, in their standard deviations; zeros where all are equal."""
+    import numpy as np
+
+    if not scores:
+        return []
+    values = np.asarray(scores) - min(scores)
+    return [float(v) for v in values / (values.std() or 1.0)]
 
 
 def merged(words: Mapping[Key, float], near: Mapping[Key, float], mix: str) -> list[Key]:
