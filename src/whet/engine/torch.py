@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,6 +34,7 @@ from whet.engine import (
     until_stop,
 )
 from whet.engine.prefix import Row, Tokens
+from whet.engine.sampling import copies_of, sampler
 from whet.errors import EngineError
 from whet.prompt import asides_of, end_of_turn, ends_of, escape, render, specials_of, takes_system, unescape
 
@@ -42,7 +43,6 @@ DEVICE_TOKENS = 16_384  # on a GPU, which smaller passes leave idle between kern
 KEY_BYTES = 512 * 2**20  # keys and values of prompts held at once while generating; joining them needs as much again
 KEY_SHARE = 1 / 16  # of a GPU's memory, for the same
 SHARED_TEXT = 200  # characters from which on a common beginning is worth a second call of the tokenizer
-DRAWN = 2**24  # chances that are drawn from at once
 LOGIT_CELLS = 2**28  # logits of one pass: half a gigabyte in half precision
 LOGIT_ROWS = 1024  # places whose logits are in fp32 at once
 CACHES = ("past_key_values", "cache_params", "state")  # what families call the cache that they give back
@@ -350,8 +350,8 @@ class TorchSession(ByScores):
         device, dtype = self.module.device, self.module.dtype
         forest, units, own, kept, logits = ready.forest, ready.forest.units, ready.own, ready.kept, ready.logits
         live = [_Live(u.row, [], len(rows[u.row].prompt), u) for u in units]
-        copies = _copies(rows)
-        draw = _sampler(sampling, [(rows[u.row].prompt, copies[u.row], u.row) for u in units], device)
+        copies = copies_of(rows)
+        draw = sampler(sampling, [(rows[u.row].prompt, copies[u.row], u.row) for u in units], device)
         while live:
             for item, token in zip(live, draw(logits, [x.row for x in live], len(live[0].tokens)), strict=True):
                 item.tokens.append(token)
@@ -582,48 +582,6 @@ def decode_reads(forest: prefix.Forest, units: Sequence[prefix.Unit]) -> tuple[a
     return tuple(attention.Reads(start, stop, trunk, None) for trunk, (start, stop) in sorted(spans.items()))
 
 
-def _copies(rows: Sequence[Row]) -> list[int]:
-    """Of each row, how many before it have the same prompt: whatever runs together, no two copies draw alike."""
-    seen: dict[Tokens, int] = {}
-    numbers = []
-    for row in rows:
-        numbers.append(seen.get(row.prompt, 0))
-        seen[row.prompt] = numbers[-1] + 1
-    return numbers
-
-
-def _sampler(
-    sampling: Sampling, rows: Sequence[tuple[Tokens, int, int]], device: torch.device
-) -> Callable[[Tensor, list[int], int], list[int]]:
-    """A function (logits, rows, step) → tokens; noise depends on seed, prompt, copy and step, never on the batch.
-
-    `rows` are (prompt, which copy of it, number of the row).
-    """
-    if sampling.temperature <= 0:
-        return lambda logits, live, step: cast(list[int], logits.argmax(-1).tolist())
-    generators: dict[int, torch.Generator] = {}
-    for prompt, copy, row in rows:
-        seed = hash((sampling.seed, prompt, copy)) & 0x7FFF_FFFF_FFFF_FFFF
-        generators[row] = torch.Generator().manual_seed(seed)
-
-    def some(logits: Tensor, live: list[int]) -> list[int]:
-        chances, index = torch.softmax(logits.float() / sampling.temperature, -1), None
-        if sampling.top_p < 1:  # the nucleus: tokens before which less than top_p lies (Holtzman et al. 2020)
-            chances, index = chances.sort(-1, descending=True)
-            chances = chances.masked_fill(chances.cumsum(-1) - chances > sampling.top_p, 0)
-        total = chances.cumsum(-1)
-        point = torch.tensor([torch.rand(1, generator=generators[r]).item() for r in live], device=total.device)
-        place = torch.searchsorted(total, (point * total[:, -1])[:, None], right=True).clamp(max=total.shape[1] - 1)
-        return cast(list[int], (place if index is None else index.gather(1, place))[:, 0].tolist())
-
-    def draw(logits: Tensor, live: list[int], step: int) -> list[int]:
-        each = max(1, DRAWN // logits.shape[-1])  # rows at once: several copies of their chances are held
-        parts = range(0, len(live), each)
-        return [token for at in parts for token in some(logits[at : at + each], live[at : at + each])]
-
-    return draw
-
-
 # --- models whose attention cannot be shared: padded batches, transformers' own loops -------------------------------
 
 
@@ -684,8 +642,8 @@ def _generate_unshared(
 ) -> tuple[list[list[int]], int]:
     """Generate row by row with the model's own cache; where there is none, all is computed anew at each step."""
     answers: list[list[int]] = []
-    numbered = zip(rows, _copies(rows), strict=True)
-    draw = _sampler(sampling, [(r.prompt, c, n) for n, (r, c) in enumerate(numbered)], session.module.device)
+    numbered = zip(rows, copies_of(rows), strict=True)
+    draw = sampler(sampling, [(r.prompt, c, n) for n, (r, c) in enumerate(numbered)], session.module.device)
     turn = attention.turn(session.module)
     for n, row in enumerate(rows):
         cache, made = dict[str, Any](), list[int]()
