@@ -702,6 +702,23 @@ def test_prompts_that_do_not_fit_are_shortened_and_counted(tiny: System, session
         assert scores == [pytest.approx(cut.scores, abs=1e-4), pytest.approx(short.scores, abs=1e-4)]
 
 
+def test_long_choices_take_the_room_of_their_tokens_not_of_their_bytes(tiny: System, session: Session) -> None:
+    choices = ("positive " * 12 + "x", "the movie was bad " * 5 + "x")
+    taken = max(session.count(choices))
+    assert taken + 30 < max(map(len, choices))  # else this tells nothing
+    system = replace(tiny, decoding=Decoding((), True))
+
+    def row(size: int) -> Example:
+        return Example("1", "the movie was great " * size + "end", choices=choices)
+
+    size = max(n for n in range(200) if session.count(system.prompts([row(n)]))[0] + taken + 3 <= session.context)
+    fits, cut = system.answers([row(size), row(size + 2)], session)
+    assert (fits.truncated, cut.truncated) == (False, True)
+    assert system.room(row(1), session) == taken + 3
+    assert system.room(Example("1", "x", choices=("yes", "no")), session) == 5
+    assert replace(tiny, decoding=Decoding(max_tokens=9)).room(Example("1", "x"), session) == 9
+
+
 def test_passages_that_do_not_fit_are_not_shown_from_the_last_on(tiny: System, session: Session) -> None:
     def told(*lengths: int) -> list[Found]:
         return [Found(Passage(f"d{n}", "", f"{n} " + "the movie was great " * size, "", 0), 1.0)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Pair = tuple[str, str]  # (question, answer)
 Shown = Sequence[Sequence[Found]]  # the passages that each question is shown
+BYTES = 48  # of a choice up to which they stand for its tokens, of which they are more
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,15 @@ def _read(made: Sequence[Generation], decoding: Decoding) -> Answer:
     texts = [decoding.read(one.text) for one in made]
     first = made[texts.index(voted := _voted(texts))]
     return Answer(voted, finish=first.finish if decoding.after in first.text else "unmarked")
+
+
+def _longest(choices: Sequence[str], session: Session) -> int:
+    """Tokens that the longest choice and its turn's end take at most: as many as its bytes, where these are few.
+
+    Where they are more they are counted; one more, as a text may be cut otherwise behind a prompt than alone.
+    """
+    most = max(len(c.encode()) for c in choices)
+    return (most if most <= BYTES else max(session.count(choices)) + 1) + 2
 
 
 def _greatest(choices: Sequence[str], scores: tuple[float, ...], truncated: bool) -> Answer:
@@ -287,6 +297,12 @@ class System:
                                 found=", ".join(corpus.ids()[:3]), do="give documents the same ids")  # fmt: skip
         return ["\n".join(ids) for ids in source.rank([e.query for e in examples], self.home, most)]
 
+    def room(self, example: Example, session: Session) -> int:
+        """Tokens of the context window that an answer to this example may take, the turn's end included."""
+        if self._kind(example) == "free":
+            return self.decoding.max_tokens
+        return _longest(example.choices or self.decoding.spoken, session)
+
     def fitting(
         self, examples: Sequence[Example], session: Session, room: Sequence[int], *, blind: bool = False,
         found: Shown | None = None,
@@ -373,9 +389,8 @@ class System:
     ) -> tuple[list[tuple[str, ...]], list[Prompt], list[tuple[Found, ...]], list[bool]]:
         """Each example's closed set as it is said, and what `_fitted` gives with room for the longest of it."""
         sets = [e.choices or self.decoding.spoken for e in examples]
-        # A label is at most as many tokens as its bytes; one more ends the turn.
-        room = [max(len(c.encode()) for c in choices) + 2 for choices in sets]
-        return sets, *self._fitted(examples, session, room, blind, found)
+        room = {choices: _longest(choices, session) for choices in dict.fromkeys(sets)}
+        return sets, *self._fitted(examples, session, [room[choices] for choices in sets], blind, found)
 
     def _choose(
         self, examples: Sequence[Example], session: Session, progress: Progress | None, found: Shown, blind: bool

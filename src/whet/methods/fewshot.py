@@ -170,8 +170,7 @@ class FewShot:
         if demos.selection == "nearest":
             system = replace(system, demonstrations=Demonstrations(demos.pool[: demos.k]))
         sizes = sorted(session.count(system.prompts(some)))
-        room = max(session.count([e.completion for e in some]), default=0)
-        room = room if system.decoding.closed else system.decoding.max_tokens
+        room = max((system.room(e, session) for e in some), default=0)
         return not sizes or sizes[int(0.95 * (len(sizes) - 1))] + room <= session.context
 
     def _bootstrapped(self, usable: Sequence[Example], start: System, data: Learnable, run: Run) -> list[Example]:
