@@ -327,6 +327,15 @@ def test_stop_strings(models: Any, tokenizer: Any, family: str) -> None:
     assert other == free
 
 
+def test_a_stop_string_of_many_tokens_ends_an_answer(models: Any, tokenizer: Any) -> None:
+    session = TorchSession(models["llama"], tokenizer)
+    stop = "zq " * 12 + "xj"
+    said = tokenizer.encode("a review: " + stop, add_special_tokens=False)
+    assert len(tokenizer.encode(stop, add_special_tokens=False)) > 20  # else this tells nothing
+    sampling = Sampling(max_tokens=999, stop=("never to be seen", stop))
+    assert session._ended(said, sampling) and not session._ended(said[:-1], sampling)
+
+
 def test_max_tokens_and_copies_of_greedy(models: Any, tokenizer: Any) -> None:
     session = TorchSession(models["llama"], tokenizer)
     found = session.generate(CHATS, Sampling(max_tokens=5, n=3))

@@ -292,8 +292,9 @@ class TorchSession(ByScores):
     def _ended(self, tokens: list[int], sampling: Sampling) -> bool:
         if tokens[-1] in self.stop_ids or len(tokens) >= sampling.max_tokens:
             return True
-        # A stop string may lie across tokens: look at the tail only.
-        tail = self.tokenizer.decode(tokens[-16:]) if sampling.stop else ""
+        # A stop string may lie across tokens, as many as its bytes at most: look at the tail only.
+        longest = max((len(s.encode()) for s in sampling.stop), default=0)
+        tail = self.tokenizer.decode(tokens[-longest - 1:]) if longest else ""
         return any(s in tail for s in sampling.stop)
 
     def _generate_shared(

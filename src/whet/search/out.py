@@ -137,9 +137,10 @@ def _shortcomings(job: _Job, finalist: Trial | None, cards: dict[str, Scorecard]
         if card.truncated:
             found.append(f"{card.truncated} prompts of {name} were longer than the context window: shortened")
         if card.unended:
-            room = (finalist.system if finalist and name != "base" else job.bases[0]).decoding.max_tokens
-            found.append(f"{card.unended} of {card.n} answers of {name} were cut at {room} tokens: more room is "
-                         "`max_tokens` in task.yaml")  # fmt: skip
+            asked = {"base": job.bases[0], "chosen": finalist.system if finalist else None}.get(name)
+            room = f" at {asked.decoding.max_tokens} tokens" if asked else ""
+            found.append(f"{card.unended} of {card.n} answers of {name} were cut{room}: more room is `max_tokens` in "
+                         "task.yaml")  # fmt: skip
         if card.failed:
             found.append(f"the metric failed on {card.failed} examples of {name}")
     return found
