@@ -19,8 +19,6 @@ from whet.errors import WhetError, nearest
 
 if TYPE_CHECKING:
     from whet.progress import Watch
-    from whet.reading import Reading
-    from whet.scorecard import Scorecard
     from whet.system import System
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -208,17 +206,6 @@ def _settings(words: tuple[str, ...]) -> dict[str, str]:
     return {word.partition("=")[0]: word.partition("=")[2] for word in words}
 
 
-def _reading(system: Any, rows: Any, metric: Any, watch: Watch) -> Any:
-    """How a System reads its passages. Raises MethodError where it has none."""
-    from whet.errors import MethodError
-    from whet.reading import measure
-
-    if not system.sources:
-        raise MethodError("--reading needs a System with documents", found="none", do="make one: whet apply rag")
-    watch.tell("reading with other passages", 0, 1)
-    return measure(system, rows, metric, system.session)
-
-
 @main.command(epilog=example("whet evaluate runs/sst2/system TASK", "whet evaluate smollm2-135m TASK --split dev"))
 @click.argument("system")
 @click.argument("task", type=click.Path())
@@ -238,6 +225,8 @@ def evaluate(
 
     from whet import scorecard
     from whet.methods import Run
+    from whet.reading import lines as reading_lines
+    from whet.reading import measure
     from whet.store import Store, place_for_file, write_text
     from whet.task import load
 
@@ -257,36 +246,18 @@ def evaluate(
         if not opened.model.remote:
             watch.tell("measuring latency and memory", 0, 1)
             card = scorecard.measure(card, opened, rows)
-        read = _reading(opened, rows, metric, watch) if reading else None
+        read = None
+        if reading:
+            watch.tell("reading with other passages", 0, 1)
+            read = measure(opened, rows, metric, opened.session)
     if as_json:
         _print(card.record() | ({"reading": asdict(read)} if read else {}))
     else:
-        _tell(card, read)
+        print("\n".join(scorecard.lines(card)))
+        if read:
+            print("\n".join(reading_lines(read, card.metric)))
     if answers:
         write_text(answers, "".join(json.dumps(asdict(o), ensure_ascii=False) + "\n" for o in card.outcomes))
-
-
-def _tell(card: Scorecard, read: Reading | None) -> None:
-    """Print a scorecard for people."""
-    from dataclasses import asdict
-
-    from whet.metrics import in_points
-    from whet.progress import figure
-    from whet.reading import SCORES
-
-    score, low, high = (figure(one, card.metric) for one in (card.score, card.low, card.high))
-    print(f"{card.metric}  {score}  [{low}, {high}]  on {card.n} examples")
-    alone = f", {card.latency_ms:.0f} ms each, one at a time" if card.latency_ms else ""
-    print(f"{card.seconds:.1f} s of answering{alone}")
-    if card.memory_bytes and card.size_bytes:
-        print(f"{card.size_bytes / 1e6:.0f} MB on disk, {card.memory_bytes / 1e6:.0f} MB of memory at most")
-    for count, what in ((card.truncated, "prompts were shortened"), (card.failed, "examples could not be scored"),
-                        (card.unended, "answers were cut (max_tokens)")):  # fmt: skip
-        if count:
-            print(f"{count} {what}")
-    for name, value in asdict(read).items() if read else ():
-        places = 2 if name in SCORES and not in_points(card.metric) else 1
-        print(f"  {name:<10} {'–' if value is None else f'{value:.{places}f}'}")
 
 
 @main.command(epilog=example("whet compare smollm2-135m runs/sst2/system TASK"))
@@ -481,7 +452,7 @@ def chat(system: str, trust: bool, as_json: bool, debug: bool) -> None:
     """Talk to a System, one prompt a line.
 
     An empty line or Ctrl-D ends. What an answer stands in is named, or that it stands nowhere."""
-    from whet.reading import citations, unsupported
+    from whet.reading import citations, origins, unsupported
     from whet.system import load
 
     opened = load(system, trust=trust)
@@ -502,11 +473,8 @@ def chat(system: str, trust: bool, as_json: bool, debug: bool) -> None:
         body = {"answer": answer.text, "scores": scores, **({"citations": from_} if from_ else {})}
         print(json.dumps(body, ensure_ascii=False) if as_json else answer.text, flush=True)
         if not as_json:
-            for one in from_:
-                if one["cited"]:
-                    # a fact stands nowhere
-                    where = f" ({one['where']}, from word {one['start'] + 1})" if one["where"] else ""
-                    print(f"  from {one['title'] or one['document']}{where}")
+            for line in origins(from_):
+                print(line)
             if said := unsupported(opened, answer):
                 print(f"  {said}")
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from whet.engine import Session
+from whet.errors import MethodError
 from whet.metrics import Metric, in_points, references, score_all, squad, stands
 from whet.retrieval import BEHIND, Found
 from whet.retrieval import Source as Documents
@@ -132,6 +133,23 @@ def citations(answer: str, shown: Sequence[Found]) -> list[dict[str, Any]]:
              "start": f.passage.start, "cited": f in held} for f in shown]  # fmt: skip
 
 
+def origins(found: Sequence[dict[str, Any]]) -> list[str]:
+    """Where an answer stands, for people: a line for each of its `citations`; a fact has no place in a document."""
+    cited = (one for one in found if one["cited"])
+    places = ((one, f" ({one['where']}, from word {one['start'] + 1})" if one["where"] else "") for one in cited)
+    return [f"  from {one['title'] or one['document']}{where}" for one, where in places]
+
+
+def lines(read: Reading, metric: str) -> list[str]:
+    """How a System reads, for people: a figure a line."""
+    points = in_points(metric)
+    made = []
+    for name, value in asdict(read).items():
+        places = 2 if name in SCORES and not points else 1
+        made.append(f"  {name:<10} {'–' if value is None else f'{value:.{places}f}'}")
+    return made
+
+
 def unsupported(system: System, answer: Answer) -> str:
     """That a written answer stands in nothing that was looked up, in words; empty where it does, or says no answer.
 
@@ -191,7 +209,12 @@ class Reading:
 
 
 def measure(system: System, examples: Sequence[Example], metric: Metric, session: Session) -> Reading:
-    """Read the same questions with the passages found, with the right ones alone, and with wrong ones only."""
+    """Read the same questions with the passages found, with the right ones alone, and with wrong ones only.
+
+    Raises MethodError for a System that looks nothing up.
+    """
+    if not system.sources:
+        raise MethodError("--reading needs a System with documents", found="none", do="make one: whet apply rag")
     given = system.answers(examples, session)
     answers, shown = [a.text for a in given], [a.passages for a in given]
     deep = _around(system, examples, shown)

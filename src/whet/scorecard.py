@@ -320,3 +320,18 @@ def versions() -> dict[str, str]:
 
     names = ("torch", "transformers", "peft", "scikit-learn", "numpy", "scipy", "sacrebleu", "rouge-score")
     return {"whet": __version__, "python": sys.version.split()[0], **{n: version(n) for n in names}}
+
+
+def lines(card: Scorecard) -> list[str]:
+    """A scorecard for people, in lines."""
+    from whet.progress import figure
+
+    score, low, high = (figure(one, card.metric) for one in (card.score, card.low, card.high))
+    alone = f", {card.latency_ms:.0f} ms each, one at a time" if card.latency_ms else ""
+    made = [f"{card.metric}  {score}  [{low}, {high}]  on {card.n} examples",
+            f"{card.seconds:.1f} s of answering{alone}"]  # fmt: skip
+    if card.memory_bytes and card.size_bytes:
+        made.append(f"{card.size_bytes / 1e6:.0f} MB on disk, {card.memory_bytes / 1e6:.0f} MB of memory at most")
+    wrong = {"prompts were shortened": card.truncated, "examples could not be scored": card.failed,
+             "answers were cut (max_tokens)": card.unended}  # fmt: skip
+    return [*made, *(f"{count} {what}" for what, count in wrong.items() if count)]
