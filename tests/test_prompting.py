@@ -472,6 +472,10 @@ def test_fewer_are_shown_where_the_window_is_short(base: System) -> None:
     huge = (replace(rows[0], prompt="long " * 2000), replace(rows[1], prompt="longer " * 2000))
     FewShot(k=2).apply(base, replace(DATA, train=huge), run)
     assert run.notes["shown"] == "1 of 2: the context window holds not even that"
+    wordy = replace(base, decoding=Decoding(max_tokens=300))  # what is written needs room, too
+    made, session = FewShot(k=16).apply(wordy, replace(DATA, train=rows), run), run.session(base.model)
+    assert len(made.demonstrations.pool) in (3, 4)
+    assert max(session.count(made.prompts(rows))) + 300 <= session.context
 
 
 def test_inputs_that_say_nothing(base: System) -> None:
