@@ -1041,7 +1041,9 @@ def test_trainings_read_what_the_best_arm_reads_and_vary(model_folder: str) -> N
         assert training._sourced(job, tuned).name == found
     named = [r.name for r in training._others(asked(model_folder, data), parse("rag(k=1)+finetune"))]
     assert named[0] == "finetune" and "rag(k=1)+finetune(learning_rate=0.0003)" in named
-    assert any("adapter=dora" in n for n in named) and any("adapter=full" in n for n in named)
+    plain: list[Any] = [r.methods[-1] for r in training._others(asked(model_folder, data), parse("finetune"))]
+    rates = {kind: [m.rate for m in plain if (m.adapter, m.rank) == (kind, 16)] for kind in ("lora", "dora", "full")}
+    assert rates == {"lora": [3e-4], "dora": [1e-3, 3e-4], "full": [1e-4, 3e-5]}  # LoRA's first came before
     assert list(training._others(asked(model_folder, data), recipe("dpo"))) == []
 
 
