@@ -520,6 +520,14 @@ HOPS = {"Route 67": "Route 67 is a state highway. It ends in Hoosick, near Troy.
         "Route 65": "A state highway that ends in Albany.", "Albany (town)": "A place of many people."}  # fmt: skip
 
 
+def test_what_looks_nothing_up_reads_nothing(home: Path) -> None:
+    from whet.metrics import get
+    from whet.reading import measure
+
+    with pytest.raises(MethodError, match="needs a System with documents"):
+        measure(System(resolve("smollm2-135m"), home=home), [], get("token_f1"), None)  # type: ignore[arg-type]
+
+
 def test_words_and_meaning_are_mixed_in_standard_deviations() -> None:
     # Words 4, 0, 2 deviate by sqrt(8/3), meaning 0.1, 0.5, 0.3 by sqrt(0.08/3): both are 0, 1, 2 times sqrt(3/2).
     near, step = {"a": 0.1, "b": 0.5, "c": 0.3}, math.sqrt(1.5)

@@ -253,9 +253,7 @@ def evaluate(
     if as_json:
         _print(card.record() | ({"reading": asdict(read)} if read else {}))
     else:
-        print("\n".join(scorecard.lines(card)))
-        if read:
-            print("\n".join(reading_lines(read, card.metric)))
+        print("\n".join([*scorecard.lines(card), *(reading_lines(read, card.metric) if read else ())]))
     if answers:
         write_text(answers, "".join(json.dumps(asdict(o), ensure_ascii=False) + "\n" for o in card.outcomes))
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Pair = tuple[str, str]  # (question, answer)
 Shown = Sequence[Sequence[Found]]  # the passages that each question is shown
-BYTES = 48  # of a choice up to which they stand for its tokens, of which they are more
+BYTES = 48  # up to so many of a choice leave room for as many tokens, which it never takes; beyond, tokens are counted
 
 
 @dataclass(frozen=True)
