@@ -525,7 +525,7 @@ def test_what_looks_nothing_up_reads_nothing(home: Path) -> None:
     from whet.reading import measure
 
     with pytest.raises(MethodError, match="needs a System with documents"):
-        measure(System(resolve("smollm2-135m"), home=home), [], get("token_f1"), None)  # type: ignore[arg-type]
+        measure(System(resolve("fake:hash"), home=home), [], get("token_f1"), None)  # type: ignore[arg-type]
 
 
 def test_words_and_meaning_are_mixed_in_standard_deviations() -> None:
