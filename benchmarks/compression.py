@@ -12,7 +12,7 @@ teach      context distillation: the teacher is the base with 16 demonstrations,
            Scores, and latency with cold caches.
 students   at most 62 % of the parameters: MLPs narrowed or layers dropped, and the vocabulary trimmed; healed by
            distillation and by fine-tuning, with the same tokens, each at the better of `--rates` by 300 select rows.
-composed   the first of these students, distilled, in 4 bits.
+composed   the first of these students, distilled, in 4 bits, but for what 18 % of the bytes leave room for.
 
 Students and composed are also taught by the prompts, without their answers, of `--unlabelled` more train rows: what no
 fine-tuning can use.
@@ -45,6 +45,7 @@ SHAPES = ("prune(width=0.5,spare=500)", "prune(layers=22,spare=500)", "prune(lay
           "prune(spare=500)+share(groups=0.5)")  # fmt: skip
 ASKED = {8: (0.52, 0.01, 1.6), 4: (0.36, 0.02, 1.0)}  # bits: at most of the bytes, points lost; at least decoded
 RATES = (3e-5, 1e-4)  # of students' trainings: 3e-4 undoes what is left of a model that lost a quarter of its layers
+COMPOSED = 0.18  # of the bytes that everything at once may take
 CHOSEN_ON = 300  # select rows by which the rate is chosen
 WORDS = ("the", "story", "of", "people", "in", "a", "city", "was", "not", "bad", "at", "all", "and", "funny")
 NEW, LONG = 64, 500  # tokens decoded, words read
@@ -70,13 +71,17 @@ class Bench(common.Bench):
         self.heal = {rate: f"distill(adapter=full,learning_rate={rate}{file})" for rate in options.rates}
         self.tune = {rate: f"finetune(adapter=full,learning_rate={rate})" for rate in options.rates}
 
-    def made(self, recipe: str, start: Any, tokens: int | None = None) -> tuple[Any, dict[str, Any], float]:
-        """What a recipe makes of a System, its notes, and the seconds that took."""
+    def made(
+        self, recipe: str, start: Any, tokens: int | None = None, size: int | None = None
+    ) -> tuple[Any, dict[str, Any], float]:
+        """What a recipe makes of a System in at most `size` bytes, its notes, and the seconds that took."""
         from whet.search.recipe import parse
 
-        run = replace(self.run, notes={}, trained_tokens=tokens)
+        run, data = replace(self.run, notes={}, trained_tokens=tokens), self.data
+        if size:
+            data = replace(data, limits=replace(data.limits, size=size))
         begun = time.perf_counter()
-        system = parse(recipe).run(start, self.data, run)
+        system = parse(recipe).run(start, data, run)
         return system, run.notes, time.perf_counter() - begun
 
     def healed(self, shape: str, ways: dict[float, str]) -> tuple[float, Any, float]:
@@ -264,17 +269,17 @@ def students(bench: Bench) -> dict[str, Any]:
 
 
 def composed(bench: Bench) -> dict[str, Any]:
-    """Everything at once."""
+    """Everything at once; what the limit of bytes leaves room for stays in 8 bits."""
     from whet.scorecard import size_bytes
 
     shape = bench.options.shapes[0]
-    recipe = f"{shape}+{bench.heal[bench.healed(shape, bench.heal)[0]]}+quantize(bits=4,embedding=4)"
-    system, _, seconds = bench.made(recipe, bench.tuned, bench.options.tokens)
-    card, size = bench.tested(system), size_bytes(system)
     whole = 2 * sum(p.numel() for p in bench.run.session(bench.tuned.model).module.parameters())
+    recipe = f"{shape}+{bench.heal[bench.healed(shape, bench.heal)[0]]}+quantize(bits=4,embedding=4)"
+    system, _, seconds = bench.made(recipe, bench.tuned, bench.options.tokens, round(COMPOSED * whole))
+    card, size = bench.tested(system), size_bytes(system)
     lost, bound = bench.lost(card)
     print(f"\n### composed: {recipe}: {size / 1e6:.1f} MB, {100 * size / whole:.1f} % of the bytes "
-          f"(asked: at most 18), {100 * card.score:.1f}, points lost {lost} (bound {bound}; asked: 3), "
+          f"(asked: at most {100 * COMPOSED:.0f}), {100 * card.score:.1f}, points lost {lost} (bound {bound}; asked: 3), "
           f"{seconds:.0f} s")  # fmt: skip
     return {"bytes": size / whole, "score": card.score, "lost": lost}
 

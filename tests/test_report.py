@@ -229,12 +229,12 @@ def test_verdict_is_one_printable_line(case: int) -> None:
 def test_what_selection_flattered_is_printed_below_the_verdict() -> None:
     said = report.summary(rich()).splitlines()
     assert said == [report.verdict(rich()),
-                    "Select said 92.8 (+21.8 over the base) of it, sealed data says 92.4 (+21.2): a shrinkage of 0.4 "
-                    "points."]  # fmt: skip
+                    "Select said 92.8 (+21.8 over the base) of finetune(rank=16)+calibrate(kind=batch), sealed data says "
+                    "92.4 (+21.2): a shrinkage of 0.4 points."]  # fmt: skip
     kept = {**rich(), "chosen": {"recipe": [], "handed": False}}
     assert "of the best candidate" in report.summary(kept)
     more = {**rich(), "selection": {"select": 0.9, "confirm": 0.924, "shrinkage": -0.024}}
-    assert report.summary(more).endswith("Select said 90.0 of it, sealed data says 92.4: no shrinkage.")
+    assert report.summary(more).endswith("(kind=batch), sealed data says 92.4: no shrinkage.")
     assert report.summary({}) == report.verdict({})
 
 

@@ -203,8 +203,7 @@ def _figures(result: Record, details: Record, arms: Sequence[Arm], scale: Scale)
 
 def _headline(result: Record, scale: Scale) -> dict[str, Any]:
     """The figures under the verdict: (label, figure, interval) each, and comparisons in words."""
-    confirm, chosen = record(result.get("confirm")), record(result.get("chosen"))
-    handed = view.handed(result)
+    confirm, handed = record(result.get("confirm")), view.handed(result)
     paired = handed or view.opened(confirm)
     sides = [("Base", "base"), (view.second(result), "chosen")][: 2 if paired else 1]
     tiles = [(label, scale.score(number(card.get("score"))),
@@ -214,12 +213,17 @@ def _headline(result: Record, scale: Scale) -> dict[str, Any]:
     if difference is not None:
         low, high = number(confirm.get("low")), number(confirm.get("high"))
         tiles.append(("Gain", scale.gain(difference), scale.span(low, high, signed=True)))
-    name = next((a.name for a in view.arms(result) if a.kind == "chosen"), "") or (
-        "+".join(line(s.get("method")) for s in records(chosen.get("recipe"))))
     winner = view.winning_baseline(result)
-    return {"tiles": tiles, "name": name, "good": bool(confirm.get("improved")),
+    return {"tiles": tiles, "name": _chosen(result), "good": bool(confirm.get("improved")),
             "p": view.p_value(_decided(confirm)) if difference is not None else "", "single": _single(confirm, scale),
             "winner": (winner[0], scale.score(winner[1]), winner[2]) if winner else None}
+
+
+def _chosen(result: Record) -> str:
+    """The name of the chosen recipe; empty where there is none."""
+    recipe = records(record(result.get("chosen")).get("recipe"))
+    return next((a.name for a in view.arms(result) if a.kind == "chosen"), "") or (
+        "+".join(line(s.get("method")) for s in recipe))
 
 
 def _decided(comparison: Record) -> float | None:
@@ -342,7 +346,8 @@ def _shrunk(result: Record, scale: Scale) -> str:
     select, confirmed, shrinkage = (number(selection.get(key)) for key in ("select", "confirm", "shrinkage"))
     if select is None or confirmed is None:
         return ""
-    who = "it" if view.handed(result) else "the best candidate"
+    name = _chosen(result)
+    who = (name or "it") if view.handed(result) else f"the best candidate{f', {name}' if name else ''}"
     less = shrinkage is not None and shrinkage > 0
     moved = f": a shrinkage of {scale.score(shrinkage)}{scale.unit}" if less else ": no shrinkage"
     # Rows of one split may be easier than those of the other, or have more references: gains tell that apart.

@@ -57,6 +57,9 @@ def _written(value: Any) -> str:
     return "" if value is None else json.dumps(value, default=str, ensure_ascii=False)
 
 
+TITLES = {"macro_f1": "macro-F1", "token_f1": "token F1", "rouge_l": "ROUGE-L", "bleu": "BLEU", "chrf": "chrF"}
+
+
 # -- numbers as words --------------------------------------------------------------------------------------------
 
 
@@ -78,7 +81,7 @@ class Scale:
     @property
     def title(self) -> str:
         """The metric's name in words."""
-        return self.metric.replace("_", " ")
+        return TITLES.get(self.metric) or self.metric.replace("_", " ")
 
     @property
     def heading(self) -> str:
