@@ -279,8 +279,8 @@ def composed(bench: Bench) -> dict[str, Any]:
     card, size = bench.tested(system), size_bytes(system)
     lost, bound = bench.lost(card)
     print(f"\n### composed: {recipe}: {size / 1e6:.1f} MB, {100 * size / whole:.1f} % of the bytes "
-          f"(asked: at most {100 * COMPOSED:.0f}), {100 * card.score:.1f}, points lost {lost} (bound {bound}; asked: 3), "
-          f"{seconds:.0f} s")  # fmt: skip
+          f"(asked: at most {100 * COMPOSED:.0f}), {100 * card.score:.1f}, points lost {lost} (bound {bound}; "
+          f"asked: 3), {seconds:.0f} s")  # fmt: skip
     return {"bytes": size / whole, "score": card.score, "lost": lost}
 
 

@@ -229,8 +229,8 @@ def test_verdict_is_one_printable_line(case: int) -> None:
 def test_what_selection_flattered_is_printed_below_the_verdict() -> None:
     said = report.summary(rich()).splitlines()
     assert said == [report.verdict(rich()),
-                    "Select said 92.8 (+21.8 over the base) of finetune(rank=16)+calibrate(kind=batch), sealed data says "
-                    "92.4 (+21.2): a shrinkage of 0.4 points."]  # fmt: skip
+                    "Select said 92.8 (+21.8 over the base) of finetune(rank=16)+calibrate(kind=batch), sealed data "
+                    "says 92.4 (+21.2): a shrinkage of 0.4 points."]  # fmt: skip
     kept = {**rich(), "chosen": {"recipe": [], "handed": False}}
     assert "of the best candidate" in report.summary(kept)
     more = {**rich(), "selection": {"select": 0.9, "confirm": 0.924, "shrinkage": -0.024}}
