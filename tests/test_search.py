@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whet import documents, embed, improve, probe
+from whet import documents, embed, improve, probe, search
 from whet.engine import Spent
 from whet.errors import ArtifactError, EngineError, MethodError, StoreError, TaskError, WhetError
 from whet.feedback import Judged
@@ -1026,25 +1026,101 @@ def test_judgements_and_rewards_go_on_from_a_training(model_folder: str) -> None
     assert training.behind(asked(model_folder, replace(data, judged=pair), "finetune", "dpo"), tuned) == ["dpo"]
     assert training.behind(asked(model_folder, replace(data, judged=pair)), recipe("dpo")) == []
     assert training.behind(asked(model_folder, replace(data, metric="perplexity")), tuned) == []
+    # A reward model learns from pairs: thumbs alone leave the metric, and none where that scores no answers.
+    assert training.behind(asked(model_folder, replace(data, judged=thumbs)), tuned) == ["kto", "rl"]
+    assert training.behind(asked(model_folder, replace(data, judged=thumbs, metric="perplexity")), tuned) == ["kto"]
+    assert training.behind(asked(model_folder, replace(data, judged=pair), "finetune", "kto"), tuned) == ["kto"]
+    only = training.first(asked(model_folder, data, "rl"))
+    assert only is not None and only.name == "rl"
 
 
-def test_trainings_read_what_the_best_arm_reads_and_vary(model_folder: str) -> None:
-    rows = tuple(Example(str(n), f"p{n}", ("x", "y")[n % 2]) for n in range(20))
-    data = Learnable("t", "say", "accuracy", ("x", "y"), rows)
+def test_what_goes_on_from_a_training_is_not_starved_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each training takes a minute, reinforcement four: who gets how much of what is left."""
+    costs = {"rl": 240.0}
 
-    def trial(name: str) -> Any:
-        return SimpleNamespace(recipe=parse(name) if name else Recipe(), card=True, examples=4)
+    def raced(left: float, *methods: str) -> tuple[list[str], list[str]]:
+        trials: list[Any] = []
 
-    tuned = recipe("finetune")
-    for best, found in (("rag(k=1)+calibrate", "rag(k=1)+finetune"), ("fewshot", "finetune"), ("", "finetune")):
-        job = asked(model_folder, data, trials=[trial(""), trial("calibrate"), trial(best)])
-        assert training._sourced(job, tuned).name == found
-    named = [r.name for r in training._others(asked(model_folder, data), parse("rag(k=1)+finetune"))]
-    assert named[0] == "finetune" and "rag(k=1)+finetune(learning_rate=0.0003)" in named
-    plain: list[Any] = [r.methods[-1] for r in training._others(asked(model_folder, data), parse("finetune"))]
-    rates = {kind: [m.rate for m in plain if (m.adapter, m.rank) == (kind, 16)] for kind in ("lora", "dora", "full")}
-    assert rates == {"lora": [3e-4], "dora": [1e-3, 3e-4], "full": [1e-4, 3e-5]}  # LoRA's first came before
-    assert list(training._others(asked(model_folder, data), recipe("dpo"))) == []
+        class Clocked:
+            select, data, merit, enter = [0] * 4, None, staticmethod(lambda _: 0), None
+
+            @property
+            def left(self) -> float:
+                return left - sum(t.cost for t in trials)
+
+        def enter(one: Recipe, *_: Any, tokens: int = 1) -> Any:
+            trials.append(SimpleNamespace(recipe=one, cost=costs.get(one.methods[-1].name, 60.0), card=True, notes={},
+                                          status="done"))  # fmt: skip
+            trials[-1].notes["allowed"] = tokens
+            return trials[-1]
+
+        race: Any = Clocked()
+        race.trials, race.enter = trials, enter
+        job: Any = SimpleNamespace(race=race, wish=Wish(methods=methods), skipped=[], bases=[])
+        for name, stand in (("_best_model", None), ("_held", {}), ("_calibrates", False), ("_disputed", False),
+                            ("_wished", False)):  # fmt: skip
+            monkeypatch.setattr(training, name, lambda *_, stand=stand: stand)
+        monkeypatch.setattr(training, "_sourced", lambda _, tuned: tuned)
+        monkeypatch.setattr(training, "behind", lambda *_: ["rl"])
+        monkeypatch.setattr(training, "enter", lambda _, one, *__: enter(one))
+        assert training.race(job, recipe("finetune"))
+        return [t.recipe.name for t in trials], [d["why"] for d in job.skipped]
+
+    assert raced(180, "finetune", "rl")[0] == ["finetune", "finetune+rl"]  # asked for by name, it comes first
+    found, why = raced(480)
+    assert "finetune+rl" not in found and "4 times the training's" in why[0] and len(why) == 1
+    assert raced(720)[0][:3] == ["finetune", "finetune+rl", "finetune(adapter=dora)"]
+    assert raced(90, "finetune", "rl")[1] == ["0:30 is left, and sampling takes some 1 times the training's 1:00"]
+
+
+def test_facts_that_are_not_taught_for_want_of_time_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = SimpleNamespace(recipe=recipe("finetune"), cost=60.0, card=True, notes={"allowed": 1}, status="done")
+    race = SimpleNamespace(trials=[one], left=30.0)
+    job: Any = SimpleNamespace(race=race, wish=Wish(), skipped=[], bases=[])
+    taught = recipe(("knowledge", {"mode": "train"}))
+    for name, stand in (("_best_model", None), ("_held", {}), ("_calibrates", False), ("behind", []),
+                        ("_taught", taught), ("enter", one), ("_sourced", recipe("finetune"))):  # fmt: skip
+        monkeypatch.setattr(training, name, lambda *_, stand=stand, **__: stand)
+    assert training.race(job, recipe("finetune"))
+    [left_out] = job.skipped
+    assert left_out == {"method": taught.name, "why": "0:30 is left, and a training takes some 1:00"}
+
+
+def test_weights_that_people_and_earlier_tasks_judge(
+    tmp_path: Path, model_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The three families that train in one run: `earlier:`, judgements, a reward."""
+    monkeypatch.setattr("whet.search.measure_rates", lambda *_: Rates(5_000, 2_000, 10))
+    monkeypatch.setattr(training, "SAMPLED", 0.1)
+    monkeypatch.setattr(training, "LEAST_TOKENS", 50)
+    write_task(tmp_path / "older", train=24, test=12, name="older")
+    folder = write_task(tmp_path / "t", train=60, test=12, labels=None, metric="token_f1", earlier=["../older"],
+                        feedback="feedback.jsonl")  # fmt: skip
+    pairs = [{"prompt": f"the box {n} was what?", "chosen": "good", "rejected": "bad"} for n in range(24)]
+    (folder / "feedback.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
+    made = improve(folder, model=model_folder, budget="3m", methods=["continual", "dpo", "rl"], out=tmp_path / "o",
+                   home=tmp_path / "h")  # fmt: skip
+    status = {t["name"]: t["status"] for t in made.result["trials"]}
+    ours = ("continual", "continual+dpo", "continual+rl")
+    assert {status.get(name) for name in ours} <= {"done", "refused"}, status
+    assert all(t["spent"]["trained_tokens"] for t in made.result["trials"] if t["name"] in ours)
+
+
+def test_the_next_best_arm_stands_in_for_one_that_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trial(name: str, difference: float, status: str = "done") -> Any:
+        return SimpleNamespace(recipe=parse(name), card=True, examples=4, status=status, against_base=SimpleNamespace(
+            difference=difference), merit=difference, name=name)  # fmt: skip
+
+    best, next_best, worse = trial("finetune", 0.3), trial("continual", 0.2), trial("calibrate", -0.1)
+    let_go = list[str]()
+    race = SimpleNamespace(trials=[worse, best, next_best], base=None, merit=lambda t: t.merit,
+                           let_go=lambda: let_go.append("again"))  # fmt: skip
+    job: Any = SimpleNamespace(race=race, alone=None)
+    forgetful = {best.name}
+    monkeypatch.setattr(search, "_keeping", lambda _, t: trial(t.name, t.merit, "refused") if t.name in forgetful else t)
+    assert search._finalist(job) is next_best and let_go == ["again"]
+    forgetful.add(next_best.name)
+    assert search._finalist(job) is None  # the third is no better than the base
 
 
 @pytest.mark.embedder

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from whet.engine import Spent
 from whet.errors import MethodError
-from whet.feedback import Judge
+from whet.feedback import Judge, paired
 from whet.methods import Need, Run
 from whet.methods.reward import Reward, feedback_of
 from whet.metrics import Metric, get, score_all
@@ -75,7 +75,7 @@ class RL:
     """Reinforcement from a reward: RLOO or GRPO with a KL leash to the System as given.
 
     `reward`: "model" (trained on the feedback), "metric" (the task's, against its train rows), or a metric's name (a
-    plugin, or a function as file.py:name); "auto" is the model where there is feedback, else the metric. Before it
+    plugin, or a function as file.py:name); "auto" is the model where there are pairs, else the metric. Before it
     starts, a probe says whether it can work: where samples of a prompt all earn the same, nothing is learnt.
     """
 
@@ -129,7 +129,7 @@ class RL:
 
     def _judge(self, system: System, data: Learnable, run: Run) -> tuple[Judge, tuple[Example, ...], bool]:
         """What scores, the prompts to answer, and whether the scores have a scale of their own."""
-        kind = self.reward if self.reward != "auto" else "model" if data.judged else "metric"
+        kind = self.reward if self.reward != "auto" else "model" if paired(data.judged)[0] else "metric"
         if kind == "model":
             judged = feedback_of(data, self.weights)
             within = replace(run, trained_tokens=None if run.trained_tokens is None else run.trained_tokens // 2)

@@ -42,7 +42,7 @@ ENCODER_SPEED = 2.5  # MiniLM has a tenth of the weights, all of them trained, i
 ELSEWHERE = 200.0  # trained tokens/s, about, where no model runs on this machine
 MOST_HELD = 200  # rows of an earlier task that forgetting is measured on
 ANSWER_TOKENS = (16, 256)  # how long a generated answer may be: at the least, and where no row says how long they are
-REFINEMENTS = 2  # rounds of settings next to those of the best arm, where nothing is trained
+REFINEMENTS = 2  # rounds of settings next to those of the best arm, where no training did better
 UNTOLD = ("curves", "trainings", "steps_log", "seen", "held", "allowed", "artifact")  # told elsewhere, or too long
 MOST_TOLD = 100  # items of a list that a method noted
 JUDGED = 0.2  # of the budget may go to training the judge of a win rate
@@ -269,7 +269,8 @@ def _earlier(base: System, data: Learnable, run: Run) -> tuple[Known, ...]:
 def _race(job: _Job) -> None:
     """Bases first, then the cheap arms by successive halving, then training with what is left, then combinations.
 
-    Then, or where nothing is trained, cheap arms that were left out for want of time, and settings next to the best's.
+    Then, or where nothing is trained, cheap arms that were left out for want of time, and settings next to the best's
+    where that is one of them.
     """
     race, tries, local = job.race, plan.planned(job), training.at_hand(job.bases)
     plan.show(job)
@@ -296,10 +297,10 @@ def _race(job: _Job) -> None:
         return
     if tries.tuned is None or not training.race(job, tries.tuned):
         raced(*plan.instead(job))
-        for _ in range(REFINEMENTS):
-            raced(*plan.refined(job))
     while raced(*plan.instead(job, searches=True)):  # as estimates are high, time may be left for more
         pass
+    for _ in range(REFINEMENTS):
+        raced(*plan.refined(job))
 
 
 def _finalist(job: _Job) -> Trial | None:

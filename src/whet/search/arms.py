@@ -83,7 +83,8 @@ def prompting_recipes(data: Learnable) -> list[Recipe]:
         many = len(data.labels) > 16
         # Half of few rows at most: calibration asks about some that are not shown.
         k = max(1, min(8 if many else 16, len(data.train) // 2))
-        near = [recipe(("fewshot", {"k": 8, "selection": "nearest"}))] if nearest else []
+        alike = ("fewshot", {"k": 8, "selection": "nearest"})
+        near = [recipe(alike), recipe(alike, "calibrate")] if nearest else []
         found = [
             *(near if many else []),
             recipe("calibrate"),
@@ -97,7 +98,8 @@ def prompting_recipes(data: Learnable) -> list[Recipe]:
             *(recipe(("fewshot", {"k": k, "draw": draw}), "calibrate") for draw in (1, 2)),
             *(recipe(("calibrate", {"kind": kind})) for kind in ("contextual", "domain")),
         ]
-        return found + ([recipe(("fewshot", {"k": k, "selection": "diverse"}), "calibrate")] if nearest else [])
+        kinds = (*(["diverse"] if nearest else []), "bootstrapped")
+        return found + [recipe(("fewshot", {"k": k, "selection": kind}), "calibrate") for kind in kinds]
     found = [*facts, recipe(("fewshot", {"k": 4}))]
     if nearest:
         found.append(recipe(("fewshot", {"k": 4, "selection": "nearest"})))

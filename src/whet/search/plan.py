@@ -200,9 +200,12 @@ def _best(job: _Job, *, trained: bool) -> Trial | None:
 
 
 def refined(job: _Job) -> tuple[Trial | None, list[Arm]]:
-    """The best arm without training, and arms a single setting apart: the cheapest, for half of what is left."""
+    """The best arm without training, and arms a single setting apart: the cheapest, for half of what is left.
+
+    None where a training did better: what is next to an arm is not far from it.
+    """
     race, best = job.race, _best(job, trained=False)
-    if best is None:
+    if best is None or best is not _best(job, trained=True):
         return None, []
     tried = {t.name for t in race.trials}
     among = [r for r in neighbours(best.recipe) if f"{r.name}{best.label}" not in tried]

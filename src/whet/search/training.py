@@ -12,6 +12,7 @@ from whet.engine import Spent
 from whet.errors import StoreError, WhetError
 from whet.feedback import paired
 from whet.methods import make
+from whet.methods.continual import Continual
 from whet.methods.finetune import FineTune, each_once
 from whet.methods.rag import Rag
 from whet.progress import clock
@@ -38,8 +39,9 @@ OTHERS: tuple[dict[str, Any], ...] = (  # settings of further trainings, while t
     # rate, then each at three tenths of it, so that none wins by having been tried more often
     {"adapter": "dora"}, {"adapter": "full"},
     {"learning_rate": 3e-4}, {"adapter": "dora", "learning_rate": 3e-4}, {"adapter": "full", "learning_rate": 3e-5},
-    {"rank": 64},
+    {"rank": 32}, {"batch": 16},
 )  # fmt: skip
+STRATEGIES = ("merge", "sequential")  # beside replay: the cheapest rival, and what protecting nothing brings
 SAMPLED = 4.0  # trainings that reinforcement's sampling takes, about; if it was asked for by name, one will do
 
 
@@ -76,8 +78,8 @@ def first(job: _Job) -> Recipe | None:
         reading.append(recipe(("knowledge", {"k": 1}), "finetune"))
         taught.append(recipe(("knowledge", {"mode": "train"})))  # where there are facts, and no rows to train on
     wanted = [recipe("continual"), *reading, recipe("finetune"), *taught]
-    if job.wish.methods and job.splits.learnable.judged:  # asked for alone, preferences are learnt without a start
-        wanted += [recipe(name) for name in ("dpo", "kto", "rl") if name in job.wish.methods]
+    if job.wish.methods:  # asked for alone, they need no start
+        wanted += [recipe(name) for name in behind(job)]
     return next((one for one in wanted if _wished(job, one)), None)  # the first that has what it needs
 
 
@@ -122,17 +124,36 @@ def race(job: _Job, tuned: Recipe) -> bool:
     more += [Recipe((*tuned.methods, make("calibrate")))] if _calibrates(job) else []
     for other in more:  # with the same bound, which is part of what a training is known by
         job.race.enter(other, start, tokens=one.notes["allowed"]).notes["allowed"] = one.notes["allowed"]
+    rewarded = "rl" in behind(job, tuned)
+    if rewarded and (job.wish.methods or 2 * SAMPLED * one.cost < job.race.left):  # and there is time for others, too
+        rewarded = not _rewarded(job, tuned, one, start)
     others = _others(job, tuned, _held(job, one))
     while one.cost < 0.8 * job.race.left and (varied := next(others, None)):
         enter(job, varied, start)
-    if "rl" in behind(job, tuned):
-        other = Recipe((*tuned.methods, make("rl")))
-        if (1.0 if job.wish.methods else SAMPLED) * one.cost < job.race.left:
-            job.race.enter(other, start, tokens=one.notes["allowed"]).notes["allowed"] = one.notes["allowed"]
-        else:
-            job.skipped.append({"method": other.name, "why": f"{clock(max(0.0, job.race.left))} is left, and sampling "
-                                f"takes some {SAMPLED:g} times the training's {clock(one.cost)}"})  # fmt: skip
+    if (taught := _taught(job)) and all(t.recipe != taught for t in job.race.trials):
+        job.skipped.append({"method": taught.name, "why": f"{clock(max(0.0, job.race.left))} is left, and a training "
+                            f"takes some {clock(one.cost)}"})  # fmt: skip
+    if rewarded:
+        _rewarded(job, tuned, one, start)
     return True
+
+
+def _taught(job: _Job) -> Recipe | None:
+    """The training on facts themselves, where the task has any and it was not ruled out."""
+    taught = recipe(("knowledge", {"mode": "train"}))
+    return taught if embed.available() and _wished(job, taught) else None
+
+
+def _rewarded(job: _Job, tuned: Recipe, one: Trial, start: System) -> bool:
+    """Whether there was time to go on from a training by reinforcement; what is left out is named once."""
+    other, times = Recipe((*tuned.methods, make("rl"))), 1.0 if job.wish.methods else SAMPLED
+    job.skipped[:] = [s for s in job.skipped if s["method"] != other.name]
+    if times * one.cost < job.race.left:
+        job.race.enter(other, start, tokens=one.notes["allowed"]).notes["allowed"] = one.notes["allowed"]
+        return True
+    job.skipped.append({"method": other.name, "why": f"{clock(max(0.0, job.race.left))} is left, and sampling takes "
+                        f"some {times:g} times the training's {clock(one.cost)}"})  # fmt: skip
+    return False
 
 
 def _sourced(job: _Job, tuned: Recipe) -> Recipe:
@@ -171,13 +192,15 @@ def _held(job: _Job, one: Trial) -> dict[int, float]:
 
 
 def _others(job: _Job, tuned: Recipe, held: Mapping[int, float] | None = None) -> Iterator[Recipe]:
-    """Further trainings, the most telling first: on more passages where the first one's often lack what is asked for,
-    by what is `held` (the better of both goes on), without what it reads, facts themselves, without rows whose label
-    looks wrong, other settings.
+    """Further trainings, the most telling first: facts themselves, on more passages where the first one's often lack
+    what is asked for, by what is `held` (the better of both goes on), without what it reads, other ways to keep what
+    was known, without rows whose label looks wrong, other settings.
     """
     *reads, last = tuned.methods
     if not isinstance(last, FineTune):
         return
+    if taught := _taught(job):
+        yield taught
     k = _passages(job, held) if held else 0
     wider = [replace(m, k=max(k, m.k)) if isinstance(m, Rag) else m for m in reads]
     if wider != reads:
@@ -187,9 +210,8 @@ def _others(job: _Job, tuned: Recipe, held: Mapping[int, float] | None = None) -
             reads = wider
     if reads:
         yield Recipe((last,))
-    taught = recipe(("knowledge", {"mode": "train"}))
-    if embed.available() and _wished(job, taught):
-        yield taught
+    if isinstance(last, Continual):
+        yield from (Recipe((*reads, replace(last, strategy=strategy))) for strategy in STRATEGIES)
     if _disputed(job):
         yield Recipe((*reads, replace(last, clean=True)))
     for changed in OTHERS:
@@ -213,17 +235,19 @@ def _disputed(job: _Job) -> bool:
     return True
 
 
-def behind(job: _Job, tuned: Recipe | None) -> list[str]:
+def behind(job: _Job, tuned: Recipe | None = None) -> list[str]:
     """The methods that go on from a training with what people prefer, or with a reward, where the task has any.
 
-    Thumbs are learnt from as such where they outnumber the pairs that judgements make.
+    Thumbs are learnt from as such where they outnumber the pairs that judgements make, or where only that was asked
+    for.
     """
     data = job.splits.learnable
     if tuned is not None and tuned.families & {"human feedback"}:
         return []
     found, single = paired(data.judged)
-    names = ["dpo" if found and len(found) >= len(single) else "kto"] if data.judged else []
-    if data.judged or job.metric.name not in ("perplexity", "win_rate"):
+    ways = [n for n in ("dpo", "kto") if n in job.wish.methods] or ["dpo", "kto"]
+    names: list[str] = [ways[0 if found and len(found) >= len(single) else -1]] if data.judged else []
+    if found or job.metric.name not in ("perplexity", "win_rate"):
         names.append("rl")
     names = [n for n in names if not job.wish.methods or n in job.wish.methods]
     return [n for n in names if not recipe(n).lacks(at_hand(job.bases), data)]
