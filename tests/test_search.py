@@ -1117,7 +1117,7 @@ def test_the_next_best_arm_stands_in_for_one_that_forgets(monkeypatch: pytest.Mo
                            let_go=lambda: let_go.append("again"))  # fmt: skip
     job: Any = SimpleNamespace(race=race, alone=None)
     forgetful = {best.name}
-    monkeypatch.setattr(search, "_keeping", lambda _, t: trial(t.name, t.merit, "refused") if t.name in forgetful else t)
+    monkeypatch.setattr(search, "_keeping", lambda _, t: trial(t.name, 0.3, "refused") if t.name in forgetful else t)
     assert search._finalist(job) is next_best and let_go == ["again"]
     forgetful.add(next_best.name)
     assert search._finalist(job) is None  # the third is no better than the base
