@@ -122,6 +122,8 @@ def planned(job: _Job) -> Tries:
         if training.part(job, tuned) * tokens < training.LEAST_TOKENS:
             why = f"scoring takes {clock(needed)} of the search's {clock(left)}: too little is left to train in"
             job.skipped.append({"method": tuned.name, "why": why})
+            job.skipped += [{"method": name, "why": f"it would go on from {tuned.name}, which is left out"}
+                            for name in training.behind(job, tuned)]  # fmt: skip
             tuned = None
     looked = " (documents and facts are indexed for it, once)" if data.documents or data.knowledge else ""
     job.watch.say(f"before the plan: estimating what each arm takes{looked}")
