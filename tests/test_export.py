@@ -44,6 +44,7 @@ from whet.retention import Lost
 from whet.retrieval import Source
 from whet.store import Store
 from whet.system import Decoding, Demonstrations, System
+from whet.system import load as load_system
 from whet.task import Example, load
 
 IDS = torch.tensor([[5, 9, 40, 7, 120, 33]])
@@ -887,6 +888,28 @@ def test_command(
     (tmp_path / "toy" / "task.yaml").write_text("metric: [")
     code, out, _ = whet(capsys, "export", "s", "--to", "hf")
     assert code == 0 and "no task was named" in out
+
+
+def test_what_apply_made_is_scored_on_its_task(
+    tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_model(tmp_path / "tiny")
+    system(tmp_path).save(tmp_path / "of-toy")
+    first = str(write_task(tmp_path / "first", train=20, test=20))
+    other = str(write_task(tmp_path / "other", train=20, test=20, name="else"))
+    for _ in range(2):  # the same command again takes the place of what it made
+        code, _, err = whet(capsys, "apply", "quantize", first, "--system", "tiny", "--out", "small")
+        assert code == 0, err
+    code, out, _ = whet(capsys, "export", "small", "--to", "hf", "--json")
+    scores = json.loads(out)["check"]["scores"]
+    assert (scores["task"], scores["n"]) == ("toy", 20) and code == int(not scores["kept"])
+    assert load_system("small").fingerprint == json.loads(Path("small/system.json").read_text())["fingerprint"]
+    code, _, err = whet(capsys, "apply", "quantize", other, "--system", "of-toy", "--out", "smaller")
+    assert code == 0 and not Path("smaller/run.json").exists(), err  # calibrated on another task than it answers
+    Path("small").rename("sent")  # as to someone else, whose files it has no business with
+    code, out, _ = whet(capsys, "export", "sent", "--to", "hf")
+    assert code == 0 and "no task was named (--task)" in out
 
 
 def test_engines_draw_from_all_tokens(tmp_path: Path) -> None:
