@@ -35,6 +35,7 @@ from whet.retention import Lost, drift, forgetting, loss, refused, retention
 from whet.retention import stream as updates
 from whet.scorecard import Scorecard, evaluate
 from whet.search import base_system
+from whet.search.out import made_for
 from whet.splits import Sealed
 from whet.store import Store
 from whet.suspects import Suspect
@@ -731,6 +732,8 @@ def test_update_teaches_keeps_and_says_so(taught: Any, whet: Any, tmp_path: Path
     assert body["drift"] > 0 and body["unmeasured"] == [] and body["recipe"].startswith("continual")
     made = load(out)
     assert made.instruction == "Say which it is not." and made.fingerprint == body["fingerprint"]
+    own = made_for(out)
+    assert own and own.folder == (folder / "second").resolve()
     assert {one.name for one in carried(made)} == {"first", "second"}
     table = body["stream"]
     assert table["tasks"] == ["first", "second"] and table["matrix"][0] == [lost["before"], None]

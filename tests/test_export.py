@@ -28,6 +28,7 @@ from whet.compress import folder as folders
 from whet.compress.layers import Codebook, Relaxed
 from whet.compress.packed import PackedLinear, bytes_of
 from whet.compress.rounding import pack4, pack8
+from whet.compress.tying import tie
 from whet.engine import Sampling
 from whet.engine.torch import TorchSession
 from whet.errors import ArtifactError, ModelError, StoreError
@@ -44,6 +45,7 @@ from whet.retention import Lost
 from whet.retrieval import Source
 from whet.store import Store
 from whet.system import Decoding, Demonstrations, System
+from whet.system import load as load_system
 from whet.task import Example, load
 
 IDS = torch.tensor([[5, 9, 40, 7, 120, 33]])
@@ -338,7 +340,7 @@ def test_gguf_keeps_what_quantize_rounded(tmp_path: Path, fp32: None) -> None:
                 assert one.tensor_type.name == kind.upper()
                 wanted = permute(wanted, module.config.num_attention_heads)
             assert torch.allclose(found, wanted, rtol=2**-10, atol=1e-7), name
-        assert not any("written in full" in why for _, why in out.left_out)
+        assert not {"packing", "rounding", "type"} & set(dict(out.left_out))
 
 
 def test_gguf_of_a_smaller_vocabulary_and_of_llama_3s_positions(tmp_path: Path) -> None:
@@ -583,6 +585,52 @@ def test_what_a_format_cannot_carry_is_named(tmp_path: Path) -> None:
     assert (asked.sources, asked.demonstrations.pool, asked.decoding.prior, asked.decoding.votes) == ((), (), (), 1)
     plain = System(models.resolve("fake:hash"), "Say.", DEMOS)
     assert set(dict(left_out(plain, "ollama"))) == {"safety"} and askable(plain).demonstrations == DEMOS
+
+
+def over(base: System, module: Any, folder: Path) -> System:
+    """A System over a module, as a method that makes the model smaller leaves it."""
+    folders.save(module, make_tokenizer(), folder)
+    one = models.Transform("model", models.hash_files([*folder.iterdir()]), folder)
+    return replace(base, model=base.model.add(one))
+
+
+def test_sharing_that_a_format_loses_is_named(tmp_path: Path) -> None:
+    module, base = make_model("llama"), system(tmp_path)
+    made, _ = tie(module, 1, {}, rank=0)
+    tied = over(base, made, tmp_path / "tied")
+    for target, kind in (("hf", "bf16"), ("gguf", "bf16"), ("gguf", "q8_0")):
+        left = dict(export(tied, target, tmp_path / "out", kind=kind, check=False).left_out)
+        assert left["sharing"].startswith("7 layers") and "packing" not in left
+    for name in ("q_proj", "o_proj"):  # packed once for both
+        layers = [layer.self_attn for layer in made.model.layers]
+        pack = pack8(layers[0].get_submodule(name).weight, True)
+        for layer in layers:
+            layer.set_submodule(name, PackedLinear(pack, (32, 32), None))
+    assert folders.shared(made) == 7
+    alone = make_model("gemma")
+    alone.get_output_embeddings().weight = alone.get_input_embeddings().weight
+    assert folders.shared(alone) == 0 == folders.shared(module)
+
+
+def test_rounding_that_a_format_does_again_or_not_is_named(tmp_path: Path) -> None:
+    module, base = make_model("llama"), system(tmp_path)
+    first, second = (layer.mlp for layer in module.model.layers)
+    second.gate_proj = PackedLinear(pack8(second.gate_proj.weight, False), (32, 64), None)
+    second.up_proj = PackedLinear(pack4(second.up_proj.weight, 32), (32, 64), None)
+    first.up_proj = PackedLinear(pack4(first.up_proj.weight, 32, zero=True), (32, 64), None)
+    first.down_proj = PackedLinear(pack4(first.down_proj.weight, 64), (64, 32), None)
+    more = PackedLinear(pack8(second.down_proj.weight, False), (64, 32), None)
+    second.down_proj = Relaxed(more, torch.randn(2, 64), torch.randn(32, 2))
+    made = over(base, module, tmp_path / "m")
+    for kind, bits in (("q4_0", 8), ("q8_0", 4)):
+        out = export(made, "gguf", tmp_path / "out", kind=kind, check=False)
+        left = dict(out.left_out)
+        assert left["type"] == f"kept in {bits} bits: 1 layers, as quantize rounded them"
+        assert left["rounding"].startswith("2 layers that quantize rounded are rounded again")
+        assert left["packing"] == f"1 layers that whet keeps smaller are written in full, as {kind}"
+        assert "sharing" not in left and "rounded again" in (out.folder / "README.md").read_text()
+    left = dict(export(made, "gguf", tmp_path / "out", check=False).left_out)
+    assert left["packing"].startswith("5 layers") and not {"type", "rounding"} & set(left)
 
 
 def test_labels_of_one_token_are_chosen_by_biases(tmp_path: Path, fp32: None) -> None:
@@ -887,6 +935,28 @@ def test_command(
     (tmp_path / "toy" / "task.yaml").write_text("metric: [")
     code, out, _ = whet(capsys, "export", "s", "--to", "hf")
     assert code == 0 and "no task was named" in out
+
+
+def test_what_apply_made_is_scored_on_its_task(
+    tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_model(tmp_path / "tiny")
+    system(tmp_path).save(tmp_path / "of-toy")
+    first = str(write_task(tmp_path / "first", train=20, test=20))
+    other = str(write_task(tmp_path / "other", train=20, test=20, name="else"))
+    for _ in range(2):  # the same command again takes the place of what it made
+        code, _, err = whet(capsys, "apply", "quantize", first, "--system", "tiny", "--out", "small")
+        assert code == 0, err
+    code, out, _ = whet(capsys, "export", "small", "--to", "hf", "--json")
+    scores = json.loads(out)["check"]["scores"]
+    assert (scores["task"], scores["n"]) == ("toy", 20) and code == int(not scores["kept"])
+    assert load_system("small").fingerprint == json.loads(Path("small/system.json").read_text())["fingerprint"]
+    code, _, err = whet(capsys, "apply", "quantize", other, "--system", "of-toy", "--out", "smaller")
+    assert code == 0 and not Path("smaller/run.json").exists(), err  # calibrated on another task than it answers
+    Path("small").rename("sent")  # as to someone else, whose files it has no business with
+    code, out, _ = whet(capsys, "export", "sent", "--to", "hf")
+    assert code == 0 and "no task was named (--task)" in out
 
 
 def test_engines_draw_from_all_tokens(tmp_path: Path) -> None:

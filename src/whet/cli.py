@@ -335,6 +335,7 @@ def apply(
     from whet.progress import applied
     from whet.search import tune
     from whet.search.budget import seconds
+    from whet.search.out import leave
     from whet.search.recipe import Recipe
     from whet.store import Store, place_for
     from whet.task import load
@@ -366,7 +367,7 @@ def apply(
             run.notes["raced"] = tune.named(ended)
         crew = team()
         if crew.first:
-            new.split_by(loaded.name, seed).save(out)
+            leave(new.split_by(loaded.name, seed), out, loaded)
         crew.wait()
     if not crew.first:
         return
@@ -413,6 +414,7 @@ def update(
     from whet import update as updating
     from whet.errors import MethodError
     from whet.methods import Run
+    from whet.search.out import leave
     from whet.store import Store, place_for
     from whet.system import load
     from whet.task import load as load_task
@@ -426,7 +428,7 @@ def update(
         made = updating.update(opened, loaded, run, _settings((*pairs, *more)), feedback)
         crew = team()
         if crew.first and not made.refused:
-            made.system.save(out)
+            leave(made.system, out, loaded)
         crew.wait()
     if not crew.first:
         return
@@ -437,9 +439,7 @@ def update(
     if made.refused:
         raise MethodError(f"refused: {made.refused}", do="set strategy or share, or limits.forgetting in task.yaml")
     if not as_json:
-        print(f"system   {out}")
-        if said := updating.asked(made, out):
-            print(said)
+        print(*filter(None, [f"system   {out}", updating.asked(made, out)]), sep="\n")
 
 
 @main.command(epilog=example("whet chat runs/sst2/system", "echo 'a fine film' | whet chat runs/sst2/system"))
@@ -488,7 +488,7 @@ def chat(system: str, trust: bool, as_json: bool, debug: bool) -> None:
 @click.option("--type", "kind", default="bf16", show_default=True,
               help="Of the weights: bf16, f16, f32; gguf and ollama: also q8_0, q4_0.")  # fmt: skip
 @click.option("--task", default=None, type=click.Path(), help="Check it on this task's prompts, and score both on it "
-              "[the task that improve made SYSTEM for].")  # fmt: skip
+              "[the task that SYSTEM was made for].")  # fmt: skip
 @click.option("--check/--no-check", default=True, show_default=True, help="Read it back and compare its answers.")
 @click.option("--trust", is_flag=True, help="Run code that the task brings along.")
 @common

@@ -158,14 +158,14 @@ def check(method: Method, system: System, task: Task) -> None:
 
 
 def with_made(task: Task, system: System, folder: Path) -> tuple[Task, str]:
-    """The task with the one that `improve` made the System in a folder for as an earlier one, and a line that says so.
+    """The task with the one that the System in a folder was made for as an earlier one, and a line that says so.
 
     As it is, and "", where it names earlier tasks itself, no such task lies there any more, or it is that task.
     """
     made = None if task.earlier else made_for(folder, task.trusted)
     if made is None or made.name != system.card.get("task") or made.folder.resolve() == task.folder.resolve():
         return task, ""
-    said = f"{made.name} ({made.folder}), which improve made the System for, is an earlier task of {task.name}"
+    said = f"{made.name} ({made.folder}), which the System was made for, is an earlier task of {task.name}"
     return replace(task, earlier=(made.folder,)), f"{said}; to say otherwise: earlier: in task.yaml"
 
 

@@ -38,6 +38,19 @@ def compressed(module: nn.Module) -> dict[str, dict[str, Any]]:
     return found
 
 
+def shared(module: Any) -> int:
+    """How many layers hold weights that an earlier one holds already; the output that is the embedding is none."""
+    stand, last = compressed(module), module.get_output_embeddings()
+    own = [n for n, m in module.named_modules(remove_duplicate=False) if m is last]
+    seen: set[int] = set()
+    found = set()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if tensor.dim() > 1 and tensor.numel() and tensor.data_ptr() in seen:
+            found.add(next((n for n in stand if name.startswith(f"{n}.")), name.rpartition(".")[0]))
+        seen.add(tensor.data_ptr())
+    return len(found.difference(own))
+
+
 def plain(module: nn.Module) -> bool:
     """Whether every linear layer has whole weights of its own: only then can an adapter be merged into them."""
     held = [id(m._parameters.get("weight")) for m in module.modules() if isinstance(m, nn.Linear)]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from whet import __version__
 from whet import model as models
-from whet.compress.folder import compressed, dense
+from whet.compress.folder import compressed, dense, shared
 from whet.errors import ArtifactError, nearest
 from whet.progress import figure
 from whet.prompt import SLOT, as_turns, asides_of, dated, ends_of, fold_system, messages, specials_of, takes_system
@@ -212,12 +212,15 @@ def _write(system: System, target: str, kind: str, work: Path) -> tuple[tuple[Le
         tokenizer.chat_template = dated(tokenizer.chat_template)
     bias = biases(system, tokenizer, target)
     asked, left = askable(system), left_out(system, target, bool(bias))
-    packs = compressed(module)
+    packs, again = compressed(module), shared(module)
     packed = vllm.packs(module) if target == "vllm" and kind == "bf16" else vllm.Packs()
     left += packed.left
+    if again:
+        left += (("sharing", f"{again} layers that have their weights from another are written out, each by itself"),)
     whole = _whole(module, packs) if kind in ROUNDED else {}
-    rest = [name for name in packs if name not in packed.layers]
-    if rest and not packed.left and kind not in ROUNDED:
+    outer = [name for name in packs if not any(name.startswith(f"{one}.") for one in packs)]
+    rest = [name for name in outer if name not in packed.layers and name not in whole]
+    if rest and not packed.left:
         left += (("packing", f"{len(rest)} layers that whet keeps smaller are written in full, as {kind}"),)
     for config, name in ((module.config.get_text_config(), "kept_layers"), (module.config, "made_of")):
         if hasattr(config, name):  # of interest to whoever heals it within whet only

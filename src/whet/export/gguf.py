@@ -6,6 +6,7 @@ What is not known for certain is refused by name: a tokenizer that is cut differ
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -256,10 +257,13 @@ def blocks(parts: Mapping[str, Any]) -> tuple[Any, str] | None:
     return np.concatenate([steps, each.view(np.uint8)], -1).reshape(len(values), -1), "Q4_0" if few else "Q8_0"
 
 
-def _tensors(writer: Any, module: Any, family: Family, kind: str, packs: Mapping[str, Any]) -> None:
-    """Write the weights: matrices in the type that is asked for, all else in fp32.
+def _tensors(
+    writer: Any, module: Any, family: Family, kind: str, packs: Mapping[str, Any]
+) -> tuple[Left, ...]:  # fmt: skip
+    """Write the weights: matrices in the type that is asked for, all else in fp32. Returns which have another, or lose.
 
-    `packs` are the parts of matrices that are whole numbers already; in a type of few bits they stay just these.
+    `packs` are the parts of matrices that are whole numbers already; in a type of few bits they stay just these, where
+    it has them so.
     """
     import gguf
 
@@ -267,6 +271,7 @@ def _tensors(writer: Any, module: Any, family: Family, kind: str, packs: Mapping
     arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == family.name)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    kept, again = Counter[int](), 0
     for name, value in module.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -281,11 +286,13 @@ def _tensors(writer: Any, module: Any, family: Family, kind: str, packs: Mapping
         parts = packs.get(name.removesuffix(".weight")) if kind in ("q8_0", "q4_0") else None
         if parts and family.permuted and owner in heads:
             parts = {**parts, **{p: permute(parts[p], heads[owner]) for p in ("values", "scale")}}
-        if parts and (made := blocks(parts)):
-            writer.add_tensor(new, made[0], raw_dtype=gguf.GGMLQuantizationType[made[1]])
-            continue
         # An embedding is read row by row and is the output, too: 4 bits would cost more there than they save.
         packed = kind if kind != "q4_0" or new not in ("token_embd.weight", "output.weight") else "q8_0"
+        if parts and (made := blocks(parts)):
+            writer.add_tensor(new, made[0], raw_dtype=gguf.GGMLQuantizationType[made[1]])
+            kept[parts["bits"]] += made[1].lower() not in (kind, packed)
+            continue
+        again += parts is not None
         as_type = gguf.GGMLQuantizationType[packed.upper() if data.dim() > 1 else "F32"]
         if data.dim() > 1 and data.shape[-1] % gguf.GGML_QUANT_SIZES[as_type][0]:
             raise ModelError(
@@ -296,6 +303,9 @@ def _tensors(writer: Any, module: Any, family: Family, kind: str, packs: Mapping
     rope = dict(getattr(config, "rope_parameters", None) or {})
     if rope.get("rope_type") == "llama3":
         writer.add_tensor("rope_freqs.weight", _stretch(config, rope).numpy())
+    left = [("type", f"kept in {bits} bits: {n} layers, as quantize rounded them") for bits, n in kept.items() if n]
+    why = f"{again} layers that quantize rounded are rounded again: {kind} has no zeros, and steps of 32 columns"
+    return (*left, ("rounding", why)) if again else tuple(left)
 
 
 def adds_start(tokenizer: Any) -> bool:
@@ -349,7 +359,7 @@ def write(
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(words.space)
     writer.add_chat_template(tokenizer.get_chat_template())
-    _tensors(writer, module, family, kind, packs or {})
+    left += _tensors(writer, module, family, kind, packs or {})
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

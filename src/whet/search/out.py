@@ -52,11 +52,29 @@ def claim(folder: Path, key: str, task: str, place: Path) -> None:
     write_text(mark, json.dumps({"key": key, "task": task, "folder": str(place.resolve())}) + "\n")
 
 
+def leave(system: System, folder: Path, task: Task) -> None:
+    """Save a System that was made by hand and, where it answers the task, within its folder what `made_for` reads.
+
+    Raises StoreError where the folder holds something else or cannot be written.
+    """
+    system.save(folder)
+    if system.card.get("task") == task.name:
+        body = {"task": task.name, "folder": str(task.folder.resolve()), "system": str(folder.resolve())}
+        write_text(folder / "run.json", json.dumps(body) + "\n")
+
+
 def made_for(system: Path, trust: bool = False) -> Task | None:
-    """The task that `improve` made a System for; None where no such run lies here, or its task cannot be read."""
+    """The task that a System was made for; None where nothing here says so, or that task cannot be read.
+
+    `improve` says it beside the System, `apply` and `update` within it.
+    """
+    here = system.resolve()
+    own = here / "run.json"
     try:
-        place = json.loads((system.resolve().parent / "run.json").read_text(encoding="utf-8"))["folder"]
-        return load(place, trust=trust)
+        body = json.loads((own if own.exists() else here.parent / "run.json").read_text(encoding="utf-8"))
+        if own.exists() and body["system"] != str(here):  # it comes from elsewhere: a stranger's task is not run
+            return None
+        return load(body["folder"], trust=trust)
     except (OSError, ValueError, KeyError, TypeError, WhetError):
         return None
 
