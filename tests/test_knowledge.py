@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whet import documents, embed, extras, sparql, system, triples
+from whet import documents, embed, extras, improve, linking, sparql, system, triples
 from whet import model as models
 from whet.errors import ArtifactError, MethodError, TaskError
 from whet.graph import MOST_ENDS, Graph, asked, build, identity, read
@@ -891,7 +891,7 @@ def test_facts_are_cited_by_what_they_are_about(
 
 
 @needs_embedder
-def test_a_spoilt_graph_is_refused(data: Learnable, home: Path) -> None:
+def test_a_spoilt_graph_is_refused(data: Learnable, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Knowledge().apply(System(resolve("fake:hash"), home=home), data, Run(Store(home)))
     folder = made.sources[0].folder
     assert folder is not None
@@ -907,6 +907,15 @@ def test_a_spoilt_graph_is_refused(data: Learnable, home: Path) -> None:
         read(folder)
     with pytest.raises(ArtifactError, match="not at hand"):
         GraphSource("abc").find([Query("x")], home)
+    with monkeypatch.context() as patch:
+        patch.setattr("whet.graph.mark", lambda: "another model")
+        linking.opened.cache_clear()
+        with pytest.raises(ArtifactError) as refused:
+            replace(made.sources[0], k=3).find([Query("x")], home)
+        assert str(refused.value) == (
+            f"the graph in {folder} cannot be read; expected what whet wrote with another model, found files that were "
+            "changed; build it again: whet apply knowledge TASK --system SYSTEM --set k=3 hops=2 --out NEW"
+        )
 
 
 def test_a_crash_while_indexing_leaves_nothing(home: Path) -> None:

@@ -443,8 +443,16 @@ def test_a_spoilt_index_is_refused(data: Learnable, home: Path) -> None:
     folder = folder / made.sources[0].version
     body = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps({**body, "embedder": "another"}))
-    with pytest.raises(ArtifactError, match="another embedding model.*build it again"):
+    with pytest.raises(ArtifactError) as bare:
         Index(folder, embed.Embedder(home))
+    stale = f"the index in {folder} was made by another embedding model; expected {embed.mark()}, found another; "
+    assert str(bare.value) == f"{stale}build it again: whet apply rag TASK --system SYSTEM --out NEW"
+    source = replace(made.sources[0], k=5, mix="words", store="", reranker="my ranker")
+    for _ in range(2):
+        with pytest.raises(ArtifactError) as refused:
+            source.find(ask("x"), home)
+        assert str(refused.value) == (f"{stale}build it again: whet apply rag TASK --system SYSTEM "
+                                      "--set k=5 mix=words 'reranker=my ranker' --out NEW")  # fmt: skip
     (folder / "index.json").write_text(json.dumps(body))
     text = (folder / "passages.jsonl").read_text()
     (folder / "passages.jsonl").write_text(text.replace("six", "ten"))
