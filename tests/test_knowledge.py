@@ -27,7 +27,9 @@ from whet.errors import ArtifactError, MethodError, TaskError
 from whet.graph import MOST_ENDS, Graph, asked, build, identity, read
 from whet.linking import GraphSource, Linker, words
 from whet.methods import Run, lacking, make
-from whet.methods.knowledge import FRAMES, HELD, Knowledge, _rows, facts_of, frames, put
+from whet.methods.continual import Continual
+from whet.methods.fewshot import FewShot
+from whet.methods.knowledge import FRAMES, HELD, REPLAYED, Knowledge, _rows, facts_of, frames, put
 from whet.model import resolve
 from whet.scorecard import evaluate
 from whet.store import Store
@@ -983,6 +985,37 @@ def test_phrasings_differ_and_some_are_held_out() -> None:
 @pytest.fixture
 def tiny(model_folder: str, home: Path, fp32: None) -> System:
     return System(models.resolve(model_folder), "Answer.", decoding=Decoding(max_tokens=6), home=home)
+@pytest.mark.parametrize("phrasings", [8, 12])
+def test_what_facts_are_taught_by(
+    phrasings: int, tiny: System, data: Learnable, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[Continual, System, Learnable]] = []
+
+    def watched(self: Continual, one: System, learnable: Learnable, run: Run) -> System:
+        given.append((self, one, learnable))
+        return one
+
+    monkeypatch.setattr(Continual, "apply", watched)
+    own = tuple(Example(f"own{n}", f"Repeat {n}", f"{n}") for n in range(3))
+    rows = (*own, Example("open", "no answer"), Example("text", "", text="plain text"))
+    every = facts_of(Graph.of(triples.load(data, home)[0]))
+    method, run = Knowledge(mode="train", phrasings=phrasings), Run(Store(home), fidelity=0.5)
+    method.apply(tiny, replace(data, train=rows), run)
+    [(by, start, taught)] = given
+    assert by == Continual(rank=16, learning_rate=1e-3, epochs=3.0, batch=32, share=REPLAYED) and REPLAYED == 0.25
+    [memory] = start.card["memory"]  # what the model says by itself, which is replayed
+    assert memory["name"] == "what it knew" and memory["rows"]
+    assert [row for row in taught.train if row.id in {one.id for one in rows}] == [*own]
+    seen, _ = frames(run.seed)
+    for one in every:
+        mine = [row for row in taught.train if row.id.startswith(one.key)]
+        asked_for = {row.prompt for row in mine if row.text is None}
+        assert len(asked_for) == phrasings and asked_for <= {put(frame, one.phrase) for frame in seen}
+        assert {row.completion for row in mine if row.text is None} == {*one.answers}
+        assert [row.text for row in mine if row.text is not None] == [one.told]
+    assert len(taught.train) == len(every) * (phrasings + 1) + len(own)
+
+
 
 
 def test_facts_are_taught_within_the_budget_and_an_edit_as_an_update(
