@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_search import write_task
 
 from whet import documents, embed, extras, improve, linking, sparql, system, triples
 from whet import model as models
@@ -35,7 +36,9 @@ from whet.scorecard import evaluate
 from whet.store import Store
 from whet.system import Answer, Decoding, Demonstrations, System
 from whet.task import Example, Learnable, Query
+from whet.task import load as load_task
 from whet.triples import MEANS, Facts, gather, literal
+from whet.update import update
 
 ROWS = (
     ("Orla kettle", "designed by", "Ines Carvel"), ("Orla kettle", "colour", "moss green"),
@@ -904,11 +907,6 @@ def test_a_spoilt_graph_is_refused(data: Learnable, home: Path, monkeypatch: pyt
             with pytest.raises(ArtifactError, match="were changed"):
                 read(folder)
     assert read(folder)
-    (folder / "nodes.jsonl").write_text((folder / "nodes.jsonl").read_text().replace("cream", "crimson"))
-    with pytest.raises(ArtifactError, match="cannot be read"):
-        read(folder)
-    with pytest.raises(ArtifactError, match="not at hand"):
-        GraphSource("abc").find([Query("x")], home)
     with monkeypatch.context() as patch:
         patch.setattr("whet.graph.mark", lambda: "another model")
         linking.opened.cache_clear()
@@ -918,6 +916,11 @@ def test_a_spoilt_graph_is_refused(data: Learnable, home: Path, monkeypatch: pyt
             f"the graph in {folder} cannot be read; expected what whet wrote with another model, found files that were "
             "changed; build it again: whet apply knowledge TASK --system SYSTEM --set k=3 hops=2 --out NEW"
         )
+    (folder / "nodes.jsonl").write_text((folder / "nodes.jsonl").read_text().replace("cream", "crimson"))
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        read(folder)
+    with pytest.raises(ArtifactError, match="not at hand"):
+        GraphSource("abc").find([Query("x")], home)
 
 
 def test_a_crash_while_indexing_leaves_nothing(home: Path) -> None:
@@ -982,9 +985,6 @@ def test_phrasings_differ_and_some_are_held_out() -> None:
     assert put("{}?", "what X means") == "What does X mean?"
 
 
-@pytest.fixture
-def tiny(model_folder: str, home: Path, fp32: None) -> System:
-    return System(models.resolve(model_folder), "Answer.", decoding=Decoding(max_tokens=6), home=home)
 @pytest.mark.parametrize("phrasings", [8, 12])
 def test_what_facts_are_taught_by(
     phrasings: int, tiny: System, data: Learnable, home: Path, monkeypatch: pytest.MonkeyPatch
@@ -1016,6 +1016,9 @@ def test_what_facts_are_taught_by(
     assert len(taught.train) == len(every) * (phrasings + 1) + len(own)
 
 
+@pytest.fixture
+def tiny(model_folder: str, home: Path, fp32: None) -> System:
+    return System(models.resolve(model_folder), "Answer.", decoding=Decoding(max_tokens=6), home=home)
 
 
 def test_facts_are_taught_within_the_budget_and_an_edit_as_an_update(
@@ -1055,3 +1058,32 @@ def test_facts_are_taught_within_the_budget_and_an_edit_as_an_update(
     data.knowledge.write_text(data.knowledge.read_text().replace("moss green", "plum"))
     edited = method.apply(made, data, run)
     assert run.notes["new"] == 2 and run.notes["taught"] == 4 and edited.model != made.model
+
+
+def test_what_was_taught_is_still_known_after_improve_and_after_an_update(
+    tiny: System, data: Learnable, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("whet.embed.available", lambda: False)
+    monkeypatch.setattr("whet.search._served", lambda job, card, *_: card)  # a process of its own takes seconds
+    monkeypatch.setattr("whet.update.ability", lambda *_: None)
+    facts = sorted(one.key for one in facts_of(Graph.of(triples.load(data, home)[0])))
+    plain, told = FewShot.apply, {"facts": facts}
+
+    def carded(self: FewShot, one: System, learnable: Learnable, run: Run) -> System:
+        return replace(plain(self, one, learnable, run), card=dict(told))
+
+    monkeypatch.setattr(FewShot, "apply", carded)
+    monkeypatch.setattr("whet.search._finalist", lambda job: job.race.trials[-1])  # whatever it scored
+    task = write_task(tmp_path / "toy", train=60, test=0)
+    for out in ("made", "found"):  # the second time, trials are those of the store
+        improve(task, model="fake:keyword", budget="2m", recipe="fewshot(k=4)", out=tmp_path / out, home=home)
+        made = system.load(tmp_path / out / "system", home)
+        assert made.card["recipe"] == "fewshot(k=4)" and made.card["scorecard"] and made.card["facts"] == facts
+        told["facts"] = []
+    start = replace(tiny, decoding=Decoding(("good", "bad"), True), card={"task": "earlier", "facts": facts})
+    updated = update(start, load_task(task), Run(Store(home)), {"epochs": 0.1, "rank": 4}).system
+    assert updated.card["facts"] == facts and updated.card["taught"] and updated.model != tiny.model
+    method = Knowledge(mode="train", epochs=0.1, rank=4)
+    for card in (made.card, updated.card):
+        with pytest.raises(MethodError, match="nothing new to teach"):
+            method.apply(replace(tiny, card=card), data, Run(Store(home)))
