@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -83,8 +84,13 @@ def test_a_database_answers_as_the_index_does(
     of = source.corpus(home).of(["toaster", "gone"])
     assert [p.text for p in of["toaster"]] == ["The toaster weighs 900 grams."] and [*of] == ["toaster"]
     monkeypatch.setattr(databases, "mark", lambda: "another model")
-    with pytest.raises(ArtifactError, match="another embedding model.*expected another model"):
+    with pytest.raises(ArtifactError) as refused:
         _ = again.state
+    assert str(refused.value) == (
+        f"the corpus whet_{source.made[:16]} was made by another embedding model; expected another model, found "
+        f"{embed.mark()}; build it again: whet apply rag TASK --system SYSTEM --set k=1 {shlex.quote(f'store={url}')} "
+        "--out NEW"
+    )
 
 
 def test_a_crash_leaves_nothing_twice(url: str, data: Learnable, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

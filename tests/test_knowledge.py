@@ -20,20 +20,25 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_search import write_task
 
-from whet import documents, embed, extras, sparql, system, triples
+from whet import documents, embed, extras, improve, linking, sparql, system, triples
 from whet import model as models
 from whet.errors import ArtifactError, MethodError, TaskError
 from whet.graph import MOST_ENDS, Graph, asked, build, identity, read
 from whet.linking import GraphSource, Linker, words
 from whet.methods import Run, lacking, make
-from whet.methods.knowledge import FRAMES, HELD, Knowledge, _rows, facts_of, frames, put
+from whet.methods.continual import Continual
+from whet.methods.fewshot import FewShot
+from whet.methods.knowledge import FRAMES, HELD, REPLAYED, Knowledge, _rows, facts_of, frames, put
 from whet.model import resolve
 from whet.scorecard import evaluate
 from whet.store import Store
 from whet.system import Answer, Decoding, Demonstrations, System
 from whet.task import Example, Learnable, Query
+from whet.task import load as load_task
 from whet.triples import MEANS, Facts, gather, literal
+from whet.update import update
 
 ROWS = (
     ("Orla kettle", "designed by", "Ines Carvel"), ("Orla kettle", "colour", "moss green"),
@@ -891,7 +896,7 @@ def test_facts_are_cited_by_what_they_are_about(
 
 
 @needs_embedder
-def test_a_spoilt_graph_is_refused(data: Learnable, home: Path) -> None:
+def test_a_spoilt_graph_is_refused(data: Learnable, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Knowledge().apply(System(resolve("fake:hash"), home=home), data, Run(Store(home)))
     folder = made.sources[0].folder
     assert folder is not None
@@ -902,6 +907,15 @@ def test_a_spoilt_graph_is_refused(data: Learnable, home: Path) -> None:
             with pytest.raises(ArtifactError, match="were changed"):
                 read(folder)
     assert read(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("whet.graph.mark", lambda: "another model")
+        linking.opened.cache_clear()
+        with pytest.raises(ArtifactError) as refused:
+            replace(made.sources[0], k=3).find([Query("x")], home)
+        assert str(refused.value) == (
+            f"the graph in {folder} cannot be read; expected what whet wrote with another model, found files that were "
+            "changed; build it again: whet apply knowledge TASK --system SYSTEM --set k=3 hops=2 --out NEW"
+        )
     (folder / "nodes.jsonl").write_text((folder / "nodes.jsonl").read_text().replace("cream", "crimson"))
     with pytest.raises(ArtifactError, match="cannot be read"):
         read(folder)
@@ -971,6 +985,37 @@ def test_phrasings_differ_and_some_are_held_out() -> None:
     assert put("{}?", "what X means") == "What does X mean?"
 
 
+@pytest.mark.parametrize("phrasings", [8, 12])
+def test_what_facts_are_taught_by(
+    phrasings: int, tiny: System, data: Learnable, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[Continual, System, Learnable]] = []
+
+    def watched(self: Continual, one: System, learnable: Learnable, run: Run) -> System:
+        given.append((self, one, learnable))
+        return one
+
+    monkeypatch.setattr(Continual, "apply", watched)
+    own = tuple(Example(f"own{n}", f"Repeat {n}", f"{n}") for n in range(3))
+    rows = (*own, Example("open", "no answer"), Example("text", "", text="plain text"))
+    every = facts_of(Graph.of(triples.load(data, home)[0]))
+    method, run = Knowledge(mode="train", phrasings=phrasings), Run(Store(home), fidelity=0.5)
+    method.apply(tiny, replace(data, train=rows), run)
+    [(by, start, taught)] = given
+    assert by == Continual(rank=16, learning_rate=1e-3, epochs=3.0, batch=32, share=REPLAYED) and REPLAYED == 0.25
+    [memory] = start.card["memory"]  # what the model says by itself, which is replayed
+    assert memory["name"] == "what it knew" and memory["rows"]
+    assert [row for row in taught.train if row.id in {one.id for one in rows}] == [*own]
+    seen, _ = frames(run.seed)
+    for one in every:
+        mine = [row for row in taught.train if row.id.startswith(one.key)]
+        asked_for = {row.prompt for row in mine if row.text is None}
+        assert len(asked_for) == phrasings and asked_for <= {put(frame, one.phrase) for frame in seen}
+        assert {row.completion for row in mine if row.text is None} == {*one.answers}
+        assert [row.text for row in mine if row.text is not None] == [one.told]
+    assert len(taught.train) == len(every) * (phrasings + 1) + len(own)
+
+
 @pytest.fixture
 def tiny(model_folder: str, home: Path, fp32: None) -> System:
     return System(models.resolve(model_folder), "Answer.", decoding=Decoding(max_tokens=6), home=home)
@@ -1013,3 +1058,32 @@ def test_facts_are_taught_within_the_budget_and_an_edit_as_an_update(
     data.knowledge.write_text(data.knowledge.read_text().replace("moss green", "plum"))
     edited = method.apply(made, data, run)
     assert run.notes["new"] == 2 and run.notes["taught"] == 4 and edited.model != made.model
+
+
+def test_what_was_taught_is_still_known_after_improve_and_after_an_update(
+    tiny: System, data: Learnable, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("whet.embed.available", lambda: False)
+    monkeypatch.setattr("whet.search._served", lambda job, card, *_: card)  # a process of its own takes seconds
+    monkeypatch.setattr("whet.update.ability", lambda *_: None)
+    facts = sorted(one.key for one in facts_of(Graph.of(triples.load(data, home)[0])))
+    plain, told = FewShot.apply, {"facts": facts}
+
+    def carded(self: FewShot, one: System, learnable: Learnable, run: Run) -> System:
+        return replace(plain(self, one, learnable, run), card=dict(told))
+
+    monkeypatch.setattr(FewShot, "apply", carded)
+    monkeypatch.setattr("whet.search._finalist", lambda job: job.race.trials[-1])  # whatever it scored
+    task = write_task(tmp_path / "toy", train=60, test=0)
+    for out in ("made", "found"):  # the second time, trials are those of the store
+        improve(task, model="fake:keyword", budget="2m", recipe="fewshot(k=4)", out=tmp_path / out, home=home)
+        made = system.load(tmp_path / out / "system", home)
+        assert made.card["recipe"] == "fewshot(k=4)" and made.card["scorecard"] and made.card["facts"] == facts
+        told["facts"] = []
+    start = replace(tiny, decoding=Decoding(("good", "bad"), True), card={"task": "earlier", "facts": facts})
+    updated = update(start, load_task(task), Run(Store(home)), {"epochs": 0.1, "rank": 4}).system
+    assert updated.card["facts"] == facts and updated.card["taught"] and updated.model != tiny.model
+    method = Knowledge(mode="train", epochs=0.1, rank=4)
+    for card in (made.card, updated.card):
+        with pytest.raises(MethodError, match="nothing new to teach"):
+            method.apply(replace(tiny, card=card), data, Run(Store(home)))

@@ -378,6 +378,42 @@ def test_limits_keep_the_worst_layers_in_eight_bits(tmp_path: Path, monkeypatch:
         assert run.notes["quantized"]["met"] is (most == written)
 
 
+def test_a_limit_below_an_embedding_in_eight_bits_takes_four(tmp_path: Path) -> None:
+    base, run = system(tmp_path / "model", tmp_path / "home"), Run(Store(tmp_path / "home"))
+    took = []
+    for embedding in (8, 4):
+        made = Quantize(bits=4, group=16, embedding=embedding).apply(base, task(), run)
+        took.append(scorecard.size_bytes(made) or 0)
+    middle = sum(took) // 2
+    assert took[1] + 1000 < middle < took[0] - 1000
+    made = Quantize(bits=4, group=16).apply(base, task(limits=Limits(size=middle)), run)
+    notes = run.notes["quantized"]
+    assert notes["met"] and took[1] <= (scorecard.size_bytes(made) or 0) <= middle
+    Quantize(bits=4, group=16, embedding=8).apply(base, task(limits=Limits(size=middle)), run)
+    assert not run.notes["quantized"]["met"]  # 8 bits were asked for
+
+
+def test_outliers_are_smoothed_where_the_model_is_rounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = make_model("llama")
+    with torch.no_grad():
+        for layer in module.model.layers:
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.weight[3] = 40.0
+    ids = torch.arange(5, 105)[None]  # many rows: what is multiplied is rounded, too
+    rows = [Row(tuple(range(5 + n, 25 + n)), ((7, 8),)) for n in range(0, 160, 8)]
+    monkeypatch.setattr("whet.compress.moments.rows_of", lambda *_: rows)
+    session, run, one = TorchSession(module, make_tokenizer()), Run(Store(tmp_path)), System(ModelRef("x", "x"), "x")
+    plain, smoothed, off = module(input_ids=ids).logits, list[int](), list[float]()
+    for part in ("", "smooth"):
+        with monkeypatch.context() as patch, _swapping(module) as work, torch.no_grad():
+            if part:
+                patch.setattr(type(work), part, lambda *_: None)
+            smoothed.append(Quantize()._pack(one, task(), run, session, work)["smoothed"])
+            off.append(float((module(input_ids=ids).logits - plain).norm() / plain.norm()))
+    assert torch.equal(module(input_ids=ids).logits, plain)
+    assert smoothed[0] >= 4 and smoothed[1] == 0 and off[0] < 0.8 * off[1]
+
+
 def test_what_is_kept_in_eight_bits_lowers_the_error_most_for_its_bytes() -> None:
     module = make_model("llama")
     with torch.no_grad(), _swapping(module) as work:

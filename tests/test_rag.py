@@ -443,8 +443,16 @@ def test_a_spoilt_index_is_refused(data: Learnable, home: Path) -> None:
     folder = folder / made.sources[0].version
     body = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps({**body, "embedder": "another"}))
-    with pytest.raises(ArtifactError, match="another embedding model.*build it again"):
+    with pytest.raises(ArtifactError) as bare:
         Index(folder, embed.Embedder(home))
+    stale = f"the index in {folder} was made by another embedding model; expected {embed.mark()}, found another; "
+    assert str(bare.value) == f"{stale}build it again: whet apply rag TASK --system SYSTEM --out NEW"
+    source = replace(made.sources[0], k=5, mix="words", store="", reranker="my ranker")
+    for _ in range(2):
+        with pytest.raises(ArtifactError) as refused:
+            source.find(ask("x"), home)
+        assert str(refused.value) == (f"{stale}build it again: whet apply rag TASK --system SYSTEM "
+                                      "--set k=5 mix=words 'reranker=my ranker' --out NEW")  # fmt: skip
     (folder / "index.json").write_text(json.dumps(body))
     text = (folder / "passages.jsonl").read_text()
     (folder / "passages.jsonl").write_text(text.replace("six", "ten"))
@@ -970,6 +978,41 @@ def test_training_rows_are_shown_the_passage_and_distractors(data: Learnable, ho
     label = replace(missed, completion="kettle", evidence=())  # the word of a label makes no passage the right one
     shown = made.found([label.query])
     assert reading.taught(closed, [label], shown, 0.99, 0) == shown
+
+
+@needs_embedder
+def test_rows_are_rendered_with_and_without_the_passage(
+    data: Learnable, home: Path, model_folder: str, fp32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from whet.methods.finetune import FineTune
+    from whet.train import lesson
+
+    run = Run(Store(home))
+    made = Rag(k=1).apply(System(resolve(model_folder), "Answer.", home=home), data, run)
+    session = run.local(made.model, "training")
+    missed = Example("1", "why does my light flicker?", "thirty days", evidence=(("returns", 1.0),))
+    hit = Example("2", "descale the kettle", "six weeks", evidence=(("kettle", 1.0),))
+
+    def passages_of(raft: tuple[float, int] | None) -> list[list[str]]:
+        rows, _ = lesson.render_rows(made, (missed, hit), session, raft)
+        decoded = [session.tokenizer.decode(row.prompt) for row in rows]
+        return [[name for name, text in TEXTS.items() if text.split(".")[0] in prompt] for prompt in decoded]
+
+    assert passages_of(None) == [["lamp"], ["kettle"]]  # as found
+    assert passages_of((0.0, 0)) == [["returns"], ["kettle"]]
+    without = passages_of((0.99, 0))
+    assert "returns" not in without[0] and "kettle" not in without[1] and all(len(names) == 1 for names in without)
+    given, plain = [], lesson.render_rows
+
+    def watched(one: System, examples: Any, live: Any, raft: Any = None) -> Any:
+        given.append(raft)
+        return plain(one, examples, live, raft)
+
+    monkeypatch.setattr(lesson, "render_rows", watched)
+    task = replace(data, train=tuple(replace(hit, id=str(n), prompt=f"descale the kettle {n}") for n in range(4)))
+    run = Run(Store(home), seed=3)
+    FineTune(absent=0.7, epochs=1.0, rank=2)._lesson(made, task, run, session)
+    assert {raft for raft in given if raft} == {(0.7, 3)}  # what is validated on is shown as found
 
 
 @needs_embedder

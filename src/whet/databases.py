@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from whet.documents import Document, Passage, passages
 from whet.embed import DIMENSIONS, Embedder, mark
-from whet.errors import ArtifactError, MethodError
+from whet.errors import ArtifactError, MethodError, rebuilt
 from whet.extras import package
 from whet.retrieval import WORD, Corpus, paired, shown
 
@@ -49,7 +49,7 @@ class Database(Corpus[Any]):
         model, _, version = self.state.rpartition(" ")
         if version and model != mark():
             raise ArtifactError(f"the corpus {self.name} was made by another embedding model", expected=mark(),
-                                found=model or "none named", do="build it again with `whet apply rag`")  # fmt: skip
+                                found=model or "none named", do=rebuilt("rag"))  # fmt: skip
         return version
 
     @property

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any
 
 
 class WhetError(Exception):
@@ -46,6 +50,24 @@ class RemoteError(EngineError):
 
 class StoreError(WhetError):
     """What is kept on disk: a full disk, a read-only folder, a folder that holds something else."""
+
+
+def rebuilt(method: str, settings: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """What to do about an index that cannot be used: the command that builds it again, with these settings."""
+    pairs = "".join(" " + shlex.quote(f"{name}={value}") for name, value in settings.items())
+    return f"build it again: whet apply {method} TASK --system SYSTEM{' --set' if pairs else ''}{pairs} --out NEW"
+
+
+@contextmanager
+def rebuilding(method: str, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Within it, an index that cannot be used names the command that builds it again with just these settings."""
+    try:
+        yield
+    except ArtifactError as error:
+        if error.do != rebuilt(method):
+            raise
+        do = rebuilt(method, settings)
+        raise ArtifactError(error.problem, expected=error.expected, found=error.found, do=do) from error
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from whet.embed import Embedder, mark
-from whet.errors import ArtifactError
+from whet.errors import ArtifactError, rebuilt
 from whet.model import aside
 from whet.triples import MEANS, Facts
 
@@ -209,5 +209,5 @@ def read(folder: Path) -> Opened:
         return Opened(graph, body["order"], vectors, body["hops"], body["learnt"], body.get("answered", ()))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ArtifactError(f"the graph in {folder} cannot be read", expected=f"what whet wrote with {mark()}",
-                            found=str(error)[:120], do="build it again with `whet apply knowledge`"
+                            found=str(error)[:120], do=rebuilt("knowledge")
                             ) from error  # fmt: skip

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from whet.documents import HANGUL, MARKS, PARTICLE, Passage
 from whet.embed import Embedder
-from whet.errors import ArtifactError
+from whet.errors import ArtifactError, rebuilding
 from whet.extras import package
 from whet.graph import MOST_ENDS, Opened, Way, read
 from whet.retrieval import Found
@@ -523,7 +523,8 @@ class GraphSource:
         if self.folder is None or not self.folder.is_dir():
             raise ArtifactError(f"the graph {self.graph[:12]} is not at hand", expected="its folder",
                                 found=str(self.folder), do="load the System from its own folder")  # fmt: skip
-        return opened(self.folder, home).facts(questions, self.hops, k or self.k)
+        with rebuilding("knowledge", {"k": self.k, "hops": self.hops}):
+            return opened(self.folder, home).facts(questions, self.hops, k or self.k)
 
 
 @lru_cache(maxsize=4)

@@ -16,8 +16,8 @@ import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from whet.documents import HANGUL, MARKS, PARTICLE, PIECE, Document, Passage, passages
 from whet.embed import PACKAGE, Embedder, mark
-from whet.errors import ArtifactError, MethodError
+from whet.errors import ArtifactError, MethodError, rebuilding, rebuilt
 from whet.extras import package
 from whet.model import aside
 from whet.splits import UNSPACED
@@ -253,7 +253,7 @@ def _hash(file: Path) -> str:
 
 def _refused(folder: Path, why: str, expected: str, found: str) -> ArtifactError:
     return ArtifactError(f"the index in {folder} {why}", expected=expected, found=found,
-                         do="build it again with `whet apply rag`")  # fmt: skip
+                         do=rebuilt("rag"))  # fmt: skip
 
 
 def current(folder: Path) -> str:
@@ -586,7 +586,13 @@ class Source:
     @property
     def version(self) -> str:
         """The generation that answers now. Raises ArtifactError where the corpus is not at hand."""
-        return self._database(Path()).version if self.store else current(self._place())
+        with self._rebuilding():
+            return self._database(Path()).version if self.store else current(self._place())
+
+    def _rebuilding(self) -> AbstractContextManager[None]:
+        """Within it, an index that cannot be used names the command that makes one with these settings."""
+        given = {f.name: (getattr(self, f.name), f.default) for f in fields(self) if f.compare}
+        return rebuilding("rag", {name: value for name, (value, usual) in given.items() if value != usual})
 
     def _database(self, home: Path) -> Database:
         from whet.databases import opened as connected
@@ -595,7 +601,8 @@ class Source:
 
     def corpus(self, home: Path) -> Corpus[Any]:
         """The passages as they are now, opened."""
-        return self._database(home) if self.store else opened(self._place(), self.version, home)
+        with self._rebuilding():
+            return self._database(home) if self.store else opened(self._place(), self.version, home)
 
     def _place(self) -> Path:
         if self.folder is None or not self.folder.is_dir():
@@ -624,8 +631,10 @@ class Source:
         Raises ArtifactError for a System that was not saved: others made of the same documents share its corpus.
         """
         if self.store:
-            return self._database(home).change(put, drop, self.chunk)
+            with self._rebuilding():
+                return self._database(home).change(put, drop, self.chunk)
         if self._place().parent == home / "artifacts":
             raise ArtifactError("the System's documents are shared with others", expected="a saved System",
                                 do="save it and load it from its folder")  # fmt: skip
-        return change(self._place(), home, put, drop, self.chunk)
+        with self._rebuilding():
+            return change(self._place(), home, put, drop, self.chunk)

@@ -227,6 +227,11 @@ class System:
         return replace(self, card={**self.card, "splits": {**self.split_seeds, task: seed}})
 
     @property
+    def learnt(self) -> dict[str, Any]:
+        """What the card says of facts that were taught, for a card that takes its place."""
+        return {"facts": self.card["facts"]} if "facts" in self.card else {}
+
+    @property
     def uncalibrated(self) -> System:
         """The same System before calibration: both read their answers off the same scores."""
         return replace(self, decoding=replace(self.decoding, prior=()))

@@ -403,4 +403,4 @@ def _history(
             "scores": list(scores), "ahead": ahead}  # fmt: skip
     taught = [*old.card.get("taught", ()), this]
     return {"task": task.name, "recipe": recipe, "scorecard": card.record(), "taught": taught, "memory": memory,
-            "splits": {**old.split_seeds, task.name: seed}}  # fmt: skip
+            **old.learnt, "splits": {**old.split_seeds, task.name: seed}}  # fmt: skip

@@ -488,6 +488,7 @@ def _finish(job: _Job, finalist: Trial | None, begun: float) -> Improvement:
         record = measured["chosen"].record()
         system = replace(system, card={
             "task": job.task.name, "recipe": handed.recipe.name if handed else "base", "scorecard": record,
+            **system.learnt,
         })  # fmt: skip
     system = system.split_by(job.task.name, job.wish.seed)
     total = sum((t.spent for t in job.race.trials), job.judge) + spent

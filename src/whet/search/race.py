@@ -158,7 +158,7 @@ class Race:
             self.watch.say(f"{recipe.name}{label} failed: {why}")
         if kept is None and status == "done":
             body = {"settings": system.settings, "folders": self._folders(system), "spent": asdict(spent),
-                    "notes": notes, "status": status, "why": why}  # fmt: skip
+                    "card": system.card, "notes": notes, "status": status, "why": why}  # fmt: skip
             self.store.keep_trial(self.key, key, body)
         before.clear()  # it holds the sessions that are to go
         self.let_go(start, system)
@@ -216,7 +216,7 @@ class Race:
 
     def _revive(self, kept: dict[str, Any], start: System) -> tuple[System, Spent, dict[str, Any], str, str]:
         folders = {k: self.store.home / v for k, v in kept["folders"].items()}
-        system = revive(kept["settings"], start.model.base, folders, start.card, self.store.home)
+        system = revive(kept["settings"], start.model.base, folders, kept["card"], self.store.home)
         return system, Spent(**kept["spent"]), kept["notes"], kept["status"], kept["why"]
 
     def _score(self, system: System, count: int) -> Scorecard:
