@@ -801,13 +801,23 @@ def test_an_arm_within_the_limits_goes_before_one_beyond_them(monkeypatch: pytes
 
 
 def test_students_that_would_be_too_large_are_not_taught(monkeypatch: pytest.MonkeyPatch) -> None:
-    large = [one for one in limits.SMALLER if "distill" in one and one != limits.SMALLER[-1]]
+    students = [one for one in limits.SMALLER if "distill" in one]
+    large = students[:-1]
     job = limited_job(monkeypatch, made_of=150, **dict.fromkeys(large, 120.0))
     assert limits.within(job, None) is not None and "nearest" in job.notes[0]
     assert [d["method"] for d in job.skipped] == [parse(one).name for one in large]
     assert job.skipped[0]["why"] == "it would take about 0.1 KB, 0.1 allowed"
-    assert not any("prune(width" in t.name for t in job.race.trials)
-    assert "share+distill" in job.race.trials[-1].name  # the last is tried all the same, and may be the nearest
+    assert not any("prune(width" in t.name for t in job.race.trials) and "share+distill" in job.race.trials[-1].name
+    # All of them: the smallest is taught all the same, and may be the nearest; the last is larger.
+    sizes = dict.fromkeys(students, 190.0) | {students[1]: 120.0}
+    job = limited_job(monkeypatch, made_of=150, **sizes)
+    limits.within(job, None)
+    assert [t.name for t in job.race.trials if "distill" in t.name] == [parse(students[1]).name]
+    assert [d["method"] for d in job.skipped] == [parse(one).name for one in students if one != students[1]]
+    job = limited_job(monkeypatch, made_of=80, **{"share+distill": 120.0})  # the estimate was too high
+    job.wish.methods = ("share", "distill")
+    found = limits.within(job, None)
+    assert found is not None and (found.name, found.status, job.skipped) == ("share+distill", "done", [])
 
 
 def test_what_cannot_be_measured_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

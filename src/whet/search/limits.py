@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from whet.engine import Spent
@@ -128,8 +128,6 @@ def within(job: _Job, finalist: Trial | None) -> Trial | None:
 
     Trials beyond the limits, or that cost an earlier task too much, are marked as refused, with the reason.
     """
-    from whet.search import _keeping
-
     limits, race = job.task.limits, job.race
     start = finalist or race.base
     if limited(limits) and not race.select:
@@ -147,50 +145,100 @@ def within(job: _Job, finalist: Trial | None) -> Trial | None:
     if not over:
         return finalist
     start = race.mark(start, status="refused" if finalist else start.status, why=over, card=used)
-    nearest, least = start, _excess(limits, used)
-    origin = next((b for b in job.bases if b.model.content == start.system.model.content), job.bases[0])
     # The bound of a training is part of what it is known by: with another one it would be trained anew.
     tokens = start.notes.get("allowed") or int(max(0.0, race.left) * race.speed(start.system).train)
-    steps, packed, whole_size, tried = _steps(limits, start.system), 1.0, used.size_bytes, False
-    taught, vain = 0, False  # the bound of the student without context, who is trained once; it did not suffice
-    for text, wished, recipe in _candidates(job, start, steps):
-        opened, most, why = set(job.run.sessions), _healing(job, wished, start, tokens), ""
-        first = wished[0].name == "distill"
-        most = taught or most if first else most
-        if vain and most is None:
-            why = "without its context it was beyond the limits, too"
-        elif (tried and race.left <= 0) or (most is not None and most < training.LEAST_TOKENS):
-            why = f"only {clock(max(0.0, race.left))} of the budget would be left for it"
-        elif text != steps[-1] and (size := _expected(job, start, wished, packed)) > (limits.size or size):
-            why = f"it would take about {_bytes(size, limits.size or 0)}"
+    ladder = _Ladder(job, start, tokens, start, _excess(limits, used))
+    small = next(filter(None, map(ladder.climb, _candidates(job, start, _steps(limits, start.system)))), None)
+    small = small or ladder.smallest()
+    if small is not None:
+        return _better(job, small, finalist)
+    return _other(job, finalist) or _nearest(job, finalist, start, ladder.nearest)
+
+
+_Step = tuple[str, tuple[Method, ...], Recipe]  # as it is written, its methods, and the recipe that it makes
+
+
+@dataclass
+class _Ladder:
+    """The steps that make a trial smaller, and what has come of them so far."""
+
+    job: _Job
+    start: Trial
+    tokens: int  # that its trainings may take
+    nearest: Trial
+    least: float  # how many times the nearest uses its worst limit
+    packed: float = 1.0  # of the bytes, what 4 bits leave
+    taught: int = 0  # the bound of the student without context, who is trained once
+    vain: bool = False  # that student did not suffice
+    tried: bool = False
+    healed: bool = False  # a student with less than all weights was taught
+    large: list[tuple[float, _Step, dict[str, str]]] = field(default_factory=list)  # bytes expected; as left out
+
+    def climb(self, step: _Step, *, even: bool = False) -> Trial | None:
+        """Try a step, `even` one that is expected to be too large: its trial where that keeps within the limits."""
+        job, (text, wished, recipe) = self.job, step
+        race, opened, first = job.race, set(job.run.sessions), wished[0].name == "distill"
+        most = _healing(job, wished, self.start, self.tokens)
+        most = self.taught or most if first else most
+        why, size = self._hindered(wished, most, even)
         if why:
             job.skipped.append({"method": recipe.name, "why": why})
-            continue
-        taught = most or 0 if first else taught
-        trial, tried = race.enter(recipe, origin, tokens=tokens, label=start.label, healing=most), True
-        if (found := _told(job, trial)) is not None:
-            trial = race.mark(trial, card=found)
-            if text.removeprefix("distill+") == PACKED and found.size_bytes and whole_size:
-                packed = found.size_bytes / whole_size
-            over, excess = beyond(limits, found), _excess(limits, found)
-            vain = bool(over) if first else vain
-            if not over or excess < least:  # else it is not handed over, whatever it forgets
-                trial = _keeping(job, trial)
-            keeps = trial.status != "refused"
-            if keeps and not over:
-                return _better(job, trial, finalist)
-            trial = race.mark(trial, status="refused", why=over or trial.why)
-            if keeps and excess < least:
-                nearest, least = trial, excess
+            self.large += [(size, step, job.skipped[-1])] if size else []
+            return None
+        self.taught, self.tried = most or 0 if first else self.taught, True
+        self.healed = self.healed or (most is not None and not first)
+        origin = next((b for b in job.bases if b.model.content == self.start.system.model.content), job.bases[0])
+        trial = race.enter(recipe, origin, tokens=self.tokens, label=self.start.label, healing=most)
+        if (found := _told(job, trial)) is not None and (kept := self._kept(text, trial, found, first)) is not None:
+            return kept
         for model in set(job.run.sessions) - opened:  # what was tried in vain holds no memory
             job.run.sessions.pop(model).close()
         job.run.tidy()
-    return _other(job, finalist) or _nearest(job, finalist, start, nearest)
+        return None
+
+    def smallest(self) -> Trial | None:
+        """Try the smallest student where all were expected to be too large: the size is an estimate, and it may be the
+        nearest.
+        """
+        if not self.large or self.healed:
+            return None
+        _, step, told = min(self.large, key=lambda one: one[0])
+        self.job.skipped.remove(told)
+        return self.climb(step, even=True)
+
+    def _hindered(self, wished: tuple[Method, ...], most: int | None, even: bool) -> tuple[str, float]:
+        """Why a step is not tried, empty where it is; and the bytes of a student that would be too large, else 0."""
+        job, allowed = self.job, self.job.task.limits.size or 0
+        if self.vain and most is None:
+            return "without its context it was beyond the limits, too", 0.0
+        if (self.tried and job.race.left <= 0) or (most is not None and most < training.LEAST_TOKENS):
+            return f"only {clock(max(0.0, job.race.left))} of the budget would be left for it", 0.0
+        if not even and allowed and (size := _expected(job, self.start, wished, self.packed)) > allowed:
+            return f"it would take about {_bytes(size, allowed)}", size
+        return "", 0.0
+
+    def _kept(self, text: str, trial: Trial, found: Scorecard, first: bool) -> Trial | None:
+        """A trial, measured, where it keeps within the limits and the earlier tasks; else it is marked as refused."""
+        from whet.search import _keeping
+
+        job, start = self.job, self.start.card
+        trial = job.race.mark(trial, card=found)
+        if text.removeprefix("distill+") == PACKED and found.size_bytes and start and start.size_bytes:
+            self.packed = found.size_bytes / start.size_bytes
+        over, excess = beyond(job.task.limits, found), _excess(job.task.limits, found)
+        self.vain = bool(over) if first else self.vain
+        if not over or excess < self.least:  # else it is not handed over, whatever it forgets
+            trial = _keeping(job, trial)
+        keeps = trial.status != "refused"
+        if keeps and not over:
+            return trial
+        trial = job.race.mark(trial, status="refused", why=over or trial.why)
+        if keeps and excess < self.least:
+            self.nearest, self.least = trial, excess
+        return None
 
 
-def _candidates(
-    job: _Job, start: Trial, steps: Sequence[str]
-) -> Iterator[tuple[str, tuple[Method, ...], Recipe]]:
+def _candidates(job: _Job, start: Trial, steps: Sequence[str]) -> Iterator[_Step]:
     """The steps that may be tried: each with those of its methods that were asked for, and the recipe they make."""
     for text in steps:
         whole = parse(text).methods
