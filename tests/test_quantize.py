@@ -876,6 +876,25 @@ def test_what_stands_around_a_slow_answer_goes_first() -> None:
     taught.check()
 
 
+def test_a_limit_of_memory_is_met_by_weights_alone_in_8_bits_before_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    def heavy(name: str, memory: int) -> Trial:
+        made = trial(name, 10, 0.75)
+        return replace(made, card=SimpleNamespace(**{**vars(made.card), "memory_bytes": memory}))  # type: ignore[arg-type]
+
+    job = limited_job(monkeypatch)
+    job.task.limits = Limits(memory=100)
+    job.race.trials[:] = [job.race.base, heavy("finetune", 200)]
+    used = {"finetune+quantize": 190, "finetune+quantize(activations=false)": 90}
+    monkeypatch.setattr("whet.search.limits._told", lambda _, one: heavy(one.name, used.get(one.name, 80)).card)
+    found = limits.within(job, job.race.trials[1])
+    assert found is not None and found.name == "finetune+quantize(activations=false)"
+    assert [t.name for t in job.race.trials[2:]] == list(used)
+    slow = System(resolve("fake:hash"), "say", demonstrations=Demonstrations((("a", "b"),)))
+    steps = limits._steps(Limits(memory=10, latency=10.0), slow)
+    assert steps[:4] == ("distill", "distill+quantize", "distill+quantize(activations=false)",
+                         "distill+quantize(bits=4)")  # fmt: skip
+
+
 def test_context_that_was_taught_away_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = Demonstrations((("a", "b"),))
     for asked, cheap in (((), False), (("prune", "quantize"), True)):

@@ -34,7 +34,7 @@ SMALLER = (  # what is tried, the least loss first
     "share+distill+quantize(bits=4)",
 )
 
-
+LIGHT = "(activations=false)"  # rounding what is multiplied keeps a second layout of the weights: no memory is saved
 PACKED = "quantize(bits=4)"  # of the sizes it leaves, those of others are told before they are taught
 CONTEXT = (  # first, where much is read or written before each answer
     "distill",
@@ -75,12 +75,15 @@ def _excess(limits: Limits, card: Scorecard) -> float:
 
 def _steps(limits: Limits, system: System) -> tuple[str, ...]:
     """What is tried. Answers that take long for what stands around them are first taught to do without it."""
-    if limits.latency is None:
-        return SMALLER
-    slow = system.demonstrations.pool or system.sources or system.decoding.after or system.decoding.votes > 1
-    # A student of another model keeps its context unless it is told not to.
-    without = tuple(one.replace("+distill+", "+distill(clear=context)+") for one in SMALLER)
-    return (*CONTEXT, *without) if slow else SMALLER
+    steps: tuple[str, ...] = SMALLER
+    if limits.latency is not None and (
+        system.demonstrations.pool or system.sources or system.decoding.after or system.decoding.votes > 1
+    ):
+        # A student of another model keeps its context unless it is told not to.
+        steps = (*CONTEXT, *(one.replace("+distill+", "+distill(clear=context)+") for one in SMALLER))
+    if limits.memory is None:
+        return steps
+    return tuple(text for one in steps for text in ((one, one + LIGHT) if one.endswith("quantize") else (one,)))
 
 
 def smaller(recipe: Recipe, step: Recipe) -> Recipe:
