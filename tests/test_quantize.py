@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 import random
@@ -20,7 +21,8 @@ from models import make_model, make_tokenizer, save_model
 from test_search import write_task
 from torch import nn
 
-from whet import improve, scorecard
+from whet import scorecard
+from whet.cli import main
 from whet.compress import folder as folders
 from whet.compress import moments as calibrate
 from whet.compress import packed, rounding
@@ -35,6 +37,7 @@ from whet.methods import Run, lacking, make
 from whet.methods.quantize import HEADER, Quantize, _swapping
 from whet.metrics import Outcome, get
 from whet.model import ModelRef, load, resolve
+from whet.report import view
 from whet.search import limits
 from whet.search.race import Trial
 from whet.search.recipe import Recipe, parse
@@ -664,19 +667,29 @@ def test_refusals(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size, named, met", [("60KB", "quantize", True), ("20KB", "quantize(bits=4)", False)])
 def test_improve_makes_it_small_enough_or_names_the_nearest(
-    size: str, named: str, met: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    size: str, named: str, met: bool, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     monkeypatch.setattr("whet.embed.available", lambda: False)
     folder = write_task(tmp_path / "toy", train=60, test=20, limits={"size": size})
-    found = improve(folder, model=save_model(tmp_path / "model"), budget="60s", methods=["quantize"],
-                    out=tmp_path / "out", home=tmp_path / "home")  # fmt: skip
-    trials = {t["name"]: t for t in found.result["trials"]}
-    assert found.result["chosen"]["name"] == named
+    model, out = str(save_model(tmp_path / "model")), tmp_path / "out"
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["improve", str(folder), "--model", model, "--budget", "60s", "--methods", "quantize", "--out", str(out)])
+    result = json.loads((out / "result.json").read_text())
+    trials = {t["name"]: t for t in result["trials"]}
+    assert result["chosen"]["name"] == named
     assert (trials[named]["status"] == "done") is met
     assert "KB on disk" in trials["base"]["why"]
-    assert {"arm": "made small enough for limits", "minutes": 0.25, "most": True} in found.result["plan"]
-    said = " ".join(found.result["notes"])
+    assert {"arm": "made small enough for limits", "minutes": 0.25, "most": True} in result["plan"]
+    said = " ".join(result["notes"])
     assert ("the nearest is handed over" in said) is not met
+    took, whole = (view.size(trials[name]["size_bytes"]) for name in (named, "base"))
+    assert result["limits"] == {
+        "allowed": {"size": 1000 * int(size[:-2])}, "used": {"size": trials[named]["size_bytes"]},
+        "base": {"size": trials["base"]["size_bytes"]}, "met": met,
+    }  # fmt: skip
+    told = "Within the limits" if met else f"Nothing keeps within the limits; the nearest, {named}, is handed over"
+    assert f"{told}: size {took} of {size[:-2]} kB ({whole} before)." in capsys.readouterr().out.splitlines()
     stored = sum(p.stat().st_size for p in (tmp_path / "out" / "system").rglob("*.safetensors"))
     assert (stored <= int(size[:-2]) * 1000) is met
 

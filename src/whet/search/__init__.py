@@ -479,8 +479,6 @@ def _finish(job: _Job, finalist: Trial | None, begun: float) -> Improvement:
     if card:
         job.watch.arm("measuring latency and memory")
         measured["chosen"] = _served(job, card, system, rows)
-        if over := limits.beyond(job.task.limits, measured["chosen"]):
-            job.notes.append(f"what is handed over goes beyond the limits: {over}")
         base_card = cards.get("base") or (job.race.base.card if job.race.base else None)
         own = _served(job, base_card, job.bases[0], rows) if handed and base_card else measured["chosen"]
         measured["base"] = own

@@ -35,6 +35,7 @@ SMALLER = (  # what is tried, the least loss first
 )
 
 LIGHT = "(activations=false)"  # rounding what is multiplied keeps a second layout of the weights: no memory is saved
+USED = {"size": "size_bytes", "memory": "memory_bytes", "latency": "latency_ms"}  # limits, and what is measured
 PACKED = "quantize(bits=4)"  # of the sizes it leaves, those of others are told before they are taught
 CONTEXT = (  # first, where much is read or written before each answer
     "distill",
@@ -59,6 +60,17 @@ def beyond(limits: Limits, card: Scorecard) -> str:
     if limits.latency is not None and card.latency_ms is not None and card.latency_ms > limits.latency:
         found.append(f"{card.latency_ms:.0f} ms an answer, {limits.latency:.0f} allowed")
     return ", ".join(found)
+
+
+def kept(limits: Limits, card: Scorecard, base: Scorecard) -> dict[str, Any] | None:
+    """What the task allows, what is handed over uses and what the base does: bytes and ms; None without limits.
+
+    `met` is None where something is not known and nothing is known to be beyond.
+    """
+    limited = {name: most for name in USED if (most := getattr(limits, name)) is not None}
+    used, before = ({name: getattr(one, USED[name]) for name in limited} for one in (card, base))
+    met = False if beyond(limits, card) else None if None in used.values() else True
+    return {"allowed": limited, "used": used, "base": before, "met": met} if limited else None
 
 
 def _bytes(used: float, allowed: float, where: str = "") -> str:
