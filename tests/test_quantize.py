@@ -37,8 +37,9 @@ from whet.methods import Run, lacking, make
 from whet.methods.quantize import HEADER, Quantize, _swapping
 from whet.metrics import Outcome, get
 from whet.model import ModelRef, load, resolve
+from whet.progress import Silent
 from whet.report import view
-from whet.search import limits
+from whet.search import _confirm, limits
 from whet.search.race import Trial
 from whet.search.recipe import Recipe, parse
 from whet.store import Store
@@ -689,7 +690,11 @@ def test_improve_makes_it_small_enough_or_names_the_nearest(
         "base": {"size": trials["base"]["size_bytes"]}, "met": met,
     }  # fmt: skip
     told = "Within the limits" if met else f"Nothing keeps within the limits; the nearest, {named}, is handed over"
-    assert f"{told}: size {took} of {size[:-2]} kB ({whole} before)." in capsys.readouterr().out.splitlines()
+    cost, printed = result["confirm"]["uncompressed"], capsys.readouterr().out.splitlines()
+    assert cost["name"] == "base" and cost["score"] == result["confirm"]["base"]["score"]
+    assert cost["cost"]["loss"] == -result["confirm"]["difference"]
+    assert any(line.startswith("Compression costs") and "base scores" in line for line in printed)
+    assert f"{told}: size {took} of {size[:-2]} kB ({whole} before)." in printed
     stored = sum(p.stat().st_size for p in (tmp_path / "out" / "system").rglob("*.safetensors"))
     assert (stored <= int(size[:-2]) * 1000) is met
 
@@ -734,7 +739,7 @@ def limited_job(
                            speed=lambda _: SimpleNamespace(train=10_000.0))  # fmt: skip
     job = SimpleNamespace(task=SimpleNamespace(limits=Limits(size=100)), race=race, bases=[base.system], shrinking=0.0,
                           run=run, wish=SimpleNamespace(methods=(), seed=0), metric=get("accuracy"), notes=[],
-                          skipped=[], tight=False, bounds=[])  # fmt: skip
+                          skipped=[], tight=False, whole=None, bounds=[])  # fmt: skip
     monkeypatch.setattr("whet.search.limits._measured", lambda _, __, card: card)
     monkeypatch.setattr("whet.search.limits._expected", lambda _, __, cut, ___: sizes.get(Recipe(cut).name, 0.0))
     monkeypatch.setattr("whet.search._keeping", keeping)
@@ -798,6 +803,56 @@ def test_what_was_made_smaller_already_is_made_smaller_still(text: str, monkeypa
 )  # fmt: skip
 def test_what_a_student_had_learnt_to_do_without_stays_away(text: str, step: str, wanted: str) -> None:
     assert limits.smaller(parse(text), parse(step)) == parse(wanted)
+
+
+def test_what_compression_costs_is_measured_on_the_sealed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = limited_job(monkeypatch)
+    job.race.trials.append(trial("finetune", 200, 0.75))
+    small = limits.within(job, job.race.trials[1])
+    assert small is not None and small.name == "finetune+quantize"
+    sealed = {"base": (0, 0, 0, 1), "finetune": (1, 1, 1, 1), "finetune+quantize": (1, 1, 1, 0)}
+    for one in job.race.trials:
+        one.system.fingerprint = one.name
+    asked = []
+
+    def scored(system: Any, *_: Any, **__: Any) -> Any:
+        asked.append(system.fingerprint)
+        outcomes = tuple(Outcome(str(n), "a", float(s), "a") for n, s in enumerate(sealed[system.fingerprint]))
+        score = sum(o.score for o in outcomes) / 4
+        return SimpleNamespace(outcomes=outcomes, score=score, low=0.0, high=1.0, n=4, spent=Spent())
+
+    monkeypatch.setattr("whet.search.evaluate", scored)
+    job.splits, job.watch, job.store = SimpleNamespace(confirm=[0] * 4), Silent(), None
+    job.run.session, job.race.key, job.bases = (lambda _: None), "", [job.race.base.system]
+    body, cards, _ = _confirm(job, small)
+    assert body is not None and body["uncompressed"]["name"] == "finetune" and body["uncompressed"]["score"] == 1.0
+    cost = body["uncompressed"]["cost"]
+    assert (cost["loss"], cost["low"], cost["high"]) == (0.25, 0.0, 0.75) and 0.25 < cost["bound"] <= 0.75
+    assert asked == ["base", "finetune+quantize", "finetune"] and list(cards) == ["base", "chosen", "uncompressed"]
+    job.whole, asked[:] = job.race.base, []
+    body, cards, _ = _confirm(job, small)
+    assert body is not None and body["uncompressed"]["name"] == "base" and list(cards) == ["base", "chosen"]
+    assert body["uncompressed"]["cost"]["loss"] == -0.5 and asked == ["base", "finetune+quantize"]  # it is scored once
+
+
+@pytest.mark.parametrize(
+    ("text", "others", "wanted"),
+    [
+        ("finetune+quantize", ["finetune"], "finetune"),
+        ("finetune+prune+distill+quantize+calibrate", ["finetune", "finetune+calibrate"], "finetune+calibrate"),
+        ("distill+quantize", ["distill"], "distill"),
+        ("quantize(bits=4)", [], "base"),
+        ("finetune+quantize", [], None),  # it was not tried by itself
+        ("fewshot+distill", ["fewshot"], None),  # nothing was made smaller
+    ],
+)
+def test_what_a_compressed_system_was_made_of(
+    text: str, others: list[str], wanted: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, made = limited_job(monkeypatch), trial(text, 50)
+    job.race.trials += [*(trial(one, 200) for one in others), made]
+    found = limits.uncompressed(job, made)
+    assert (found and found.name) == wanted and limits.uncompressed(job, None) is None
 
 
 def test_an_arm_within_the_limits_goes_before_one_beyond_them(monkeypatch: pytest.MonkeyPatch) -> None:

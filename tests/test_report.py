@@ -260,8 +260,24 @@ def test_limits_are_told_below_the_verdict(
     if not handed:
         result["chosen"] = {"recipe": [], "name": "base", "handed": False}
     assert report.summary(result).splitlines()[1] == says
-    shown = re.sub("<wbr>|\\n", "", page(tmp_path, result, {}))
+    shown = page(tmp_path, result, {}).replace("<wbr>", "")
     assert f'<p class="kept">{says}</p>' in shown
+
+
+def test_what_compression_costs_is_told_below_the_verdict(tmp_path: Path) -> None:
+    result = rich()
+    result["confirm"]["uncompressed"] = {
+        "name": "finetune", "score": 0.928, "low": 0.91, "high": 0.94,
+        "cost": {"loss": 0.004, "low": -0.003, "high": 0.011, "bound": 0.009},
+    }  # fmt: skip
+    says = ("Compression costs 0.4 points [−0.3, 1.1] on the sealed rows (at most 0.9 by a one-sided bound); finetune "
+            "scores 92.8 there.")  # fmt: skip
+    assert report.summary(result).splitlines()[1] == says
+    assert f'<p class="kept">{says}</p>' in page(tmp_path, result, {}).replace("<wbr>", "")
+    result["confirm"]["uncompressed"]["cost"]["loss"] = -0.0001
+    assert "costs 0.0 points" in report.summary(result)
+    result["chosen"] = {"recipe": [], "handed": False}
+    assert "Compression" not in report.summary(result)
 
 
 def test_verdict_of_hostile_names_has_no_terminal_escapes() -> None:

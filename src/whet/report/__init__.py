@@ -48,8 +48,9 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def summary(result: Record) -> str:
-    """The verdict, and below it whether limits are met, and what select said of the finalist and sealed data says."""
-    return "\n".join(filter(None, (verdict(result), _limits(result), _shrunk(result, Scale.of(result)))))
+    """The verdict; below it whether limits are met, what compression costs, and what select said of the finalist."""
+    scale = Scale.of(result)
+    return "\n".join(filter(None, (verdict(result), *_kept(result, scale), _shrunk(result, scale))))
 
 
 def board(result: Record) -> list[str]:
@@ -139,7 +140,7 @@ def _page(result: Record, details: Record) -> dict[str, Any]:
         "task": line(result.get("task")) or "task", "seed": line(result.get("seed")),
         "model": ", ".join(_lines(result.get("model"))) or line(result.get("model")),
         "verdict": verdict(result).replace(" %", "\u00a0%"), "headline": _headline(result, scale),
-        "kept": list(filter(None, [_limits(result)])),
+        "kept": _kept(result, scale),
         "notes": _lines(result.get("notes")),
         "scale": scale, "second": view.second(result), "figures": drawn, "arms": [_arm_row(a, scale) for a in arms],
         "trials": _trial_rows(result, scale) if len(records(result.get("trials"))) > 1 else [],
@@ -218,6 +219,24 @@ def _headline(result: Record, scale: Scale) -> dict[str, Any]:
     return {"tiles": tiles, "name": _chosen(result), "good": bool(confirm.get("improved")),
             "p": view.p_value(_decided(confirm)) if difference is not None else "", "single": _single(confirm, scale),
             "winner": (winner[0], scale.score(winner[1]), winner[2]) if winner else None}
+
+
+def _kept(result: Record, scale: Scale) -> list[str]:
+    """Whether the limits are met, and what compression costs: a sentence each, where there is something to say."""
+    return [said for said in (_limits(result), _cost(result, scale)) if said]
+
+
+def _cost(result: Record, scale: Scale) -> str:
+    """What the System that is handed over loses by being compressed, on the sealed rows; empty where it is not."""
+    whole = record(record(result.get("confirm")).get("uncompressed"))
+    cost = record(whole.get("cost"))
+    loss, low, high, bound = (number(cost.get(key)) for key in ("loss", "low", "high", "bound"))
+    if loss is None or not view.handed(result):
+        return ""
+    span = "" if low is None or high is None else f" [{scale.score(low)}, {scale.score(high)}]"
+    most = "" if bound is None else f" (at most {scale.score(bound)} by a one-sided bound)"
+    return (f"Compression costs {scale.score(loss)}{scale.unit}{span} on the sealed rows{most}; "
+            f"{line(whole.get('name'))} scores {scale.score(number(whole.get('score')))} there.")
 
 
 def _limits(result: Record) -> str:

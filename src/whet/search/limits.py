@@ -271,6 +271,7 @@ def _nearest(job: _Job, finalist: Trial | None, start: Trial, nearest: Trial) ->
     job.notes.append(f"nothing that was tried keeps within the limits; the nearest is handed over: {nearest.name} "
                      f"({nearest.why})")  # fmt: skip
     if nearest is not start:
+        job.whole = start
         job.notes.append(_cost(job, nearest, start))
     return nearest if nearest is not job.race.base else finalist
 
@@ -326,8 +327,21 @@ def _better(job: _Job, small: Trial, finalist: Trial | None) -> Trial:
         return other
     whole = finalist or job.race.base
     if whole is not None:
+        job.whole = whole
         job.notes.append(_cost(job, small, whole))
     return small
+
+
+def uncompressed(job: _Job, finalist: Trial | None) -> Trial | None:
+    """The trial without compression that a compressed finalist was made of; None where there is none."""
+    start = job.whole or finalist
+    methods = start.recipe.methods if start else ()
+    cut = [n for n, m in enumerate(methods) if m.family == "compression" and m.name != "distill"]
+    if start is None or not cut:  # a distillation alone makes nothing smaller
+        return job.whole
+    # One that stands behind what was cut has healed it; one before has taught a student that could be whole.
+    kept = tuple(m for n, m in enumerate(methods) if n < cut[0] or m.family != "compression")
+    return next((t for t in job.race.trials if t.card and (t.recipe.methods, t.label) == (kept, start.label)), None)
 
 
 def _cost(job: _Job, small: Trial, whole: Trial) -> str:
