@@ -245,7 +245,8 @@ def test_what_selection_flattered_is_printed_below_the_verdict() -> None:
         ({"size": 100.2e6}, False, "refused", True,
          "Nothing keeps within the limits; the nearest, finetune(rank=16)+calibrate(kind=batch), is handed over: size "
          "100,200,000 B of 100 MB (269 MB before)."),
-        ({"latency": 41.4}, False, "done", False, "Beyond the limits; the base is handed over: latency 41 ms of 40 ms."),
+        ({"latency": 41.4}, False, "done", False,
+         "Beyond the limits; the base is handed over: latency 41 ms of 40 ms."),
         ({"memory": None}, None, "done", True,
          "Whether it keeps within the limits is not known: memory not known of 1 GB (1.2 GB before)."),
     ],

@@ -208,8 +208,7 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
     limited = limits.limited(task.limits) and not local.model.remote
     shrinking = min(limits.SECONDS, 0.25 * wish.budget) if limited else 0.0
     parts = plan.apportion(splits, task.closed, wish, lambda rows: max(price(rows, b) for b in bases), beside,
-                       shrinking + rates[bases[0].model.content].price(judge),
-                       plan.CONFIRMING + limited)  # fmt: skip
+                       shrinking + rates[bases[0].model.content].price(judge), plan.CONFIRMING + limited)  # fmt: skip
     splits = replace(splits, confirm=parts.confirm)
     notes = [*task.notes, *cut, *parts.notes]
     if splits.dropped:
