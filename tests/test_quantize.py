@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 import random
@@ -20,7 +21,8 @@ from models import make_model, make_tokenizer, save_model
 from test_search import write_task
 from torch import nn
 
-from whet import improve, scorecard
+from whet import scorecard
+from whet.cli import main
 from whet.compress import folder as folders
 from whet.compress import moments as calibrate
 from whet.compress import packed, rounding
@@ -35,7 +37,9 @@ from whet.methods import Run, lacking, make
 from whet.methods.quantize import HEADER, Quantize, _swapping
 from whet.metrics import Outcome, get
 from whet.model import ModelRef, load, resolve
-from whet.search import limits
+from whet.progress import Silent
+from whet.report import view
+from whet.search import _confirm, limits
 from whet.search.race import Trial
 from whet.search.recipe import Recipe, parse
 from whet.store import Store
@@ -700,19 +704,33 @@ def test_refusals(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size, named, met", [("60KB", "quantize", True), ("20KB", "quantize(bits=4)", False)])
 def test_improve_makes_it_small_enough_or_names_the_nearest(
-    size: str, named: str, met: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    size: str, named: str, met: bool, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     monkeypatch.setattr("whet.embed.available", lambda: False)
     folder = write_task(tmp_path / "toy", train=60, test=20, limits={"size": size})
-    found = improve(folder, model=save_model(tmp_path / "model"), budget="60s", methods=["quantize"],
-                    out=tmp_path / "out", home=tmp_path / "home")  # fmt: skip
-    trials = {t["name"]: t for t in found.result["trials"]}
-    assert found.result["chosen"]["name"] == named
+    model, out = str(save_model(tmp_path / "model")), tmp_path / "out"
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["improve", str(folder), "--model", model, "--budget", "60s", "--methods", "quantize", "--out", str(out)])
+    result = json.loads((out / "result.json").read_text())
+    trials = {t["name"]: t for t in result["trials"]}
+    assert result["chosen"]["name"] == named
     assert (trials[named]["status"] == "done") is met
     assert "KB on disk" in trials["base"]["why"]
-    assert {"arm": "made small enough for limits", "minutes": 0.25, "most": True} in found.result["plan"]
-    said = " ".join(found.result["notes"])
+    assert {"arm": "made small enough for limits", "minutes": 0.25, "most": True} in result["plan"]
+    said = " ".join(result["notes"])
     assert ("the nearest is handed over" in said) is not met
+    took, whole = (view.size(trials[name]["size_bytes"]) for name in (named, "base"))
+    assert result["limits"] == {
+        "allowed": {"size": 1000 * int(size[:-2])}, "used": {"size": trials[named]["size_bytes"]},
+        "base": {"size": trials["base"]["size_bytes"]}, "met": met,
+    }  # fmt: skip
+    told = "Within the limits" if met else f"Nothing keeps within the limits; the nearest, {named}, is handed over"
+    cost, printed = result["confirm"]["uncompressed"], capsys.readouterr().out.splitlines()
+    assert cost["name"] == "base" and cost["score"] == result["confirm"]["base"]["score"]
+    assert cost["cost"]["loss"] == -result["confirm"]["difference"]
+    assert any(line.startswith("Compression costs") and "base scores" in line for line in printed)
+    assert f"{told}: size {took} of {size[:-2]} kB ({whole} before)." in printed
     stored = sum(p.stat().st_size for p in (tmp_path / "out" / "system").rglob("*.safetensors"))
     assert (stored <= int(size[:-2]) * 1000) is met
 
@@ -757,7 +775,7 @@ def limited_job(
                            speed=lambda _: SimpleNamespace(train=10_000.0))  # fmt: skip
     job = SimpleNamespace(task=SimpleNamespace(limits=Limits(size=100)), race=race, bases=[base.system], shrinking=0.0,
                           run=run, wish=SimpleNamespace(methods=(), seed=0), metric=get("accuracy"), notes=[],
-                          skipped=[], tight=False, bounds=[])  # fmt: skip
+                          skipped=[], tight=False, whole=None, bounds=[])  # fmt: skip
     monkeypatch.setattr("whet.search.limits._measured", lambda _, __, card: card)
     monkeypatch.setattr("whet.search.limits._expected", lambda _, __, cut, ___: sizes.get(Recipe(cut).name, 0.0))
     monkeypatch.setattr("whet.search._keeping", keeping)
@@ -823,6 +841,56 @@ def test_what_a_student_had_learnt_to_do_without_stays_away(text: str, step: str
     assert limits.smaller(parse(text), parse(step)) == parse(wanted)
 
 
+def test_what_compression_costs_is_measured_on_the_sealed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = limited_job(monkeypatch)
+    job.race.trials.append(trial("finetune", 200, 0.75))
+    small = limits.within(job, job.race.trials[1])
+    assert small is not None and small.name == "finetune+quantize"
+    sealed = {"base": (0, 0, 0, 1), "finetune": (1, 1, 1, 1), "finetune+quantize": (1, 1, 1, 0)}
+    for one in job.race.trials:
+        one.system.fingerprint = one.name
+    asked = []
+
+    def scored(system: Any, *_: Any, **__: Any) -> Any:
+        asked.append(system.fingerprint)
+        outcomes = tuple(Outcome(str(n), "a", float(s), "a") for n, s in enumerate(sealed[system.fingerprint]))
+        score = sum(o.score for o in outcomes) / 4
+        return SimpleNamespace(outcomes=outcomes, score=score, low=0.0, high=1.0, n=4, spent=Spent())
+
+    monkeypatch.setattr("whet.search.evaluate", scored)
+    job.splits, job.watch, job.store = SimpleNamespace(confirm=[0] * 4), Silent(), None
+    job.run.session, job.race.key, job.bases = (lambda _: None), "", [job.race.base.system]
+    body, cards, _ = _confirm(job, small)
+    assert body is not None and body["uncompressed"]["name"] == "finetune" and body["uncompressed"]["score"] == 1.0
+    cost = body["uncompressed"]["cost"]
+    assert (cost["loss"], cost["low"], cost["high"]) == (0.25, 0.0, 0.75) and 0.25 < cost["bound"] <= 0.75
+    assert asked == ["base", "finetune+quantize", "finetune"] and list(cards) == ["base", "chosen", "uncompressed"]
+    job.whole, asked[:] = job.race.base, []
+    body, cards, _ = _confirm(job, small)
+    assert body is not None and body["uncompressed"]["name"] == "base" and list(cards) == ["base", "chosen"]
+    assert body["uncompressed"]["cost"]["loss"] == -0.5 and asked == ["base", "finetune+quantize"]  # it is scored once
+
+
+@pytest.mark.parametrize(
+    ("text", "others", "wanted"),
+    [
+        ("finetune+quantize", ["finetune"], "finetune"),
+        ("finetune+prune+distill+quantize+calibrate", ["finetune", "finetune+calibrate"], "finetune+calibrate"),
+        ("distill+quantize", ["distill"], "distill"),
+        ("quantize(bits=4)", [], "base"),
+        ("finetune+quantize", [], None),  # it was not tried by itself
+        ("fewshot+distill", ["fewshot"], None),  # nothing was made smaller
+    ],
+)
+def test_what_a_compressed_system_was_made_of(
+    text: str, others: list[str], wanted: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, made = limited_job(monkeypatch), trial(text, 50)
+    job.race.trials += [*(trial(one, 200) for one in others), made]
+    found = limits.uncompressed(job, made)
+    assert (found and found.name) == wanted and limits.uncompressed(job, None) is None
+
+
 def test_an_arm_within_the_limits_goes_before_one_beyond_them(monkeypatch: pytest.MonkeyPatch) -> None:
     job = limited_job(monkeypatch)
     job.wish.methods = ("fewshot",)  # nothing may be made smaller
@@ -837,13 +905,23 @@ def test_an_arm_within_the_limits_goes_before_one_beyond_them(monkeypatch: pytes
 
 
 def test_students_that_would_be_too_large_are_not_taught(monkeypatch: pytest.MonkeyPatch) -> None:
-    large = [one for one in limits.SMALLER if "distill" in one and one != limits.SMALLER[-1]]
+    students = [one for one in limits.SMALLER if "distill" in one]
+    large = students[:-1]
     job = limited_job(monkeypatch, made_of=150, **dict.fromkeys(large, 120.0))
     assert limits.within(job, None) is not None and "nearest" in job.notes[0]
     assert [d["method"] for d in job.skipped] == [parse(one).name for one in large]
     assert job.skipped[0]["why"] == "it would take about 0.1 KB, 0.1 allowed"
-    assert not any("prune(width" in t.name for t in job.race.trials)
-    assert "share+distill" in job.race.trials[-1].name  # the last is tried all the same, and may be the nearest
+    assert not any("prune(width" in t.name for t in job.race.trials) and "share+distill" in job.race.trials[-1].name
+    # All of them: the smallest is taught all the same, and may be the nearest; the last is larger.
+    sizes = dict.fromkeys(students, 190.0) | {students[1]: 120.0}
+    job = limited_job(monkeypatch, made_of=150, **sizes)
+    limits.within(job, None)
+    assert [t.name for t in job.race.trials if "distill" in t.name] == [parse(students[1]).name]
+    assert [d["method"] for d in job.skipped] == [parse(one).name for one in students if one != students[1]]
+    job = limited_job(monkeypatch, made_of=80, **{"share+distill": 120.0})  # the estimate was too high
+    job.wish.methods = ("share", "distill")
+    found = limits.within(job, None)
+    assert found is not None and (found.name, found.status, job.skipped) == ("share+distill", "done", [])
 
 
 def test_what_cannot_be_measured_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -900,6 +978,25 @@ def test_what_stands_around_a_slow_answer_goes_first() -> None:
     taught = limits.smaller(parse("fewshot+calibrate"), parse("distill+quantize"))
     assert taught.name == "fewshot+calibrate+distill+quantize"  # the teacher is calibrated, the student need not be
     taught.check()
+
+
+def test_a_limit_of_memory_is_met_by_weights_alone_in_8_bits_before_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    def heavy(name: str, memory: int) -> Trial:
+        made = trial(name, 10, 0.75)
+        return replace(made, card=SimpleNamespace(**{**vars(made.card), "memory_bytes": memory}))  # type: ignore[arg-type]
+
+    job = limited_job(monkeypatch)
+    job.task.limits = Limits(memory=100)
+    job.race.trials[:] = [job.race.base, heavy("finetune", 200)]
+    used = {"finetune+quantize": 190, "finetune+quantize(activations=false)": 90}
+    monkeypatch.setattr("whet.search.limits._told", lambda _, one: heavy(one.name, used.get(one.name, 80)).card)
+    found = limits.within(job, job.race.trials[1])
+    assert found is not None and found.name == "finetune+quantize(activations=false)"
+    assert [t.name for t in job.race.trials[2:]] == list(used)
+    slow = System(resolve("fake:hash"), "say", demonstrations=Demonstrations((("a", "b"),)))
+    steps = limits._steps(Limits(memory=10, latency=10.0), slow)
+    assert steps[:4] == ("distill", "distill+quantize", "distill+quantize(activations=false)",
+                         "distill+quantize(bits=4)")  # fmt: skip
 
 
 def test_context_that_was_taught_away_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:

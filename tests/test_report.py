@@ -238,6 +238,49 @@ def test_what_selection_flattered_is_printed_below_the_verdict() -> None:
     assert report.summary({}) == report.verdict({})
 
 
+@pytest.mark.parametrize(
+    ("used", "met", "status", "handed", "says"),
+    [
+        ({"size": 88e6}, True, "done", True, "Within the limits: size 88 MB of 100 MB (269 MB before)."),
+        ({"size": 100.2e6}, False, "refused", True,
+         "Nothing keeps within the limits; the nearest, finetune(rank=16)+calibrate(kind=batch), is handed over: size "
+         "100,200,000 B of 100 MB (269 MB before)."),
+        ({"latency": 41.4}, False, "done", False,
+         "Beyond the limits; the base is handed over: latency 41 ms of 40 ms."),
+        ({"memory": None}, None, "done", True,
+         "Whether it keeps within the limits is not known: memory not known of 1 GB (1.2 GB before)."),
+    ],
+)  # fmt: skip
+def test_limits_are_told_below_the_verdict(
+    used: dict[str, Any], met: bool | None, status: str, handed: bool, says: str, tmp_path: Path
+) -> None:
+    allowed, base = {"size": 100_000_000, "memory": 1e9, "latency": 40.0}, {"size": 269e6, "memory": 1.2e9}
+    result = rich()
+    result["limits"] = {"allowed": {k: allowed[k] for k in used}, "used": used, "base": base, "met": met}
+    result["trials"][7]["status"] = status
+    if not handed:
+        result["chosen"] = {"recipe": [], "name": "base", "handed": False}
+    assert report.summary(result).splitlines()[1] == says
+    shown = page(tmp_path, result, {}).replace("<wbr>", "")
+    assert f'<p class="kept">{says}</p>' in shown
+
+
+def test_what_compression_costs_is_told_below_the_verdict(tmp_path: Path) -> None:
+    result = rich()
+    result["confirm"]["uncompressed"] = {
+        "name": "finetune", "score": 0.928, "low": 0.91, "high": 0.94,
+        "cost": {"loss": 0.004, "low": -0.003, "high": 0.011, "bound": 0.009},
+    }  # fmt: skip
+    says = ("Compression costs 0.4 points [−0.3, 1.1] on the sealed rows (at most 0.9 by a one-sided bound); finetune "
+            "scores 92.8 there.")  # fmt: skip
+    assert report.summary(result).splitlines()[1] == says
+    assert f'<p class="kept">{says}</p>' in page(tmp_path, result, {}).replace("<wbr>", "")
+    result["confirm"]["uncompressed"]["cost"]["loss"] = -0.0001
+    assert "costs 0.0 points" in report.summary(result)
+    result["chosen"] = {"recipe": [], "handed": False}
+    assert "Compression" not in report.summary(result)
+
+
 def test_verdict_of_hostile_names_has_no_terminal_escapes() -> None:
     result = rich()
     result["baselines"] = [{"name": "\x1b[31mred\n", "select": 0.9, "confirm": 0.99}]

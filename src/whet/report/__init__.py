@@ -48,8 +48,9 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def summary(result: Record) -> str:
-    """The verdict, and below it what select said of the finalist and what the sealed data says."""
-    return "\n".join(filter(None, (verdict(result), _shrunk(result, Scale.of(result)))))
+    """The verdict; below it whether limits are met, what compression costs, and what select said of the finalist."""
+    scale = Scale.of(result)
+    return "\n".join(filter(None, (verdict(result), *_kept(result, scale), _shrunk(result, scale))))
 
 
 def board(result: Record) -> list[str]:
@@ -139,6 +140,7 @@ def _page(result: Record, details: Record) -> dict[str, Any]:
         "task": line(result.get("task")) or "task", "seed": line(result.get("seed")),
         "model": ", ".join(_lines(result.get("model"))) or line(result.get("model")),
         "verdict": verdict(result).replace(" %", "\u00a0%"), "headline": _headline(result, scale),
+        "kept": _kept(result, scale),
         "notes": _lines(result.get("notes")),
         "scale": scale, "second": view.second(result), "figures": drawn, "arms": [_arm_row(a, scale) for a in arms],
         "trials": _trial_rows(result, scale) if len(records(result.get("trials"))) > 1 else [],
@@ -219,6 +221,51 @@ def _headline(result: Record, scale: Scale) -> dict[str, Any]:
             "winner": (winner[0], scale.score(winner[1]), winner[2]) if winner else None}
 
 
+def _kept(result: Record, scale: Scale) -> list[str]:
+    """Whether the limits are met, and what compression costs: a sentence each, where there is something to say."""
+    return [said for said in (_limits(result), _cost(result, scale)) if said]
+
+
+def _cost(result: Record, scale: Scale) -> str:
+    """What the System that is handed over loses by being compressed, on the sealed rows; empty where it is not."""
+    whole = record(record(result.get("confirm")).get("uncompressed"))
+    cost = record(whole.get("cost"))
+    loss, low, high, bound = (number(cost.get(key)) for key in ("loss", "low", "high", "bound"))
+    if loss is None or not view.handed(result):
+        return ""
+    span = "" if low is None or high is None else f" [{scale.score(low)}, {scale.score(high)}]"
+    most = "" if bound is None else f" (at most {scale.score(bound)} by a one-sided bound)"
+    return (f"Compression costs {scale.score(loss)}{scale.unit}{span} on the sealed rows{most}; "
+            f"{line(whole.get('name'))} scores {scale.score(number(whole.get('score')))} there.")
+
+
+def _limits(result: Record) -> str:
+    """Whether what is handed over keeps within the task's limits, in a sentence; empty where it has none."""
+    body = record(result.get("limits"))
+    used, base = record(body.get("used")), record(body.get("base")) if view.handed(result) else {}
+    parts = [_limit(line(name), number(most), number(used.get(name)), number(base.get(name)))
+             for name, most in record(body.get("allowed")).items()]
+    if not parts:
+        return ""
+    met, name = body.get("met"), _chosen(result) or "the base"
+    said = "Within the limits" if met else "Whether it keeps within the limits is not known"
+    if met is False:
+        nearest = any(a.kind == "chosen" and a.status == "refused" for a in view.arms(result))
+        said = (f"Nothing keeps within the limits; the nearest, {name}, is handed over" if nearest
+                else f"Beyond the limits; {name} is handed over")
+    return f"{said}: {', '.join(parts)}."
+
+
+def _limit(name: str, most: float | None, used: float | None, before: float | None) -> str:
+    """What is used of a limit, such as "size 88 MB of 100 MB (269 MB before)"."""
+    write = _ms if name == "latency" else view.size
+    said = "not known" if used is None else write(used)
+    if used is not None and most is not None and used > most and said == write(most):  # by less than is written
+        said = f"{used:,.1f} ms" if name == "latency" else f"{used:,.0f} B"
+    was = "" if before is None else f" ({write(before)} before)"
+    return f"{name} {said} of {write(most)}{was}"
+
+
 def _chosen(result: Record) -> str:
     """The name of the chosen recipe; empty where there is none."""
     recipe = records(record(result.get("chosen")).get("recipe"))
@@ -253,7 +300,10 @@ def _arm_row(arm: Arm, scale: Scale) -> dict[str, str]:
 
 
 def _latency(trial: Record) -> str:
-    value = number(trial.get("latency_ms"))
+    return _ms(number(trial.get("latency_ms")))
+
+
+def _ms(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f} ms"
 
 

@@ -102,7 +102,7 @@ class Scale:
         if x is None:
             return "–"
         places = 1 if self.points or abs(x) >= 100 else 2
-        return f"{self.value(x):,.{places}f}".replace("-", "−")
+        return f"{self.value(x):z,.{places}f}".replace("-", "−")
 
     def gain(self, x: float | None) -> str:
         """A difference with its sign; a dash for None."""

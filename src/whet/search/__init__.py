@@ -93,6 +93,7 @@ class _Job:
     dear: list[Dear] = field(default_factory=list)  # arms that are left out until more time is known to be left
     judge: Spent = field(default_factory=Spent)  # what training the judge of a win rate took
     tight: bool = False  # the base itself goes beyond the limits
+    whole: Trial | None = None  # what the finalist was made smaller of, for the limits' sake
     notes: list[str] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     plan: list[dict[str, Any]] = field(default_factory=list)
@@ -207,7 +208,7 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
     limited = limits.limited(task.limits) and not local.model.remote
     shrinking = min(limits.SECONDS, 0.25 * wish.budget) if limited else 0.0
     parts = plan.apportion(splits, task.closed, wish, lambda rows: max(price(rows, b) for b in bases), beside,
-                       shrinking + rates[bases[0].model.content].price(judge))  # fmt: skip
+                       shrinking + rates[bases[0].model.content].price(judge), plan.CONFIRMING + limited)  # fmt: skip
     splits = replace(splits, confirm=parts.confirm)
     notes = [*task.notes, *cut, *parts.notes]
     if splits.dropped:
@@ -351,7 +352,9 @@ def _best_single(job: _Job, finalist: Trial) -> Trial | None:
 
 
 def _confirm(job: _Job, finalist: Trial | None) -> tuple[dict[str, Any] | None, dict[str, Scorecard], Spent]:
-    """Open the sealed split once: the base, the finalist, and the best single-family arm, compared in pairs."""
+    """Open the sealed split once: the base, the finalist, the best single-family arm, and what a compressed finalist
+    was made of, compared in pairs.
+    """
     rows = job.splits.confirm
     if not rows:
         return None, {}, Spent()
@@ -361,6 +364,9 @@ def _confirm(job: _Job, finalist: Trial | None) -> tuple[dict[str, Any] | None, 
         wanted["chosen"] = finalist.system
     if single:
         wanted["single"] = single.system
+    whole = limits.uncompressed(job, finalist)
+    if whole and all(s.fingerprint != whole.system.fingerprint for s in wanted.values()):
+        wanted["uncompressed"] = whole.system
     cards = {}
     for name, system in wanted.items():
         job.watch.arm(f"confirm: {name}")
@@ -371,15 +377,26 @@ def _confirm(job: _Job, finalist: Trial | None) -> tuple[dict[str, Any] | None, 
         )  # fmt: skip
         cards[name] = alike(cards[name], cards["base"], job.metric, job.wish.seed)
     body = _confirmed(job, cards, single) | {"candidate": finalist.name if finalist else None}
+    if whole:
+        before = next(cards[n] for n, s in wanted.items() if s.fingerprint == whole.system.fingerprint)
+        body["uncompressed"] = {"name": whole.name, **_figures(before), "cost": _cost(job, before, cards["chosen"])}
     if isinstance(job.metric, Versus) and finalist:
         body["feedback"] = _preferred(job, cards["chosen"], finalist.system, job.metric.judge)
     return body, cards, sum((c.spent for c in cards.values()), Spent())
 
 
-def _confirmed(job: _Job, cards: dict[str, Scorecard], single: Trial | None) -> dict[str, Any]:
-    def figures(card: Scorecard) -> dict[str, float]:
-        return {"score": card.score, "low": card.low, "high": card.high}
+def _figures(card: Scorecard) -> dict[str, float]:
+    return {"score": card.score, "low": card.low, "high": card.high}
 
+
+def _cost(job: _Job, whole: Scorecard, small: Scorecard) -> dict[str, float]:
+    """What a compressed System loses on the sealed rows, in the metric's units, with its one-sided 95 % bound."""
+    paired = stats.compare(small.outcomes, whole.outcomes, job.metric, job.wish.seed)
+    bound = stats.not_worse(whole.outcomes, small.outcomes, job.metric, 0.0, job.wish.seed).bound
+    return {"loss": paired.difference, "low": paired.low, "high": paired.high, "bound": bound}
+
+
+def _confirmed(job: _Job, cards: dict[str, Scorecard], single: Trial | None) -> dict[str, Any]:
     base, chosen = cards["base"], cards.get("chosen", cards["base"])
     against = stats.compare(base.outcomes, chosen.outcomes, job.metric, job.wish.seed)
     tests = [against]
@@ -388,7 +405,7 @@ def _confirmed(job: _Job, cards: dict[str, Scorecard], single: Trial | None) -> 
     adjusted = stats.holm([t.p_value for t in tests])
     improved = "chosen" in cards and against.low > 0 and adjusted[0] < 0.05
     body = {
-        "n": base.n, "base": figures(base), "chosen": figures(chosen), "difference": against.difference,
+        "n": base.n, "base": _figures(base), "chosen": _figures(chosen), "difference": against.difference,
         "low": against.low, "high": against.high, "p_value": against.p_value, "p_adjusted": adjusted[0],
         "test": against.test, "improved": improved,
         "smallest_detectable": against.smallest_detectable if "chosen" in cards else None,  # of two that differ
@@ -480,8 +497,6 @@ def _finish(job: _Job, finalist: Trial | None, begun: float) -> Improvement:
     if card:
         job.watch.arm("measuring latency and memory")
         measured["chosen"] = _served(job, card, system, rows)
-        if over := limits.beyond(job.task.limits, measured["chosen"]):
-            job.notes.append(f"what is handed over goes beyond the limits: {over}")
         base_card = cards.get("base") or (job.race.base.card if job.race.base else None)
         own = _served(job, base_card, job.bases[0], rows) if handed and base_card else measured["chosen"]
         measured["base"] = own

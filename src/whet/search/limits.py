@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from whet.engine import Spent
@@ -34,7 +34,8 @@ SMALLER = (  # what is tried, the least loss first
     "share+distill+quantize(bits=4)",
 )
 
-
+LIGHT = "(activations=false)"  # rounding what is multiplied keeps a second layout of the weights: no memory is saved
+USED = {"size": "size_bytes", "memory": "memory_bytes", "latency": "latency_ms"}  # limits, and what is measured
 PACKED = "quantize(bits=4)"  # of the sizes it leaves, those of others are told before they are taught
 CONTEXT = (  # first, where much is read or written before each answer
     "distill",
@@ -61,6 +62,17 @@ def beyond(limits: Limits, card: Scorecard) -> str:
     return ", ".join(found)
 
 
+def kept(limits: Limits, card: Scorecard, base: Scorecard) -> dict[str, Any] | None:
+    """What the task allows, what is handed over uses and what the base does: bytes and ms; None without limits.
+
+    `met` is None where something is not known and nothing is known to be beyond.
+    """
+    limited = {name: most for name in USED if (most := getattr(limits, name)) is not None}
+    used, before = ({name: getattr(one, USED[name]) for name in limited} for one in (card, base))
+    met = False if beyond(limits, card) else None if None in used.values() else True
+    return {"allowed": limited, "used": used, "base": before, "met": met} if limited else None
+
+
 def _bytes(used: float, allowed: float, where: str = "") -> str:
     """What is used and what is allowed, in the unit that suits the latter."""
     unit, size = ("MB", 1e6) if allowed >= 1e6 else ("KB", 1e3)
@@ -75,12 +87,15 @@ def _excess(limits: Limits, card: Scorecard) -> float:
 
 def _steps(limits: Limits, system: System) -> tuple[str, ...]:
     """What is tried. Answers that take long for what stands around them are first taught to do without it."""
-    if limits.latency is None:
-        return SMALLER
-    slow = system.demonstrations.pool or system.sources or system.decoding.after or system.decoding.votes > 1
-    # A student of another model keeps its context unless it is told not to.
-    without = tuple(one.replace("+distill+", "+distill(clear=context)+") for one in SMALLER)
-    return (*CONTEXT, *without) if slow else SMALLER
+    steps: tuple[str, ...] = SMALLER
+    if limits.latency is not None and (
+        system.demonstrations.pool or system.sources or system.decoding.after or system.decoding.votes > 1
+    ):
+        # A student of another model keeps its context unless it is told not to.
+        steps = (*CONTEXT, *(one.replace("+distill+", "+distill(clear=context)+") for one in SMALLER))
+    if limits.memory is None:
+        return steps
+    return tuple(text for one in steps for text in ((one, one + LIGHT) if one.endswith("quantize") else (one,)))
 
 
 def smaller(recipe: Recipe, step: Recipe) -> Recipe:
@@ -128,8 +143,6 @@ def within(job: _Job, finalist: Trial | None) -> Trial | None:
 
     Trials beyond the limits, or that cost an earlier task too much, are marked as refused, with the reason.
     """
-    from whet.search import _keeping
-
     limits, race = job.task.limits, job.race
     start = finalist or race.base
     if limited(limits) and not race.select:
@@ -147,50 +160,100 @@ def within(job: _Job, finalist: Trial | None) -> Trial | None:
     if not over:
         return finalist
     start = race.mark(start, status="refused" if finalist else start.status, why=over, card=used)
-    nearest, least = start, _excess(limits, used)
-    origin = next((b for b in job.bases if b.model.content == start.system.model.content), job.bases[0])
     # The bound of a training is part of what it is known by: with another one it would be trained anew.
     tokens = start.notes.get("allowed") or int(max(0.0, race.left) * race.speed(start.system).train)
-    steps, packed, whole_size, tried = _steps(limits, start.system), 1.0, used.size_bytes, False
-    taught, vain = 0, False  # the bound of the student without context, who is trained once; it did not suffice
-    for text, wished, recipe in _candidates(job, start, steps):
-        opened, most, why = set(job.run.sessions), _healing(job, wished, start, tokens), ""
-        first = wished[0].name == "distill"
-        most = taught or most if first else most
-        if vain and most is None:
-            why = "without its context it was beyond the limits, too"
-        elif (tried and race.left <= 0) or (most is not None and most < training.LEAST_TOKENS):
-            why = f"only {clock(max(0.0, race.left))} of the budget would be left for it"
-        elif text != steps[-1] and (size := _expected(job, start, wished, packed)) > (limits.size or size):
-            why = f"it would take about {_bytes(size, limits.size or 0)}"
+    ladder = _Ladder(job, start, tokens, start, _excess(limits, used))
+    small = next(filter(None, map(ladder.climb, _candidates(job, start, _steps(limits, start.system)))), None)
+    small = small or ladder.smallest()
+    if small is not None:
+        return _better(job, small, finalist)
+    return _other(job, finalist) or _nearest(job, finalist, start, ladder.nearest)
+
+
+_Step = tuple[str, tuple[Method, ...], Recipe]  # as it is written, its methods, and the recipe that it makes
+
+
+@dataclass
+class _Ladder:
+    """The steps that make a trial smaller, and what has come of them so far."""
+
+    job: _Job
+    start: Trial
+    tokens: int  # that its trainings may take
+    nearest: Trial
+    least: float  # how many times the nearest uses its worst limit
+    packed: float = 1.0  # of the bytes, what 4 bits leave
+    taught: int = 0  # the bound of the student without context, who is trained once
+    vain: bool = False  # that student did not suffice
+    tried: bool = False
+    healed: bool = False  # a student with less than all weights was taught
+    large: list[tuple[float, _Step, dict[str, str]]] = field(default_factory=list)  # bytes expected; as left out
+
+    def climb(self, step: _Step, *, even: bool = False) -> Trial | None:
+        """Try a step, `even` one that is expected to be too large: its trial where that keeps within the limits."""
+        job, (text, wished, recipe) = self.job, step
+        race, opened, first = job.race, set(job.run.sessions), wished[0].name == "distill"
+        most = _healing(job, wished, self.start, self.tokens)
+        most = self.taught or most if first else most
+        why, size = self._hindered(wished, most, even)
         if why:
             job.skipped.append({"method": recipe.name, "why": why})
-            continue
-        taught = most or 0 if first else taught
-        trial, tried = race.enter(recipe, origin, tokens=tokens, label=start.label, healing=most), True
-        if (found := _told(job, trial)) is not None:
-            trial = race.mark(trial, card=found)
-            if text.removeprefix("distill+") == PACKED and found.size_bytes and whole_size:
-                packed = found.size_bytes / whole_size
-            over, excess = beyond(limits, found), _excess(limits, found)
-            vain = bool(over) if first else vain
-            if not over or excess < least:  # else it is not handed over, whatever it forgets
-                trial = _keeping(job, trial)
-            keeps = trial.status != "refused"
-            if keeps and not over:
-                return _better(job, trial, finalist)
-            trial = race.mark(trial, status="refused", why=over or trial.why)
-            if keeps and excess < least:
-                nearest, least = trial, excess
+            self.large += [(size, step, job.skipped[-1])] if size else []
+            return None
+        self.taught, self.tried = most or 0 if first else self.taught, True
+        self.healed = self.healed or (most is not None and not first)
+        origin = next((b for b in job.bases if b.model.content == self.start.system.model.content), job.bases[0])
+        trial = race.enter(recipe, origin, tokens=self.tokens, label=self.start.label, healing=most)
+        if (found := _told(job, trial)) is not None and (kept := self._kept(text, trial, found, first)) is not None:
+            return kept
         for model in set(job.run.sessions) - opened:  # what was tried in vain holds no memory
             job.run.sessions.pop(model).close()
         job.run.tidy()
-    return _other(job, finalist) or _nearest(job, finalist, start, nearest)
+        return None
+
+    def smallest(self) -> Trial | None:
+        """Try the smallest student where all were expected to be too large: the size is an estimate, and it may be the
+        nearest.
+        """
+        if not self.large or self.healed:
+            return None
+        _, step, told = min(self.large, key=lambda one: one[0])
+        self.job.skipped.remove(told)
+        return self.climb(step, even=True)
+
+    def _hindered(self, wished: tuple[Method, ...], most: int | None, even: bool) -> tuple[str, float]:
+        """Why a step is not tried, empty where it is; and the bytes of a student that would be too large, else 0."""
+        job, allowed = self.job, self.job.task.limits.size or 0
+        if self.vain and most is None:
+            return "without its context it was beyond the limits, too", 0.0
+        if (self.tried and job.race.left <= 0) or (most is not None and most < training.LEAST_TOKENS):
+            return f"only {clock(max(0.0, job.race.left))} of the budget would be left for it", 0.0
+        if not even and allowed and (size := _expected(job, self.start, wished, self.packed)) > allowed:
+            return f"it would take about {_bytes(size, allowed)}", size
+        return "", 0.0
+
+    def _kept(self, text: str, trial: Trial, found: Scorecard, first: bool) -> Trial | None:
+        """A trial, measured, where it keeps within the limits and the earlier tasks; else it is marked as refused."""
+        from whet.search import _keeping
+
+        job, start = self.job, self.start.card
+        trial = job.race.mark(trial, card=found)
+        if text.removeprefix("distill+") == PACKED and found.size_bytes and start and start.size_bytes:
+            self.packed = found.size_bytes / start.size_bytes
+        over, excess = beyond(job.task.limits, found), _excess(job.task.limits, found)
+        self.vain = bool(over) if first else self.vain
+        if not over or excess < self.least:  # else it is not handed over, whatever it forgets
+            trial = _keeping(job, trial)
+        keeps = trial.status != "refused"
+        if keeps and not over:
+            return trial
+        trial = job.race.mark(trial, status="refused", why=over or trial.why)
+        if keeps and excess < self.least:
+            self.nearest, self.least = trial, excess
+        return None
 
 
-def _candidates(
-    job: _Job, start: Trial, steps: Sequence[str]
-) -> Iterator[tuple[str, tuple[Method, ...], Recipe]]:
+def _candidates(job: _Job, start: Trial, steps: Sequence[str]) -> Iterator[_Step]:
     """The steps that may be tried: each with those of its methods that were asked for, and the recipe they make."""
     for text in steps:
         whole = parse(text).methods
@@ -208,6 +271,7 @@ def _nearest(job: _Job, finalist: Trial | None, start: Trial, nearest: Trial) ->
     job.notes.append(f"nothing that was tried keeps within the limits; the nearest is handed over: {nearest.name} "
                      f"({nearest.why})")  # fmt: skip
     if nearest is not start:
+        job.whole = start
         job.notes.append(_cost(job, nearest, start))
     return nearest if nearest is not job.race.base else finalist
 
@@ -263,8 +327,21 @@ def _better(job: _Job, small: Trial, finalist: Trial | None) -> Trial:
         return other
     whole = finalist or job.race.base
     if whole is not None:
+        job.whole = whole
         job.notes.append(_cost(job, small, whole))
     return small
+
+
+def uncompressed(job: _Job, finalist: Trial | None) -> Trial | None:
+    """The trial without compression that a compressed finalist was made of; None where there is none."""
+    start = job.whole or finalist
+    methods = start.recipe.methods if start else ()
+    cut = [n for n, m in enumerate(methods) if m.family == "compression" and m.name != "distill"]
+    if start is None or not cut:  # a distillation alone makes nothing smaller
+        return job.whole
+    # One that stands behind what was cut has healed it; one before has taught a student that could be whole.
+    kept = tuple(m for n, m in enumerate(methods) if n < cut[0] or m.family != "compression")
+    return next((t for t in job.race.trials if t.card and (t.recipe.methods, t.label) == (kept, start.label)), None)
 
 
 def _cost(job: _Job, small: Trial, whole: Trial) -> str:

@@ -97,7 +97,7 @@ def result(
     versions: dict[str, str],
 ) -> dict[str, Any]:
     """The run as result.json holds it."""
-    from whet.search import record_of
+    from whet.search import limits, record_of
 
     trials = []
     for trial in job.race.trials:
@@ -121,6 +121,7 @@ def result(
         "chosen": {"recipe": handed.recipe.record if handed else [], "name": handed.name if handed else "base",
                    "handed": handed is not None, "model": (handed.system if handed else job.bases[0]).model.base,
                    "gain_by_step": _gains(job, handed)},
+        "limits": limits.kept(job.task.limits, measured["chosen"], measured["base"]) if measured else None,
         "confirm": confirmed,
         "selection": _selection(job, finalist, confirmed, cards),
         "protocol": card.protocol if card else {},

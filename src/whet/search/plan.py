@@ -46,23 +46,24 @@ class Parts:
 
 def apportion(
     splits: Splits, closed: bool, wish: Wish, price: Callable[[Sequence[Example]], float], beside: float,
-    aside: float,
+    aside: float, passes: float = CONFIRMING,
 ) -> Parts:  # fmt: skip
     """The parts of the budget. Where scoring all rows would take most of it, a sample is scored, balanced and by seed.
 
-    `beside` are seconds that confirming earlier tasks takes, `aside` what judges and making the finalist smaller do.
+    `beside` are seconds that confirming earlier tasks takes, `aside` what judges and making the finalist smaller do,
+    `passes` how often the sealed rows are answered.
     """
     notes = []
     confirm, select = splits.confirm, tuple(shared_order(splits.select, closed, wish.seed))
     texts = any(e.text is not None for e in confirm)
-    whole = CONFIRMING * price(confirm)
+    whole = passes * price(confirm)
     sealed = affordable(len(confirm), whole, CONFIRMED * wish.budget, LEAST_TEXTS if texts else LEAST_CONFIRMED)
     if sealed < len(confirm):
         notes.append(f"confirmed on {sealed} of the {len(confirm)} sealed rows, drawn by seed: all of them would take "
                      f"{clock(whole)}; --budget {math.ceil(whole / 60)}m takes them all")  # fmt: skip
         confirm = tuple(shared_order(confirm, closed, wish.seed)[:sealed])
     # Base and finalist, and a share of the best single-family arm; but the search always gets half.
-    needed = CONFIRMING * price(confirm) + beside + FIXED + ENCODED * wish.budget
+    needed = passes * price(confirm) + beside + FIXED + ENCODED * wish.budget
     reserve = min(needed, 0.5 * wish.budget)
     if needed > reserve:
         notes.append(f"confirming takes about {clock(needed)}, of which the budget holds {clock(reserve)}: "
