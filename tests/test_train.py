@@ -7,8 +7,10 @@ import json
 import math
 import os
 import random
+import sqlite3
 import subprocess
 import sys
+import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -858,6 +860,14 @@ def test_two_processes_train_as_one(way: str, tmp_path: Path) -> None:
     assert body["sum"] == pytest.approx(float(sum(p.detach().double().sum() for p in model.parameters())), abs=1e-2)
     halves = train(make_model("llama").bfloat16(), uneven, NextToken(), Settings(Schedule(1e-3, 6)))
     assert body["half"] == [pytest.approx(v, rel=0.02) for _, v in halves.train]
+
+
+def test_two_processes_make_the_store_at_once(home: Path) -> None:
+    home.mkdir()
+    with contextlib.closing(sqlite3.connect(home / "whet.sqlite", check_same_thread=False)) as other:
+        other.execute("begin immediate")  # as when it makes its tables
+        threading.Timer(0.2, other.commit).start()
+        Store(home)
 
 
 def test_what_processes_kept_at_different_steps_is_not_gone_on_from(
