@@ -1,7 +1,8 @@
 """One process of a training by several: started by torch.distributed.run from test_train.
 
 Arguments: the file for what came out of it, and a folder for checkpoints where the training is to be stopped halfway
-and begun again; or "short" where one process is to find too little memory for a pass once.
+and begun again; or "short" where one process is to find too little memory for a pass once; or "tune", a model's folder
+and a home, for what `FineTune` makes of it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from models import make_model
-from test_train import uneven
+from test_train import tuned_by_both, uneven
 
 from whet.train import loop
 from whet.train.loop import Schedule, Settings
@@ -21,6 +22,13 @@ from whet.train.losses import NextToken
 from whet.train.team import team
 
 crew = team()
+if sys.argv[2:3] == ["tune"]:
+    tuned = {kind: {**notes, "weights": [crew.sum(notes["weight"] * (crew.rank == n)) for n in range(crew.size)]}
+             for kind, (_, notes) in tuned_by_both(sys.argv[3], Path(sys.argv[4])).items()}  # fmt: skip
+    if crew.first:
+        Path(sys.argv[1]).write_text(json.dumps({"processes": crew.size, "sharded": crew.sharded, **tuned}))
+    crew.wait()
+    sys.exit()
 source, settings = uneven, Settings(Schedule(1e-3, 6))
 
 

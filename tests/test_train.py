@@ -7,8 +7,10 @@ import json
 import math
 import os
 import random
+import sqlite3
 import subprocess
 import sys
+import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -833,6 +835,19 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLI
         "FSDP_RESHARD_AFTER_FORWARD": "true"}  # fmt: skip
 
 
+def of_two_processes(sharded: bool, out: Path, *more: str) -> Any:
+    """What the first of two processes writes of its training, over gloo."""
+    script = Path(__file__).parent / "distributed.py"
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517", str(script),
+         str(out), *more],
+        capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(FSDP if sharded else {})},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(out.read_text())
+
+
 @pytest.mark.parametrize("way", ["ddp", "fsdp", "short"])
 def test_two_processes_train_as_one(way: str, tmp_path: Path) -> None:
     """Over gloo: the same losses and weights as one process, also where a process has no row in a step.
@@ -841,15 +856,7 @@ def test_two_processes_train_as_one(way: str, tmp_path: Path) -> None:
     memory is short in one of them, both begin the step again.
     """
     sharded, more = way == "fsdp", {"ddp": [], "fsdp": [str(tmp_path)], "short": ["short"]}[way]
-    script = Path(__file__).parent / "distributed.py"
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517", str(script),
-         str(tmp_path / "out.json"), *more],
-        capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(FSDP if sharded else {})},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-2000:]
-    body = json.loads((tmp_path / "out.json").read_text())
+    body = of_two_processes(sharded, tmp_path / "out.json", *more)
     model = make_model("llama")
     alone = train(model, uneven, NextToken(), Settings(Schedule(1e-3, 6)))
     assert body["processes"] == 2 and body["sharded"] == sharded
@@ -858,6 +865,77 @@ def test_two_processes_train_as_one(way: str, tmp_path: Path) -> None:
     assert body["sum"] == pytest.approx(float(sum(p.detach().double().sum() for p in model.parameters())), abs=1e-2)
     halves = train(make_model("llama").bfloat16(), uneven, NextToken(), Settings(Schedule(1e-3, 6)))
     assert body["half"] == [pytest.approx(v, rel=0.02) for _, v in halves.train]
+
+
+def tuned_by_both(folder: str, home: Path) -> dict[str, tuple[System, dict[str, Any]]]:
+    """A model fine-tuned by LoRA and in full, with notes; its last validation is made the worst one.
+
+    `weight` is the sum over what was trained, as this process holds it; 0 where nothing was to be trained any more.
+    """
+    made = {}
+    for kind, rate in (("lora", 1e-2), ("full", 1e-3)):
+        notes: dict[str, Any] = {"weight": 0.0}
+        looks: list[float] = []
+
+        def looked(live: TorchSession, rows: list[Row], looks: list[float] = looks) -> float:
+            looks.append(mean_loss(live, rows) + 9.0 * (len(looks) == 2))
+            return looks[-1]
+
+        def trained(module: Any, *given: Any, notes: dict[str, Any] = notes, **settings: Any) -> Curves:
+            curves = train(module, *given, **settings)
+            own = [p.detach().double().abs().sum() for p in module.parameters() if p.requires_grad]
+            notes["weight"] = float(sum(own))
+            return curves
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("whet.model.compute_dtype", lambda: torch.float32)
+            patch.setattr(lesson, "mean_loss", looked)
+            patch.setattr(lesson, "train", trained)
+            run, labels = Run(Store(home)), ("positive", "negative")
+            system = System(models.resolve(folder), "what is it?", decoding=Decoding(labels, True), home=home)
+            method = FineTune(kind, rank=4, learning_rate=rate, epochs=1, batch=8)
+            tuned = method.apply(system, Learnable("tiny", "what is it?", "accuracy", labels, task_rows()), run)
+        made[kind] = tuned, {**notes, **run.notes["curves"]}
+    return made
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_two_processes_fine_tune_as_one(way: str, tmp_path: Path, model_folder: str, fp32: None) -> None:
+    """Validated, an adapter and all weights: what they write is what one process writes, up to rounding."""
+    body = of_two_processes(way == "fsdp", tmp_path / "out.json", "tune", model_folder, str(tmp_path / "two"))
+    assert body["processes"] == 2 and body["sharded"] == (way == "fsdp")
+    alone, opened = tuned_by_both(model_folder, tmp_path / "one"), tuned_by_both(model_folder, tmp_path / "two")
+    base, _ = models.load(models.resolve(model_folder), tmp_path)
+    for kind, (tuned, notes) in alone.items():
+        found = body[kind]
+        assert found["weights"][0] == found["weights"][1] == pytest.approx(notes["weight"], rel=1e-5)
+        assert found["best"] == notes["best"] == 1  # before the end
+        for curve in ("train", "validation"):
+            assert [v for _, v in found[curve]] == [pytest.approx(v, abs=1e-4) for _, v in notes[curve]]
+        again, kept = opened[kind]
+        assert kept["weight"] == 0  # it was in the store
+        # bf16, which either side of a half is rounded to, is what full training is kept in.
+        module, other = (models.load(s.model, tmp_path)[0].state_dict() for s in (again, tuned))
+        for name, value in module.items():
+            torch.testing.assert_close(value, other[name], rtol=0.01, atol=1e-4)
+        assert any(not torch.equal(value, base.state_dict()[name]) for name, value in module.items())
+
+
+def test_two_processes_make_the_store_at_once(home: Path) -> None:
+    home.mkdir()
+    with contextlib.closing(sqlite3.connect(home / "whet.sqlite", check_same_thread=False)) as other:
+        other.execute("begin immediate")  # as when it makes its tables
+        threading.Timer(0.2, other.commit).start()
+        Store(home)
+
+
+@pytest.mark.parametrize(("kind", "whole", "told"), [("osf", False, "osf"), ("lora", True, "merged")])
+def test_what_shards_cannot_do_is_said_before_training(
+    system: System, home: Path, monkeypatch: pytest.MonkeyPatch, kind: str, whole: bool, told: str
+) -> None:
+    monkeypatch.setattr(lesson, "team", lambda: SimpleNamespace(sharded=True))
+    with pytest.raises(MethodError, match=rf"{told}.*FSDP"):
+        lesson.teach(system, Run(Store(home)), "one", Adapter(kind), lambda live: pytest.fail(), whole=whole)
 
 
 def test_what_processes_kept_at_different_steps_is_not_gone_on_from(

@@ -342,11 +342,18 @@ def load(
 def save_weights(module: Any, folder: Path) -> None:
     """All weights of a module as bf16 safetensors, as the base keeps them; shared ones are written once."""
     import torch
-    from safetensors.torch import save_model
+    from safetensors.torch import save_file
 
-    dtype = module.dtype
-    save_model(module.to(torch.bfloat16), str(folder / "model.safetensors"))
-    module.to(dtype)
+    # Not the module itself is cast: one that was sharded is still bound to its shards.
+    names: dict[int, str] = {}
+    kept: dict[str, Any] = {}
+    aliases: dict[str, str] = {}
+    for name, value in sorted(module.state_dict(keep_vars=True).items()):
+        if names.setdefault(id(value), name) != name:
+            aliases[name] = names[id(value)]
+            continue
+        kept[name] = value.detach().to("cpu", torch.bfloat16 if value.is_floating_point() else None).contiguous()
+    save_file(kept, folder / "model.safetensors", metadata=aliases or None)
 
 
 def as_dtype(module: Any, dtype: Any) -> Any:

@@ -8,6 +8,7 @@ import os
 import shutil
 import sqlite3
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from typing import Any
 from whet.errors import StoreError
 from whet.metrics import Outcome
 
+LOCKED = 30.0  # seconds to wait for another process to be done with the file
 SCHEMA = """
 create table if not exists outcomes (key text primary key, body text not null);
 create table if not exists trials (
@@ -137,9 +139,18 @@ class Store:
             ) from error  # fmt: skip
 
     def _open(self) -> sqlite3.Connection:
-        base = sqlite3.connect(self.file, timeout=30)
-        base.execute("pragma journal_mode=wal")
-        return base
+        base = sqlite3.connect(self.file, timeout=LOCKED)
+        given_up = time.monotonic() + LOCKED
+        while True:
+            try:
+                base.execute("pragma journal_mode=wal")
+                return base
+            except sqlite3.OperationalError as error:
+                # Two processes make a new file at once: this change does not wait for the other's lock by itself.
+                if "locked" not in str(error) or time.monotonic() > given_up:
+                    base.close()
+                    raise
+                time.sleep(0.01)
 
     def _put(self, sql: str, values: Sequence[str]) -> None:
         self._write(lambda base: base.execute(sql, values))

@@ -133,7 +133,7 @@ def choose(
     progress: Progress | None,
 ) -> tuple[list[tuple[float, ...]], int]:
     """Scores of each row's choices, the greatest exact, and the tokens computed."""
-    from whet.engine.torch import groups, using_tree
+    from whet.engine.torch import groups, no_gradients, using_tree
 
     trees: dict[tuple[Tokens, ...], list[Node]] = {}
     searches = []
@@ -146,7 +146,7 @@ def choose(
     forest, tokens, done = prefix.arrange(rows), 0, 0
     room = PATIENCE + max(node.depth for nodes in trees.values() for node in nodes)
     for group in groups(forest, room, session.key_tokens):
-        with using_tree(session.module), torch.inference_mode():
+        with using_tree(session.module), no_gradients(session.module):
             tokens += _search_group(session, forest, group, rows, searches, room)
         for unit in group:
             results[unit.row] = searches[unit.row].result()

@@ -234,7 +234,7 @@ class TorchSession(ByScores):
         kept: dict[int, dict[int, attention.KeysValues]] = {}
         done = tokens = 0
         most = min(self.batch_tokens, self.most_logits)
-        with using_tree(self.module), torch.inference_mode():
+        with using_tree(self.module), no_gradients(self.module):
             for batch in prefix.batches(forest, self.batch_tokens, most_targets=most):
                 for trunk in set(kept) - set(batch.past):
                     del kept[trunk]
@@ -304,7 +304,7 @@ class TorchSession(ByScores):
         answers: list[list[int]] = [[] for _ in rows]
         done = prefilled = 0
         for group in groups(forest, sampling.max_tokens, self.key_tokens):
-            with using_tree(self.module), torch.inference_mode():
+            with using_tree(self.module), no_gradients(self.module):
                 prefilled += self._generate_group(forest, group, rows, sampling, answers)
             done += len(group)
             if progress:
@@ -453,6 +453,12 @@ def using_tree(module: Any, *, train: bool | None = False, shared: bool = True) 
     finally:
         if shared:
             module.set_attn_implementation(before)
+
+
+def no_gradients(module: Any) -> contextlib.AbstractContextManager[Any]:
+    """Within it, nothing is kept for gradients; a module whose weights are sharded can still be trained afterwards."""
+    # What shards gather under inference mode, the next training pass cannot gather into again.
+    return torch.no_grad() if hasattr(module, "set_requires_gradient_sync") else torch.inference_mode()
 
 
 @contextmanager
@@ -609,7 +615,7 @@ def _score_unshared(
             ids[i, : len(sequence)] = torch.tensor(sequence)
             mask[i, : len(sequence)] = 1
         keep = max(size for _, _, _, size in part) + width - min(len(item[2]) for item in part) + 1
-        with using_tree(module, shared=False), torch.inference_mode():
+        with using_tree(module, shared=False), no_gradients(module):
             out = module(
                 input_ids=ids.to(module.device), attention_mask=mask.to(module.device), use_cache=False,
                 logits_to_keep=min(keep, width),
@@ -648,7 +654,7 @@ def _generate_unshared(
     turn = attention.turn(session.module)
     for n, row in enumerate(rows):
         cache, made = dict[str, Any](), list[int]()
-        with using_tree(session.module, shared=False), torch.inference_mode():
+        with using_tree(session.module, shared=False), no_gradients(session.module):
             while not made or not session._ended(made, sampling):
                 if len(row.prompt) + len(made) == turn + 1:
                     cache = {}

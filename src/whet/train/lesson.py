@@ -70,6 +70,9 @@ def teach(
     if not (made / "done.json").exists():
         if crew.sharded and adapter.kind == "osf":  # whose hooks on the weights shards do not have
             raise MethodError("osf trains whole weights", expected="DDP", found="FSDP", do="leave out --use_fsdp")
+        if crew.sharded and whole and adapter.kind != "full":  # it is merged into a copy, which shards do not make
+            raise MethodError("an adapter that is merged needs whole weights", expected="DDP", found="FSDP",
+                              do="leave out --use_fsdp, or set adapter=full")  # fmt: skip
         session = run.local(system.model, "training")
         checkpoint = run.home / "checkpoints" / name
         before = checkpoint.with_name(f"{run.previous}.stable") if run.previous else None

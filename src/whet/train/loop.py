@@ -18,7 +18,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from whet.engine import Session, Spent
+from whet.engine import Session, Spent, attention
 from whet.engine.prefix import Row
 from whet.engine.torch import in_mode, using_tree
 from whet.errors import MethodError
@@ -192,6 +192,7 @@ def train(
     team = team or Alone()
     if settings.penalty and team.sharded:
         raise MethodError("a penalty reads whole weights", expected="DDP", found="FSDP", do="leave out --use_fsdp")
+    attention.window(module)  # looked into once, and while its weights are whole
     per_token, wrapped = operations(module), team.wrap(module)
     stable = keep and keep.with_name(f"{keep.name}.stable")
     if team.sharded:  # every process keeps its own shards

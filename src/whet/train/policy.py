@@ -12,7 +12,7 @@ from torch import Tensor
 
 from whet.engine import Sampling, Spent
 from whet.engine.prefix import Row
-from whet.engine.torch import TorchSession, using_tree
+from whet.engine.torch import TorchSession, no_gradients, using_tree
 from whet.errors import MethodError
 from whet.task import Example
 from whet.train.batches import PACK_TOKENS, Pack, batched, shares
@@ -36,7 +36,7 @@ def passes(
     module = session.module
     shared = shares(module, rows)
     for pack in batched(module, rows, shared, most):
-        with using_tree(module, shared=shared), torch.inference_mode():
+        with using_tree(module, shared=shared), no_gradients(module):
             logits = _logits(module, pack)
         session.spent += Spent(prefilled_tokens=pack.tokens)
         yield logits, pack

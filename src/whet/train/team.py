@@ -73,7 +73,12 @@ class Team(Alone):
         if not self.sharded:
             return
         import torch
+        from torch.distributed.fsdp import FSDPModule
 
+        for layer in module.modules():
+            if isinstance(layer, FSDPModule):
+                # The root keeps what it gathered for a pass without gradients: not what has been put back since.
+                layer.reshard()
         made: dict[int, Any] = {}  # weights that layers share stay shared
         for layer in module.modules():
             for name, value in list(layer._parameters.items()):
