@@ -197,13 +197,13 @@ class DPO(Preference):
 
     Defaults: beta 0.1 (Rafailov et al. 2023). `normalise` compares log-ratios per token, so that long answers gain
     nothing by their length (Lambert et al. 2024 use beta 5 with it). `sft` adds the likelihood of the chosen answers,
-    for Systems that were not fine-tuned on them (Pang et al. 2024).
+    which else falls with that of the rejected ones (Pang et al. 2024, whose weight it is).
     """
 
     name: ClassVar[str] = "dpo"
 
     normalise: bool = False
-    sft: float = 0.0
+    sft: float = 1.0
 
     def usable(self, rows: Sequence[Judged]) -> tuple[Judged, ...]:
         """Pairs."""
