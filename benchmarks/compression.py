@@ -274,7 +274,7 @@ def composed(bench: Bench) -> dict[str, Any]:
 
     shape = bench.options.shapes[0]
     whole = 2 * sum(p.numel() for p in bench.run.session(bench.tuned.model).module.parameters())
-    recipe = f"{shape}+{bench.heal[bench.healed(shape, bench.heal)[0]]}+quantize(bits=4,embedding=4)"
+    recipe = f"{shape}+{bench.heal[bench.healed(shape, bench.heal)[0]]}+quantize(bits=4)"
     system, _, seconds = bench.made(recipe, bench.tuned, bench.options.tokens, round(COMPOSED * whole))
     card, size = bench.tested(system), size_bytes(system)
     lost, bound = bench.lost(card)
