@@ -244,7 +244,9 @@ def taught(ref: ModelRef, adapter: Adapter, home: Path, name: str) -> tuple[Mode
     with adapted(module, adapter, 0) as tuned:
         rate = 1e-3 if adapter.kind == "full" else 1e-2
         curves = train(tuned, steps(lessons(), 12, 0), NextToken(), Settings(Schedule(rate, 12)))
-        keep(tuned, adapter, home / name, {"notes": {}, "spent": {}})  # full weights are rounded to bf16 by this
+        keep(tuned, adapter, home / name, {"notes": {}, "spent": {}})
+        if adapter.kind == "full":
+            tuned.to(torch.bfloat16).to(torch.float32)  # as what is kept is rounded
         live = TorchSession(tuned, tokenizer).score_rows(ROWS)
     body = json.loads((home / name / "done.json").read_text())
     made = ref.add(Transform(body["kind"], body["fingerprint"], home / name / "weights"))
