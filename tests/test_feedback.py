@@ -480,6 +480,16 @@ def test_the_judge_of_a_win_rate_task_learns_from_what_no_method_sees(system: Sy
         judged_by(replace(parts, judging=()), system, run(system.home))
 
 
+def test_the_base_that_is_scored_is_not_asked_a_second_time(system: System) -> None:
+    rows = [Example(str(n), f"my {t} is gone", "yes") for n, t in enumerate(THINGS[:5])]
+    metric = Versus(Longest(), system, system.session)
+    before = system.session.spent
+    assert scorecard.evaluate(system, rows, metric).score == 0.5
+    asked = (system.session.spent - before).generated_tokens
+    system.answers(rows, system.session)
+    assert (system.session.spent - before).generated_tokens == 2 * asked > 0
+
+
 def test_systems_are_compared_by_their_win_rates(
     capsys: pytest.CaptureFixture[str], system: System, tmp_path: Path
 ) -> None:

@@ -392,6 +392,11 @@ class Versus(Share):
             self.known.update(zip(new, [a.text for a in self.base.answers(new, self.session)], strict=True))
         return [self.known[e] for e in examples]
 
+    def hear(self, system: System, examples: Sequence[Example], answers: Sequence[str]) -> None:
+        """Take what the base has just answered, where it is the base: it is not asked again."""
+        if system.fingerprint == self.base.fingerprint:
+            self.known.update(zip(examples, answers, strict=True))
+
     def score(self, answer: str, example: Example) -> float:
         """1 for a win, 0.5 for a tie, 0 for a loss."""
         return self.outcomes([answer], [example])[0].score

@@ -209,11 +209,15 @@ def _outcomes(
         ranked = score_all(metric, system.ranked(examples, int(ranks[1])), examples)
         return ranked, {"truncated": 0, "unended": 0}, None
     if metric.name != "perplexity":
+        from whet.feedback import Versus
+
         scores = None
         if store and reads_scores(system, examples, session):
             answers, scores = _answers(system, examples, metric, session, store, within, progress)
         else:
             answers = system.answers(examples, session, progress)
+        if isinstance(metric, Versus):
+            metric.hear(system, examples, [a.text for a in answers])
         outcomes = score_all(metric, [a.text for a in answers], examples)
         silent = [bool(a.scores) and not a.text for a in answers]  # chosen among, and none could be
         told = (replace(o, score=0.0, error="no answer") if s else o for o, s in zip(outcomes, silent, strict=True))
