@@ -273,7 +273,7 @@ def _unused(job: _Job, used: Sequence[Recipe]) -> list[dict[str, str]]:
     data = job.splits.learnable
     tried = {m.name for r in used for m in r.methods} | {d["method"] for d in job.skipped}
     if any("weights" in m.needs for r in used for m in r.methods):
-        tried |= {"calibrate", *training.behind(job, None)}
+        tried |= {"calibrate", *training.behind(job)}
     tried |= {name for name in names() if limits.limited(data.limits) and table()[name].family == "compression"}
     missed = [n for n in job.wish.methods if n not in tried and not any(d.startswith(f"{n}(") for d in tried)]
     return [{"method": n, "why": f'no recipe of its own is raced here: name one, like --recipe "{n}"'} for n in missed]
