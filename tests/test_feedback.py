@@ -490,6 +490,14 @@ def test_the_base_that_is_scored_is_not_asked_a_second_time(system: System) -> N
     assert (system.session.spent - before).generated_tokens == 2 * asked > 0
 
 
+def test_thumbs_alone_leave_rl_the_metric(system: System, home: Path) -> None:
+    rows = tuple(Example(str(n), f"my {t} is gone", "yes") for n, t in enumerate(THINGS))
+    thumbs = tuple(Judged(str(n), f"what of {t}?", chosen="yes") for n, t in enumerate(THINGS))
+    data = Learnable("toy", "Answer.", "token_f1", train=rows, judged=thumbs)
+    judge, asked, own = RL()._judge(system, data, run(home))
+    assert isinstance(judge, ByMetric) and asked == rows and not own
+
+
 def test_systems_are_compared_by_their_win_rates(
     capsys: pytest.CaptureFixture[str], system: System, tmp_path: Path
 ) -> None:

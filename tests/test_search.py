@@ -1123,6 +1123,46 @@ def test_the_next_best_arm_stands_in_for_one_that_forgets(monkeypatch: pytest.Mo
     assert search._finalist(job) is None  # the third is no better than the base
 
 
+def test_trainings_read_what_the_best_arm_reads_and_vary(model_folder: str) -> None:
+    rows = tuple(Example(str(n), f"p{n}", ("x", "y")[n % 2]) for n in range(20))
+    data = Learnable("t", "say", "accuracy", ("x", "y"), rows)
+
+    def trial(name: str) -> Any:
+        return SimpleNamespace(recipe=parse(name) if name else Recipe(), card=True, examples=4)
+
+    tuned = recipe("finetune")
+    for best, found in (("rag(k=1)+calibrate", "rag(k=1)+finetune"), ("fewshot", "finetune"), ("", "finetune")):
+        job = asked(model_folder, data, trials=[trial(""), trial("calibrate"), trial(best)])
+        assert training._sourced(job, tuned).name == found
+    named = [r.name for r in training._others(asked(model_folder, data), parse("rag(k=1)+finetune"))]
+    assert named[0] == "finetune" and "rag(k=1)+finetune(learning_rate=0.0003)" in named
+    plain: list[Any] = [r.methods[-1] for r in training._others(asked(model_folder, data), parse("finetune"))]
+    rates = {kind: [m.rate for m in plain if (m.adapter, m.rank, m.batch) == (kind, 16, 32)]
+             for kind in ("lora", "dora", "full")}  # fmt: skip
+    assert rates == {"lora": [3e-4], "dora": [1e-3, 3e-4], "full": [1e-4, 3e-5]}  # LoRA's first came before
+    assert list(training._others(asked(model_folder, data), recipe("dpo"))) == []
+    kept = [r.name for r in training._others(asked(model_folder, data), recipe("continual"))]
+    assert kept[:2] == ["continual(strategy=merge)", "continual(strategy=sequential)"]
+    tried = [m for m in plain if not m.clean]
+    assert all(getattr(m, key) in m.space()[key] for m in tried for key in ("rank", "batch", "adapter"))
+    assert all(m.rate in m.space()["learning_rate"] for m in tried)  # the search tries what the method offers
+
+
+def test_settings_next_to_an_arm_are_tried_only_where_no_training_did_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    merits = {"fewshot": 0.6, "finetune": 0.9}
+    trials = [SimpleNamespace(recipe=parse(name), name=name, label="", card=True, examples=4, merit=merit)
+              for name, merit in merits.items()]  # fmt: skip
+    asked_for = list[Sequence[Recipe]]()
+    race = SimpleNamespace(trials=trials, select=[0] * 4, merit=lambda t: t.merit, data=None, rates={}, left=60.0)
+    base = SimpleNamespace(model=SimpleNamespace(base="m"))
+    job: Any = SimpleNamespace(race=race, bases=[base], wish=Wish(), run=None)
+    monkeypatch.setattr(plan, "cheap_arms", lambda *args: (asked_for.append(args[-1]), ([], [], []))[1])
+    monkeypatch.setattr(plan, "_set_aside", lambda *_: None)
+    assert plan.refined(job) == (None, []) and not asked_for
+    trials[1].merit = 0.5
+    assert plan.refined(job) == (trials[0], []) and len(asked_for[0]) > 3
+
+
 @pytest.mark.embedder
 @pytest.mark.skipif(not embed.available(), reason="the embedding model is not installed")
 def test_more_passages_are_read_where_the_first_often_lack_what_is_asked_for(model_folder: str, tmp_path: Path) -> None:
