@@ -28,6 +28,7 @@ from whet.errors import ArtifactError, EngineError, MethodError, StoreError, Tas
 from whet.feedback import Judged
 from whet.methods import Run, make
 from whet.methods.finetune import FineTune
+from whet.methods.prompting import Prompting
 from whet.metrics import Outcome, get
 from whet.model import ModelRef, Transform, resolve
 from whet.progress import Plain, Silent, Standing, apart, figure
@@ -36,7 +37,7 @@ from whet.report.findings import sentences
 from whet.retention import Lost
 from whet.scorecard import Scorecard, alike
 from whet.search import Wish, base_system, limits, plan, race, training
-from whet.search.arms import Arm, cheap_arms, halving, neighbours, prompting_recipes
+from whet.search.arms import Arm, cheap_arms, combined, halving, neighbours, prompting_recipes
 from whet.search.budget import Rates, affordable, estimate, measure, seconds
 from whet.search.out import _trained
 from whet.search.plan import apportion
@@ -637,6 +638,43 @@ def test_a_distillation_may_have_a_bound_of_its_own(tmp_path: Path) -> None:
     assert seen == [("finetune", 50), ("distill", 20), ("finetune", 50), ("distill", 50)] and run.trained_tokens == 50
 
 
+def test_what_other_arms_helped_with_is_added_to_the_best() -> None:
+    others = [parse(t) for t in ("prompting(pool=6)", "fewshot(k=4)+calibrate", "fewshot(k=8)", "finetune")]
+    assert [r.name for r in combined(parse("rag"), others)] == ["prompting(pool=6)+rag", "rag+fewshot(k=4)",
+                                                               "rag+calibrate"]  # fmt: skip
+    assert [r.name for r in combined(parse("fewshot+calibrate"), others)] == ["prompting(pool=6)+fewshot+calibrate"]
+    assert combined(parse("finetune"), others) == [] and combined(parse("rag"), [parse("rag(k=1)")]) == []
+
+
+def test_what_a_recipe_begins_with_is_made_and_paid_for_once(
+    task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, searched = load_task(task).split(), list[str]()
+    apply = Prompting.apply
+
+    def counted(self: Prompting, system: System, data: Learnable, run: Run) -> System:
+        searched.append(self.name)
+        return apply(self, system, data, run)
+
+    monkeypatch.setattr(Prompting, "apply", counted)
+
+    def raced(*names: str) -> list[Trial]:
+        base = System(resolve("fake:keyword"), "Good or bad?", decoding=Decoding(("good", "bad"), True))
+        run = Run(Store(tmp_path / "home"))
+        rates = {base.model.content: Rates(1000.0, 100.0, 100.0)}
+        one = Race("k", made.learnable, list(made.select), get("accuracy"), run.store, rates, 0, 600.0, Silent(), run)
+        return [one.enter(parse(name) if name else Recipe(), base) for name in ("", *names)]
+
+    search_of, alone, both = "prompting(pool=4,examples=16)", "calibrate", "prompting(pool=4,examples=16)+calibrate"
+    _, first, second = raced(search_of, both)
+    assert searched == ["prompting"] and second.notes["prompting"] == first.notes["prompting"]
+    assert second.system.instruction == first.system.instruction and second.system.decoding.prior
+    assert second.making == pytest.approx(first.making + second.cost) and second.cost > 0  # it pays for its calibration
+    again = raced(search_of, both)
+    assert searched == ["prompting"] and [t.cost for t in again[1:]] == [first.cost, second.cost]  # from the store
+    assert raced(alone)[1].status == "done"
+
+
 def test_limits_are_measured_on_rows_to_select_by(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
     monkeypatch.setattr("whet.search.limits.measure", lambda card, system, rows: seen.append(rows))
@@ -1058,7 +1096,7 @@ def test_what_goes_on_from_a_training_is_not_starved_by_others(monkeypatch: pyte
         race.trials, race.enter = trials, enter
         job: Any = SimpleNamespace(race=race, wish=Wish(methods=methods), skipped=[], bases=[])
         for name, stand in (("_best_model", None), ("_held", {}), ("_calibrates", False), ("_disputed", False),
-                            ("_wished", False)):  # fmt: skip
+                            ("_wished", False), ("_told", ())):  # fmt: skip
             monkeypatch.setattr(training, name, lambda *_, stand=stand: stand)
         monkeypatch.setattr(training, "_sourced", lambda _, tuned: tuned)
         monkeypatch.setattr(training, "behind", lambda *_: ["rl"])
@@ -1128,12 +1166,18 @@ def test_trainings_read_what_the_best_arm_reads_and_vary(model_folder: str) -> N
     data = Learnable("t", "say", "accuracy", ("x", "y"), rows)
 
     def trial(name: str) -> Any:
-        return SimpleNamespace(recipe=parse(name) if name else Recipe(), card=True, examples=4)
+        ahead = SimpleNamespace(low=0.02 if name else 0.0)
+        return SimpleNamespace(recipe=parse(name) if name else Recipe(), card=True, examples=4, against_base=ahead)
 
     tuned = recipe("finetune")
     for best, found in (("rag(k=1)+calibrate", "rag(k=1)+finetune"), ("fewshot", "finetune"), ("", "finetune")):
         job = asked(model_folder, data, trials=[trial(""), trial("calibrate"), trial(best)])
         assert training._sourced(job, tuned).name == found
+    reads = parse("rag(k=1)+finetune")
+    for best, told in (("rag(k=1)+fewshot+calibrate", "rag(k=1)+fewshot+"), ("prompting", "prompting+"), ("", ""),
+                       ("rag(k=1)", ""), ("calibrate", ""), ("prompting(reason=true)", "")):  # fmt: skip
+        others = training._others(asked(model_folder, data, trials=[trial(""), trial(best)]), reads)
+        assert next(others).name == f"{told}finetune"
     named = [r.name for r in training._others(asked(model_folder, data), parse("rag(k=1)+finetune"))]
     assert named[0] == "finetune" and "rag(k=1)+finetune(learning_rate=0.0003)" in named
     plain: list[Any] = [r.methods[-1] for r in training._others(asked(model_folder, data), parse("finetune"))]
@@ -1150,8 +1194,9 @@ def test_trainings_read_what_the_best_arm_reads_and_vary(model_folder: str) -> N
 
 def test_settings_next_to_an_arm_are_tried_only_where_no_training_did_better(monkeypatch: pytest.MonkeyPatch) -> None:
     merits = {"fewshot": 0.6, "finetune": 0.9}
-    trials = [SimpleNamespace(recipe=parse(name), name=name, label="", card=True, examples=4, merit=merit)
-              for name, merit in merits.items()]  # fmt: skip
+    ahead = SimpleNamespace(low=0.1)
+    trials = [SimpleNamespace(recipe=parse(name), name=name, label="", card=True, examples=4, merit=merit,
+                              against_base=ahead) for name, merit in merits.items()]  # fmt: skip
     asked_for = list[Sequence[Recipe]]()
     race = SimpleNamespace(trials=trials, select=[0] * 4, merit=lambda t: t.merit, data=None, rates={}, left=60.0)
     base = SimpleNamespace(model=SimpleNamespace(base="m"))

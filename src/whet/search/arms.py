@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from whet import embed
 from whet.errors import StoreError, WhetError
-from whet.methods import Run, lacking, table
+from whet.methods import Method, Run, lacking, table
 from whet.methods.calibrate import Calibrate
 from whet.methods.fewshot import FewShot
 from whet.methods.prompting import LEAST_ROWS, REASON_TOKENS, Prompting
@@ -25,6 +25,7 @@ from whet.task import Example, Learnable
 if TYPE_CHECKING:
     from whet.search import Wish
 
+BUILDING = ("prompting", "rag", "knowledge", "fewshot", "calibrate")  # each is chosen with those before it in place
 THOUGHT = ("exact_match", "token_f1", "contains")  # metrics of short answers, which reasons may lead to
 
 
@@ -125,6 +126,18 @@ def neighbours(one: Recipe) -> list[Recipe]:
     return found
 
 
+def combined(best: Recipe, others: Sequence[Recipe]) -> list[Recipe]:
+    """The best recipe with a method of another one that it lacks, each kind once: of the first that has it."""
+    found: dict[str, Recipe] = {}
+    have = {m.name for m in best.methods}
+    if have <= {*BUILDING}:
+        for method in (m for one in others for m in one.methods):
+            if method.name in BUILDING and method.name not in {*have, *found}:
+                both = sorted((*best.methods, method), key=lambda m: BUILDING.index(m.name))
+                found[method.name] = Recipe(tuple(both))
+    return [*found.values()]
+
+
 def cheap_arms(
     wish: Wish, bases: Sequence[System], labels: Sequence[str], data: Learnable, select: Sequence[Example],
     rates: Mapping[str, Rates], run: Run, most: float, among: Sequence[Recipe] = (),
@@ -197,6 +210,11 @@ def _smaller(one: Recipe) -> Recipe | None:
     return Recipe(tuple(halved)) if tuple(halved) != one.methods else None
 
 
+def asking(methods: Sequence[Method], data: Learnable) -> int:
+    """How many prompts some methods ask the model once, before what they make is scored."""
+    return sum(m.asks(len(data.train)) if isinstance(m, Calibrate) else getattr(m, "prompts", 0) for m in methods)
+
+
 def _cost(
     one: Recipe, base: System, data: Learnable, select: Sequence[Example], rates: Rates, run: Run
 ) -> tuple[System | None, float, float]:
@@ -216,8 +234,7 @@ def _cost(
         system = replace(system, decoding=replace(system.decoding, max_tokens=most))
     session = run.session(base.model)
     whole = rates.price(estimate(system, select, session, metric=data.metric))
-    prompts = sum(m.asks(len(data.train)) if isinstance(m, Calibrate) else getattr(m, "prompts", 0)
-                  for m in one.methods)  # fmt: skip
+    prompts = asking(one.methods, data)
     asked = (data.train or select)[:prompts]  # of few rows, what all share would count as often as they go into these
     once = prompts / len(asked) * rates.price(estimate(system, asked, session, every=True)) if prompts else 0.0
     found = any(getattr(m, "prompts", 0) and set(m.writes) & {"prompt", "demonstrations"} for m in one.methods)

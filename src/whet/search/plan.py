@@ -12,7 +12,7 @@ from whet.methods import names, table
 from whet.methods.prompting import Prompting
 from whet.progress import clock
 from whet.search import limits, training
-from whet.search.arms import Arm, Dear, cheap_arms, halving, left_out, neighbours
+from whet.search.arms import Arm, Dear, asking, cheap_arms, combined, halving, left_out, neighbours
 from whet.search.budget import ENCODED, affordable
 from whet.search.recipe import Recipe, parse, recipe
 from whet.splits import shared_order
@@ -203,7 +203,8 @@ def _best(job: _Job, *, trained: bool) -> Trial | None:
 
 
 def refined(job: _Job) -> tuple[Trial | None, list[Arm]]:
-    """The best arm without training, and arms a single setting apart: the cheapest, for half of what is left.
+    """The best arm without training, and what is next to it, for half of what is left: with what another arm did better
+    than the base by, then a single setting apart, the cheapest first.
 
     None where a training did better: what is next to an arm is not far from it.
     """
@@ -211,12 +212,18 @@ def refined(job: _Job) -> tuple[Trial | None, list[Arm]]:
     if best is None or best is not _best(job, trained=True):
         return None, []
     tried = {t.name for t in race.trials}
-    among = [r for r in neighbours(best.recipe) if f"{r.name}{best.label}" not in tried]
+    helped = sorted((t for t in race.trials if t.against_base and t.against_base.low > 0), key=race.merit, reverse=True)
+    both = combined(best.recipe, [t.recipe for t in helped])
+    among = [r for r in [*both, *neighbours(best.recipe)] if f"{r.name}{best.label}" not in tried]
     base = next(b for b, label in zip(job.bases, labels(job), strict=True) if label == best.label)
     found = cheap_arms(job.wish, [base], [best.label], race.data, race.select, race.rates, job.run, math.inf,
                        among)[0] if among else []  # fmt: skip
+    for n, arm in enumerate(found):
+        if begun := race.begun(arm.recipe, base):  # what another arm has paid for
+            rest = asking(arm.recipe.methods[begun.methods :], race.data)
+            found[n] = replace(arm, once=arm.once * rest / max(1, asking(arm.recipe.methods, race.data)))
     arms, most = list[Arm](), REFINED * race.left
-    for arm in sorted(found, key=lambda a: a.cost):
+    for arm in sorted(found, key=lambda a: (a.recipe not in both, a.cost)):
         if sum(a.cost for a in (*arms, arm)) + _beyond(job, [*arms, arm]) <= most:
             arms.append(arm)
     _set_aside(job, arms)

@@ -69,6 +69,16 @@ class Trial:
         return Standing(self.name, metric.name, self.status, score, low, high, self.examples, self.cost, merit)
 
 
+@dataclass(frozen=True)
+class Made:
+    """What a recipe of so many methods made: the System, what they noted, and what they spent, whoever paid."""
+
+    methods: int
+    system: System
+    notes: dict[str, Any]
+    spent: Spent
+
+
 @dataclass
 class Race:
     """Everything the trials of one run share."""
@@ -88,7 +98,7 @@ class Race:
     live: bool = False  # a source may have changed unseen: no trial is taken from the store
     trials: list[Trial] = field(default_factory=list)
     base: Trial | None = None
-    made: dict[str, tuple[System, dict[str, Any]]] = field(default_factory=dict)  # what recipes have made so far
+    made: dict[str, Made] = field(default_factory=dict)  # by recipe and start: what was made so far
     scored: dict[str, Scorecard] = field(default_factory=dict)  # by fingerprint: the beginning of select so far
     taken: dict[str, tuple[int, float]] = field(default_factory=dict)  # rows and seconds of scoring them
 
@@ -140,12 +150,13 @@ class Race:
         run.session(start.model)
         before = _opened(run)
         made = _made(recipe, files, start, tokens, healing)
+        begun = None if made in self.made else self.begun(recipe, start)
         try:
             if kept:
                 system, spent, notes, status, why = self._revive(kept, start)
             else:
-                system, spent, notes, status, why = self._apply(recipe, made, start, run, healing)
-            self.made[made] = (system, notes)
+                system, spent, notes, status, why = self._apply(recipe, made, start, run, healing, begun)
+            self.made.setdefault(made, Made(len(recipe.methods), system, notes, spent))
             card = self._score(system, len(rows)) if status == "done" and rows else None
         except StoreError:
             raise  # a full disk is no property of the arm
@@ -162,7 +173,7 @@ class Race:
             self.store.keep_trial(self.key, key, body)
         before.clear()  # it holds the sessions that are to go
         self.let_go(start, system)
-        total = spent - self._paid(spent, notes) + (card.spent if card else Spent())
+        total = spent - self._paid(spent, notes, begun) + (card.spent if card else Spent())
         paired = None
         if card and self.base and self.base.card:
             paired = stats.compare(self.base.card.outcomes[: len(rows)], card.outcomes, self.metric, self.seed)
@@ -182,23 +193,35 @@ class Race:
             self.run.sessions.pop(ref)  # not closed: a session may be in use elsewhere
         self.run.tidy()
 
-    def _paid(self, spent: Spent, notes: dict[str, Any]) -> Spent:
-        """What other trials have paid for already: recipes with a common beginning share its training."""
-        if not spent.trained_tokens:
-            return Spent()
+    def begun(self, recipe: Recipe, start: System) -> Made | None:
+        """What was made of the longest beginning of a recipe that trains nothing, as a search of prompts."""
+        for n in range(len(recipe.methods) - 1, 0, -1):
+            part = Recipe(recipe.methods[:n])
+            made = self.made.get(_made(part, part.files(self.data.folder), start, None, None))
+            if made is not None:
+                return made
+        return None
+
+    def _paid(self, spent: Spent, notes: dict[str, Any], begun: Made | None) -> Spent:
+        """What other trials have paid for already: recipes with a common beginning share it."""
         before = {name for t in self.trials for name in t.notes.get("trainings", {})}
-        mine = notes.get("trainings", {})
-        return sum((Spent(**cost) for name, cost in mine.items() if name in before), Spent())
+        mine = notes.get("trainings", {}) if spent.trained_tokens else {}
+        shared = sum((Spent(**cost) for name, cost in mine.items() if name in before), Spent())
+        return shared + begun.spent if begun and spent != Spent() else shared
 
     def _apply(
-        self, recipe: Recipe, name: str, start: System, run: Run, healing: int | None
+        self, recipe: Recipe, name: str, start: System, run: Run, healing: int | None, begun: Made | None
     ) -> tuple[System, Spent, dict[str, Any], str, str]:
         made = self.made.get(name)
         if made is not None:  # a later rung scores the same System on more examples
-            return made[0], Spent(), made[1], "done", ""
-        before = _opened(run)
+            return made.system, Spent(), made.notes, "done", ""
+        before, spent = _opened(run), Spent()
+        recipe.possible(start, self.data)
+        if begun is not None:
+            start, recipe, spent = begun.system, Recipe(recipe.methods[begun.methods :]), begun.spent
+            run.notes.update(begun.notes)
         system = recipe.run(start, self.data, run, healing)
-        return system, _since(run, before) + run.spent, run.notes, "done", ""
+        return system, spent + _since(run, before) + run.spent, run.notes, "done", ""
 
     def _kept(self, key: str) -> dict[str, Any] | None:
         """A finished trial of the store; None where the weights or indexes that it made are gone."""

@@ -11,9 +11,10 @@ from whet import embed, reading, suspects
 from whet.engine import Spent
 from whet.errors import StoreError, WhetError
 from whet.feedback import paired
-from whet.methods import make
+from whet.methods import Method, make
 from whet.methods.continual import Continual
 from whet.methods.finetune import FineTune, each_once
+from whet.methods.prompting import Prompting
 from whet.methods.rag import Rag
 from whet.progress import clock
 from whet.scorecard import reads_scores
@@ -193,8 +194,9 @@ def _held(job: _Job, one: Trial) -> dict[int, float]:
 
 def _others(job: _Job, tuned: Recipe, held: Mapping[int, float] | None = None) -> Iterator[Recipe]:
     """Further trainings, the most telling first: facts themselves, on more passages where the first one's often lack
-    what is asked for, by what is `held` (the better of both goes on), without what it reads, other ways to keep what
-    was known, without rows whose label looks wrong, other settings.
+    what is asked for, by what is `held` (the better of both goes on), on what the best arm without training tells the
+    model, without what it reads, other ways to keep what was known, without rows whose label looks wrong, other
+    settings.
     """
     *reads, last = tuned.methods
     if not isinstance(last, FineTune):
@@ -208,6 +210,8 @@ def _others(job: _Job, tuned: Recipe, held: Mapping[int, float] | None = None) -
         done = {t.recipe: job.race.merit(t) for t in job.race.trials if t.card}
         if done.get(more, float("-inf")) > done.get(tuned, float("-inf")):
             reads = wider
+    if told := _told(job, reads):
+        yield Recipe((*told, last))
     if reads:
         yield Recipe((last,))
     if isinstance(last, Continual):
@@ -216,6 +220,21 @@ def _others(job: _Job, tuned: Recipe, held: Mapping[int, float] | None = None) -
         yield Recipe((*reads, replace(last, clean=True)))
     for changed in OTHERS:
         yield Recipe((*reads, replace(last, **changed)))
+
+
+def _told(job: _Job, reads: Sequence[Method]) -> tuple[Method, ...]:
+    """What the best arm without training tells the model, its calibration apart, where that does better than the base.
+
+    Training on such prompts can bring more than either (Soylu et al. 2024). Empty where it is no more than the training
+    `reads` already.
+    """
+    whole = [t for t in job.race.trials if t.card and t.examples == len(job.race.select) and not trains(t.recipe)]
+    best = max(whole, key=job.race.merit, default=None)
+    if best is None or best.against_base is None or best.against_base.low <= 0:
+        return ()
+    told = tuple(m for m in best.recipe.methods if m.name != "calibrate")
+    reasons = any(isinstance(m, Prompting) and m.reason for m in told)  # rows hold answers, and no reasons to learn
+    return told if set(told) - set(reads) and not reasons else ()
 
 
 def _disputed(job: _Job) -> bool:
