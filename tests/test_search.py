@@ -1111,6 +1111,20 @@ def test_what_goes_on_from_a_training_is_not_starved_by_others(monkeypatch: pyte
     assert raced(90, "finetune", "rl")[1] == ["0:30 is left, and sampling takes some 1 times the training's 1:00"]
 
 
+def test_learning_from_judgements_has_a_rival_of_as_many_tokens(model_folder: str) -> None:
+    def trial(name: str, cost: float, **tokens: int) -> Any:
+        notes = {"trainings": {key: {"trained_tokens": n} for key, n in tokens.items()}, "allowed": 500}
+        return SimpleNamespace(recipe=parse(name), card=True, examples=4, notes=notes, cost=cost)
+
+    one, both = trial("finetune", 30.0, first=400), trial("finetune+dpo", 20.0, first=400, second=200)
+    job = asked(model_folder, Learnable("t", "say", "win_rate", (), ()), trials=[one, both])
+    found = [(r.name, tokens, cost) for r, tokens, cost in training._rivals(job, one.recipe, one, ["dpo"])]
+    assert found == [("finetune(epochs=4.5)", 600, 50.0), ("finetune+dpo(learning_rate=0.0001)", 500, 20.0),
+                     ("finetune+dpo(learning_rate=0.0005)", 500, 20.0)]  # fmt: skip
+    both.card = None  # it failed
+    assert list(training._rivals(job, one.recipe, one, ["dpo"])) == []
+
+
 def test_facts_that_are_not_taught_for_want_of_time_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     one = SimpleNamespace(recipe=recipe("finetune"), cost=60.0, card=True, notes={"allowed": 1}, status="done")
     race = SimpleNamespace(trials=[one], left=30.0)

@@ -128,6 +128,9 @@ def race(job: _Job, tuned: Recipe) -> bool:
     rewarded = "rl" in behind(job, tuned)
     if rewarded and (job.wish.methods or 2 * SAMPLED * one.cost < job.race.left):  # and there is time for others, too
         rewarded = not _rewarded(job, tuned, one, start)
+    for rival, tokens, cost in _rivals(job, tuned, one, judged):
+        if cost < 0.8 * job.race.left:
+            job.race.enter(rival, start, tokens=tokens).notes["allowed"] = tokens
     others = _others(job, tuned, _held(job, one))
     while one.cost < 0.8 * job.race.left and (varied := next(others, None)):
         enter(job, varied, start)
@@ -137,6 +140,25 @@ def race(job: _Job, tuned: Recipe) -> bool:
     if rewarded:
         _rewarded(job, tuned, one, start)
     return True
+
+
+def _rivals(
+    job: _Job, tuned: Recipe, one: Trial, judged: Sequence[str]
+) -> Iterator[tuple[Recipe, int, float]]:  # fmt: skip
+    """What learning from judgements stands beside: more of the training before it, for as many tokens as both took;
+    then other rates of its own. Each with its bound of tokens, and the seconds that it takes.
+    """
+    last = tuned.methods[-1]
+    for name in judged:
+        done = next((t for t in job.race.trials if t.recipe == Recipe((*tuned.methods, make(name)))), None)
+        if done is None or done.card is None or not isinstance(last, FineTune):
+            continue
+        first, both = (sum(cost["trained_tokens"] for cost in t.notes["trainings"].values()) for t in (one, done))
+        longer = replace(last, epochs=round(last.epochs * both / first, 1))
+        yield Recipe((*tuned.methods[:-1], longer)), both, one.cost + done.cost
+        rates = make(name).space()["learning_rate"]
+        others = [make(name, {"learning_rate": rate}) for rate in rates]
+        yield from ((Recipe((*tuned.methods, m)), one.notes["allowed"], done.cost) for m in others if m != make(name))
 
 
 def _taught(job: _Job) -> Recipe | None:
