@@ -386,6 +386,26 @@ def test_a_task_without_train_rows_is_looked_up(tmp_path: Path) -> None:
 
 @pytest.mark.embedder
 @pytest.mark.skipif(not embed.available(), reason="the embedding model is not installed")
+def test_how_passages_are_read_is_told_of_sealed_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "looked"
+    folder.mkdir()
+    (folder / "task.yaml").write_text("metric: exact_match\ndocuments: documents.jsonl\n")
+    names = [f"thing{n}" for n in range(20)]
+    documents_ = [{"id": n, "text": f"The {n} is kept in the {n} box."} for n in names]
+    (folder / "documents.jsonl").write_text("".join(json.dumps(r) + "\n" for r in documents_))
+    test = [{"prompt": f"Where is the {n}?", "completion": f"{n} box", "evidence": [n]} for n in names]
+    (folder / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in test))
+    # No rows to select by: the one recipe that was asked for is confirmed, and not better than the base.
+    made = improve(folder, model="fake:hash", budget="60s", recipe="rag(k=1)", out=tmp_path / "out")
+    assert made.result["reading"] is None  # of the base, which is handed over
+    monkeypatch.setattr(search, "_confirmed", lambda *_: {"improved": True, "difference": 0.0})
+    made = improve(folder, model="fake:hash", budget="60s", recipe="rag(k=1)", out=tmp_path / "again")
+    read = made.result["reading"]
+    assert read["n"] == 4 and read["recall"] > 50 and read["oracle"] is not None  # a fifth of the sealed rows
+
+
+@pytest.mark.embedder
+@pytest.mark.skipif(not embed.available(), reason="the embedding model is not installed")
 def test_rankings_are_raced_without_a_model_or_training(tmp_path: Path, model_folder: str) -> None:
     folder = tmp_path / "ranked"
     folder.mkdir()

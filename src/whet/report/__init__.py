@@ -48,7 +48,9 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def summary(result: Record) -> str:
-    """The verdict; below it whether limits are met, what compression costs, and what select said of the finalist."""
+    """The verdict; below it whether limits are met, what compression costs, how passages are read, and what select said
+    of the finalist.
+    """
     scale = Scale.of(result)
     return "\n".join(filter(None, (verdict(result), *_kept(result, scale), _shrunk(result, scale))))
 
@@ -222,8 +224,10 @@ def _headline(result: Record, scale: Scale) -> dict[str, Any]:
 
 
 def _kept(result: Record, scale: Scale) -> list[str]:
-    """Whether the limits are met, and what compression costs: a sentence each, where there is something to say."""
-    return [said for said in (_limits(result), _cost(result, scale)) if said]
+    """Whether the limits are met, what compression costs and how passages are read: a sentence each, where there is
+    something to say.
+    """
+    return [said for said in (_limits(result), _cost(result, scale), _reading(result, scale)) if said]
 
 
 def _cost(result: Record, scale: Scale) -> str:
@@ -237,6 +241,23 @@ def _cost(result: Record, scale: Scale) -> str:
     most = "" if bound is None else f" (at most {scale.score(bound)} by a one-sided bound)"
     return (f"Compression costs {scale.score(loss)}{scale.unit}{span} on the sealed rows{most}; "
             f"{line(whole.get('name'))} scores {scale.score(number(whole.get('score')))} there.")
+
+
+def _reading(result: Record, scale: Scale) -> str:
+    """How the System reads the passages that it looks up, on a part of the sealed rows; empty where it does not."""
+    body = record(result.get("reading"))
+    recall, faithful, declined = (number(body.get(key)) for key in ("recall", "faithful", "declined"))
+    if recall is None:
+        return ""
+    unit = 100 if scale.points else 1  # scores are written as they are read
+    ways = (("found", "with it"), ("missed", "without"), ("oracle", "with the right passages alone"),
+            ("distracted", "with wrong ones only"))
+    parts = [f"{scale.score(value / unit)} {words}" for key, words in ways
+             if (value := number(body.get(key))) is not None]
+    shares = (("of the answers stand in the passages", faithful), ("say that there is none", declined))
+    said = [f"{share:.0f} % {words}" for words, share in shares if share is not None]
+    return (f"The passages hold the answer for {recall:.0f} % of {view.count(number(body.get('n')))} sealed questions; "
+            f"{scale.title} {', '.join(parts)}. {', '.join(said)}.")
 
 
 def _limits(result: Record) -> str:

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from whet import baselines, embed, stats, triples
+from whet import baselines, embed, reading, stats, triples
 from whet import task as tasks
 from whet.encoder import Encoder
 from whet.engine import Session, Spent
-from whet.errors import MethodError, TaskError, WhetError
+from whet.errors import MethodError, StoreError, TaskError, WhetError
 from whet.feedback import UNCHECKED, Judge, Versus, agreed, controlled, preference
 from whet.memory import Known, known
 from whet.methods import Run, names, table
@@ -45,6 +45,7 @@ ANSWER_TOKENS = (16, 256)  # how long a generated answer may be: at the least, a
 REFINEMENTS = 2  # rounds of settings next to those of the best arm, where no training did better
 UNTOLD = ("curves", "trainings", "steps_log", "seen", "held", "allowed", "artifact")  # told elsewhere, or too long
 MOST_TOLD = 100  # items of a list that a method noted
+READ, MOST_READ = 0.2, 100  # of the sealed rows: on how many it is told how passages are read, and at most
 JUDGED = 0.2  # of the budget may go to training the judge of a win rate
 
 
@@ -207,8 +208,9 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
     beside = 2 * sum(price(one.held, one.asked, one.metric) for one in earlier)
     limited = limits.limited(task.limits) and not local.model.remote
     shrinking = min(limits.SECONDS, 0.25 * wish.budget) if limited else 0.0
+    passes = plan.CONFIRMING + limited + 3 * READ * (task.documents is not None)  # found, right and wrong passages
     parts = plan.apportion(splits, task.closed, wish, lambda rows: max(price(rows, b) for b in bases), beside,
-                       shrinking + rates[bases[0].model.content].price(judge), plan.CONFIRMING + limited)  # fmt: skip
+                       shrinking + rates[bases[0].model.content].price(judge), passes)  # fmt: skip
     splits = replace(splits, confirm=parts.confirm)
     notes = [*task.notes, *cut, *parts.notes]
     if splits.dropped:
@@ -506,10 +508,11 @@ def _finish(job: _Job, finalist: Trial | None, begun: float) -> Improvement:
             **system.learnt,
         })  # fmt: skip
     system = system.split_by(job.task.name, job.wish.seed)
+    read = _read(job, system)
     total = sum((t.spent for t in job.race.trials), job.judge) + spent
     result = output.result(
         job, finalist=finalist, handed=handed, confirmed=confirmed, cards=cards, measured=measured,
-        baselines=baselines_found, spent=total, wall=time.monotonic() - begun, versions=versions(),
+        baselines=baselines_found, spent=total, wall=time.monotonic() - begun, versions=versions(), read=read,
     )  # fmt: skip
     details = output.details(job, confirmed, cards, handed)
     output.write(job.out, system, result, details, self_contained=job.wish.self_contained)
@@ -523,6 +526,24 @@ def _served(job: _Job, card: Scorecard, system: System, rows: Sequence[Example])
     except WhetError as error:  # all else is done and confirmed by now
         job.notes.append(f"latency and memory are not known: {error}")
         return card
+
+
+def _read(job: _Job, system: System) -> dict[str, Any] | None:
+    """How the System reads its documents, on a part of the sealed rows (see `reading.measure`); None where it has none.
+
+    Where they cannot be read now, a note says so.
+    """
+    rows = job.splits.confirm[: min(MOST_READ, math.ceil(READ * len(job.splits.confirm)))]
+    if not rows or "@" in job.metric.name or all(s.kind != "documents" for s in system.sources):
+        return None
+    job.watch.arm("how passages are read: found, right and wrong ones")
+    try:
+        return asdict(reading.measure(system, rows, job.metric, job.run.session(system.model)))
+    except StoreError:
+        raise
+    except WhetError as error:  # all else is done and confirmed by now
+        job.notes.append(f"how passages are read is not known: {error}")
+        return None
 
 
 def record_of(trial: Trial, seed: int) -> dict[str, Any]:

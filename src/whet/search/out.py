@@ -95,6 +95,7 @@ def result(
     spent: Spent,
     wall: float,
     versions: dict[str, str],
+    read: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """The run as result.json holds it."""
     from whet.search import limits, record_of
@@ -123,6 +124,7 @@ def result(
                    "gain_by_step": _gains(job, handed)},
         "limits": limits.kept(job.task.limits, measured["chosen"], measured["base"]) if measured else None,
         "confirm": confirmed,
+        "reading": read,
         "selection": _selection(job, finalist, confirmed, cards),
         "protocol": card.protocol if card else {},
         "versions": versions,
