@@ -23,7 +23,7 @@ from whet.errors import ArtifactError, MethodError
 from whet.methods import Run, lacking, make
 from whet.methods.calibrate import Calibrate, free_inputs
 from whet.methods.fewshot import FewShot, spread
-from whet.methods.prompting import FRAMES, Prompting, edited, variants
+from whet.methods.prompting import FRAMES, Prompting, edited, meanings, variants
 from whet.model import resolve
 from whet.prompt import SLOT, framed, from_text, messages, to_text
 from whet.store import Store
@@ -180,6 +180,27 @@ def test_the_pool_is_the_tasks_own_and_a_matter_of_the_seed(base: System) -> Non
     assert {s.frame for s in pool} > set(FRAMES)
     lettered = [s for s in pool if s.decoding.words == ("A", "B")]
     assert lettered and all("A (negative)" in s.instruction + s.frame for s in lettered)
+
+
+def test_the_glossary_tells_labels_and_the_instructions_terms(base: System, tmp_path: Path) -> None:
+    glossary = tmp_path / "glossary.tsv"
+    glossary.write_text("Positive\tthe writer would see it again\tthumbs up\nfilm\tany moving picture\nset\ta place\n")
+    run = Run(Store(tmp_path / "home"))
+    known = meanings(base, replace(DATA, glossary=glossary), run)  # "Judge the film."
+    assert known == {"positive": "the writer would see it again", "film": "any moving picture"}
+    pool = variants(base, DATA, ROWS[200:], 24, 0, known=known)
+    said = ("Judge the film.\n\nLabels, with what they mean:\n- negative\n- positive: the writer would see it again\n\n"
+            "Terms:\n- film: any moving picture")  # fmt: skip
+    assert said in {s.instruction for s in pool[:8]} and meanings(base, DATA, run) == {}
+    assert any("- A (negative)\n- B (positive): the" in s.instruction + s.frame
+               for s in variants(base, DATA, ROWS[200:], 400, 0, known=known))  # fmt: skip
+    free = replace(base, decoding=Decoding(max_tokens=16))
+    known = meanings(free, replace(DATA, labels=(), glossary=glossary), run)
+    pool = variants(free, replace(DATA, labels=()), ROWS[200:], 24, 0, known=known)
+    assert "Judge the film.\n\nTerms:\n- film: any moving picture" in {s.instruction for s in pool}
+    assert not any("Terms" in s.instruction for s in variants(base, DATA, ROWS[200:], 24, 0))
+    gone = replace(DATA, glossary=tmp_path / "gone.tsv")
+    assert meanings(base, gone, run) == {} and "no definitions" in run.notes["glossary"]
 
 
 def test_columns_of_the_data_frame_the_question(base: System) -> None:

@@ -8,15 +8,17 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product, zip_longest
+from itertools import islice, product, zip_longest
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from whet import stats
+from whet import stats, triples
 from whet.engine import Sampling
-from whet.errors import MethodError, WhetError
+from whet.errors import MethodError, StoreError, WhetError
 from whet.extras import package
 from whet.methods import Need, Run
+from whet.metrics import squad, stands
 from whet.prompt import SLOT, from_text
 from whet.system import System
 from whet.task import Example, Learnable
@@ -107,7 +109,7 @@ class Prompting:
                 found=str(len(rows)), do="add rows, or write a prompt: --set file=P.txt",
             )  # fmt: skip
         half, blind = len(raced) // 2, unseen(start, raced)[1]
-        pool = variants(blind, data, rest, self.pool, run.seed, self.reason)
+        pool = variants(blind, data, rest, self.pool, run.seed, self.reason, meanings(start, data, run))
         contest = Contest.of(data, raced, run.session(system.model), calibrated=self.calibrated,
                              progress=run.progress(f"racing {len(pool)} prompts"))  # fmt: skip
         best, notes = self._raced(contest, pool, half, run.seed)
@@ -192,16 +194,48 @@ def edited(system: System, file: Path) -> System:
 # --- the pool ---------------------------------------------------------------------------------------------------------
 
 
+def meanings(system: System, data: Learnable, run: Run) -> dict[str, str]:
+    """What the task's glossary says of the labels and of the terms that the instruction names; a note where it cannot.
+
+    Labels come first, in their order.
+    """
+    if data.glossary is None:
+        return {}
+    try:
+        facts, _ = triples.load(replace(data, knowledge=None), run.home)
+    except StoreError:
+        raise
+    except WhetError as error:  # an endpoint that is down: other prompts are raced
+        run.notes["glossary"] = f"no definitions: {error}"
+        return {}
+    told = {s: facts.named(o, humps=False)[0] for s, relation, o in facts.triples if relation == triples.MEANS}
+    by_name = {squad(name): meaning for one, meaning in told.items() for name in facts.named(one, humps=False)}
+    decoding = system.decoding
+    few = decoding.closed and len(decoding.labels) <= MOST_LISTED
+    spoken = dict(zip(decoding.labels, decoding.spoken, strict=True)) if few else {}
+    labels = {label: by_name.get(squad(label)) or by_name.get(squad(said)) for label, said in spoken.items()}
+    text, known = squad(system.instruction), {squad(one) for pair in spoken.items() for one in pair}
+    names = {one: {squad(name) for name in facts.named(one, humps=False)} - {"", *known} for one in told}
+    terms = {facts.named(one, humps=False)[0]: told[one] for one in told
+             if any(stands(text, name) for name in names[one]) and squad(one) not in known}  # fmt: skip
+    found = {label: meaning for label, meaning in labels.items() if meaning} | terms
+    return dict(islice(found.items(), MOST_LISTED))
+
+
 def variants(
-    system: System, data: Learnable, rest: Sequence[Example], count: int, seed: int, reason: bool = False
-) -> list[System]:
+    system: System, data: Learnable, rest: Sequence[Example], count: int, seed: int, reason: bool = False,
+    known: Mapping[str, str] = MappingProxyType({}),
+) -> list[System]:  # fmt: skip
     """`count` prompts at most, the given one first: then one part changed at a time, by turns, then several.
 
     `rest` are train rows that no variant is scored on: label words and examples of the form are taken from them.
+    `known` are the `meanings` of labels and terms.
     """
     labels = system.decoding.labels if system.decoding.closed else ()
     readings = [*_readings(system, rest), *_words(labels), *_reasoned(system, reason)]
     heads = _labelled(system.instruction, labels, rest) if labels else _free(system, data, rest)
+    if known:
+        heads.insert(2, lambda said: _explained(system.instruction, dict(zip(labels, said, strict=False)), known))
     axes: tuple[Sequence[Any], ...] = (heads, PLACES, _frames(data.columns), readings)
     given = tuple(axis[0] for axis in axes)
     alone = [[(*given[:n], part, *given[n + 1 :]) for part in axis[1:]] for n, axis in enumerate(axes)]
@@ -283,6 +317,18 @@ def _labelled(given: str, labels: Sequence[str], rest: Sequence[Example]) -> lis
         heads.insert(2, lambda said: f"{given}\n\nLabels, with words that often go with them:\n" + "\n".join(
             f"- {name}: {', '.join(words)}" for name, words in zip(named(said), telling, strict=True)))  # fmt: skip
     return heads
+
+
+def _explained(given: str, said: Mapping[str, str], known: Mapping[str, str]) -> str:
+    """The instruction with the meanings of labels, by the words that stand for them, and of its terms."""
+    letters = tuple(said.values()) == _letters(list(said))
+    lines = [f"- {f'{said[one]} ({one})' if letters else said[one]}{f': {known[one]}' if one in known else ''}"
+             for one in said]  # fmt: skip
+    terms = [f"- {one}: {meaning}" for one, meaning in known.items() if one not in said]
+    labelled = bool({*said} & {*known})
+    parts = [given, *(["Labels, with what they mean:\n" + "\n".join(lines)] if labelled else []),
+             *(["Terms:\n" + "\n".join(terms)] if terms else [])]  # fmt: skip
+    return "\n\n".join(filter(None, parts))
 
 
 def _letters(labels: Sequence[str]) -> tuple[str, ...]:
