@@ -1040,6 +1040,18 @@ def test_bad_input_is_refused_before_anything_is_spent(task: Path, tmp_path: Pat
     assert not (tmp_path / "o").exists() and time.monotonic() - begun < 20
 
 
+def test_improve_is_one_process_and_its_trackers_are_checked_first(
+    task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"model": "fake:keyword", "budget": "60s", "out": tmp_path / "out"}
+    with pytest.raises(MethodError, match="no tracker 'tensorbord'"):
+        improve(task, report_to=["tensorbord"], **asked)  # type: ignore[arg-type]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(MethodError, match="one process.*torchrun"):
+        improve(task, **asked)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
 def test_silence_is_silent(capfd: pytest.CaptureFixture[str], task: Path, tmp_path: Path) -> None:
     improve(task, model="fake:keyword", budget="2m", methods=["calibrate"], out=tmp_path / "o", home=tmp_path / "h",
             watch=Silent())  # fmt: skip

@@ -136,6 +136,7 @@ def _watched(as_json: bool, work: str, notes: Sequence[str] = ()) -> Iterator[Wa
 @click.option("--budget", default="10m", show_default=True, help="Time to spend: 90s, 10m, 2h.")
 @click.option("--methods", default="", help="Only these methods, separated by commas.")
 @click.option("--recipe", default=None, help='Only this recipe, like "fewshot(k=8)+calibrate".')
+@click.option("--report-to", multiple=True, help="Also tell each step of trainings to tensorboard, wandb or mlflow.")
 @click.option("--out", default=None, type=click.Path(path_type=Path), help="Folder for the results [runs/NAME].")
 @click.option("--seed", default=0, type=SEED, show_default=True, help="One seed gives one result.")
 @click.option("--strict", is_flag=True, help="Refuse train rows that stand in held-out data instead of dropping them.")
@@ -143,8 +144,8 @@ def _watched(as_json: bool, work: str, notes: Sequence[str] = ()) -> Iterator[Wa
 @click.option("--self-contained", is_flag=True, help="Put the base's weights into system/, too.")
 @common
 def improve(
-    task: str, models: tuple[str, ...], budget: str, methods: str, recipe: str | None, out: Path | None, seed: int,
-    strict: bool, trust: bool, self_contained: bool, as_json: bool, debug: bool,
+    task: str, models: tuple[str, ...], budget: str, methods: str, recipe: str | None, report_to: tuple[str, ...],
+    out: Path | None, seed: int, strict: bool, trust: bool, self_contained: bool, as_json: bool, debug: bool,
 ) -> None:  # fmt: skip
     """Make a model better at TASK: the main job."""
     from whet import report
@@ -153,7 +154,8 @@ def improve(
 
     chosen = tuple(m.strip() for m in methods.split(",") if m.strip())
     made = run(task, model=models, budget=budget, methods=chosen, recipe=recipe, out=out, seed=seed, strict=strict,
-               trust=trust, self_contained=self_contained, watch=watch(plain=as_json))  # fmt: skip
+               trust=trust, self_contained=self_contained, report_to=report_to,
+               watch=watch(plain=as_json))  # fmt: skip
     if as_json:
         _print(made.result)
         return
@@ -377,10 +379,8 @@ def apply(
     if as_json:
         _print(body)
         return
-    print(f"made     {method} on {system}, for {loaded.name}")
-    for line in applied(notes, spent):
-        print(line)
     trusted = " --trust" if trust else ""
+    print("\n".join([f"made     {method} on {system}, for {loaded.name}", *applied(notes, spent)]))
     print(f"system   {out}\n\nnext:\n  whet evaluate {out} {task}{trusted}")
     print(f"  whet compare {system} {out} {task}{trusted}")
 

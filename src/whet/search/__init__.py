@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -29,7 +30,7 @@ from whet.scorecard import Scorecard, alike, evaluate, measure, versions
 from whet.search import limits, plan, training
 from whet.search import out as output
 from whet.search.arms import Arm, Dear
-from whet.search.budget import ENCODED, estimate, seconds
+from whet.search.budget import ENCODED, Rates, estimate, seconds
 from whet.search.budget import measure as measure_rates
 from whet.search.race import Race, Trial
 from whet.search.recipe import Recipe, parse, recipe
@@ -37,6 +38,7 @@ from whet.splits import few, shared_order
 from whet.store import Store, code
 from whet.system import Decoding, System
 from whet.task import Example, Learnable, Splits, Task
+from whet.train.trackers import check
 
 ENCODER_SPEED = 2.5  # MiniLM has a tenth of the weights, all of them trained, in small padded batches: LOG.md
 ELSEWHERE = 200.0  # trained tokens/s, about, where no model runs on this machine
@@ -60,6 +62,7 @@ class Wish:
     seed: int = 0
     strict: bool = False
     self_contained: bool = False
+    report_to: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,19 +133,25 @@ def improve(
     strict: bool = False,
     trust: bool = False,
     self_contained: bool = False,
+    report_to: Sequence[str] = (),
     watch: Watch | None = None,
     home: Path | None = None,
 ) -> Improvement:
     """Make a model better at a task: try what could help, combine what does, confirm it, hand over one System.
 
-    `budget` is "90s", "10m", "2h" or seconds. Finished trials of the same call are taken from the store. Raises a
-    WhetError for bad input before anything is spent.
+    `budget` is "90s", "10m", "2h" or seconds. Finished trials of the same call are taken from the store; `report_to`
+    names trackers of trainings. Raises a WhetError for bad input before anything is spent.
     """
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:  # each would race by its own clock
+        raise MethodError("whet improve is one process", expected="a start without torchrun", found=f"{processes}",
+                          do="train in several by torchrun … whet apply finetune")  # fmt: skip
+    check(report_to)
     watch, begun = watch or Silent(), time.monotonic()
     try:
         loaded = task if isinstance(task, Task) else tasks.load(task, trust=trust)
         models = (model,) if isinstance(model, str) else tuple(model)
-        wish = Wish(models, seconds(budget), tuple(methods), recipe, seed, strict, self_contained)
+        wish = Wish(models, seconds(budget), tuple(methods), recipe, seed, strict, self_contained,
+                    tuple(report_to))  # fmt: skip
         job = _prepare(loaded, wish, Path(out) if out else Path("runs") / loaded.name, watch, Store(home))
         _race(job)
         finalist = limits.within(job, _finalist(job))
@@ -165,7 +174,7 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
     if metric.name == "win_rate" and refs[0].remote:
         raise MethodError("the judge of a win rate is made of the first model's weights", expected="a local --model",
                           found=refs[0].base, do="name a local one first, or take another metric")  # fmt: skip
-    run = Run(store, wish.seed, tell=watch.tell)
+    run = Run(store, wish.seed, tell=watch.tell, report_to=wish.report_to)
     _readable(task, wish, splits.learnable, run)
     asked = [task.fingerprint, [r.content for r in refs], wish.seed, wish.budget, wish.methods, wish.recipe]
     key = hashlib.sha256(json.dumps([*asked, wish.strict, *files.values()]).encode()).hexdigest()
@@ -187,13 +196,7 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
     local = training.at_hand(bases)
     judge = Spent()
     if metric.name == "win_rate":
-        watch.say(f"before the plan: the judge of the win rate is trained, for {clock(JUDGED * wish.budget)} of the "
-                  f"{clock(wish.budget)} at most, on {len(splits.judging)} judgements that no method sees")  # fmt: skip
-        watch.arm("judge of the win rate", wish.budget)
-        most = int(JUDGED * wish.budget * rates[bases[0].model.content].train)
-        alone = replace(run, spent=Spent(), notes={}, trained_tokens=most)
-        metric = metric_of(task, bases[0], alone)
-        judge = alone.spent
+        metric, judge = _judge(task, wish, splits, bases[0], rates[bases[0].model.content], run, watch)
 
     def price(rows: Sequence[Example], asked: System, by: str = metric.name) -> float:
         return rates[asked.model.content].price(estimate(asked, rows, run.session(asked.model), metric=by))
@@ -219,6 +222,17 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
                 parts.search, watch, run, live=_live(task), aside=shrinking)  # fmt: skip
     return _Job(task, wish, splits, metric, store, watch, key, folder, run, bases, parts.reserve, race, earlier,
                 shrinking=shrinking, judge=judge, notes=notes)  # fmt: skip
+
+
+def _judge(
+    task: Task, wish: Wish, splits: Splits, base: System, rates: Rates, run: Run, watch: Watch
+) -> tuple[Metric, Spent]:
+    """The win rate over the base by a judge that is trained for it, and what that took."""
+    watch.say(f"before the plan: the judge of the win rate is trained, for {clock(JUDGED * wish.budget)} of the "
+              f"{clock(wish.budget)} at most, on {len(splits.judging)} judgements that no method sees")  # fmt: skip
+    watch.arm("judge of the win rate", wish.budget)
+    alone = replace(run, spent=Spent(), notes={}, trained_tokens=int(JUDGED * wish.budget * rates.train))
+    return metric_of(task, base, alone), alone.spent
 
 
 def _echoing(bases: Sequence[System], splits: Splits, metric: Metric, run: Run) -> None:

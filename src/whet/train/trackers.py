@@ -20,8 +20,9 @@ PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 def trackers(names: Sequence[str], folder: Path) -> Iterator[Callable[[Beat], None]]:
     """A function that tells each step to the named trackers; what they write lies in `folder`.
 
-    Raises MethodError for an unknown tracker, or one whose package is missing.
+    Raises MethodError as `check` does.
     """
+    check(names)
     opened = [_open(name, folder) for name in names]
 
     def track(at: Beat) -> None:
@@ -37,16 +38,21 @@ def trackers(names: Sequence[str], folder: Path) -> Iterator[Callable[[Beat], No
             tracker.finish()
 
 
+def check(names: Sequence[str]) -> None:
+    """Raise MethodError for an unknown tracker, or one whose package is missing."""
+    for name in names:
+        if name not in PACKAGES:
+            raise MethodError(f"no tracker {name!r}", expected=", ".join(PACKAGES), found=name, do="name one of them")
+        from accelerate import tracking
+
+        if not getattr(tracking, f"is_{name}_available")():
+            raise MethodError(f"{name} is not installed", expected=f"the package {PACKAGES[name]}", found="none",
+                              do=f"pip install {PACKAGES[name]}")  # fmt: skip
+
+
 def _open(name: str, folder: Path) -> Any:
     from accelerate import PartialState, tracking
 
-    if name not in PACKAGES:
-        raise MethodError(f"no tracker {name!r}", expected=", ".join(PACKAGES), found=name, do="name one of them")
-    if not getattr(tracking, f"is_{name}_available")():
-        raise MethodError(
-            f"{name} is not installed", expected=f"the package {PACKAGES[name]}", found="none",
-            do=f"pip install {PACKAGES[name]}",
-        )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     PartialState()  # without it, accelerate's trackers cannot say what they do
     if name == "tensorboard":
