@@ -532,6 +532,10 @@ def test_learning_from_judgements_raises_the_margin(method: DPO | KTO, system: S
     noted = first.notes
     checks = [value for _, value in noted["curves"]["validation"]]
     assert noted["held_out"]["accuracy"] == 1 and checks[-1] < checks[0]
+    looks = noted["looks"]  # at each validation, the first before any step
+    assert [one["loss"] for one in looks] == checks and all(one["entropy"] > 0 for one in looks)
+    first, last = (one["logprob_per_token"] for one in (looks[0], looks[-1]))
+    assert all(now == pytest.approx(before, abs=1e-4) for before, now in first.values()) and last != first
     assert noted["moved"]["kl"] > 0 and noted["moved"]["entropy"] > 0 and 0 < noted["moved"]["length"] <= 10
     assert len(noted["held_out"]["logprob_per_token"]["chosen"]) == 2
     again = method.apply(system, learnable(), run(home / "other"))

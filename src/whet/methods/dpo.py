@@ -130,7 +130,7 @@ class Preference(ABC):
         from whet.train.batches import per_epoch, step_count, steps, tokens_per_row
         from whet.train.lesson import Lesson
         from whet.train.loop import Schedule, Settings, validations
-        from whet.train.policy import Policy, mean_of
+        from whet.train.policy import Policy, looked_at
 
         policy, examples = Policy(live, system), [r.example for r in rows]
         some, _ = render_pairs(system, random.Random(run.seed).sample(rows, min(SAMPLED, len(rows))), live)
@@ -155,16 +155,23 @@ class Preference(ABC):
         # A shorter beginning of this training is not told by its samples: nobody reads that.
         watched = [examples[i] for i in sides[1][:watching]] if run.fidelity == 1 else []
 
+        log: list[dict[str, Any]] = []
+
+        def look() -> float:
+            value, now, entropy = looked_at(live, held, self.loss())
+            log.append({"loss": value, "entropy": entropy, **held_out(held, checks, now)})
+            return value
+
         def after(curves: Curves) -> dict[str, Any]:
             seen = {"epochs": round(curves.steps / per_epoch(len(fit), self.batch), 2)}
             moved = policy.drift(policy.sample(watched, 1, seed=run.seed)[0]) if watched else {}
-            return seen | ({"held_out": held_out(held, checks, policy), "moved": moved} if held else {})
+            found = {"held_out": held_out(held, checks, policy.logprobs(held)), "moved": moved, "looks": log}
+            return seen | (found if held else {})
 
         return Lesson(
             self.source(system, fit, dict(zip(used, learnt, strict=True)), order, count, policy), self.loss(),
             Settings(Schedule(self.learning_rate, count), validations=validations(count)),
-            (lambda: mean_of(live, held, self.loss())) if held else None,
-            {"judgements": len(fit), "seen": len(used), "shortened": shorter}, after,
+            look if held else None, {"judgements": len(fit), "seen": len(used), "shortened": shorter}, after, log,
         )  # fmt: skip
 
     def _affordable(self, rows: int, tokens: float, allowed: float) -> float:
@@ -175,13 +182,16 @@ class Preference(ABC):
         return seen if seen <= rows else rows + (allowed - rows * first) / again
 
 
-def held_out(rows: Sequence[Row], judged: Sequence[Judged], policy: Policy) -> dict[str, Any]:
+def held_out(
+    rows: Sequence[Row], judged: Sequence[Judged], logprobs: Sequence[tuple[float, ...]]
+) -> dict[str, Any]:  # fmt: skip
     """What judgements that were not trained on say: how often the implicit reward is right, and log-probabilities.
 
-    The latter are per token, before and after: the chosen answers' may fall although the loss does, too.
+    The latter are per token, under the reference and now (`logprobs`, of each row's answers): the chosen answers' may
+    fall although the loss does, too.
     """
     right, sides = [], {"chosen": list[tuple[float, float]](), "rejected": list[tuple[float, float]]()}
-    for row, one, now in zip(rows, judged, policy.logprobs(rows), strict=True):
+    for row, one, now in zip(rows, judged, logprobs, strict=True):
         named = [side for side in sides if getattr(one, side) is not None]
         ratios = [value - fact[0] for value, fact in zip(now, row.facts, strict=True)]
         right.append(sum(r if side == "chosen" else -r for side, r in zip(named, ratios, strict=True)) > 0)

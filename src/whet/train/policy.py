@@ -47,6 +47,24 @@ def mean_of(session: TorchSession, rows: Sequence[Row], loss: Loss) -> float:
     return sum(float(loss(logits, pack)) for logits, pack in passes(session, rows, PACK_TOKENS)) / loss.count(rows)
 
 
+def looked_at(
+    session: TorchSession, rows: Sequence[Row], loss: Loss
+) -> tuple[float, list[tuple[float, ...]], float]:
+    """What a loss says of rows, without gradients; the log-probability (nats) of every continuation; and the mean
+    entropy (nats a token) of what the model would write in their places.
+    """
+    total, entropy, found = 0.0, 0.0, [tuple[float, ...]()] * len(rows)
+    for logits, pack in passes(session, rows, PACK_TOKENS):
+        total += float(loss(logits, pack))
+        wide = logits.float().log_softmax(-1)
+        entropy -= float((wide.exp() * wide).sum())
+        each = per_sequence(wide.gather(-1, pack.targets[:, None])[:, 0], pack).tolist()
+        for owner, value in zip(pack.owners.tolist(), each, strict=True):
+            found[owner] += (value,)
+    count = sum(len(c) for row in rows for c in row.continuations)
+    return total / loss.count(rows), found, entropy / count
+
+
 class Policy:
     """Made before the first step, when a fresh adapter changes nothing: its weights then are the reference.
 
