@@ -124,6 +124,7 @@ class Bench:
         from whet.metrics import get
         from whet.model import resolve
         from whet.search import base_system
+        from whet.splits import shared_order
         from whet.store import Store
 
         self.options, self.task = options, load_task(options.tasks, name)
@@ -131,7 +132,7 @@ class Bench:
         rows = self.task.split(options.seed).learnable
         self.base = base_system(ref, self.task, rows, self.run.session(ref), home)
         self.data = replace(rows, train=tuple(random.Random(options.seed).sample(rows.train, options.rows)))
-        self.test = self.task.test[: options.test]
+        self.test = shared_order(self.task.test, self.task.closed, options.seed)[: options.test]  # files may be sorted
         self.metric = get(self.task.metric, self.task.folder, False)
 
     def tested(self, system: Any) -> Any:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -154,7 +155,7 @@ def test_neighbours_differ_in_one_setting_and_go_together() -> None:
     found = [r.name for r in neighbours(parse("fewshot(k=4,draw=1)+calibrate"))]
     assert {"fewshot(k=8,draw=1)+calibrate", "fewshot(k=4)+calibrate", "fewshot(k=4,order=raced,draw=1)+calibrate",
             "fewshot(k=4,draw=1)+calibrate(kind=domain)"} <= set(found)  # fmt: skip
-    assert len(set(found)) == len(found) == 2 + 4 + 1 + 2 + 2
+    assert len(set(found)) == len(found) == 2 + 4 + 1 + 2 + 3
     assert [r.name for r in neighbours(parse("rag(threshold=0.3)"))][:2] == ["rag(k=1,threshold=0.3)",
                                                                             "rag(k=5,threshold=0.3)"]  # fmt: skip
     near = [r.name for r in neighbours(parse("fewshot(selection=nearest)"))]  # no draw changes these
@@ -1141,6 +1142,28 @@ def test_what_goes_on_from_a_training_is_not_starved_by_others(monkeypatch: pyte
     assert "finetune+rl" not in found and "4 times the training's" in why[0] and len(why) == 1
     assert raced(720)[0][:3] == ["finetune", "finetune+rl", "finetune(adapter=dora)"]
     assert raced(90, "finetune", "rl")[1] == ["0:30 is left, and sampling takes some 1 times the training's 1:00"]
+
+
+def test_a_training_that_was_too_short_is_made_longer_while_that_helps(model_folder: str) -> None:
+    def trial(name: str, verdict: str, epochs: float) -> Any:
+        return SimpleNamespace(recipe=parse(name), card=True, examples=4, notes={"verdict": verdict, "epochs": epochs},
+                               against_base=SimpleNamespace(low=0.1))  # fmt: skip
+
+    data, tuned = Learnable("t", "say", "accuracy", ("x", "y"), ()), parse("rag(k=1)+finetune")
+
+    def after(*trials: Any) -> list[str]:
+        """What is tried next, by trials of rising merit."""
+        job = asked(model_folder, data, trials=trials)
+        return [r.name for r in islice(training._others(job, tuned), 2)]
+
+    short = trial("rag(k=1)+finetune", "underfitting", 3.0)
+    longer = trial("rag(k=1)+finetune(epochs=6)", "underfitting", 6.0)
+    assert after(short, longer)[:2] == ["rag(k=1)+finetune(epochs=6)", "rag(k=1)+finetune(epochs=12)"]
+    assert after(longer, short) == ["rag(k=1)+finetune(epochs=6)", "finetune"]  # which was no better
+    assert after(trial("rag(k=1)+finetune", "well fitted", 3.0))[0] == "finetune"
+    assert after(trial("rag(k=1)+finetune", "underfitting", 1.4))[0] == "finetune"  # the budget ended it
+    last = trial("rag(k=1)+finetune(epochs=12)", "underfitting", 12.0)
+    assert after(short, longer, last)[1:] == ["rag(k=1)+finetune(epochs=12)"]
 
 
 def test_learning_from_judgements_has_a_rival_of_as_many_tokens(model_folder: str) -> None:

@@ -28,7 +28,7 @@ from whet.engine.fake import FakeSession
 from whet.engine.replies import UNANSWERED
 from whet.errors import ArtifactError, MethodError, ModelError, StoreError
 from whet.methods import Run
-from whet.methods.calibrate import Calibrate, batch_prior
+from whet.methods.calibrate import Calibrate, batch_prior, fitted_prior
 from whet.methods.fewshot import FewShot, balanced
 from whet.methods.finetune import FineTune
 from whet.metrics import get
@@ -512,6 +512,25 @@ def test_batch_prior_closed_form() -> None:
     assert batch_prior([(0.0, -1e5)]) == pytest.approx((0.0, math.log(1e-12)))  # never minus infinity
 
 
+def test_a_fitted_prior_finds_a_leaning_and_how_frequent_labels_are() -> None:
+    draw = np.random.default_rng(0)
+    right = draw.integers(0, 3, 600).tolist()
+    lean = np.array([1.5, 0.0, -1.5])
+    scores = draw.normal(size=(600, 3)) + 2 * np.eye(3)[right] + lean
+    prior = np.array(fitted_prior(scores.tolist(), right))
+    assert prior - prior[1] == pytest.approx(lean, abs=0.35)
+    # Scores that say nothing leave the frequencies: the most frequent label wins, unlike under batch calibration.
+    right = [0] * 75 + [1] * 25
+    noise = draw.normal(size=(100, 2))
+    best = (noise - np.array(fitted_prior(noise.tolist(), right))).argmax(axis=1)
+    assert (best == 0).mean() > 0.95 > (noise - np.array(batch_prior(noise.tolist()))).argmax(axis=1).mean()
+    flat = fitted_prior([[0.0, 0.0]] * 100, right)
+    assert flat[1] - flat[0] == pytest.approx(math.log(3), abs=0.1)  # its log-odds, but for the prior on them
+    assert fitted_prior([[5.0, 5.0]] * 100, right) == pytest.approx(flat)  # a shift of all scores says nothing
+    alone = fitted_prior([[0.0, 0.0]] * 4, [0] * 4)  # a label that was not seen is not ruled out
+    assert all(math.isfinite(v) for v in alone) and alone[1] - alone[0] < 3
+
+
 @given(st.lists(st.tuples(*[st.floats(-50, 50)] * 3), min_size=1, max_size=8), st.floats(-50, 50))
 def test_batch_prior_properties(rows: list[tuple[float, ...]], shift: float) -> None:
     prior = batch_prior(rows)
@@ -524,7 +543,9 @@ def test_batch_prior_properties(rows: list[tuple[float, ...]], shift: float) -> 
 
 def test_where_the_model_gave_no_answer_there_is_none() -> None:
     silent = (UNANSWERED,) * len(LABELS)
-    prior = batch_prior([silent, (-0.1, *(-3.0 for _ in LABELS[1:]))])
+    rows = [silent, (-0.1, *(-3.0 for _ in LABELS[1:]))]
+    prior = batch_prior(rows)
+    assert all(map(math.isfinite, fitted_prior(rows, [0, 1])))
     for said in ((), prior):  # an unanswered prompt leans to no label
         assert System(FAKE, decoding=Decoding(LABELS, True, prior=said)).decide(silent).text == ""
     assert all(map(math.isfinite, prior))
@@ -551,6 +572,9 @@ def test_calibrate(tiny: System, home: Path) -> None:
     # It looks at prompts only.
     swapped = replace(DATA, train=tuple(replace(e, completion=LABELS[0]) for e in ROWS))
     assert Calibrate(prompts=8).apply(tiny, swapped, run) == got
+    fitted = Calibrate(kind="fitted", prompts=8).apply(tiny, DATA, run)
+    right = [LABELS.index(e.completion) for e in sample]
+    assert fitted.decoding.prior == pytest.approx(fitted_prior([sampled[e.id] for e in sample], right), abs=1e-2)
     # Answers are the scores minus the prior.
     [plain], [shifted] = tiny.answers([ROWS[0]], session), got.answers([ROWS[0]], session)
     assert shifted.scores == pytest.approx([s - p for s, p in zip(plain.scores, got.decoding.prior, strict=True)])

@@ -42,6 +42,7 @@ OTHERS: tuple[dict[str, Any], ...] = (  # settings of further trainings, while t
     {"learning_rate": 3e-4}, {"adapter": "dora", "learning_rate": 3e-4}, {"adapter": "full", "learning_rate": 3e-5},
     {"rank": 32}, {"batch": 16},
 )  # fmt: skip
+MOST_EPOCHS = 12.0  # from there on, trainings that still learn are not made longer
 STRATEGIES = ("merge", "sequential")  # beside replay: the cheapest rival, and what protecting nothing brings
 SAMPLED = 4.0  # trainings that reinforcement's sampling takes, about; if it was asked for by name, one will do
 
@@ -134,12 +135,23 @@ def race(job: _Job, tuned: Recipe) -> bool:
     others = _others(job, tuned, _held(job, one))
     while one.cost < 0.8 * job.race.left and (varied := next(others, None)):
         enter(job, varied, start)
+    if _calibrates(job):
+        _calibrate_best(job, start)
     if (taught := _taught(job)) and all(t.recipe != taught for t in job.race.trials):
         job.skipped.append({"method": taught.name, "why": f"{clock(max(0.0, job.race.left))} is left, and a training "
                             f"takes some {clock(one.cost)}"})  # fmt: skip
     if rewarded:
         _rewarded(job, tuned, one, start)
     return True
+
+
+def _calibrate_best(job: _Job, start: System) -> None:
+    """Calibrate the best training, too, if that is another than the first and there is time."""
+    best = max((t for t in job.race.trials if t.card and trains(t.recipe)), key=job.race.merit)
+    calibrated = Recipe((*best.recipe.methods, make("calibrate")))
+    plain = best.recipe.methods[-1].name != "calibrate" and all(t.recipe != calibrated for t in job.race.trials)
+    if plain and job.race.left > 0:
+        job.race.enter(calibrated, start, tokens=best.notes["allowed"]).notes["allowed"] = best.notes["allowed"]
 
 
 def _rivals(
@@ -215,22 +227,26 @@ def _held(job: _Job, one: Trial) -> dict[int, float]:
 
 
 def _others(job: _Job, tuned: Recipe, held: Mapping[int, float] | None = None) -> Iterator[Recipe]:
-    """Further trainings, the most telling first: facts themselves, on more passages where the first one's often lack
-    what is asked for, by what is `held` (the better of both goes on), on what the best arm without training tells the
-    model, without what it reads, other ways to keep what was known, without rows whose label looks wrong, other
-    settings.
+    """Further trainings, the most telling first: facts themselves, longer ones where the last was too short by its own
+    curves, on more passages where the first one's often lack what is asked for, by what is `held` (of both the better
+    goes on), on what the best arm without training tells the model, without what it reads, other ways to keep what was
+    known, without rows whose label looks wrong, other settings.
     """
     *reads, last = tuned.methods
     if not isinstance(last, FineTune):
         return
     if taught := _taught(job):
         yield taught
+    while (longer := _longer(job, Recipe((*reads, last)))) is not None:
+        yield (more := Recipe((*reads, longer)))
+        if not _better(job, more, Recipe((*reads, last))):
+            break
+        last = longer
     k = _passages(job, held) if held else 0
     wider = [replace(m, k=max(k, m.k)) if isinstance(m, Rag) else m for m in reads]
     if wider != reads:
         yield (more := Recipe((*wider, last)))
-        done = {t.recipe: job.race.merit(t) for t in job.race.trials if t.card}
-        if done.get(more, float("-inf")) > done.get(tuned, float("-inf")):
+        if _better(job, more, Recipe((*reads, last))):
             reads = wider
     if told := _told(job, reads):
         yield Recipe((*told, last))
@@ -242,6 +258,21 @@ def _others(job: _Job, tuned: Recipe, held: Mapping[int, float] | None = None) -
         yield Recipe((*reads, replace(last, clean=True)))
     for changed in OTHERS:
         yield Recipe((*reads, replace(last, **changed)))
+
+
+def _longer(job: _Job, done: Recipe) -> FineTune | None:
+    """The last step of a training twice as long, where it went through all its epochs and still learnt; else None."""
+    trial, last = next((t for t in job.race.trials if t.recipe == done and t.card), None), done.methods[-1]
+    if trial is None or not isinstance(last, FineTune) or last.epochs >= MOST_EPOCHS:
+        return None
+    through = trial.notes.get("epochs", 0.0) >= 0.95 * last.epochs
+    return replace(last, epochs=2 * last.epochs) if through and trial.notes.get("verdict") == "underfitting" else None
+
+
+def _better(job: _Job, one: Recipe, other: Recipe) -> bool:
+    """Whether the first of two recipes did better, where both have been tried."""
+    done = {t.recipe: job.race.merit(t) for t in job.race.trials if t.card}
+    return done.get(one, float("-inf")) > done.get(other, float("-inf"))
 
 
 def _told(job: _Job, reads: Sequence[Method]) -> tuple[Method, ...]:
