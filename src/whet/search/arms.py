@@ -97,6 +97,8 @@ def prompting_recipes(data: Learnable) -> list[Recipe]:
             recipe("prompting"),  # searched as widely as what is left allows: behind what is known to be cheaper
             recipe(("prompting", {"calibrated": True}), "calibrate"),
             *(recipe(("fewshot", {"k": k, "draw": draw}), "calibrate") for draw in (1, 2)),
+            # A bias for each of many labels would be fitted to a row or two.
+            *([] if many else [recipe(("calibrate", {"kind": "fitted"}))]),
             *(recipe(("calibrate", {"kind": kind})) for kind in ("contextual", "domain")),
         ]
         kinds = (*(["diverse"] if nearest else []), "bootstrapped")
