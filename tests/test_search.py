@@ -1244,8 +1244,10 @@ def test_trainings_read_what_the_best_arm_reads_and_vary(model_folder: str) -> N
         job = asked(model_folder, data, trials=[trial(""), trial("calibrate"), trial(best)])
         assert training._sourced(job, tuned).name == found
     reads = parse("rag(k=1)+finetune")
-    for best, told in (("rag(k=1)+fewshot+calibrate", "rag(k=1)+fewshot+"), ("prompting", "prompting+"), ("", ""),
-                       ("rag(k=1)", ""), ("calibrate", ""), ("prompting(reason=true)", "")):  # fmt: skip
+    shown = {"rag(k=1)+fewshot+calibrate": "rag(k=1)+fewshot+", "prompting": "prompting+rag(k=1)+", "rag": "rag+",
+             "fewshot": "rag(k=1)+fewshot+", "prompting(reason=true)": "", "rag(k=1)": "", "calibrate": "",
+             "": ""}  # fmt: skip
+    for best, told in shown.items():
         others = training._others(asked(model_folder, data, trials=[trial(""), trial(best)]), reads)
         assert next(others).name == f"{told}finetune"
     named = [r.name for r in training._others(asked(model_folder, data), parse("rag(k=1)+finetune"))]

@@ -18,6 +18,7 @@ from whet.methods.prompting import Prompting
 from whet.methods.rag import Rag
 from whet.progress import clock
 from whet.scorecard import reads_scores
+from whet.search.arms import BUILDING
 from whet.search.budget import estimate
 from whet.search.recipe import Recipe, recipe
 from whet.system import System
@@ -166,7 +167,7 @@ def _rivals(
         if done is None or done.card is None or not isinstance(last, FineTune):
             continue
         first, both = (sum(cost["trained_tokens"] for cost in t.notes["trainings"].values()) for t in (one, done))
-        longer = replace(last, epochs=round(last.epochs * both / first, 1))
+        longer = replace(last, epochs=round(last.epochs * both / max(1, first), 1))
         yield Recipe((*tuned.methods[:-1], longer)), both, one.cost + done.cost
         rates = make(name).space()["learning_rate"]
         others = [make(name, {"learning_rate": rate}) for rate in rates]
@@ -276,18 +277,21 @@ def _better(job: _Job, one: Recipe, other: Recipe) -> bool:
 
 
 def _told(job: _Job, reads: Sequence[Method]) -> tuple[Method, ...]:
-    """What the best arm without training tells the model, its calibration apart, where that does better than the base.
+    """What the best arm without training tells the model, its calibration apart, where that does better than the base;
+    and what the training `reads` beside.
 
-    Training on such prompts can bring more than either (Soylu et al. 2024). Empty where it is no more than the training
-    `reads` already.
+    Training on such prompts can bring more than either (Soylu et al. 2024). Empty where it reads all of this already.
     """
     whole = [t for t in job.race.trials if t.card and t.examples == len(job.race.select) and not trains(t.recipe)]
     best = max(whole, key=job.race.merit, default=None)
     if best is None or best.against_base is None or best.against_base.low <= 0:
         return ()
-    told = tuple(m for m in best.recipe.methods if m.name != "calibrate")
-    reasons = any(isinstance(m, Prompting) and m.reason for m in told)  # rows hold answers, and no reasons to learn
-    return told if set(told) - set(reads) and not reasons else ()
+    told = {m.name: m for m in best.recipe.methods if m.name != "calibrate"}
+    reasons = any(isinstance(m, Prompting) and m.reason for m in told.values())  # rows hold answers, none to learn
+    both = {m.name: m for m in reads} | told
+    if reasons or {*told.values()} <= {*reads} or not {*both} <= {*BUILDING}:
+        return ()
+    return tuple(both[name] for name in BUILDING if name in both)
 
 
 def _disputed(job: _Job) -> bool:
