@@ -18,14 +18,13 @@ from whet.scorecard import reads_scores
 from whet.search.budget import Rates, estimate
 from whet.search.limits import limited
 from whet.search.race import LEAST, RUNGS, first_rung
-from whet.search.recipe import Recipe, parse, recipe
+from whet.search.recipe import BUILDING, Recipe, parse, recipe
 from whet.system import System
 from whet.task import Example, Learnable
 
 if TYPE_CHECKING:
     from whet.search import Wish
 
-BUILDING = ("prompting", "rag", "knowledge", "fewshot", "calibrate")  # each is chosen with those before it in place
 THOUGHT = ("exact_match", "token_f1", "contains")  # metrics of short answers, which reasons may lead to
 
 

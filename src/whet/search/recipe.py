@@ -14,6 +14,7 @@ from whet.system import System
 from whet.task import Learnable, contents
 
 # What a part written by one method is called when another says that it invalidates it.
+BUILDING = ("prompting", "rag", "knowledge", "fewshot", "calibrate")  # each is chosen with those before it in place
 PART_OF = {"calibrate": "calibration", "distill": "healing", "quantize": "packing", "share": "sharing"}
 
 Sort = Callable[[Any], bool]

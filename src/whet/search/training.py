@@ -18,9 +18,8 @@ from whet.methods.prompting import Prompting
 from whet.methods.rag import Rag
 from whet.progress import clock
 from whet.scorecard import reads_scores
-from whet.search.arms import BUILDING
 from whet.search.budget import estimate
-from whet.search.recipe import Recipe, recipe
+from whet.search.recipe import BUILDING, Recipe, recipe
 from whet.system import System
 
 if TYPE_CHECKING:
