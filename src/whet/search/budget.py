@@ -61,7 +61,7 @@ def measure(
     in which the middle of all of them lies. `say` is told before anything is measured.
     """
     machine = [platform.machine(), platform.processor(), platform.node(), *sorted(session.protocol.items())]
-    key = hashlib.sha256(repr([system.model.identity, machine, WRITTEN, "warm", "short"]).encode()).hexdigest()
+    key = hashlib.sha256(repr([system.model.identity, machine, WRITTEN, "warm", "shared"]).encode()).hexdigest()
     kept = store.rates(key)
     if kept is None:
         if say:

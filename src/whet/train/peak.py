@@ -14,7 +14,7 @@ from whet.engine.prefix import Row
 if TYPE_CHECKING:
     from whet.engine.torch import TorchSession
 
-ROWS, TOKENS = 12, 64  # of the step that is timed
+ROWS, SHARED, OWN = 16, 24, 40  # of the step that is timed, and tokens of its rows: as short chats have them
 
 
 @lru_cache(maxsize=4)
@@ -36,14 +36,20 @@ def matmul_peak(dtype: torch.dtype, device: torch.device, seconds: float = 0.15)
 
 
 def training_rate(session: TorchSession, steps: int = 3) -> float:
-    """Tokens per second of LoRA steps on rows that share nothing, the first not counted; 0 where none can be run."""
+    """Tokens per second of LoRA steps on rows that share a beginning, as those of a task do, the first not counted; 0
+    where none can be run.
+    """
     from whet.train.adapters import Adapter, adapted
     from whet.train.loop import _step
     from whet.train.losses import NextToken
 
     draw = random.Random(0)
-    some = len(session.tokenizer)
-    rows = [Row(tuple(draw.randrange(some) for _ in range(TOKENS)), ((draw.randrange(some),),)) for _ in range(ROWS)]
+
+    def drawn(count: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(len(session.tokenizer)) for _ in range(count))
+
+    shared = drawn(SHARED)
+    rows = [Row((*shared, *drawn(OWN)), (drawn(3),)) for _ in range(ROWS)]
     try:
         with adapted(session.module, Adapter(), 0) as tuned:
             _step(tuned, tuned, rows, NextToken())
