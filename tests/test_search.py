@@ -1128,7 +1128,8 @@ def test_what_goes_on_from_a_training_is_not_starved_by_others(monkeypatch: pyte
 
         race: Any = Clocked()
         race.trials, race.enter = trials, enter
-        job: Any = SimpleNamespace(race=race, wish=Wish(methods=methods), skipped=[], bases=[])
+        job: Any = SimpleNamespace(race=race, wish=Wish(methods=methods), skipped=[], bases=[],
+                                   task=SimpleNamespace(labels=()))  # fmt: skip
         for name, stand in (("_best_model", None), ("_held", {}), ("_calibrates", False), ("_disputed", False),
                             ("_wished", False), ("_told", ())):  # fmt: skip
             monkeypatch.setattr(training, name, lambda *_, stand=stand: stand)
@@ -1143,6 +1144,30 @@ def test_what_goes_on_from_a_training_is_not_starved_by_others(monkeypatch: pyte
     assert "finetune+rl" not in found and "4 times the training's" in why[0] and len(why) == 1
     assert raced(720)[0][:3] == ["finetune", "finetune+rl", "finetune(adapter=dora)"]
     assert raced(90, "finetune", "rl")[1] == ["0:30 is left, and sampling takes some 1 times the training's 1:00"]
+
+
+def test_of_many_labels_half_of_the_time_goes_to_training_on_demonstrations(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered = list[tuple[str, float]]()
+
+    def enter(_: Any, one: Recipe, __: Any, share: float = 1.0) -> Any:
+        entered.append((one.name, share))
+        race.trials.append(SimpleNamespace(recipe=one, cost=60.0, card=True, status="done", notes={"allowed": 1}))
+        return race.trials[-1]
+
+    race: Any = SimpleNamespace(trials=[], left=200.0)
+    for name, stand in (("_best_model", None), ("_held", {}), ("_calibrates", False), ("_rivals", ()),
+                        ("_taught", None), ("behind", []), ("_told", (make("fewshot", {"k": "4"}),))):  # fmt: skip
+        monkeypatch.setattr(training, name, lambda *_, stand=stand: stand)
+    later = [parse("fewshot(k=4)+finetune"), parse("finetune(rank=8)")]  # what was entered before is not entered again
+    monkeypatch.setattr(training, "_others", lambda *_: iter(later))
+    monkeypatch.setattr(training, "_sourced", lambda _, tuned: tuned)
+    monkeypatch.setattr(training, "enter", enter)
+    for labels, found in ((16, [("finetune", 1.0), ("fewshot(k=4)+finetune", 1.0), ("finetune(rank=8)", 1.0)]),
+                          (17, [("finetune", 0.5), ("fewshot(k=4)+finetune", 1.0), ("finetune(rank=8)", 1.0)])):  # fmt: skip
+        entered.clear(), race.trials.clear()
+        job: Any = SimpleNamespace(race=race, wish=Wish(), task=SimpleNamespace(labels=range(labels)))
+        assert training.race(job, recipe("finetune"))
+        assert entered == found
 
 
 def test_a_training_that_was_too_short_is_made_longer_while_that_helps(model_folder: str) -> None:
@@ -1184,7 +1209,7 @@ def test_learning_from_judgements_has_a_rival_of_as_many_tokens(model_folder: st
 def test_facts_that_are_not_taught_for_want_of_time_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     one = SimpleNamespace(recipe=recipe("finetune"), cost=60.0, card=True, notes={"allowed": 1}, status="done")
     race = SimpleNamespace(trials=[one], left=30.0)
-    job: Any = SimpleNamespace(race=race, wish=Wish(), skipped=[], bases=[])
+    job: Any = SimpleNamespace(race=race, wish=Wish(), skipped=[], bases=[], task=SimpleNamespace(labels=()))
     taught = recipe(("knowledge", {"mode": "train"}))
     for name, stand in (("_best_model", None), ("_held", {}), ("_calibrates", False), ("behind", []),
                         ("_taught", taught), ("enter", one), ("_sourced", recipe("finetune"))):  # fmt: skip

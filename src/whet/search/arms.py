@@ -19,6 +19,7 @@ from whet.search.budget import Rates, estimate
 from whet.search.limits import limited
 from whet.search.race import LEAST, RUNGS, first_rung
 from whet.search.recipe import BUILDING, Recipe, parse, recipe
+from whet.search.training import MANY
 from whet.system import System
 from whet.task import Example, Learnable
 
@@ -80,7 +81,7 @@ def prompting_recipes(data: Learnable) -> list[Recipe]:
     reading = nearest and data.documents is not None
     if data.labels:
         # Many labels: a balanced sample cannot show them all, so the neighbours' labels matter more, and come first.
-        many = len(data.labels) > 16
+        many = len(data.labels) > MANY
         # Half of few rows at most: calibration asks about some that are not shown.
         k = max(1, min(8 if many else 16, len(data.train) // 2))
         alike = ("fewshot", {"k": 8, "selection": "nearest"})

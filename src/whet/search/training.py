@@ -42,6 +42,7 @@ OTHERS: tuple[dict[str, Any], ...] = (  # settings of further trainings, while t
     {"learning_rate": 3e-4}, {"adapter": "dora", "learning_rate": 3e-4}, {"adapter": "full", "learning_rate": 3e-5},
     {"rank": 32}, {"batch": 16},
 )  # fmt: skip
+MANY = 16  # labels: above, near demonstrations come first, and the first training shares its time with one on them
 MOST_EPOCHS = 12.0  # from there on, trainings that still learn are not made longer
 STRATEGIES = ("merge", "sequential")  # beside replay: the cheapest rival, and what protecting nothing brings
 SAMPLED = 4.0  # trainings that reinforcement's sampling takes, about; if it was asked for by name, one will do
@@ -116,16 +117,21 @@ def race(job: _Job, tuned: Recipe) -> bool:
     """
     start, tuned = _best_model(job), _sourced(job, tuned)
     judged = [m for m in behind(job, tuned) if m != "rl"]
-    one = enter(job, tuned, start, part(job, tuned))
+    # Of many labels a short training learns few, which near demonstrations show: both ways get half.
+    told = _told(job, tuned.methods[:-1]) if len(job.task.labels) > MANY else ()
+    share = min(part(job, tuned), 0.5 if told else 1.0)
+    one = enter(job, tuned, start, share)
     if one is not None and one.status == "failed" and len(tuned.methods) > 1:  # what it reads cannot be had
         tuned = Recipe(tuned.methods[-1:])
-        one = enter(job, tuned, start, part(job, tuned))
+        one = enter(job, tuned, start, share)
     if one is None or one.card is None:
         return False
     more = [Recipe((*tuned.methods, make(name))) for name in judged]
     more += [Recipe((*tuned.methods, make("calibrate")))] if _calibrates(job) else []
     for other in more:  # with the same bound, which is part of what a training is known by
         job.race.enter(other, start, tokens=one.notes["allowed"]).notes["allowed"] = one.notes["allowed"]
+    if told:
+        enter(job, Recipe((*told, tuned.methods[-1])), start)
     rewarded = "rl" in behind(job, tuned)
     if rewarded and (job.wish.methods or 2 * SAMPLED * one.cost < job.race.left):  # and there is time for others, too
         rewarded = not _rewarded(job, tuned, one, start)
@@ -134,7 +140,8 @@ def race(job: _Job, tuned: Recipe) -> bool:
             job.race.enter(rival, start, tokens=tokens).notes["allowed"] = tokens
     others = _others(job, tuned, _held(job, one))
     while one.cost < 0.8 * job.race.left and (varied := next(others, None)):
-        enter(job, varied, start)
+        if all(t.recipe != varied for t in job.race.trials):
+            enter(job, varied, start)
     if _calibrates(job):
         _calibrate_best(job, start)
     if (taught := _taught(job)) and all(t.recipe != taught for t in job.race.trials):
