@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,10 @@ from models import SHARED, make_model, make_tokenizer
 from whet.compress import folder as folders
 from whet.compress.layers import Codebook, Relaxed
 from whet.errors import ModelError
-from whet.model import ModelRef, Transform, hash_files, load
-from whet.probe import peak_memory
+from whet.model import ModelRef, Transform, hash_files, load, resolve
+from whet.probe import ASKED, FEWEST, PROMPTS, main, peak_memory
+from whet.system import System
+from whet.task import Example
 
 IDS = torch.tensor([[5, 9, 40, 7, 120, 33]])
 
@@ -71,6 +75,24 @@ def test_memory_is_the_gpus_where_one_is_used(monkeypatch: pytest.MonkeyPatch) -
     assert peak_memory() == 10**13
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 10**6)
     assert peak_memory() == 10**6  # what its libraries take of the host says nothing of the model
+
+
+@pytest.mark.parametrize("seconds, asked", [(1e9, 1 + PROMPTS), (0.0, 1 + FEWEST)])
+def test_of_long_answers_fewer_are_timed(
+    model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    seconds: float, asked: int,
+) -> None:  # fmt: skip
+    ref, done, answers = resolve(model_folder), list[str](), System.answers
+    saved = System(ref, home=tmp_path).save(tmp_path / "system")
+    rows = [{key: getattr(Example(str(n), f"what {n}?"), key) for key in ASKED} for n in range(PROMPTS)]
+    monkeypatch.setattr("whet.probe.SECONDS", seconds)
+    monkeypatch.setattr(sys, "argv", ["probe", str(saved), "exact_match"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(rows)))
+    monkeypatch.setenv("WHET_HOME", str(tmp_path))
+    monkeypatch.setattr(System, "answers", lambda self, some: done.extend(e.id for e in some) or answers(self, some))
+    main()
+    assert done == ["0", *(str(n) for n in range(asked - 1))]
+    assert json.loads(capsys.readouterr().out)["latency_ms"] > 0
 
 
 def test_folder_that_does_not_fit_is_refused(tmp_path: Path) -> None:

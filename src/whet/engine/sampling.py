@@ -32,7 +32,8 @@ def sampler(
     `rows` are (prompt, which copy of it, number of the row).
     """
     if sampling.temperature <= 0:
-        return lambda logits, live, step: cast(list[int], logits.argmax(-1).tolist())
+        # The same as argmax, which takes five times as long on a CPU in bf16.
+        return lambda logits, live, step: cast(list[int], logits.max(-1).indices.tolist())
     generators: dict[int, torch.Generator] = {}
     for prompt, copy, row in rows:
         seed = hash((sampling.seed, prompt, copy)) & 0x7FFF_FFFF_FFFF_FFFF

@@ -374,6 +374,9 @@ def _confirm(job: _Job, finalist: Trial | None) -> tuple[dict[str, Any] | None, 
     rows = job.splits.confirm
     if not rows:
         return None, {}, Spent()
+    base = job.race.base
+    if finalist is None and isinstance(job.metric, Versus) and base and base.card:  # the base against itself
+        return _confirmed(job, {"base": base.card}, None) | {"n": len(rows), "candidate": None}, {}, Spent()
     wanted: dict[str, System] = {"base": job.bases[0]}
     single = _best_single(job, finalist) if finalist else None
     if finalist:
@@ -452,6 +455,8 @@ def _preferred(job: _Job, card: Scorecard, system: System, judge: Judge) -> dict
 def _run_baselines(job: _Job, handed: Scorecard | None) -> list[dict[str, Any]]:
     """The non-LLM baselines on select and confirm; there, compared in pairs with what is handed over."""
     train, select, confirm = job.splits.learnable.train, job.race.select, job.splits.confirm
+    if handed is None and isinstance(job.metric, Versus):  # the base has not answered the sealed rows
+        confirm = ()
     rows = [*select, *confirm]
     if job.metric.name == "perplexity" or not rows:
         return []

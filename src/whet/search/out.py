@@ -191,7 +191,7 @@ def details(
     job: _Job, confirmed: dict[str, Any] | None, cards: dict[str, Scorecard], handed: Trial | None
 ) -> dict[str, Any]:
     """What the report shows beside the result: examples, curves, labels."""
-    rows = job.splits.confirm if confirmed else job.race.select
+    rows = job.splits.confirm if cards else job.race.select
     base = cards.get("base") or (job.race.base.card if job.race.base else None)
     chosen = cards.get("chosen") or (handed.card if handed else None) or base
     examples = []
