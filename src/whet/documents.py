@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urljoin
+from urllib.parse import quote, urljoin, urlsplit
 
 from whet.errors import TaskError, WhetError
 from whet.extras import package, pinned, public, within
@@ -28,10 +28,18 @@ ROW = re.compile(r"(.+):\d+")  # the id of a row that has none of its own: its t
 PIECES = 240  # about so many word pieces of WORDS words at most, their title among them: the embedder reads 256
 MOST_BYTES = 50_000_000  # of one file that is no table
 SECONDS = 60.0  # that a page may take, with all its redirects
-HEADING = re.compile(r"(#{1,6})\s+(.+?)\s*#*$")
+HEADING = re.compile(r"(#{1,6})\s+(\S.*)")
+CLOSED = re.compile(r"(?<=\s)#+$")  # what may end a heading, too
+UNDERLINE = re.compile(r" {0,3}(={2,}|-{2,})\s*$")  # below a heading of one line
+PLAIN = re.compile(r" {0,3}(?!\d+[.)]\s)[^\s#>|+*=`~-]")  # how such a heading begins
+FRONT = re.compile(r"---[ \t\r]*\n([\w-]+:.*?\n)(?:---|\.\.\.)[ \t\r]*(?:\n|$)", re.DOTALL)  # fields before the text
+TITLE = re.compile(r"^title:(.*)\n?", re.MULTILINE)
 OWN = "\0"  # before a line of Markdown that the reader of another kind writes itself
 PAGED = re.compile(r"# .*\n\n## page \d+\n")  # how the text of a PDF begins, whose headings are no words of its own
-FENCE = re.compile(r" {0,3}(`{3,}(?!.*`)|~{3,})")
+FENCE = re.compile(r" {0,3}(`{3,}(?!`|.*`)|~{3,})")
+LIGATURES = str.maketrans(dict(zip("ﬀﬁﬂﬃﬄﬅﬆ", ("ff", "fi", "fl", "ffi", "ffl", "st", "st"), strict=True)))
+BROKEN = re.compile(r"(?<=[^\W\d_])-\n(?=[a-zß-öø-ÿ])")  # a word at the end of a PDF's line
+SOFT = "\u00ad"  # a hyphen that is only seen where a line ends
 ENDS = ".!?。！？"
 SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])(?![」』”’）])\s*")
 HANGUL = "\uac00-\ud7a3"
@@ -58,7 +66,7 @@ class Document:
 
     def __post_init__(self) -> None:
         for name in ("id", "title", "text", "where", "table"):  # halves of surrogates and NUL cannot always be written
-            clean = getattr(self, name).replace("\0", "").encode("utf-8", "replace").decode()
+            clean = getattr(self, name).replace("\0", "").replace(SOFT, "").encode("utf-8", "replace").decode()
             object.__setattr__(self, name, clean)
 
 
@@ -293,14 +301,23 @@ def _fetched(url: str, client: Any) -> tuple[str, bytes]:
     raise TaskError(f"{url} cannot be fetched", expected="at most 5 redirects", found="more", do="name the last")
 
 
+def _ending(url: str, kind: str) -> str:
+    """The ending of a file of a kind; where the kind says nothing, that of the URL. TaskError for a table of rows."""
+    named = Path(urlsplit(url).path).suffix.lower()
+    if kind in ROWS or (kind in UNSAID_KINDS and named in TABLES):
+        raise TaskError(f"{url} is a table", expected="a page, a text, a PDF or a DOCX", found=kind or named,
+                        do="save it as a file: each of its rows is a document")  # fmt: skip
+    return ENDINGS.get(kind) or (named if kind in UNSAID_KINDS and named in READERS else ".html")
+
+
 def _document(url: str, kind: str, body: bytes) -> Document:
     """What was fetched, read as a file of its kind."""
-    endings, kind = {"application/pdf": ".pdf", "text/plain": ".txt", "text/markdown": ".md"}, kind.strip().lower()
+    kind = kind.strip().lower()
     charset = re.search(r"charset=[\"']?([\w.:-]+)", kind)
     if charset and kind.startswith(("text/", "application/xhtml")):  # of other kinds it is said by habit
         body = decoded(body, charset[1], url)[0].encode("utf-8-sig")  # the mark says so to whoever reads the file
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / f"page{endings.get(kind.partition(';')[0].strip(), '.html')}"
+        file = Path(folder) / f"page{_ending(url, kind.partition(';')[0].strip())}"
         file.write_bytes(body)
         found, notes = _file(file, url, len(body))
     if not found:
@@ -329,6 +346,31 @@ def _kept(text: str) -> str:
 
 def _text(file: Path) -> str:
     return decoded(file.read_bytes(), "", file.name)[0]
+
+
+def _plain(file: Path) -> str:
+    return _kept(_text(file).replace(OWN, ""))
+
+
+def _markdown(file: Path) -> str:
+    """Markdown with every heading behind #: underlined ones, too, and the title among the fields before the text."""
+    text = _text(file)
+    if front := FRONT.match(text):
+        title = TITLE.search(front[1])
+        named = title[1].strip().strip("\"'").strip() if title else ""
+        text = (f"# {named}\n\n" if named else "") + TITLE.sub("", front[1], 1) + "\n" + text[front.end() :]
+    lines: list[str] = []
+    fence, before = "", ""  # the line before the last one
+    for line in text.splitlines():
+        if mark := FENCE.match(line):
+            fence = fence if fence and not mark[1].startswith(fence) else "" if fence else mark[1]
+        last = lines[-1] if lines else ""
+        if not fence and not before.strip() and PLAIN.match(last) and (under := UNDERLINE.match(line)):
+            lines[-1] = f"{'#' if under[1][0] == '=' else '##'} {last.strip()}"
+            continue
+        before = last
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def _html(file: Path) -> str:
@@ -371,7 +413,8 @@ def _pdf(file: Path) -> str:
     except Exception as error:  # a broken file raises what it likes
         raise TaskError(f"{file.name} cannot be read", expected="a PDF", found=str(error)[:120], do="save it anew"
                         ) from error  # fmt: skip
-    told = [f"{OWN}## page {n}\n\n{text.replace(OWN, '')}" for n, text in enumerate(pages, 1) if text.strip()]
+    read = [BROKEN.sub("", text.replace(OWN, "").translate(LIGATURES)) for text in pages]
+    told = [f"{OWN}## page {n}\n\n{text}" for n, text in enumerate(read, 1) if text.strip()]
     return _kept("\n\n".join([f"{OWN}# {' '.join(title.split())}", *told])) if told else ""
 
 
@@ -398,15 +441,22 @@ def _docx(file: Path) -> str:
 
 
 def _lines(table: Any) -> list[str]:
-    """The rows of a DOCX's table; a table within a cell stands in its row."""
+    """The rows of a DOCX's table, merged cells once; a table within a cell stands in its row."""
+    rows = [list({id(cell._tc): cell for cell in row.cells}.values()) for row in table.rows]
     return [" | ".join("\n".join("\n".join(_lines(block)) if hasattr(block, "rows") else block.text
-                                 for block in cell.iter_inner_content()) for cell in row.cells)
-            for row in table.rows]  # fmt: skip
+                                 for block in cell.iter_inner_content()) for cell in cells)
+            for cells in rows]  # fmt: skip
 
 
 TABLES = (".jsonl", ".csv", ".parquet")
+ROWS = ("text/csv", "application/csv", "application/json", "application/x-ndjson", "application/jsonl")
+ENDINGS = {
+    "application/pdf": ".pdf", "text/plain": ".txt", "text/markdown": ".md",
+    "application/vnd.openxmlformats-officedocument.wordprocessingml.document": ".docx",
+}  # fmt: skip
+UNSAID_KINDS = ("", "application/octet-stream", "binary/octet-stream")
 READERS: dict[str, Callable[[Path], str]] = {
-    ".md": _text, ".txt": _text, ".html": _html, ".htm": _html, ".pdf": _pdf, ".docx": _docx
+    ".md": _markdown, ".txt": _plain, ".html": _html, ".htm": _html, ".pdf": _pdf, ".docx": _docx
 }  # fmt: skip
 
 
@@ -457,7 +507,8 @@ def _marked(text: str) -> Iterator[tuple[int, str, str]]:
         if mark := FENCE.match(line):
             fence = fence if fence and not mark[1].startswith(fence) else "" if fence else mark[1]
         found = None if fence else HEADING.match(line)
-        yield (len(found[1]), found[2], line) if found else (0, line, line)
+        said = found and (CLOSED.sub("", found[2].rstrip()).rstrip() or found[2])
+        yield (len(found[1]), said, line) if found and said else (0, line, line)
 
 
 def _sections(text: str) -> Iterator[tuple[list[str], str, int]]:

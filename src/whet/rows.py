@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from whet.errors import TaskError
 
+MOST_CELL = 50_000_000  # bytes of a CSV's cell
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")  # all but Parquet may end in .gz
 COLUMN = r"[\w .()/-]{1,60}"  # names of columns that prompts may be written with
 FIELDS = frozenset(("id", "prompt", "completion", "answers", "choices", "group", "evidence", "messages", "text",
@@ -295,6 +296,7 @@ def _csv(name: str, text: str, delimiter: str | None, lost: Broken) -> list[Row]
         head = text.lstrip("\n").split("\n", 1)[0]
         delimiter = max(",;\t|", key=lambda mark: len(next(csv.reader([head], delimiter=mark))))
     raw = delimiter == "\t" and _unquoted(text)
+    csv.field_size_limit(MOST_CELL)  # Python's own is 128 KB: less than a long document
     reader = csv.reader(
         io.StringIO(text, newline=""), delimiter=delimiter, strict=True,
         quoting=csv.QUOTE_NONE if raw else csv.QUOTE_MINIMAL,
@@ -327,9 +329,8 @@ def _csv(name: str, text: str, delimiter: str | None, lost: Broken) -> list[Row]
             else:
                 rows.append(Row(where, begun, named))
     except csv.Error as error:
-        raise TaskError(
-            f"{name} line {start} is not CSV ({error})", expected="quotes closed and cells below 128 KB"
-        ) from None
+        whole = f"quotes closed and cells below {MOST_CELL // 10**6} MB"
+        raise TaskError(f"{name} line {start} is not CSV ({error})", expected=whole) from None
     return rows
 
 
