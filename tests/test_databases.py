@@ -91,6 +91,14 @@ def test_a_database_answers_as_the_index_does(
         f"{embed.mark()}; build it again: whet apply rag TASK --system SYSTEM --set k=1 {shlex.quote(f'store={url}')} "
         "--out NEW"
     )
+    with pytest.raises(ArtifactError, match="made by another embedding model"):
+        again.answers(["What does the toaster weigh?"])
+    monkeypatch.undo()
+    base = source.corpus(home)
+    base.write((), base.ids(), "")
+    for ask in (lambda: again.answers(["What does the toaster weigh?"]), lambda: source.change(home, [toaster])):
+        with pytest.raises(ArtifactError, match="holds no corpus .* build it again: whet apply rag"):
+            ask()
 
 
 def test_a_crash_leaves_nothing_twice(url: str, data: Learnable, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,6 +144,65 @@ def test_a_docx_is_read_whatever_stands_around_its_text(tmp_path: Path) -> None:
     assert " ".join(found.text.split()) == "in a control it is new left | a | b | c"
 
 
+def test_merged_cells_are_read_once(tmp_path: Path) -> None:
+    import docx
+
+    made = docx.Document()
+    table = made.add_table(2, 3)
+    for n, cell in enumerate(table.rows[1].cells):
+        cell.text = f"c{n}"
+    table.cell(0, 0).merge(table.cell(0, 2)).text = "over all"
+    made.save(str(tmp_path / "a.docx"))
+    assert documents.load(tmp_path / "a.docx")[0][0].text == "over all\n\nc0 | c1 | c2"
+    body, kind = (tmp_path / "a.docx").read_bytes(), "application/octet-stream"
+    assert documents._document("http://e.org/a.docx?x=1", kind, body).text.endswith("c0 | c1 | c2")
+    with pytest.raises(TaskError, match="a.csv is a table.*save it as a file"):
+        documents._document("http://e.org/a.csv", kind, b"id,text\na,b\n")
+
+
+@pytest.mark.parametrize("line", ["# a" + " " * 200_000 + "b", "#" * 200_000, "`" * 200_000 + "a`",
+                                  "# " + "#" * 200_000 + "x"])  # fmt: skip
+def test_a_long_line_is_looked_at_once(line: str, tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text(f"{line}\n\nand more")
+    (tmp_path / "b.html").write_text(f"<p>{line}<p>and more")
+    for found in documents.load(tmp_path)[0]:
+        assert passages(found)[-1].text.endswith("and more")
+
+
+def test_markdown_is_read_with_its_title_and_underlined_headings(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text(
+        '---\ntitle: "All of it"\ntags: x\n---\nBegin.\n\nOne\n===\n\nfirst\n\nTwo\n---\nsecond\n\n'
+        "- item\n---\n\n| a |\n|---|\n\n```\nCode\n====\n```\n\n## C# and F# ##\nthird\n"
+    )
+    [found] = documents.load(tmp_path / "a.md")[0]
+    made = [(p.title, p.text) for p in passages(found)]
+    assert made == [
+        ("All of it", "tags: x Begin."), ("All of it / One", "first"),
+        ("All of it / One / Two", "second - item --- | a | |---| ``` Code ==== ```"),
+        ("All of it / One / C# and F#", "third"),
+    ]  # fmt: skip
+    (tmp_path / "a.md").write_text("---\n\nno fields\n\n---\n")
+    assert documents.load(tmp_path / "a.md")[0][0].text == "---\n\nno fields\n\n---"
+    (tmp_path / "a.txt").write_text("# set the port\nport 80\n")
+    [plain] = documents.load(tmp_path / "a.txt")[0]
+    assert plain.title == "a" and [p.text for p in passages(plain)] == ["# set the port port 80"]
+
+
+def test_words_are_read_as_they_are_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pypdf
+
+    page = SimpleNamespace(extract_text=lambda: "The o\ufb03ce is re-\nopened on Monday-\nTuesday.")
+    monkeypatch.setattr(pypdf, "PdfReader", lambda _: SimpleNamespace(metadata=None, pages=[page]))
+    (tmp_path / "a.pdf").write_bytes(b"")
+    assert documents.load(tmp_path / "a.pdf")[0][0].text.endswith("The office is reopened on Monday-\nTuesday.")
+    assert Document("a", "Kaf\u00adfee", "o\u00adder", "w").text == "oder"
+
+
+def test_a_long_cell_is_a_document(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,text\na," + "word " * 40_000 + "\n")
+    assert len(documents.load(tmp_path / "a.csv")[0][0].text) == 200_000
+
+
 def test_a_page_reads_as_its_blocks_stand(tmp_path: Path) -> None:
     (tmp_path / "a.html").write_text(
         "<title>A x</title><header>site</header><main><header>own</header><h2>One <b>two</b><br>three</h2>"
@@ -463,6 +522,20 @@ def test_a_spoilt_index_is_refused(data: Learnable, home: Path) -> None:
         Index(folder, embed.Embedder(home))
     with pytest.raises(ArtifactError, match="not at hand"):
         Source().find(ask("x"), home)
+
+
+@needs_embedder
+def test_a_spoilt_index_is_built_anew(data: Learnable, home: Path) -> None:
+    base = System(resolve("fake:hash"), home=home)
+    made = Rag().apply(base, data, Run(Store(home)))
+    retrieval.opened.cache_clear()
+    assert made.sources[0].folder is not None
+    file = made.sources[0].folder / made.sources[0].version / "passages.jsonl"
+    file.write_text(file.read_text()[:40])
+    with pytest.raises(ArtifactError, match="was changed: passages.jsonl"):
+        made.found(ask("descale"))
+    again = Rag().apply(base, data, Run(Store(home)))
+    assert again.found(ask("descale"))[0][0].passage.document == made.found(ask("descale"))[0][0].passage.document
 
 
 @needs_embedder

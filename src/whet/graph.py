@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -190,6 +191,17 @@ class Opened:
     hops: int
     learnt: Mapping[str, float]
     answered: Sequence[int] = ()
+
+
+def usable(folder: Path) -> bool:
+    """Whether a graph is there as `build` left it; one that was spoilt since is taken away, to be built anew."""
+    if not folder.exists():
+        return False
+    try:
+        return read(folder) is not None
+    except ArtifactError:
+        shutil.rmtree(folder)
+        return False
 
 
 def read(folder: Path) -> Opened:

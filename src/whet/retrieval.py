@@ -270,6 +270,17 @@ def opened(folder: Path, name: str, home: Path) -> Index:
     return Index(folder / name, Embedder(home))
 
 
+def usable(folder: Path, name: str, home: Path) -> bool:
+    """Whether a corpus is there as `build` left it; one that was spoilt since is taken away, to be built anew."""
+    if not folder.exists():
+        return False
+    try:
+        return opened(folder, current(folder), home) is not None
+    except ArtifactError:
+        shutil.rmtree(folder)
+        return False
+
+
 class Corpus(ABC, Generic[Key]):
     """Passages by their keys, and the search over them, wherever they lie."""
 
@@ -589,6 +600,14 @@ class Source:
         with self._rebuilding():
             return self._database(Path()).version if self.store else current(self._place())
 
+    def _filled(self, home: Path) -> Database:
+        """The database's corpus. Raises ArtifactError where it is gone, or another model embedded it."""
+        base = self._database(home)
+        if not base.version:
+            raise ArtifactError(f"{self.store} holds no corpus {self.made[:12]}", expected="what whet wrote there",
+                                found="none", do=rebuilt("rag"))  # fmt: skip
+        return base
+
     def _rebuilding(self) -> AbstractContextManager[None]:
         """Within it, an index that cannot be used names the command that makes one with these settings."""
         given = {f.name: (getattr(self, f.name), f.default) for f in fields(self) if f.compare}
@@ -602,7 +621,7 @@ class Source:
     def corpus(self, home: Path) -> Corpus[Any]:
         """The passages as they are now, opened."""
         with self._rebuilding():
-            return self._database(home) if self.store else opened(self._place(), self.version, home)
+            return self._filled(home) if self.store else opened(self._place(), self.version, home)
 
     def _place(self) -> Path:
         if self.folder is None or not self.folder.is_dir():
@@ -632,7 +651,7 @@ class Source:
         """
         if self.store:
             with self._rebuilding():
-                return self._database(home).change(put, drop, self.chunk)
+                return self._filled(home).change(put, drop, self.chunk)
         if self._place().parent == home / "artifacts":
             raise ArtifactError("the System's documents are shared with others", expected="a saved System",
                                 do="save it and load it from its folder")  # fmt: skip

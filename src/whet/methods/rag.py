@@ -52,7 +52,7 @@ class Rag:
         from whet import documents
         from whet.databases import filled
         from whet.embed import Embedder
-        from whet.retrieval import Source, build, identity
+        from whet.retrieval import Source, build, identity, usable
 
         texts, notes = run.documents(data)
         pieces = [p for text in texts for p in documents.passages(text, self.chunk)]
@@ -60,7 +60,7 @@ class Rag:
         if run.tell is not None:
             run.tell(f"indexing {len(pieces)} passages", 0, 1)
         folder = None if self.store else run.store.artifact(name)
-        if folder is not None and not (folder / "current").exists():
+        if folder is not None and not usable(folder, name, run.home):
             build(pieces, folder, Embedder(run.home))
         place = filled(self.store, name, pieces, run.home) if self.store else name
         named = dict.fromkeys(name for e in data.train for name, grade in e.evidence if grade > 0)
