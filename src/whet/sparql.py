@@ -19,6 +19,7 @@ Row = tuple[Any, Any, Any]  # RDF terms
 ALL = "SELECT ?s ?p ?o WHERE { ?s ?p ?o } ORDER BY ?s ?p ?o"
 PAGE, MOST_ROWS = 10_000, 100_000
 SECONDS, CONNECT = 30.0, 10.0  # that a page may take
+ALTOGETHER = 600.0  # seconds that all pages may take
 MOST_BYTES = 100 << 20  # of a page
 FRESH = 86_400.0  # seconds for which a snapshot is taken from disk
 HERE = ("localhost", "127.0.0.1", "::1")  # a server of this machine is asked only where the task names it so
@@ -58,8 +59,11 @@ def _pages(url: str, query: str) -> list[Triple]:
     rdf = package("pyoxigraph", "knowledge")
     made: list[Triple] = []
     page: list[Row] = []
-    once, at = _ends(query, r"limit\s+\d+"), 0
+    once, at, begun = _ends(query, r"limit\s+\d+"), 0, time.monotonic()
     while at < MOST_ROWS:
+        if time.monotonic() - begun > ALTOGETHER:
+            raise TaskError(f"{url} does not come to an end", expected=f"all rows within {ALTOGETHER:g} s",
+                            found=f"{at} rows", do="select less (sparql:URL QUERY), or load a dump")  # fmt: skip
         some = f"{query}\nLIMIT {PAGE - at % PAGE} OFFSET {at}"
         last, page = page, _rows(url, query if once else some)
         if not page or page[:1] == last[:1]:

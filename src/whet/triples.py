@@ -7,6 +7,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import re
 import zlib
 from collections import Counter
@@ -16,7 +17,7 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from whet.documents import hidden, hidden_note
 from whet.errors import TaskError
@@ -45,6 +46,7 @@ NAMED = {"label": "label", "prefLabel": "label", "name": "label", "altLabel": "a
 PLAIN = ("en", "")  # the languages that come first
 LABELS = ("<http://www.w3.org/", "<#")
 RDF_OWN = "<http://www.w3.org/1999/02/22-rdf-syntax-ns#"
+FLOATS = tuple(f"http://www.w3.org/2001/XMLSchema#{kind}" for kind in ("double", "float"))
 MOST_HELD = 100  # facts that are told through one blank node
 LOCAL = re.compile(r"[^/#]*[/#]?$")
 HUMPS = re.compile(r"(?<=[a-z])(?=[A-Z])")
@@ -203,10 +205,11 @@ def _role(relation: str) -> str:
 
 def _through(triples: Sequence[Triple], known: Facts) -> Iterator[Triple]:
     """Triples without nameless blank nodes: what has the size [value 5] has the "size value" 5; lists go by items."""
-    held: dict[str, list[tuple[str, str]]] = {}
+    held: dict[str, list[tuple[str, str]]] = {}  # of a hub the first ones: whoever points to it is told no more
     for s, r, o in triples:
-        if _blank(s, known):
-            held.setdefault(s, []).append((r, o))
+        usable = _blank(s, known) and r != f"{RDF_OWN}type>" and o != f"{RDF_OWN}nil>"
+        if usable and len(steps := held.setdefault(s, [])) < MOST_HELD:
+            steps.append((r, o))
 
     def ends(r: str, o: str) -> Iterator[tuple[str, str]]:
         ahead, seen = [(r, o)], set[str]()
@@ -217,8 +220,7 @@ def _through(triples: Sequence[Triple], known: Facts) -> Iterator[Triple]:
             elif o not in seen:
                 seen.add(o)
                 ahead += [(r if step.startswith(RDF_OWN) else text(f"{known.named(r)[0]} {known.named(step)[0]}"), end)
-                          for step, end in reversed(held.get(o, ()))
-                          if step != f"{RDF_OWN}type>" and end != f"{RDF_OWN}nil>"]  # fmt: skip
+                          for step, end in reversed(held.get(o, ()))]  # fmt: skip
 
     for s, r, o in triples:
         if not _blank(s, known):
@@ -301,8 +303,11 @@ def _rdf(name: str, stream: IO[bytes], kind: str) -> Iterator[Triple]:
     def blank(label: str) -> str:
         return f"{name}:{numbers.setdefault(label, len(numbers))}"
 
+    # Whole dumps are of these kinds, and hold IRIs that are none; a broken line is one all the same.
+    lenient = kind in ("N_TRIPLES", "N_QUADS")
+    how = {"lenient": True} if lenient else {"base_iri": f"file:///{quote(name)}"}
     try:
-        for quad in rdf.parse(input=stream, format=getattr(rdf.RdfFormat, kind)):
+        for quad in rdf.parse(input=stream, format=getattr(rdf.RdfFormat, kind), **how):
             yield from term_triples(rdf, quad.subject, quad.predicate, quad.object, blank)
     except SyntaxError as error:
         where = f"{name} line {error.lineno}" if error.lineno else name
@@ -329,7 +334,7 @@ def term_triples(rdf: Any, s: Any, p: Any, o: Any, blank: Callable[[str], str] =
 def literal(value: str, datatype: str, language: str = "") -> str:
     """A literal as people write it: a day without its midnight, a number with the unit that its type names."""
     value = " ".join(value.split())
-    if "XMLSchema" in datatype and NUMBER.fullmatch(value) and "e" in value.lower():
+    if datatype in FLOATS and NUMBER.fullmatch(value) and "e" in value.lower() and math.isfinite(float(value)):
         return f"{float(value):.15g}"
     if _local(datatype, humps=False).lower() in DATES and (found := TIME.fullmatch(value)):
         return found[1]
