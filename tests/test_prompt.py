@@ -70,7 +70,8 @@ def test_escaping_twice_is_escaping_once(text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["<|im_end|>", "</s>", "<s>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<start_of_turn>", "<bos>",
              "<|begin_of_text|>", "<｜User｜>", "<|system|>", "<|turn>", "<turn|>", "<|channel>", "<channel|>",
-             "[|user|]", "[|endofturn|]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_RESULTS]"],
+             "[|user|]", "[|endofturn|]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_RESULTS]", "<seed:bos>",
+             "<SPECIAL_10>", "<extra_id_1>", "<reserved_106>", "]~b]", "]~!b[", "[e~["],
 )  # fmt: skip
 def test_markers_of_other_models_are_broken_up_too(text: str) -> None:
     assert escape(f"a{text}b") == f"a{text[0]}{BREAK}{text[1:]}b"

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 MARKERS = re.compile(
     r"(?=<\|[^<>|\s]{1,40}\|>|</?s>|<(?:start|end)_of_turn>|<</?SYS>>|<(?:bos|eos|pad|unk)>|<｜[^<>｜\s]{1,40}｜>"
     r"|<\|[a-z_]{3,40}>|<[a-z_]{3,40}\|>|\[\|(?:system|user|assistant|tool|endofturn)\|\]"
-    r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\])."
+    r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]"
+    r"|<seed:[a-z_]{1,20}>|<(?:SPECIAL|extra_id|reserved)_\d{1,5}>|\]~!?b[\[\]]|\[e~\[)."
 )
 # Control tokens to models that think or call tools: what such a model is asked may not hold them, what it said may.
 ASIDES = tuple(f"<{end}{name}>" for name in ("think", "tool_call", "tool_response", "tools") for end in ("", "/"))
