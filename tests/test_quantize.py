@@ -750,7 +750,8 @@ def limited_job(
 
     `sizes` are what students are expected to take, by their recipe.
     """
-    run = SimpleNamespace(sessions={"base": FakeSession("hash")}, tidy=lambda: None)
+    run = SimpleNamespace(sessions={"base": FakeSession("hash")}, tidy=lambda: None,
+                          session=lambda _: SimpleNamespace(tokenizer=make_tokenizer()))  # fmt: skip
 
     def enter(recipe: Recipe, *_: Any, **bounds: Any) -> Trial:
         job.bounds.append((bounds["tokens"], bounds["healing"]))

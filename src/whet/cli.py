@@ -313,7 +313,7 @@ def compare(first: str, second: str, task: str, split: str, seed: int, trust: bo
 @click.option("--set", "pairs", multiple=True, help="Settings: --set k=16 --set selection=random.")
 @click.argument("more", nargs=-1)
 @click.option("--budget", default=None, help="For a method that trains: race its settings within this time.")
-@click.option("--trials", default=0, help="Within the budget, draw all settings this many times by Optuna's sampler.")
+@click.option("--trials", default=0, type=click.IntRange(0), help="Draw settings so often by Optuna, in the budget.")
 @click.option("--report-to", multiple=True, help="Also tell each step to tensorboard, wandb or mlflow.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the new System.")
 @click.option("--seed", default=0, type=SEED, show_default=True)
@@ -335,6 +335,7 @@ def apply(
     from whet.errors import MethodError
     from whet.methods import Run, make
     from whet.progress import applied
+    from whet.scorecard import split_seed
     from whet.search import tune
     from whet.search.budget import seconds
     from whet.search.out import leave
@@ -353,23 +354,23 @@ def apply(
     loaded = load(task, trust=trust)
     with _watched(as_json, method, loaded.notes) as watch:
         run = Run(Store(), seed, tell=watch.tell, report_to=report_to)
-        start, splits = _made(system, loaded, trust) or _base(system, loaded, seed), loaded.split(seed)
-        check(made, start, loaded)
+        start = _made(system, loaded, trust) or _base(system, loaded, seed)
+        splits = loaded.split(by := split_seed(loaded, seed, start))  # what it was selected by is not learnt from
+        check(made, start, loaded, splits)
         data = splits.learnable
         Recipe((made,)).possible(start, data)  # before a model is opened and its speed measured
         session = run.session(start.model)
         if splits.dropped:
             run.notes["dropped"] = [{"id": name, "why": why} for name, why in splits.dropped]
         if budget is not None:
-            limit = seconds(budget)
-            new, ended = tune.timed(made, start, data, run, limit, trials, settings, watch.say)
+            new, ended = tune.timed(made, start, data, run, seconds(budget), trials, settings, watch.say)
         else:
             new, ended = Recipe((made,)).run(start, data, run), []
         if len(ended) > 1:
             run.notes["raced"] = tune.named(ended)
         crew = team()
         if crew.first:
-            leave(new.split_by(loaded.name, seed), out, loaded)
+            leave(new.split_by(loaded.name, by), out, loaded)
         crew.wait()
     if not crew.first:
         return
@@ -379,10 +380,9 @@ def apply(
     if as_json:
         _print(body)
         return
-    trusted = " --trust" if trust else ""
+    also = " --trust" if trust else ""
     print("\n".join([f"made     {method} on {system}, for {loaded.name}", *applied(notes, spent)]))
-    print(f"system   {out}\n\nnext:\n  whet evaluate {out} {task}{trusted}")
-    print(f"  whet compare {system} {out} {task}{trusted}")
+    print(f"system   {out}\n\nnext:\n  whet evaluate {out} {task}{also}\n  whet compare {system} {out} {task}{also}")
 
 
 @main.command(epilog=example(

@@ -40,6 +40,12 @@ class MethodError(WhetError):
     """An unknown method, a wrong setting, or a method that lacks what it needs."""
 
 
+class DivergedError(MethodError):
+    """A training whose loss explodes or is no number; `slower` is the learning rate to try."""
+
+    slower = 0.0
+
+
 class EngineError(WhetError):
     """A request that an engine cannot serve."""
 

@@ -31,6 +31,7 @@ from whet.task import Example, places
 if TYPE_CHECKING:
     from whet.embed import Embedder
     from whet.system import System
+    from whet.task import Splits
 
 UP, DOWN = ("true", "1", "up", "yes", "good"), ("false", "0", "down", "no", "bad")
 JUDGING = 1 / 3  # of the pairs are set aside for the judge that reports the win rate
@@ -245,6 +246,16 @@ def divide(rows: Sequence[Judged], share: float = JUDGING) -> tuple[tuple[Judged
     rest = (r for r, at in zip(rows, places, strict=True) if at >= edge)
     # A prompt in two groups may lie on both sides: the judge keeps it.
     return tuple(r for r in rest if mark(r.example) not in asked and r.group not in groups), judging
+
+
+def usable(judged: Sequence[Judged], splits: Splits) -> None:
+    """Raise TaskError where there are judgements, and all of them are about prompts that are held out."""
+    if judged and not {*splits.learnable.judged, *splits.judging} & {*judged}:
+        ids = {one.id for one in judged}
+        name, why = next(((name, why) for name, why in splits.dropped if name in ids), (judged[0].id, "is held out"))
+        raise TaskError(f"all {len(judged)} judgements are about prompts that the System is measured on",
+                        expected="other prompts than those of test", found=f"{name}, which {why}",
+                        do="judge answers to others")  # fmt: skip
 
 
 def _place(row: Judged) -> float:

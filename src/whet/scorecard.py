@@ -248,8 +248,10 @@ def size_bytes(system: System) -> int | None:
     """Bytes of weights on disk: the model's safetensors and every transform upon it; None for a remote model."""
     if system.model.remote:
         return None
-    folders = [local_folder(system.model, system.home)]
-    folders += [t.folder for t in system.model.standing if t.folder is not None and t.kind != "model"]
+    standing = system.model.standing
+    whole = max((n for n, t in enumerate(standing) if t.kind == "weights"), default=-1)  # takes the place of all before
+    folders = [local_folder(system.model, system.home)] if whole < 0 else []
+    folders += [t.folder for t in standing[max(0, whole) :] if t.folder is not None and t.kind != "model"]
     return sum(p.stat().st_size for folder in folders for p in folder.glob("*.safetensors"))
 
 

@@ -20,7 +20,8 @@ HALVES, FOLDS = 2, 5  # parts of the rows, by turns judged by what was trained o
 LEAST_ROWS = 50
 SURE = 0.85  # how likely a label must be wrong for its row to be named
 CONFIDENT = 0.1  # share of rows, those the classifier is surest about, that tell how much noise there is
-MOST_NOISE = 0.45  # of labels that can be wrong: where more seem to be, it is the classifier that is wrong
+# Of labels that can be wrong, and of what guessing gets wrong: where more seem to be, it is the classifier that is.
+MOST_NOISE, NEAR_CHANCE = 0.45, 0.7
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,8 @@ def wrong_chances(chances: NDArray[np.float64], given: NDArray[Any]) -> tuple[ND
     n, kinds = chances.shape
     top = chances.argmax(axis=1)
     surest = np.argsort(-chances.max(axis=1), kind="stable")[: max(20, round(CONFIDENT * n))]
-    noise = float(np.clip((top[surest] != given[surest]).mean(), 0.0, 0.9 * (kinds - 1) / kinds))
-    if noise == 0.0 or noise > MOST_NOISE:
+    noise = float((top[surest] != given[surest]).mean())
+    if noise == 0.0 or noise > min(MOST_NOISE, NEAR_CHANCE * (kinds - 1) / kinds):
         return np.zeros(n), top
     spread = noise / (kinds - 1)
     true = np.clip((chances - spread) / (1 - noise - spread), 1e-6, None)

@@ -9,7 +9,7 @@ from typing import Any
 
 from whet import stats
 from whet.errors import MethodError
-from whet.feedback import UNCHECKED, Agreement, Versus, agreed, controlled, paired, weighted, words
+from whet.feedback import UNCHECKED, Agreement, Versus, agreed, controlled, paired, usable, weighted, words
 from whet.feedback import load as load_feedback
 from whet.general import Ability, ability
 from whet.memory import Known, as_task, at_hand, carried, known, remember
@@ -20,7 +20,7 @@ from whet.methods.reward import metric_of
 from whet.metrics import Metric, get
 from whet.progress import apart, figure
 from whet.retention import ALLOWED, Lost, Stream, drift, forgetting, loss, refused, stream
-from whet.scorecard import Scorecard, evaluate
+from whet.scorecard import Scorecard, evaluate, split_seed
 from whet.search.out import made_for
 from whet.search.recipe import Recipe
 from whet.splits import shared_order
@@ -143,11 +143,14 @@ def own(system: System, task: Task) -> bool:
     return system.card.get("task") == task.name or any(asked) and asked == (task.instruction, task.labels)
 
 
-def check(method: Method, system: System, task: Task) -> None:
+def check(method: Method, system: System, task: Task, splits: Splits | None = None) -> None:
     """Raise MethodError where a method would teach a System one task while it is asked as another.
 
     That goes for methods that write how a task is answered; what only adds sources or makes the model smaller may.
+    TaskError where it learns from judgements, and all are about prompts that are held out.
     """
+    if splits is not None and "feedback" in method.needs:
+        usable(task.judged, splits)
     name, parts = system.card.get("task"), {"prompt", "demonstrations", "decoding"} & set(method.writes)
     if name and parts and not own(system, task) and task.name not in {one.name for one in carried(system)}:
         raise MethodError(
@@ -214,15 +217,12 @@ def update(
     already must not lose against the System as it was given; after feedback, answers must not grow or drift much,
     either. Raises MethodError or TaskError for what cannot be learnt or measured.
     """
-    settings = dict(settings or {})
-    if feedback is not None:
-        # Before anything is set aside: an annotator who is left out is to judge nothing, either.
-        weights = vars(make("kto", {"weights": settings.pop("weights", ())}))["weights"]
-        judged, said = load_feedback(feedback.parent, feedback.name)
-        task = replace(task, judged=weighted(judged, weights))
-        run.notes |= {"weights": list(weights)} if weights else {}
-        run.notes |= {"feedback": list(said)} if said else {}
-    splits, start = task.split(run.seed), begin(system, task, run)
+    settings, by = dict(settings or {}), split_seed(task, run.seed, system)
+    if feedback is None:
+        splits = task.split(by)
+    else:
+        task, splits = _told(task, feedback, settings, by, run)
+    start = begin(system, task, run)
     given = system if own(system, task) else start
     rows = splits.confirm or splits.select
     if not rows:
@@ -243,7 +243,7 @@ def update(
     memory = remember(after, splits.learnable, tasks, splits.select or rows, seed=run.seed)
     found = [one for one in lost if one.task in {task.name, *(t.name for t in tasks)}]
     scores = {e.task: e.before for e in found}, {e.task: e.after for e in found} | {task.name: cards[1].score}
-    card = _history(system, method, task, cards[1], memory, scores, ahead, run.seed)
+    card = _history(system, method, task, cards[1], memory, scores, ahead, by)
     falling = {one.name for one in tasks if not get(one.metric, one.folder, task.trusted).higher_is_better}
     falling |= set() if metric.higher_is_better else {task.name}
     measured = [one for one in card["taught"] if "scores" in one]
@@ -261,6 +261,25 @@ def update(
         splits.dropped, unused, "; ".join(why),
         {k: v for k, v in run.notes.items() if k != "curves"},
     )  # fmt: skip
+
+
+def _told(task: Task, feedback: Path, settings: dict[str, Any], seed: int, run: Run) -> tuple[Task, Splits]:
+    """The task with the judgements of a file beside its own, and its parts: what is learnt from are those of the file.
+
+    The judge may learn from the task's own, too: those of a file are few. `weights` is taken out of the settings, and
+    before anything is set aside: an annotator who is left out is to judge nothing, either.
+    """
+    weights = vars(make("kto", {"weights": settings.pop("weights", ())}))["weights"]
+    given, said = load_feedback(feedback.parent, feedback.name)
+    mine, known = weighted(given, weights), {replace(one, id="") for one in given}
+    own = [one for one in task.judged if replace(one, id="") not in known]
+    task = replace(task, judged=(*weighted(own, weights, [one.annotator for one in given]), *mine))
+    run.notes |= {"weights": list(weights)} if weights else {}
+    run.notes |= {"feedback": list(said)} if said else {}
+    splits, learnt = task.split(seed), set(mine)
+    usable(mine, splits)
+    told = tuple(one for one in splits.learnable.judged if one in learnt)
+    return task, replace(splits, learnable=replace(splits.learnable, judged=told))
 
 
 def _length(card: Scorecard) -> float:

@@ -77,6 +77,12 @@ def _beside(data: Learnable) -> Iterator[str]:
             yield source.read_text(encoding="utf-8", errors="replace")
 
 
+def trimmable(tokenizer: Any) -> bool:
+    """Whether there is a rule for trimming a tokenizer's vocabulary: it is a plain BPE."""
+    model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    return type(model).__name__ == "BPE" and not (model.continuing_subword_prefix or model.end_of_word_suffix)
+
+
 def trimmed(tokenizer: Any, texts: Sequence[str], spare: int, ids: Iterable[int] = ()) -> Any:
     """A tokenizer that writes these texts in the same pieces as the given one, and any other text in some pieces.
 

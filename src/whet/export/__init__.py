@@ -238,6 +238,9 @@ def _write(system: System, target: str, kind: str, work: Path) -> tuple[tuple[Le
         stops = [str(tokenizer.convert_ids_to_tokens(i)) for i in ends]
         text, carried = ollama.modelfile(asked, tokenizer, FILE, stops, context)
         (work / "Modelfile").write_text(text, encoding="utf-8")
+        if ollama.altered(asked):
+            left += (("some characters", "a Modelfile holds no joiners and no spaces of other widths: prompts differ "
+                      "by them"),)  # fmt: skip
         if not carried:
             left += (("template", "Ollama's templates cannot say what the model's does; where Ollama does not know "
                       "it either, prompts go in bare"),)  # fmt: skip

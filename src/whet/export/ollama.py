@@ -7,6 +7,7 @@ must write the same text, character by character.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 SAID = {"system": "Whet-S1", "user": "Whet-U2", "assistant": "Whet-A3"}
 TALKS = (("user",), ("system", "user"), ("user", "assistant", "user"), ("system", "user", "assistant", "user"),
          ("system", "user", "assistant", "user", "assistant", "user"))  # fmt: skip
+# Ollama's parser drops what Go does not print (strconv.IsPrint), BREAK among it; it keeps this mark, as invisible.
+JOINER = "\u034f"
 CONTEXT = 8192  # tokens at most that Ollama is to hold; by itself it may take fewer
 
 
@@ -70,10 +73,27 @@ def turns(tokenizer: Any) -> Turns | None:
 def go_text(text: str) -> str:
     """Text as it stands in a Go template within a Modelfile.
 
-    A brace in front of an action would be taken for that action's first.
+    A brace in front of an action would be taken for that action's first. What Ollama would drop is an action, too.
     """
     text = re.sub(r'\{{2,}|\{(?="""|\Z)', lambda braces: f'{{{{ "{braces[0]}" }}}}', text)
-    return text.replace('"""', '{{ "\\"\\"\\"" }}')
+    text = text.replace('"""', '{{ "\\"\\"\\"" }}')
+    return "".join(one if _printed(one) else f'{{{{ "\\U{ord(one):08x}" }}}}' for one in text)
+
+
+def _printed(one: str) -> bool:
+    return one.isprintable() or one in "\n\t"
+
+
+def printable(text: str) -> str:
+    """A text as Ollama's parser leaves it, but for spaces of other widths, which become plain ones."""
+    plain = (" " if unicodedata.category(one) == "Zs" else one for one in text.replace(BREAK, JOINER))
+    return "".join(one for one in plain if _printed(one))
+
+
+def altered(system: System) -> bool:
+    """Whether instruction or demonstrations hold characters that a Modelfile does not."""
+    said = (system.instruction, *(text for pair in system.demonstrations.pool for text in pair))
+    return any(printable(text) != text for text in said)
 
 
 def template(made: Turns, frame: str) -> str:
@@ -98,6 +118,7 @@ def template(made: Turns, frame: str) -> str:
 
 def quoted(text: str) -> str:
     """A text of any number of lines for a Modelfile. Raises ArtifactError where it cannot hold it."""
+    text = printable(text)
     if '"""' in text:
         raise ArtifactError(
             "a Modelfile cannot hold a text with three quotation marks in a row", expected="a prompt without",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -170,10 +171,12 @@ def choices(kind: type[Method], setting: str) -> tuple[str, ...]:
 
 def _read(name: str, key: str, value: Any, default: Any) -> Any:
     """A setting's value as the type of its default; text comes from the command line, lists from JSON."""
-    if default is MISSING or default is None or (isinstance(value, type(default)) and not isinstance(value, bool)):
-        return value
     kind = type(default)
     try:
+        if kind is float and not math.isfinite(float(value)):
+            raise ValueError("a number that is none")
+        if default is MISSING or default is None or (isinstance(value, kind) and not isinstance(value, bool)):
+            return value
         if kind is bool:
             words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
             return words[str(value).lower()]

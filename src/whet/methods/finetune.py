@@ -138,9 +138,11 @@ class FineTune:
             taken.append(within.spent.trained_tokens)
             return scores
 
-        made = run.store.artifact(key("suspects", asdict(method), system.state, rows_hash(rows), run.seed, most))
+        # The System may answer in another order than the task lists its labels in.
+        order = system.decoding.labels or data.labels
+        made = run.store.artifact(key("disputed", asdict(method), system.state, rows_hash(rows), run.seed, most))
         if not made.exists():
-            found = suspects.find(rows, Embedder(run.home), run.seed, judge, data.labels)
+            found = suspects.find(rows, Embedder(run.home), run.seed, judge, order)
             with aside(made) as work:
                 body = {"suspects": [asdict(s) for s in found], "trained_tokens": sum(taken)}
                 (work / "suspects.json").write_text(json.dumps(body), encoding="utf-8")

@@ -86,7 +86,9 @@ class Prune:
         if self.width < 1:
             seen = rows_of(system, data.train, session, NARROW_BY, run.seed, NARROW_TOKENS)
             told = run.progress("narrowing layers")
-            module = width.narrow(TorchSession(module, tokenizer), seen, self.width, told)
+            looking = TorchSession(module, tokenizer)
+            module = width.narrow(looking, seen, self.width, told)
+            session.spent += looking.spent
             notes["width"] = module.config.get_text_config().intermediate_size
         if self.vocabulary:
             shown = vocabulary.texts(system, data, session, said)

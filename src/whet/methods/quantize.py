@@ -155,10 +155,11 @@ class Quantize:
         from whet.compress.rounding import compensated
 
         uses, whole = work.uses(), self._eight
+        shared = dict(uses)  # of the other, what is done is taken away
 
         def visit(index: int, layer: nn.Module, moments: dict[str, Moments]) -> None:
             if self.bits == 8 and self.activations and session.module.config.model_type in PLAIN_NORM:
-                work.smooth(layer, moments, uses)
+                work.smooth(layer, moments, shared)
             for name, one in moments.items():
                 linear: Any = layer.get_submodule(name)
                 # Siblings share what is known of their inputs: each counts once for a weight, and stays as it is.

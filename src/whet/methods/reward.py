@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from whet.errors import MethodError, TaskError
-from whet.feedback import Judged, Versus, agreement, digest, pairs, weighted
+from whet.feedback import Judged, Versus, agreement, digest, pairs, usable, weighted
 from whet.methods import Need, Run
 from whet.metrics import Metric, get
 from whet.model import ModelRef
@@ -147,7 +147,9 @@ def metric_of(task: Task, base: System, run: Run) -> Metric:
     """A task's metric; where it is win_rate, one against `base`, by a judge that is trained where none is kept."""
     if task.metric != "win_rate":
         return get(task.metric, task.folder, task.trusted)
-    return judged_by(task.split(run.seed), base, run)
+    splits = task.split(run.seed)
+    usable(task.judged, splits)
+    return judged_by(splits, base, run)
 
 
 @dataclass(frozen=True)

@@ -506,9 +506,10 @@ def _finish(job: _Job, finalist: Trial | None, begun: float) -> Improvement:
     """Confirm, measure, write everything down and say what to do next."""
     confirmed, cards, spent = _confirm(job, finalist)
     improved = bool(confirmed and confirmed["improved"]) or (confirmed is None and finalist is not None)
-    # Where the base itself is too large or too slow, being within the limits is what was asked for.
-    smaller = finalist is not None and any(m.family == "compression" for m in finalist.recipe.methods)
-    handed = finalist if finalist and (improved or (smaller and job.tight)) else None
+    # Where the base itself is too large or too slow, being within the limits, or nearest, is what was asked for.
+    within = finalist is not None and (finalist.status != "refused" or
+                                       any(m.family == "compression" for m in finalist.recipe.methods))
+    handed = finalist if finalist and (improved or (within and job.tight)) else None
     baselines_found = _run_baselines(job, cards.get("chosen" if handed else "base"))
     system = handed.system if handed else job.bases[0]
     card = cards.get("chosen" if handed else "base") or (handed.card if handed else None)
@@ -528,7 +529,7 @@ def _finish(job: _Job, finalist: Trial | None, begun: float) -> Improvement:
         })  # fmt: skip
     system = system.split_by(job.task.name, job.wish.seed)
     read = _read(job, system)
-    total = sum((t.spent for t in job.race.trials), job.judge) + spent
+    total = sum((t.spent for t in job.race.trials), job.judge) + job.race.beside + spent
     result = output.result(
         job, finalist=finalist, handed=handed, confirmed=confirmed, cards=cards, measured=measured,
         baselines=baselines_found, spent=total, wall=time.monotonic() - begun, versions=versions(), read=read,

@@ -19,7 +19,7 @@ from whet.search.budget import Rates, estimate
 from whet.search.limits import limited
 from whet.search.race import LEAST, RUNGS, first_rung
 from whet.search.recipe import BUILDING, Recipe, parse, recipe
-from whet.search.training import MANY
+from whet.search.training import MANY, calibration
 from whet.system import System
 from whet.task import Example, Learnable
 
@@ -85,24 +85,26 @@ def prompting_recipes(data: Learnable) -> list[Recipe]:
         # Half of few rows at most: calibration asks about some that are not shown.
         k = max(1, min(8 if many else 16, len(data.train) // 2))
         alike = ("fewshot", {"k": 8, "selection": "nearest"})
-        near = [recipe(alike), recipe(alike, "calibrate")] if nearest else []
+        usual = calibration(data)
+        first, other = ("calibrate", usual), ("calibrate", {} if usual else {"kind": "fitted"})
+        near = [recipe(alike), recipe(alike, first)] if nearest else []
         found = [
             *(near if many else []),
-            recipe("calibrate"),
+            recipe(first),
             recipe(("fewshot", {"k": k})),
-            recipe(("fewshot", {"k": k, "draw": 0}), "calibrate"),
+            recipe(("fewshot", {"k": k, "draw": 0}), first),
             *([] if many else near),
             *facts,
-            *([recipe(read), recipe(read, "calibrate")] if reading else []),
+            *([recipe(read), recipe(read, first)] if reading else []),
             recipe("prompting"),  # searched as widely as what is left allows: behind what is known to be cheaper
             recipe(("prompting", {"calibrated": True}), "calibrate"),
-            *(recipe(("fewshot", {"k": k, "draw": draw}), "calibrate") for draw in (1, 2)),
+            *(recipe(("fewshot", {"k": k, "draw": draw}), first) for draw in (1, 2)),
             # A bias for each of many labels would be fitted to a row or two.
-            *([] if many else [recipe(("calibrate", {"kind": "fitted"}))]),
+            *([] if many else [recipe(other)]),
             *(recipe(("calibrate", {"kind": kind})) for kind in ("contextual", "domain")),
         ]
         kinds = (*(["diverse"] if nearest else []), "bootstrapped")
-        return found + [recipe(("fewshot", {"k": k, "selection": kind}), "calibrate") for kind in kinds]
+        return found + [recipe(("fewshot", {"k": k, "selection": kind}), first) for kind in kinds]
     found = [*facts, recipe(("fewshot", {"k": 4}))]
     if nearest:
         found.append(recipe(("fewshot", {"k": 4, "selection": "nearest"})))

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from whet.engine import Spent
 from whet.errors import MethodError, WhetError
 from whet.methods import Method
+from whet.methods.prune import Prune
 from whet.progress import clock
 from whet.retention import ALLOWED, loss
 from whet.scorecard import Scorecard, measure, size_bytes
@@ -255,11 +255,22 @@ class _Ladder:
 
 def _candidates(job: _Job, start: Trial, steps: Sequence[str]) -> Iterator[_Step]:
     """The steps that may be tried: each with those of its methods that were asked for, and the recipe they make."""
+    from whet.compress.vocabulary import trimmable
+
+    trims = trimmable(getattr(job.run.session(start.system.model), "tokenizer", None))
     for text in steps:
-        whole = parse(text).methods
+        if not trims and "(vocabulary=true)" in text:  # it does nothing else
+            continue
+        whole = parse(text).methods if trims else tuple(map(_untrimmed, parse(text).methods))
         wished = tuple(m for m in whole if not job.wish.methods or m.name in job.wish.methods)
         if wished[:1] == whole[:1] and (recipe := smaller(start.recipe, Recipe(wished))) != start.recipe:
             yield text, wished, recipe
+
+
+def _untrimmed(method: Method) -> Method:
+    """A method that prunes without trimming a vocabulary, where it prunes anything else."""
+    more = isinstance(method, Prune) and (method.layers or method.width < 1)
+    return replace(cast(Prune, method), vocabulary=False) if more else method
 
 
 def _nearest(job: _Job, finalist: Trial | None, start: Trial, nearest: Trial) -> Trial | None:
@@ -282,7 +293,8 @@ def _expected(job: _Job, start: Trial, wished: tuple[Method, ...], packed: float
     if job.task.limits.size is None or len(cut) == len(wished) or not any(m.name == "distill" for m in wished):
         return 0.0
     try:  # the cut is kept, so that the arm finds it done
-        made = Recipe(cut).run(start.system, job.race.data, replace(job.run, spent=Spent(), notes={}))
+        with job.race.aside_of_trials(start.system) as run:
+            made = Recipe(cut).run(start.system, job.race.data, run)
     except WhetError:
         return 0.0  # the arm says why
     return (size_bytes(made) or 0) * (packed if any(m.name == "quantize" for m in wished) else 1.0)

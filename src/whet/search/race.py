@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from whet import stats
 from whet.engine import Session, Spent
-from whet.errors import StoreError, WhetError
+from whet.errors import DivergedError, StoreError, WhetError
 from whet.methods import Run
 from whet.metrics import Metric, in_points
 from whet.progress import Standing, Watch
@@ -97,6 +98,8 @@ class Race:
     deadline: float = float("inf")
     live: bool = False  # a source may have changed unseen: no trial is taken from the store
     trials: list[Trial] = field(default_factory=list)
+    beside: Spent = field(default_factory=Spent)  # by no trial: on looking how large something would be
+    costs: float = 0.0  # that, in seconds
     base: Trial | None = None
     made: dict[str, Made] = field(default_factory=dict)  # by recipe and start: what was made so far
     scored: dict[str, Scorecard] = field(default_factory=dict)  # by fingerprint: the beginning of select so far
@@ -104,13 +107,24 @@ class Race:
 
     @property
     def spent(self) -> float:
-        """What all trials have cost so far, in seconds at the calibrated rates."""
-        return sum(t.cost for t in self.trials)
+        """What all trials, and looking ahead, have cost so far, in seconds at the calibrated rates."""
+        return sum(t.cost for t in self.trials) + self.costs
 
     @property
     def left(self) -> float:
         """What the search may still spend."""
         return self.seconds - self.spent
+
+    @contextmanager
+    def aside_of_trials(self, system: System) -> Iterator[Run]:
+        """A Run of its own, whose cost is the race's without being a trial's."""
+        run = replace(self.run, spent=Spent(), notes={})
+        before = _opened(run)
+        try:
+            yield run
+        finally:
+            spent = _since(run, before) + run.spent
+            self.beside, self.costs = self.beside + spent, self.costs + self.speed(system).price(spent)
 
     def speed(self, system: System) -> Rates:
         """The rates of a System's model on this machine."""
@@ -164,7 +178,8 @@ class Race:
             if not recipe.methods and self.base is None:  # nothing could be compared with it
                 raise
             # What it has cost is spent; that it failed is not kept, since what was missing may be there next time.
-            system, spent, notes, card = start, _since(run, before) + run.spent, {}, None
+            system, spent, card = start, _since(run, before) + run.spent, None
+            notes = {"slower": error.slower} if isinstance(error, DivergedError) else {}
             status, why = "failed", str(error)
             self.watch.say(f"{recipe.name}{label} failed: {why}")
         if kept is None and status == "done":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from whet.scorecard import reads_scores
 from whet.search.budget import estimate
 from whet.search.recipe import BUILDING, Recipe, recipe
 from whet.system import System
+from whet.task import Learnable
 
 if TYPE_CHECKING:
     from whet.search import _Job
@@ -43,6 +45,7 @@ OTHERS: tuple[dict[str, Any], ...] = (  # settings of further trainings, while t
     {"rank": 32}, {"batch": 16},
 )  # fmt: skip
 MANY = 16  # labels: above, near demonstrations come first, and the first training shares its time with one on them
+UNEVEN = 1.2  # times the even share: a label that is more frequent has a prior of its own
 MOST_EPOCHS = 12.0  # from there on, trainings that still learn are not made longer
 STRATEGIES = ("merge", "sequential")  # beside replay: the cheapest rival, and what protecting nothing brings
 SAMPLED = 4.0  # trainings that reinforcement's sampling takes, about; if it was asked for by name, one will do
@@ -51,6 +54,15 @@ SAMPLED = 4.0  # trainings that reinforcement's sampling takes, about; if it was
 def at_hand(bases: Sequence[System]) -> System:
     """The first base whose weights can be changed; the first where all are served elsewhere."""
     return next((b for b in bases if not b.model.remote), bases[0])
+
+
+def calibration(data: Learnable) -> dict[str, Any]:
+    """The settings by which labels are calibrated first: a prior that is fitted to them where one is much more frequent
+    than others and accuracy counts, which batch calibration, that takes all for equally frequent, would lower.
+    """
+    found = Counter(e.completion for e in data.train if e.completion in data.labels)
+    most = max(found.values(), default=0) * len(data.labels) / max(1, found.total())
+    return {"kind": "fitted"} if data.metric == "accuracy" and len(data.labels) <= MANY and most > UNEVEN else {}
 
 
 def trains(one: Recipe) -> bool:
@@ -121,13 +133,17 @@ def race(job: _Job, tuned: Recipe) -> bool:
     told = _told(job, tuned.methods[:-1]) if len(job.task.labels) > MANY else ()
     share = min(part(job, tuned), 0.5 if told else 1.0)
     one = enter(job, tuned, start, share)
+    if one is not None and "slower" in one.notes:  # it diverged: once more, as the error says
+        last: Any = tuned.methods[-1]
+        tuned = Recipe((*tuned.methods[:-1], replace(last, learning_rate=one.notes["slower"])))
+        one = enter(job, tuned, start, share)
     if one is not None and one.status == "failed" and len(tuned.methods) > 1:  # what it reads cannot be had
         tuned = Recipe(tuned.methods[-1:])
         one = enter(job, tuned, start, share)
     if one is None or one.card is None:
         return False
-    more = [Recipe((*tuned.methods, make(name))) for name in judged]
-    more += [Recipe((*tuned.methods, make("calibrate")))] if _calibrates(job) else []
+    more, usual = [Recipe((*tuned.methods, make(name))) for name in judged], calibration(job.splits.learnable)
+    more += [Recipe((*tuned.methods, make("calibrate", usual)))] if _calibrates(job) else []
     for other in more:  # with the same bound, which is part of what a training is known by
         job.race.enter(other, start, tokens=one.notes["allowed"]).notes["allowed"] = one.notes["allowed"]
     if told:
@@ -155,7 +171,7 @@ def race(job: _Job, tuned: Recipe) -> bool:
 def _calibrate_best(job: _Job, start: System) -> None:
     """Calibrate the best training, too, if that is another than the first and there is time."""
     best = max((t for t in job.race.trials if t.card and trains(t.recipe)), key=job.race.merit)
-    calibrated = Recipe((*best.recipe.methods, make("calibrate")))
+    calibrated = Recipe((*best.recipe.methods, make("calibrate", calibration(job.splits.learnable))))
     plain = best.recipe.methods[-1].name != "calibrate" and all(t.recipe != calibrated for t in job.race.trials)
     if plain and job.race.left > 0:
         job.race.enter(calibrated, start, tokens=best.notes["allowed"]).notes["allowed"] = best.notes["allowed"]

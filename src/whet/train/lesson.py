@@ -14,7 +14,7 @@ from typing import Any
 from whet.engine import Spent
 from whet.engine.prefix import Row, Tokens
 from whet.engine.torch import TorchSession, give_back_memory
-from whet.errors import MethodError
+from whet.errors import DivergedError, MethodError
 from whet.methods import Run
 from whet.model import Transform, aside, hash_files, own_device, save_weights
 from whet.reading import taught
@@ -98,7 +98,7 @@ def teach(
                 beats.append(at)
                 told(at)
 
-            with trackers(run.report_to, run.home / "logs" / name) as track, _paying(run, live, beats):
+            with trackers(run.report_to, run.home / "logs" / name) as track, _paying(run, live, beats, checkpoint):
                 told = _told(run, track)
                 curves = train(
                     tuned, lesson.source, lesson.loss, settings, validate=lesson.validate, beat=beat, keep=checkpoint,
@@ -158,11 +158,13 @@ def kept(system: System, run: Run, name: str) -> System:
 
 
 @contextmanager
-def _paying(run: Run, live: TorchSession, beats: Sequence[Beat]) -> Iterator[None]:
-    """Within it, a training that fails is put down to the Run, as far as it came."""
+def _paying(run: Run, live: TorchSession, beats: Sequence[Beat], checkpoint: Path) -> Iterator[None]:
+    """Within it, a training that fails is put down to the Run, as far as it came; one that diverged is not resumed."""
     try:
         yield
-    except MethodError:
+    except MethodError as error:
+        if isinstance(error, DivergedError) and team().first:
+            _forget(checkpoint)
         if beats:
             tokens, seconds = beats[-1].before
             run.spent += Spent(training_seconds=beats[-1].seconds - seconds, trained_tokens=beats[-1].tokens - tokens)

@@ -21,7 +21,7 @@ from torch import Tensor
 from whet.engine import Session, Spent, attention
 from whet.engine.prefix import Row
 from whet.engine.torch import in_mode, using_tree
-from whet.errors import MethodError
+from whet.errors import DivergedError, MethodError
 from whet.train.batches import Pack, batched, pack_tokens, row_tokens, shares
 from whet.train.losses import Loss
 from whet.train.team import Alone
@@ -132,6 +132,10 @@ class Masters:
             pairs = [(live, copy) for live, copy in zip(self.live, self.copies, strict=True) if copy is not live]
             if pairs:
                 torch._foreach_copy_([_local(live) for live, _ in pairs], [_local(copy) for _, copy in pairs])
+
+    def finite(self) -> bool:
+        """Whether every weight that is trained, as far as this process holds it, is a finite number."""
+        return all(bool(_local(copy).isfinite().all()) for copy in self.copies)
 
     def snapshot(self) -> list[Tensor]:
         """The weights as they are now."""
@@ -246,6 +250,8 @@ def train(
                 state.spent = asdict(session.spent) if session else {}
                 with clock:
                     _keep(keep, state, masters, optimizer, best, team)
+    if not validate and failed is None and team.most(not masters.finite()):  # no further loss would show it
+        failed = math.nan
     if validate or failed is not None:
         masters.restore(best)
     team.whole(module)
@@ -322,14 +328,16 @@ def _explodes(curve: Sequence[tuple[int, float]], value: float) -> bool:
     return lowest > 3 * best + 3
 
 
-def _diverged(step: int, value: float, learning_rate: float, saved: Path | None) -> MethodError:
+def _diverged(step: int, value: float, learning_rate: float, saved: Path | None) -> DivergedError:
     finite, kept = math.isfinite(value), f"; the best weights so far are in {saved}" if saved else ""
-    return MethodError(
+    made = DivergedError(
         f"the loss {'explodes' if finite else 'is not finite'} at step {step}",
         expected="a loss that falls" if finite else "a finite loss",
         found=f"{value:.4g}",
         do=f"set learning_rate={learning_rate / 4:.2g}{kept}",
     )
+    made.slower = float(f"{learning_rate / 4:.2g}")
+    return made
 
 
 def operations(module: torch.nn.Module) -> float:

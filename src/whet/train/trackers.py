@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,13 +24,22 @@ def trackers(names: Sequence[str], folder: Path) -> Iterator[Callable[[Beat], No
     Raises MethodError as `check` does.
     """
     check(names)
-    opened = [_open(name, folder) for name in names]
+    opened: list[Any] = []
+    try:
+        opened += [_open(name, folder) for name in names]
+    except Exception as error:  # each raises its own kinds
+        raise MethodError(f"{names[len(opened)]} cannot be told", found=f"{error}".splitlines()[0][:160] or repr(error),
+                          do="leave it out of --report-to, or see its settings") from error  # fmt: skip
 
     def track(at: Beat) -> None:
         values = {"loss": at.loss, "learning_rate": at.learning_rate, "tokens": at.tokens,
                   "tokens_per_second": at.tokens / max(at.seconds, 1e-9), "share_of_peak": at.share}  # fmt: skip
-        for tracker in opened:
-            tracker.log(values, step=at.step)
+        for tracker in list(opened):
+            try:
+                tracker.log(values, step=at.step)
+            except Exception as error:  # a server that went down is no reason to lose a training
+                opened.remove(tracker)
+                warnings.warn(f"{tracker.name} is told no more: {error}", stacklevel=2)
 
     try:
         yield track
@@ -48,6 +58,18 @@ def check(names: Sequence[str]) -> None:
         if not getattr(tracking, f"is_{name}_available")():
             raise MethodError(f"{name} is not installed", expected=f"the package {PACKAGES[name]}", found="none",
                               do=f"pip install {PACKAGES[name]}")  # fmt: skip
+        if name == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not _logged_in():
+            raise MethodError("wandb knows no account", expected="a key, or WANDB_MODE=offline", found="none",
+                              do="run `wandb login`, or set WANDB_MODE=offline")  # fmt: skip
+
+
+def _logged_in() -> bool:
+    import wandb
+
+    try:
+        return bool(wandb.login(prompt=False, verify=False))
+    except TypeError:  # older ones cannot be asked without asking the person
+        return True
 
 
 def _open(name: str, folder: Path) -> Any:
