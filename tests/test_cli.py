@@ -120,6 +120,9 @@ def test_what_a_method_did_is_told_without_its_internals() -> None:
         (["improve", "TASK", "--model", "no/such/model"], "cannot find the model"),
         (["apply", "fewshot", "TASK", "--system", "fake:hash", "--set", "kk=3", "--out", "o"], "did you mean 'k'"),
         (["apply", "fewshot", "TASK", "--system", "fake:hash", "--set", "k", "--out", "o"], "key=value"),
+        (["apply", "finetune", "TASK", "--system", "fake:hash", "--set", "epochs=nan", "--out", "o"], "takes float"),
+        (["apply", "dpo", "TASK", "--system", "fake:hash", "--set", "beta=inf", "--out", "o"], "takes float"),
+        (["apply", "finetune", "TASK", "--system", "fake:hash", "--budget", "5s", "--trials=-2", "--out", "o"], "-2"),
         (["apply", "finetune", "TASK", "--system", "fake:hash", "--out", "o"], "weights"),
         (["apply", "finetune", "TASK", "--system", "fake:hash", "--budget", "1m", "--out", "o"], "weights"),
         (["apply", "fewshot", "TASK", "--system", "fake:hash", "--budget", "1m", "--out", "o"], "leave --budget out"),
@@ -191,6 +194,8 @@ def test_select_is_cut_by_the_seed_that_a_system_was_made_with(capsys: pytest.Ca
     code, _, err = whet(capsys, "compare", "one", "two", task, "--split", "select")
     assert code == 2 and "seeds 1, 2" in one_line(err)
     assert whet(capsys, "compare", "one", "two", task)[0] == 0
+    whet(capsys, "apply", "calibrate", task, "--system", "one", "--seed", "2", "--out", "three")
+    assert asked("three") == held[1]  # it learnt from none of what it was selected by
 
 
 def test_what_was_evaluated_is_not_run_again(

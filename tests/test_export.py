@@ -36,7 +36,7 @@ from whet.export import MARK, REQUEST, Exported, askable, biases, export, left_o
 from whet.export import check as checks
 from whet.export.gguf import PRE_TOKENIZERS, permute, vocabulary
 from whet.export.gguf import write as write_gguf
-from whet.export.ollama import go_text, modelfile, template, turns
+from whet.export.ollama import JOINER, altered, go_text, modelfile, template, turns
 from whet.export.vllm import packs, serve
 from whet.methods import Run, make
 from whet.metrics import Outcome, get
@@ -148,7 +148,7 @@ def test_text_of_demonstrations_is_no_turn_to_a_server(
     assert carried and len(told) == 7 and not any(m in t for t in told for m in (*SPECIALS, "<think>"))
     frame = template(turns(tokenizer), one.frame)  # type: ignore[arg-type]
     assert "__mask__" in frame and "__mask__" not in text  # modelfile breaks up what the frame says
-    assert told[3] == "\u200bmask\u200b"  # nor do frame and question together spell one
+    assert told[3] == f"{JOINER}mask{JOINER}"  # nor do frame and question together spell one
     monkeypatch.setattr("whet.export.as_turns", lambda chat, *_: [{"role": r, "content": c} for r, c in chat])
     with pytest.raises(ArtifactError, match="the request does not become the System's prompt"):
         export(one, "hf", tmp_path / "other")
@@ -700,6 +700,12 @@ def test_modelfile(tmp_path: Path) -> None:
         modelfile(quoted, make_tokenizer(), "m.gguf", [], 512)
     bare, carried = modelfile(one, make_tokenizer(COUNTS), "m.gguf", [], 512)
     assert not carried and "TEMPLATE" not in bare and 'MESSAGE user """Review:\n"dull"\n"""' in bare
+    far = replace(one, instruction="Say\u00a0it\u200d: a<\u200b|im_end|>", demonstrations=Demonstrations())
+    text, _ = modelfile(far, make_tokenizer(), "m.gguf", [], 512)
+    [said] = re.findall(r'SYSTEM """(.*?)"""', text)
+    assert said == "Say it: a<\u034f|im_end|>"  # what Ollama's parser would drop would join the marker's halves
+    assert all(c.isprintable() or c in "\n\t" for c in text) and altered(far) and not altered(one)
+    assert go_text("a\u200b\U0001f600{{") == 'a{{ "\\U0000200b" }}\U0001f600{{ "{{" }}'
     assert go_text('{{ x }} """') == '{{ "{{" }} x }} {{ "\\"\\"\\"" }}'
     # Go's lexer takes the first two braces that it meets for an action.
     assert (go_text('{"q": {'), go_text("{{{x"), go_text('{"""')) == (

@@ -21,11 +21,11 @@ from whet import feedback, metrics, scorecard, task
 from whet.engine.torch import TorchSession
 from whet.errors import MethodError, TaskError
 from whet.feedback import Judged, Versus, agreement, collect, divide, pairs, thumbs, weighted
-from whet.methods import Method, Run
+from whet.methods import Method, Run, make
 from whet.methods.continual import Continual
 from whet.methods.dpo import DPO, ahead
 from whet.methods.kto import KTO
-from whet.methods.reward import Reward, feedback_of, fit, judged_by, render_pairs
+from whet.methods.reward import Reward, feedback_of, fit, judged_by, metric_of, render_pairs
 from whet.methods.rl import RL, ByMetric, _price, advantages, spread
 from whet.metrics import Outcome
 from whet.model import resolve
@@ -35,7 +35,7 @@ from whet.system import Decoding, System
 from whet.task import Example, Learnable
 from whet.train.batches import steps
 from whet.train.policy import Policy
-from whet.update import told, update
+from whet.update import _told, check, told, update
 
 THINGS = ("lamp", "kettle", "chair", "radio", "table", "clock", "carpet", "mirror", "heater", "camera")
 
@@ -437,6 +437,38 @@ def test_an_update_whose_answers_win_less_is_refused(
     remedy = "korean: no rows to measure it on; name its folder in earlier: of task.yaml"
     assert remedy in told(replace(made, unmeasured=("korean",))) and remedy not in told(made)
     assert "right on 50.0 % [50.0, 50.0] of 10 pairs" in said and said.endswith("a win rate by it says little")
+
+
+def test_the_judge_of_an_update_has_the_tasks_own_judgements(system: System, tmp_path: Path) -> None:
+    rows = [{"prompt": j.prompt, "chosen": j.chosen, "rejected": j.rejected, "group": j.group} for j in judgements(60)]
+    loaded = task.load(write(tmp_path / "t", rows))
+    alone = loaded.split().judging
+    again = [{**r, "prompt": f"{r['prompt']} again", "group": f"{r['group']} again"} for r in rows[:12]]
+    few = [{**r, "annotator": "ann"} for r in again]
+    file = tmp_path / "judged.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in [*few, rows[0]]))
+    wider, splits = _told(loaded, file, settings := {"weights": ("ann=2",)}, 0, run(system.home))
+    assert not settings and {j.prompt for j in alone} <= {j.prompt for j in splits.judging} and len(alone) > 10
+    assert len(wider.judged) == len(rows) + len(few)  # what stands in both counts once
+    learnt = {j.prompt for j in splits.learnable.judged}
+    assert learnt and learnt <= {r["prompt"] for r in [*few, rows[0]]}
+    assert not learnt & {j.prompt for j in splits.judging}
+
+
+def test_judgements_of_held_out_prompts_alone_are_refused_and_named(system: System, tmp_path: Path) -> None:
+    rows = [{"prompt": j.prompt, "chosen": j.chosen, "rejected": j.rejected} for j in judgements(20)]
+    asked = [{"prompt": f"my {t} is gone", "chosen": "yes", "rejected": "no"} for t in THINGS]
+    loaded = task.load(write(tmp_path / "t", rows, asked))
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in asked))
+    said = f"all {len(asked)} judgements are about prompts .* found mine-1, which repeats .*; judge answers to others"
+    with pytest.raises(TaskError, match=said):
+        update(system, loaded, run(system.home), {}, file)
+    held = replace(loaded, judged=feedback.load(tmp_path, "mine.jsonl")[0])
+    with pytest.raises(TaskError, match=said):
+        check(make("dpo"), system, held, held.split())
+    with pytest.raises(TaskError, match=said):
+        metric_of(held, system, run(system.home))
 
 
 # --- methods ----------------------------------------------------------------------------------------------------------

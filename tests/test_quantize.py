@@ -34,13 +34,15 @@ from whet.engine.prefix import Row, arrange
 from whet.engine.torch import TorchSession
 from whet.errors import ArtifactError, MethodError
 from whet.methods import Run, lacking, make
+from whet.methods.finetune import FineTune
 from whet.methods.quantize import HEADER, Quantize, _swapping
 from whet.metrics import Outcome, get
 from whet.model import ModelRef, load, resolve
 from whet.progress import Silent
 from whet.report import view
-from whet.search import _confirm, limits
-from whet.search.race import Trial
+from whet.search import _confirm, _fits_better, limits
+from whet.search.budget import Rates
+from whet.search.race import Race, Trial
 from whet.search.recipe import Recipe, parse
 from whet.store import Store
 from whet.system import Decoding, Demonstrations, System
@@ -311,6 +313,25 @@ def test_smoothing_leaves_the_model_what_it_was(family: str) -> None:
         assert not torch.equal(module.model.layers[0].self_attn.q_proj.weight, make_model(family).model.layers[0]
                                .self_attn.q_proj.weight)  # fmt: skip
     assert torch.equal(module(input_ids=ids).logits, before)
+
+
+def test_smoothing_leaves_layers_alone_whose_weights_are_shared() -> None:
+    module = make_model("llama")
+    first, second = module.model.layers
+    with torch.no_grad():
+        for layer in (first, second):
+            layer.input_layernorm.weight[3], layer.post_attention_layernorm.weight[5] = 40.0, 40.0
+    for name, linear in [*first.named_modules()]:
+        if isinstance(linear, torch.nn.Linear):
+            second.get_submodule(name).weight = linear.weight
+    ids = torch.tensor([[5, 9, 40, 7, 120, 33]])
+    before = module(input_ids=ids).logits.log_softmax(-1)
+    rows = [Row(tuple(range(5 + n, 25 + n)), ((7, 8),)) for n in range(8)]
+    with torch.no_grad(), _swapping(module) as work:
+        Quantize()._round(TorchSession(module, make_tokenizer()), rows, work, None, None)
+        after = module(input_ids=ids).logits.log_softmax(-1)
+    apart = (before.exp() * (before - after)).sum(-1).mean().item()
+    assert apart < 0.01  # 0.4 where one layer of two was smoothed
 
 
 @pytest.mark.parametrize("given_settings", [
@@ -790,6 +811,49 @@ def test_a_base_beyond_the_limits_is_known_where_the_finalist_keeps_within_them(
     small = trial("quantize", 50)
     assert limits.within(job, small) is small and job.tight
     assert (job.race.seconds, job.race.aside) == (5.0, 0.0)  # what was set aside for it
+
+
+@pytest.mark.parametrize("name, status, tight, handed", [
+    ("finetune", "done", True, True), ("finetune", "done", False, False), ("finetune", "refused", True, False),
+    ("quantize", "refused", True, True), ("quantize", "done", False, False),
+])  # fmt: skip
+def test_what_keeps_within_the_limits_goes_before_a_base_that_does_not(
+    name: str, status: str, tight: bool, handed: bool
+) -> None:
+    job: Any = SimpleNamespace(tight=tight)
+    assert _fits_better(job, replace(trial(name, 50), status=status)) is handed
+
+
+def test_a_vocabulary_that_cannot_be_trimmed_is_left_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = limited_job(monkeypatch)
+    job.race.trials.append(trial("finetune", 200, 0.75))
+    found = [recipe.name for *_, recipe in limits._candidates(job, job.race.trials[1], limits.SMALLER)]
+    assert len(found) == len(limits.SMALLER) and not any("vocabulary" in name for name in found)
+    job.run.session = lambda _: SimpleNamespace(tokenizer=SimpleNamespace(backend_tokenizer=SimpleNamespace(
+        model=type("Unigram", (), {})())))  # fmt: skip
+    found = [recipe.name for *_, recipe in limits._candidates(job, job.race.trials[1], limits.SMALLER)]
+    assert len(found) == len(limits.SMALLER) - 1
+    assert all("vocabulary=false" in name for name in found if "prune" in name) and "finetune+quantize" in found
+
+
+def test_what_looking_ahead_costs_is_the_races(tmp_path: Path) -> None:
+    base, store = system(tmp_path / "model", tmp_path / "home"), Store(tmp_path / "home")
+    run = Run(store)
+    race = Race("k", task(), [], get("accuracy"), store, {base.model.content: Rates(1_000, 500, 20)}, 0, 60.0,
+                Silent(), run)  # fmt: skip
+    job: Any = SimpleNamespace(task=SimpleNamespace(limits=Limits(size=100)), race=race)
+    start: Any = SimpleNamespace(system=base)
+    assert limits._expected(job, start, parse("prune(width=0.5,vocabulary=false)+distill").methods, 1.0) > 0
+    assert race.beside.prefilled_tokens > 0 and race.left < 60.0 and not race.trials
+
+
+def test_a_model_that_was_trained_whole_is_counted_once(tmp_path: Path) -> None:
+    base = system(tmp_path / "model", tmp_path / "home")
+    made = FineTune(adapter="full", epochs=0.2, batch=4).apply(base, task(), Run(Store(tmp_path / "home")))
+    own = sum(p.stat().st_size for p in made.model.transforms[-1].folder.glob("*.safetensors"))  # type: ignore[union-attr]
+    assert scorecard.size_bytes(made) == own < (scorecard.size_bytes(base) or 0)
+    lora = FineTune(epochs=0.2, batch=4).apply(made, task(), Run(Store(tmp_path / "home")))
+    assert own < (scorecard.size_bytes(lora) or 0) < 2 * own
 
 
 def test_what_is_made_smaller_keeps_the_earlier_tasks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1133,7 +1133,8 @@ def test_what_goes_on_from_a_training_is_not_starved_by_others(monkeypatch: pyte
         race: Any = Clocked()
         race.trials, race.enter = trials, enter
         job: Any = SimpleNamespace(race=race, wish=Wish(methods=methods), skipped=[], bases=[],
-                                   task=SimpleNamespace(labels=()))  # fmt: skip
+                                   task=SimpleNamespace(labels=()), splits=SimpleNamespace(
+                                       learnable=Learnable("t", "", "accuracy")))  # fmt: skip
         for name, stand in (("_best_model", None), ("_held", {}), ("_calibrates", False), ("_disputed", False),
                             ("_wished", False), ("_told", ())):  # fmt: skip
             monkeypatch.setattr(training, name, lambda *_, stand=stand: stand)
@@ -1168,7 +1169,8 @@ def test_of_many_labels_half_of_the_time_goes_to_training_on_demonstrations(monk
     monkeypatch.setattr(training, "enter", enter)
     for labels, first in ((16, 1.0), (17, 0.5)):
         entered.clear(), race.trials.clear()
-        job: Any = SimpleNamespace(race=race, wish=Wish(), task=SimpleNamespace(labels=range(labels)))
+        job: Any = SimpleNamespace(race=race, wish=Wish(), task=SimpleNamespace(labels=range(labels)),
+                                   splits=SimpleNamespace(learnable=Learnable("t", "", "accuracy")))  # fmt: skip
         assert training.race(job, recipe("finetune"))
         assert entered == [("finetune", first), ("fewshot(k=4)+finetune", 1.0), ("finetune(rank=8)", 1.0)]
 
@@ -1209,10 +1211,52 @@ def test_learning_from_judgements_has_a_rival_of_as_many_tokens(model_folder: st
     assert list(training._rivals(job, one.recipe, one, ["dpo"])) == []
 
 
+def test_a_training_that_diverges_is_begun_again_at_the_rate_that_its_error_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entered = list[str]()
+
+    def enter(_: Any, one: Recipe, *__: Any) -> Any:
+        entered.append(one.name)
+        failed = len(entered) == 1
+        told: Any = {"card": None, "status": "failed"} if failed else {"card": True, "status": "done"}
+        notes = {"allowed": 1} | ({"slower": 2.5e-4} if failed else {})
+        return SimpleNamespace(recipe=one, cost=60.0, notes=notes, **told)
+
+    job: Any = SimpleNamespace(race=SimpleNamespace(trials=[], left=0.0), wish=Wish(), skipped=[], bases=[],
+                               task=SimpleNamespace(labels=()), splits=SimpleNamespace(
+                                   learnable=Learnable("t", "", "accuracy")))  # fmt: skip
+    for name, stand in (("_best_model", None), ("_held", {}), ("_calibrates", False), ("behind", []), ("_taught", None),
+                        ("_rivals", ())):  # fmt: skip
+        monkeypatch.setattr(training, name, lambda *_, stand=stand: stand)
+    monkeypatch.setattr(training, "_others", lambda *_: iter(()))
+    monkeypatch.setattr(training, "_sourced", lambda _, tuned: tuned)
+    monkeypatch.setattr(training, "enter", enter)
+    assert training.race(job, parse("rag(k=1)+finetune"))
+    assert entered == ["rag(k=1)+finetune", "rag(k=1)+finetune(learning_rate=0.00025)"]
+
+
+def test_labels_that_are_not_alike_frequent_are_calibrated_by_their_prior() -> None:
+    def data(counts: tuple[int, ...], metric: str = "accuracy") -> Learnable:
+        labels = tuple(f"l{n}" for n in range(len(counts)))
+        rows = tuple(Example(f"{n}-{i}", f"{n} {i}", labels[n]) for n, many in enumerate(counts) for i in range(many))
+        return Learnable("t", "say", metric, labels, rows)
+
+    assert training.calibration(data((10, 10))) == training.calibration(data((11, 10))) == {}
+    uneven = data((13, 7))
+    assert training.calibration(uneven) == {"kind": "fitted"} and training.calibration(data((13, 7), "macro_f1")) == {}
+    assert training.calibration(data((40, *[1] * 20))) == {}  # too many for a prior of each
+    names = [r.name for r in prompting_recipes(uneven)]
+    assert "calibrate(kind=fitted)" in names and "calibrate" in names
+    assert names.index("calibrate(kind=fitted)") < names.index("calibrate")
+    assert any(name.startswith("fewshot") and name.endswith("+calibrate(kind=fitted)") for name in names)
+
+
 def test_facts_that_are_not_taught_for_want_of_time_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     one = SimpleNamespace(recipe=recipe("finetune"), cost=60.0, card=True, notes={"allowed": 1}, status="done")
     race = SimpleNamespace(trials=[one], left=30.0)
-    job: Any = SimpleNamespace(race=race, wish=Wish(), skipped=[], bases=[], task=SimpleNamespace(labels=()))
+    job: Any = SimpleNamespace(race=race, wish=Wish(), skipped=[], bases=[], task=SimpleNamespace(labels=()),
+                               splits=SimpleNamespace(learnable=Learnable("t", "", "accuracy")))  # fmt: skip
     taught = recipe(("knowledge", {"mode": "train"}))
     for name, stand in (("_best_model", None), ("_held", {}), ("_calibrates", False), ("behind", []),
                         ("_taught", taught), ("enter", one), ("_sourced", recipe("finetune"))):  # fmt: skip

@@ -69,6 +69,27 @@ def test_flipped_labels_are_named(share: float) -> None:
     assert found == suspects.find(noisy, embed)
 
 
+@pytest.mark.parametrize("kinds", [2, 3, 5])
+def test_a_classifier_that_only_guesses_names_nothing(kinds: int) -> None:
+    draw, named = np.random.default_rng(0), 0
+    for _ in range(20):
+        chances = draw.dirichlet([0.1] * kinds, 400)
+        named += (suspects.wrong_chances(chances, draw.integers(0, kinds, 400))[0] >= suspects.SURE).any()
+    assert named <= 2
+
+
+def test_the_judges_labels_stand_in_its_own_order(
+    model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = list[tuple[str, ...]]()
+    monkeypatch.setattr(suspects, "find", lambda rows, embed, seed, judge, order: seen.append(order) or ())
+    data = Learnable("t", "Say which.", "accuracy", tuple(TOPICS), tuple(rows(60)))
+    answers = tuple(reversed(TOPICS))
+    base = System(resolve(model_folder), decoding=Decoding(labels=answers, closed=True), home=tmp_path)
+    FineTune().suspects(base, data, Run(Store(tmp_path)))
+    assert seen == [answers]
+
+
 def test_clean_labels_are_left_alone() -> None:
     assert len(suspects.find(rows(400), embed)) <= 2
     assert suspects.find(rows(20), embed) == ()

@@ -30,7 +30,7 @@ from whet.compress import folder as folders
 from whet.engine import Spent, prefix
 from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession
-from whet.errors import MethodError, ModelError
+from whet.errors import DivergedError, MethodError, ModelError
 from whet.methods import Run
 from whet.methods.continual import Continual
 from whet.methods.distill import Distill
@@ -51,7 +51,7 @@ from whet.train.losses import NextToken
 from whet.train.peak import training_rate
 from whet.train.protect import fisher
 from whet.train.team import Alone
-from whet.train.trackers import trackers
+from whet.train.trackers import check, trackers
 
 HEAD = tuple(range(10, 45))
 ROWS = [
@@ -593,6 +593,29 @@ def test_without_validation_the_last_weights_that_gave_a_loss_are_kept() -> None
     with pytest.raises(MethodError, match="not finite at step 6.*so far are in here"):
         train(model, steps(learnable(0), 6, 0), Breaking(), settings, rescue=rescue)
     assert same(model.parameters(), seen[3]) and same(rescued[0], seen[3])  # those of the fourth step, a fifth ago
+
+
+@pytest.mark.parametrize("step", [2, 6])
+def test_weights_that_are_no_numbers_are_not_kept(step: int) -> None:
+    model, seen = make_model("llama"), []
+
+    class Spoilt(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            seen.append(1)
+            return grads[0] * (math.nan if len(seen) == step else 1.0)
+
+    class Breaking(NextToken):
+        def __call__(self, logits: torch.Tensor, pack: Pack) -> torch.Tensor:
+            return Spoilt.apply(super().__call__(logits, pack))  # type: ignore[no-any-return, no-untyped-call]
+
+    with pytest.raises(DivergedError, match="not finite") as told:
+        train(model, steps(learnable(0), 6, 0), Breaking(), Settings(Schedule(4e-3, 6), validations=3))
+    assert told.value.slower == 1e-3 and all(p.isfinite().all() for p in model.parameters())
 
 
 def test_gradients_are_clipped() -> None:
@@ -1502,6 +1525,7 @@ def test_what_was_learnt_before_a_loss_exploded_is_kept(
     with pytest.raises(MethodError, match="so far are in") as told:
         replace(METHOD, epochs=4).apply(system, data, Run(Store(home), seed=3))
     folder = Path(str(told.value).rsplit(" in ", 1)[1])
+    assert [p.name for p in (home / "checkpoints").iterdir()] == [folder.parent.name]  # it is not gone on from there
     monkeypatch.undo()
     base, tokenizer = models.load(system.model, home, dtype=torch.float32, device="cpu")
     live = TorchSession(PeftModel.from_pretrained(base, str(folder)), tokenizer)
@@ -1606,6 +1630,48 @@ def test_steps_are_reported_to_tensorboard(system: System, data: Learnable, home
 def test_steps_never_end() -> None:
     source = steps([Row((1,), ((2,),))], 5, 0)
     assert [len(source(n)) for n in range(5)] == [1] * 5
+
+
+def test_a_tracker_that_fails_costs_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = list[int]()
+
+    class Down:
+        name = "tensorboard"
+
+        def log(self, values: Any, step: int) -> None:
+            told.append(step)
+            raise OSError("no server")
+
+        def finish(self) -> None:
+            told.append(0)
+
+    monkeypatch.setattr("whet.train.trackers._open", lambda *_: Down())
+    beat = loop.Beat(1, 2, 1.0, 1e-3, 100, 1.0, 0.3)
+    down = pytest.warns(UserWarning, match="tensorboard is told no more: no server")
+    with down, trackers(["tensorboard"], tmp_path) as track:
+        track(beat), track(replace(beat, step=2))
+    assert told == [1]
+
+    def refuses(*_: Any) -> Any:
+        raise RuntimeError("no account\nmore")
+
+    monkeypatch.setattr("whet.train.trackers._open", refuses)
+    said = pytest.raises(MethodError, match="tensorboard cannot be told; found no account; leave it out")
+    with said, trackers(["tensorboard"], tmp_path):
+        pass
+
+
+def test_wandb_without_an_account_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(MethodError, match="knows no account.*WANDB_MODE=offline"):
+        check(["wandb"])
+    wandb.teardown()  # it remembers how it was first asked
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check(["wandb"])
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])

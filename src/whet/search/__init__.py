@@ -506,10 +506,7 @@ def _finish(job: _Job, finalist: Trial | None, begun: float) -> Improvement:
     """Confirm, measure, write everything down and say what to do next."""
     confirmed, cards, spent = _confirm(job, finalist)
     improved = bool(confirmed and confirmed["improved"]) or (confirmed is None and finalist is not None)
-    # Where the base itself is too large or too slow, being within the limits, or nearest, is what was asked for.
-    within = finalist is not None and (finalist.status != "refused" or
-                                       any(m.family == "compression" for m in finalist.recipe.methods))
-    handed = finalist if finalist and (improved or (within and job.tight)) else None
+    handed = finalist if finalist and (improved or _fits_better(job, finalist)) else None
     baselines_found = _run_baselines(job, cards.get("chosen" if handed else "base"))
     system = handed.system if handed else job.bases[0]
     card = cards.get("chosen" if handed else "base") or (handed.card if handed else None)
@@ -537,6 +534,12 @@ def _finish(job: _Job, finalist: Trial | None, begun: float) -> Improvement:
     details = output.details(job, confirmed, cards, handed)
     output.write(job.out, system, result, details, self_contained=job.wish.self_contained)
     return Improvement(system, result, job.out)
+
+
+def _fits_better(job: _Job, finalist: Trial) -> bool:
+    """Whether the base is too large or too slow, and the finalist is not or was made the nearest to what is allowed."""
+    made = any(m.family == "compression" for m in finalist.recipe.methods)
+    return job.tight and (made or finalist.status != "refused")
 
 
 def _served(job: _Job, card: Scorecard, system: System, rows: Sequence[Example]) -> Scorecard:
