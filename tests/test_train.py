@@ -1522,6 +1522,7 @@ def test_what_was_learnt_before_a_loss_exploded_is_kept(
 
     own = NextToken.__call__
     monkeypatch.setattr(NextToken, "__call__", explode)
+    monkeypatch.setattr(loop, "KEEP_EVERY", 0.0)  # a checkpoint behind every step
     with pytest.raises(MethodError, match="so far are in") as told:
         replace(METHOD, epochs=4).apply(system, data, Run(Store(home), seed=3))
     folder = Path(str(told.value).rsplit(" in ", 1)[1])
