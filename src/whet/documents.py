@@ -304,10 +304,10 @@ def _fetched(url: str, client: Any) -> tuple[str, bytes]:
 def _ending(url: str, kind: str) -> str:
     """The ending of a file of a kind; where the kind says nothing, that of the URL. TaskError for a table of rows."""
     named = Path(urlsplit(url).path).suffix.lower()
-    if kind in ROWS or (kind in UNSAID_KINDS and named in TABLES):
+    if kind in ROWS or (kind in VAGUE and named in TABLES):
         raise TaskError(f"{url} is a table", expected="a page, a text, a PDF or a DOCX", found=kind or named,
                         do="save it as a file: each of its rows is a document")  # fmt: skip
-    return ENDINGS.get(kind) or (named if kind in UNSAID_KINDS and named in READERS else ".html")
+    return ENDINGS.get(kind) or (named if kind in VAGUE and named in READERS else ".html")
 
 
 def _document(url: str, kind: str, body: bytes) -> Document:
@@ -454,7 +454,7 @@ ENDINGS = {
     "application/pdf": ".pdf", "text/plain": ".txt", "text/markdown": ".md",
     "application/vnd.openxmlformats-officedocument.wordprocessingml.document": ".docx",
 }  # fmt: skip
-UNSAID_KINDS = ("", "application/octet-stream", "binary/octet-stream")
+VAGUE = ("", "application/octet-stream", "binary/octet-stream")
 READERS: dict[str, Callable[[Path], str]] = {
     ".md": _markdown, ".txt": _plain, ".html": _html, ".htm": _html, ".pdf": _pdf, ".docx": _docx
 }  # fmt: skip

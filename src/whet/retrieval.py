@@ -272,7 +272,7 @@ def opened(folder: Path, name: str, home: Path) -> Index:
 
 def usable(folder: Path, name: str, home: Path) -> bool:
     """Whether a corpus is there as `build` left it; one that was spoilt since is taken away, to be built anew."""
-    if not folder.exists():
+    if not (folder / "current").exists():  # another process may be about to write it
         return False
     try:
         return opened(folder, current(folder), home) is not None

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,17 +36,24 @@ def trackers(names: Sequence[str], folder: Path) -> Iterator[Callable[[Beat], No
         values = {"loss": at.loss, "learning_rate": at.learning_rate, "tokens": at.tokens,
                   "tokens_per_second": at.tokens / max(at.seconds, 1e-9), "share_of_peak": at.share}  # fmt: skip
         for tracker in list(opened):
-            try:
-                tracker.log(values, step=at.step)
-            except Exception as error:  # a server that went down is no reason to lose a training
+            if not _safely(partial(tracker.log, values, step=at.step), tracker.name):
                 opened.remove(tracker)
-                warnings.warn(f"{tracker.name} is told no more: {error}", stacklevel=2)
 
     try:
         yield track
     finally:
         for tracker in opened:
-            tracker.finish()
+            _safely(tracker.finish, tracker.name)
+
+
+def _safely(tell: Callable[[], Any], name: str) -> bool:
+    """Whether a tracker could be told: a server that went down is no reason to lose a training."""
+    try:
+        tell()
+    except Exception as error:  # each raises its own kinds
+        warnings.warn(f"{name} is told no more: {error}", stacklevel=3)
+        return False
+    return True
 
 
 def check(names: Sequence[str]) -> None:
