@@ -11,7 +11,15 @@ import pytest
 import torch
 from models import CHATML, SHARED, STRICT, TEXT, UNSHARED, WINDOW, make_model, make_tokenizer, reference, reference_rows
 from scipy import stats
-from transformers import AutoModelForCausalLM, DogeConfig, MambaConfig, NemotronConfig, Phi3Config, RecurrentGemmaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DogeConfig,
+    MambaConfig,
+    NemotronConfig,
+    Phi3Config,
+    RecurrentGemmaConfig,
+)
 
 from whet.engine import Sampling, attention, open_session, prefix
 from whet.engine.prefix import Row
@@ -265,6 +273,28 @@ def test_greedy_with_a_state_or_no_cache_at_all(config: Any, tokenizer: Any) -> 
     session = Recording(model, tokenizer)
     session.generate(CHATS, Sampling(max_tokens=6))
     assert session.made == [plain_generate(model, ids_of(tokenizer, c), 6) for c in CHATS]
+
+
+LAYERED = {"head_dim": 8, "global_head_dim": 16, "vocab_size_per_layer_input": 300, "hidden_size_per_layer_input": 8,
+           "num_kv_shared_layers": 2, "sliding_window": 512,
+           "layer_types": ["sliding_attention", "full_attention"] * 2}  # fmt: skip
+
+
+@pytest.mark.parametrize("family, more", [("gemma4_text", LAYERED), ("diffllama", {}), ("jetmoe", {})])
+def test_families_whose_layers_differ_or_attend_twice(family: str, more: dict[str, Any], tokenizer: Any) -> None:
+    """Heads of several sizes; a layer that attends twice; attention whose outcome has to lie in one piece."""
+    own = AutoConfig.for_model(
+        family, vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.25, pad_token_id=0, bos_token_id=0,
+        eos_token_id=2, **more,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(own, dtype=torch.float32).eval()
+    for batch_tokens in (48, 4096):
+        session = Recording(model, tokenizer, batch_tokens=batch_tokens)
+        close(session.score_rows(ROWS), reference_rows(model, ROWS))
+        session.generate(CHATS, Sampling(max_tokens=6))
+        assert session.made == [plain_generate(model, ids_of(tokenizer, c), 6) for c in CHATS]
 
 
 def test_generation_in_small_groups(models: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

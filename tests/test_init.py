@@ -118,6 +118,7 @@ def test_init_refuses_what_it_cannot_read(tmp_path):
 
 def made(folder: Path, rows: list[dict[str, Any]], **given: Any) -> tuple[Guess, Task]:
     """The task that `init` makes of rows in JSON lines."""
+    folder.mkdir(exist_ok=True)
     guess = init(write(folder / "a.jsonl", "\n".join(map(json.dumps, rows))), folder / "t", **given)
     return guess, load(folder / "t")
 
@@ -695,3 +696,47 @@ def test_korean_rows_are_asked_in_korean(tmp_path):
     guess, task = made(tmp_path, rows)
     assert task.instruction == "다음 중 하나로 답하세요: 긍정, 부정." and task.labels == ("긍정", "부정")
     assert not any("sealed" in line for line in guess.lines)  # 24 may show 25 points
+
+
+def test_what_gives_the_answer_away_is_not_asked(tmp_path):
+    rows = [{"text": f"the {n} was seen here", "label": ("good", "bad")[n % 2], name: f"this is {n % 2} because it is"}
+            for n in range(30) for name in ("why",)]  # fmt: skip
+    _, task = made(tmp_path / "a", rows)
+    assert all(e.prompt.startswith("the ") and "because" not in e.prompt for e in every(task))
+    rows = [{"justification": f"it is {n % 2} as they say", "text": f"the {n} was seen",
+             "label": ("good", "bad")[n % 2], "__index_level_0__": 3 * n} for n in range(30)]  # fmt: skip
+    _, task = made(tmp_path / "b", rows)
+    assert task.labels == ("bad", "good") and all(e.prompt.startswith("the ") for e in every(task))
+    rows = [{"q": f"what is {n} and one", "a": f"it is {n} or so", "__index_level_0__": 3 * n} for n in range(30)]
+    _, task = made(tmp_path / "c", rows)
+    assert all(e.completion.startswith("it is") and "or so" not in e.prompt for e in every(task))
+
+
+def test_columns_named_as_labels_need_two_rows_of_each(tmp_path):
+    rows = [{"text": f"number {n} of them", "label": f"a rather long name for what is of kind {n % 3}"}
+            for n in range(12)]  # fmt: skip
+    assert len(made(tmp_path / "a", rows)[1].labels) == 3
+    assert made(tmp_path / "b", [{"text": r["text"], "answer": r["label"]} for r in rows])[1].labels == ()
+
+
+def test_passages_that_are_not_squads_are_no_reason_to_fail(tmp_path):
+    rows = [{"question": f"who was number {n}?", "answer": f"it was {n}", "paragraphs": part}
+            for n in range(12) for part in ([{"idx": 0, "paragraph_text": f"it was {n}"}],)]  # fmt: skip
+    assert len(every(made(tmp_path / "a", rows)[1])) == 12
+    assert len(every(made(tmp_path / "b", [{**r, "paragraphs": ["some", "texts"]} for r in rows])[1])) == 12
+
+
+def test_more_choices_than_letters(tmp_path):
+    rows = [{"question": f"which is number {n}?", "choices": [f"thing {(n + i) % 40}" for i in range(30)],
+             "answer": f"thing {(n + 28) % 40} "} for n in range(24)]  # fmt: skip
+    guess, task = made(tmp_path / "a", rows)
+    assert guess.metric == "accuracy" and all(len(e.choices) == 30 and e.completion in e.choices for e in every(task))
+
+
+def test_tables_of_any_ending(tmp_path):
+    body = "".join(f"{n}\tfilm {n} was fine\t{n % 2}\n" for n in range(40))
+    init(write(tmp_path / "ratings.txt", f"id\tdocument\tlabel\n{body}"), tmp_path / "a")
+    assert load(tmp_path / "a").labels == ("0", "1")
+    lines = "\r".join(["text,label", *(f"film {n},{('good', 'bad')[n % 2]}," for n in range(40))])
+    init(write(tmp_path / "mac.csv", lines), tmp_path / "b")
+    assert load(tmp_path / "b").labels == ("bad", "good")

@@ -13,6 +13,7 @@ from whet import metrics
 from whet.errors import TaskError
 from whet.metrics import Outcome, get, plain, score_all, squad
 from whet.numeric import number
+from whet.stats import compare
 from whet.task import Example
 
 PER_ANSWER = ("accuracy", "macro_f1", "exact_match", "token_f1", "contains", "rouge_l", "bleu", "chrf")
@@ -411,7 +412,7 @@ def test_correlations_equal_scipy_of_one_run_and_of_two(name):
     known = {"pearson": pearsonr, "spearman": spearmanr}[name]
     draw, metric = np.random.default_rng(0), get(name)
     truth = draw.normal(3, 1, 60).round(1)
-    runs = [(truth + draw.normal(0, spread, 60)).round(1) * scale for spread, scale in ((0.5, 1e6), (2.0, 1e-3))]
+    runs = [(truth + draw.normal(0, spread, 60)).round(1) * scale for spread, scale in ((0.5, 1e2), (2.0, 1e-2))]
     references = [f"{t}" for t in truth]
     scored = [outcomes(metric, [f"it is {v:.9f}" for v in run], references) for run in runs]
     wanted = [known(truth, run).statistic for run in runs]
@@ -450,3 +451,32 @@ def test_to_say_nothing_is_right_where_nothing_is_wanted(name):
         assert metric.aggregate(outcomes(metric, ["", "a b"], ["", "a b"])) == pytest.approx(1)
     else:
         assert metric.aggregate(outcomes(metric, ["", "a b c d e"], ["", "a b c d e"])) == pytest.approx(1)
+
+
+def test_items_of_json_lists_are_items():
+    metric = get("set_f1")
+    wanted = '[{"type":"PER","text":"sigma"},{"type":"ORG","text":"epsilon"}]'
+
+    def score(answer, reference=wanted):
+        return metric.score(answer, Example("1", "q", reference, (reference,)))
+
+    assert score('[{"text": "epsilon", "type": "ORG"}, {"text": "Sigma", "type": "PER"}]') == 1
+    assert score('[{"type": "PER", "text": "epsilon"}, {"type": "ORG", "text": "sigma"}]') == 0
+    assert score('["a", "B"]', "b, a") == 1 and score("[a, b", "[a, b") == 1
+
+
+@pytest.mark.parametrize("name", ["pearson", "spearman"])
+def test_one_stray_answer_proves_nothing(name):
+    draw, metric = np.random.default_rng(1), get(name)
+    truth = draw.integers(0, 6, 120)
+    first, second = (np.clip(truth + draw.integers(-1, 2, 120), 0, 5) for _ in range(2))
+    answers = [[f"{n}" for n in run] for run in (first, second)]
+    answers[1][7] = "500"
+    runs = [outcomes(metric, run, [f"{t}" for t in truth]) for run in answers]
+    assert compare(*runs, metric).p_value > 0.05
+    again = [*runs[0], *runs[0][:30]]  # rows that stand twice in one run
+    from scipy.stats import pearsonr, spearmanr
+
+    known = [[float(o.answer) for o in again], [float(o.reference) for o in again]]
+    wanted = {"pearson": pearsonr, "spearman": spearmanr}[name](*known).statistic
+    assert metric.aggregate(again) == pytest.approx(wanted)

@@ -25,6 +25,7 @@ from whet.engine.replies import (
     decided,
     echoed,
     read_context,
+    read_reply,
     without_thought,
 )
 from whet.errors import EngineError, MethodError, ModelError, RemoteError
@@ -462,6 +463,44 @@ def test_garbage_is_asked_again_then_refused(body):
     assert len(play.asked()) == 3
     with session(Troubled((200, body, {}), times=1)) as s:
         assert s.generate([USER], Sampling())[0][0].text == "c b a"
+
+
+@pytest.mark.parametrize("body", [
+    {"choices": []}, {"error": {"message": "filtered"}}, b"<html>",
+    {"choices": [{"message": {"role": "assistant", "content": ""}, "finish_reason": "error", "error": {"code": 502}}]},
+])  # fmt: skip
+def test_one_unusable_answer_costs_no_other(body):
+    class Once(Play):
+        def answer(self, path, payload, nth):
+            if hasattr(self, "opened") and "spoilt" in json.dumps(payload):
+                return 200, body, {}
+            return super().answer(path, payload, nth)
+
+    with session(Once()) as s:
+        found = s.generate([*[(("user", f"say {n}"),) for n in range(9)], (("user", "spoilt"),)], Sampling())
+        assert [bool(g[0].text) for g in found] == [True] * 9 + [False] and s.failed == 1
+
+
+def test_an_answer_in_parts_is_read_without_its_thoughts():
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "yes"}]
+    body = {"choices": [{"message": {"role": "assistant", "content": parts}, "finish_reason": "stop"}]}
+    assert read_reply(body).choices[0].text == "yes"
+
+
+def test_tokens_of_a_thought_are_no_answer():
+    """Of a model that thinks apart, log-probabilities may be the thought's: what begins like it is not its answer."""
+    class Apart(Thinker):
+        def answer(self, path, payload, nth):
+            if path == "/v1/chat/completions" and payload.get("logprobs") and hasattr(self, "opened"):
+                step = {"token": "We", "logprob": -0.01, "top_logprobs": [{"token": "We", "logprob": -0.01}]}
+                message = {"role": "assistant", "content": None, "reasoning_content": "We need"}
+                choice = {"message": message, "finish_reason": "length", "logprobs": {"content": [step]}}
+                return 200, {"choices": [choice]}, {}
+            return super().answer(path, payload, nth)
+
+    with session(Apart("empty", "alarm")) as s:
+        row = s.score([USER], [["alarm", "weather", "music"]])[0]
+    assert row[0].logprob > row[1].logprob
 
 
 def test_a_server_that_hangs_is_given_up():

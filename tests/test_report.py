@@ -200,7 +200,25 @@ def test_verdict_without_a_test_split() -> None:
                                       "is not confirmed.")
     result["chosen"] = {"recipe": []}
     assert report.verdict(result) == ("Nothing beat the base model, which is handed over: accuracy 71.0 on the select "
-                                      "split, not confirmed.")
+                                      "split, not confirmed; yet the baseline logistic regression on embeddings scores "
+                                      "as much or more (no difference shown) without a language model: 81.2.")
+    result["baselines"] = [{"name": "b", "select": 0.0}]
+    result["trials"] = [t | {"select": {"score": 0.0}} for t in result["trials"]]
+    assert "baseline" not in report.verdict(result)  # 0 is nothing to do well by
+
+
+def test_where_every_arm_failed_that_is_the_verdict() -> None:
+    base = {"name": "base", "recipe": [], "status": "done", "select": {"score": 0.5}}
+    arms = [{"name": "prompting", "recipe": [{"method": "prompting"}], "status": "failed", "why": "no prompt in x."}]
+    result = {"task": "t", "metric": {"name": "accuracy", "higher_is_better": True}, "trials": [base, *arms],
+              "chosen": {"recipe": [], "handed": False}, "confirm": None}  # fmt: skip
+    said = "Nothing could be tried (prompting: no prompt in x); the base is handed over: accuracy 50.0 on"
+    assert report.verdict(result) == f"{said} the select split."
+    figures = {"score": 0.5, "low": 0.4, "high": 0.6}
+    sealed = {"n": 20, "base": figures, "chosen": figures, "difference": 0.0, "candidate": None, "improved": False}
+    assert report.verdict(result | {"confirm": sealed}) == f"{said} 20 sealed examples."
+    done = arms[0] | {"status": "done", "select": {"score": 0.4}}
+    assert "No candidate beat the base" in report.verdict(result | {"confirm": sealed, "trials": [base, *arms, done]})
 
 
 def test_examples_are_called_sealed_only_where_they_are(tmp_path: Path) -> None:

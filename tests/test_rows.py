@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from whet.errors import TaskError
-from whet.rows import read
+from whet.rows import literal, read
 
 
 def cells(path: Path, text: str) -> list[tuple[str, ...]]:
@@ -60,3 +61,11 @@ def test_broken_rows_are_told_apart_where_asked(tmp_path):
     assert [row.number for row in read(path, broken)] == [1, 4] and [n for n, _ in broken] == [2, 3]
     with pytest.raises(TaskError, match="line 2 is not JSON"):
         read(path)
+
+
+def test_json_in_a_cell_may_hold_code(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "what does x.split(' ') do?"}, {"role": "assistant", "content": "it parts x"}]
+    cell = json.dumps(chat).replace('"', '""')
+    (tmp_path / "a.csv").write_text(f'prompt,completion\n"{cell}",yes\n')
+    assert read(tmp_path / "a.csv")[0].values["prompt"] == chat
+    assert literal("['a' 'b']") is None and literal("['a', 'b']") == ["a", "b"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import random
 import shutil
@@ -1507,3 +1508,44 @@ def test_rows_with_choices_are_chosen_among_beside_free_ones(tmp_path: Path) -> 
     base = base_system(ref, task, task.split().learnable, run.session(ref), run.home)
     chosen, free = base.answers(task.test, run.session(ref))
     assert chosen.text in ("red", "blue") and len(chosen.scores) == 2 and free.scores == ()
+
+
+def test_what_a_server_answered_other_runs_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_task(tmp_path / "t", train=24, test=12, labels=None, metric="contains")
+    settings: dict[str, Any] = {"model": "fake:keyword", "home": tmp_path / "h", "methods": ["fewshot"]}
+    before = improve(folder, budget="1m", out=tmp_path / "a", **settings).result["confirm"]["base"]["score"]
+    monkeypatch.setattr("whet.system.System.servers", property(lambda self: ["openai:x"]))
+    own = System.answers
+
+    def better(self: System, prompts: Any, *more: Any, **settings: Any) -> Any:
+        rows = list(prompts)
+        return [replace(a, text=e.completion) for a, e in zip(own(self, rows, *more, **settings), rows, strict=True)]
+
+    monkeypatch.setattr(System, "answers", better)
+    found = improve(folder, budget="2m", out=tmp_path / "b", **settings).result
+    assert before < 1 and found["confirm"]["base"]["score"] == 1.0
+
+
+def test_a_model_that_is_named_twice_is_one(tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "t", train=24, test=12)
+    made = improve(folder, model=["fake:keyword", "fake:keyword"], budget="1m", out=tmp_path / "o", home=tmp_path / "h",
+                   methods=["fewshot"])  # fmt: skip
+    assert [t["name"] for t in made.result["trials"]][0] == "base" and made.result["model"] == "fake:keyword"
+
+
+@pytest.mark.parametrize("budget", [0, -5.0, math.nan, math.inf])
+def test_a_budget_is_above_nothing(budget: float) -> None:
+    with pytest.raises(WhetError, match="cannot read the budget"):
+        seconds(budget)
+
+
+def test_what_the_report_needs_is_checked_within_the_watch(tmp_path: Path) -> None:
+    closed = list[int]()
+
+    class Watching(Silent):
+        def close(self) -> None:
+            closed.append(1)
+
+    with pytest.raises(MethodError, match="no tracker"):
+        improve(write_task(tmp_path / "t"), report_to=["nope"], watch=Watching(), home=tmp_path / "h")
+    assert closed == [1]

@@ -348,6 +348,18 @@ def test_a_base_named_by_a_relative_path_is_found_from_another_folder(
     assert ModelRef("fake:keyword", "fake:keyword").lasting == "fake:keyword"
 
 
+def test_what_goes_on_from_a_self_contained_system_is_one(home: Path, tmp_path: Path) -> None:
+    """Of a GGUF file the base lies unpacked in the System's folder, whose hash is not the file's."""
+    (tmp_path / "m.gguf").write_bytes(b"stands in for one")
+    ref = models.resolve(str(tmp_path / "m.gguf"))
+    save_model(home / "models" / ref.content)
+    loaded = systems.load(System(ref, "say", home=home).save(tmp_path / "a", self_contained=True), home)
+    again = systems.load(loaded.save(tmp_path / "b"), home)
+    assert again.fingerprint == loaded.fingerprint and Path(again.model.base).is_relative_to(tmp_path / "b")
+    shutil.rmtree(tmp_path / "a")
+    assert models.load(again.model, home)
+
+
 def test_self_contained(tuned: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = save_model(tmp_path / "base")
     tuned = replace(tuned, model=replace(tuned.model, base=own))  # the same contents, in a place we may remove

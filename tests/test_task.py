@@ -744,3 +744,21 @@ def test_shared_text_is_kept_whole():
     loaded = load(SHARED / "wikitext2")
     assert len(loaded.test) == 60
     assert "".join(row.text or "" for row in loaded.test) == (SHARED / "wikitext2" / "test.txt").read_text("utf-8")
+
+
+def test_ids_that_repeat_often_are_told_apart_in_one_pass(tmp_path: Path) -> None:
+    rows = [{"id": f"user-{n % 2}", "prompt": f"question {n}", "completion": "yes"} for n in range(20_000)]
+    (tmp_path / "task.yaml").write_text("metric: exact_match\n")
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    ids = [e.id for e in load(tmp_path).train]
+    assert len(set(ids)) == 20_000 and ids[:4] == ["user-0", "user-1", "user-0~2", "user-1~2"]
+    assert ids[-1] == "user-1~10000"
+
+
+def test_groups_are_the_same_with_and_without_a_point(tmp_path: Path) -> None:
+    (tmp_path / "task.yaml").write_text("metric: exact_match\n")
+    rows = [{"prompt": f"question {n}", "completion": "yes", "group": float(n % 3)} for n in range(12)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"prompt": "another", "completion": "no", "group": 1}) + "\n")
+    splits = load(tmp_path).split()
+    assert len(splits.dropped) == 4 and all(why.startswith("shares group") for _, why in splits.dropped)

@@ -180,8 +180,9 @@ def _vectors(embed: Embed, texts: Sequence[str]) -> NDArray[np.float64]:
 
 
 def _nearest(rows: Any, wanted: Any) -> NDArray[np.int64]:
-    """The row most similar to each wanted row (dot product), 1024 at a time to bound memory."""
-    blocks = (wanted[start : start + 1024] @ rows.T for start in range(0, wanted.shape[0], 1024))
+    """The row most similar to each wanted row (dot product), so many at a time that memory is bounded."""
+    size = max(1, CELLS // max(1, rows.shape[0]))
+    blocks = (wanted[start : start + size] @ rows.T for start in range(0, wanted.shape[0], size))
     dense = (b if isinstance(b, np.ndarray) else b.toarray() for b in blocks)
     return np.concatenate([b.argmax(axis=1).astype(np.int64) for b in dense])
 

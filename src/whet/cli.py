@@ -63,18 +63,16 @@ class Commands(click.Group):
             _fail("stopped; nothing finished is lost: the same command goes on from there", 130)
         except BrokenPipeError:
             sys.exit(141)
-        except (OSError, sqlite3.Error) as error:  # a full disk, a folder that cannot be written
-            if debug:
-                raise
-            _fail(f"{error} (expected: files that can be read and written; to do: free space, or see WHET_HOME)", 2)
         except Exception as error:  # a bug of ours: still one line, unless the trace is asked for
             if debug:
                 raise
+            if isinstance(error, (OSError, sqlite3.Error)):  # a full disk, a folder that cannot be written
+                _fail(f"{error} (expected: files that can be read and written; to do: free space, or see WHET_HOME)", 2)
             _fail(f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]} (--debug shows where)", 1)
 
 
 def _fail(line: str, code: int) -> None:
-    print(f"whet: {line}", file=sys.stderr)
+    print(line if line.startswith("Usage:") else f"whet: {line}", file=sys.stderr)  # of `whet` alone: its help
     sys.exit(code)
 
 

@@ -8,8 +8,9 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 from whet.convert import as_text
@@ -36,7 +37,8 @@ PROMPTS = ("prompt", "question", "question_stem", "query", "instruction", "revie
            "질문", "문제", "문장", "리뷰", "전제", "가설", "frage", "pregunta")  # fmt: skip
 # Never part of a prompt unless asked for: what names the row, and what gives its answer away.
 ASIDE = re.compile(r"(.*_)?(id|ids|idx|index|ind|uuid|url|link|date|time|timestamp|user|author|license|parse|tests?|"
-                   r"explanation|rationale|reasoning|exp|cot|cot_content|번호|날짜|작성자)")  # fmt: skip
+                   r"explanation|rationale|reasoning|reasons?|justification|exp|cot|cot_content|번호|날짜|작성자|"
+                   r"근거|해설|풀이)|_*index_level_\d+_*|unnamed.*")  # fmt: skip
 OPTIONS = ("choices", "options", "endings", "candidates", "distractors", "incorrect_answers")
 OPTION = re.compile(r"(|choice|option|opt?|ending|sol|solution|answer|candidate|distractor|incorrect_answer|보기|"
                     r"선택지)_?([a-j]|\d)")  # fmt: skip
@@ -44,7 +46,7 @@ WRONG = ("distractor", "incorrect_answer")  # options that the right answer is n
 SYSTEM = ("system", "system_prompt")
 KEPT = frozenset(("id", "group", "evidence"))
 READINGS: Mapping[str, Callable[[str, int, str, str], bool]] = {  # how (answer, place, label, text) of an option agree
-    "its text": lambda answer, place, label, text: answer == text,
+    "its text": lambda answer, place, label, text: answer.strip() == text.strip(),
     "its letter": lambda answer, place, label, text: answer.strip(" ().").casefold() == label.casefold(),
     "its place, from 0": lambda answer, place, label, text: answer.removesuffix(".0") == str(place),
     "its place, from 1": lambda answer, place, label, text: answer.removesuffix(".0") == str(place + 1),
@@ -86,10 +88,9 @@ def unfolded(data: Path, rows: list[Row]) -> list[Row]:
     found = []
     for row in rows:
         parts = [row.values]
-        if isinstance(row.values.get("paragraphs"), list):
-            parts = [
-                {"context": part.get("context"), **asked} for part in row.values["paragraphs"] for asked in part["qas"]
-            ]
+        texts = row.values.get("paragraphs")
+        if isinstance(texts, list) and all(isinstance(p, dict) and isinstance(p.get("qas"), list) for p in texts):
+            parts = [{"context": part.get("context"), **asked} for part in texts for asked in part["qas"]]
         for values in parts:
             flat = _flat(values)
             for key, cell in flat.items():
@@ -294,6 +295,10 @@ def _inputs(free: Sequence[str], usable: Mapping[str, list[str]], answer: str) -
         and not ASIDE.fullmatch(key_of(key))
     ]
 
+    if any(key_of(key) in (*PROMPTS, *CONTEXTS) for key in found):  # what stands behind the answer may explain it
+        places = {key: n for n, key in enumerate(usable)}
+        found = [k for k in found if key_of(k) in (*PROMPTS, *CONTEXTS) or places[k] < places.get(answer, len(places))]
+
     def within(part: str, whole: str) -> bool:
         pairs = list(zip(usable[part], usable[whole], strict=False))
         return len(usable[part]) == len(usable[whole]) and all(a in b for a, b in pairs)
@@ -344,7 +349,8 @@ def _options(values: Mapping[str, Any], columns: Sequence[str]) -> list[tuple[st
             for text, label in zip(cell.get("text") or (), cell.get("label") or (), strict=False)
         ]
     found = []
-    for letter, item in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", cell if isinstance(cell, list) else (), strict=False):
+    letters = chain(ascii_uppercase, map(str, count(27)))
+    for letter, item in zip(letters, cell if isinstance(cell, list) else (), strict=False):
         label, text = (item.get("label", letter), item.get("text")) if isinstance(item, dict) else (letter, item)
         found += [(str(label), accepted) for accepted in _accepted(text)[:1]]
     return found
@@ -414,12 +420,18 @@ def coded(columns: Columns | None, answers: Sequence[str]) -> bool:
     return named and shown >= 0.8 * len(answers)
 
 
-def closed(answers: Sequence[str]) -> bool:
-    """Whether answers are labels: short, so few that each returns; of many numbers, those that count through."""
+def closed(answers: Sequence[str], named: bool = False) -> bool:
+    """Whether answers are labels: short, so few that each returns; of many numbers, those that count through.
+
+    Where their column is `named` as labels are and holds no numbers, two rows a label do, however long each is.
+    """
     counts = Counter(answers)
-    once = sum(count == 1 for count in counts.values())
-    if not (2 <= len(counts) <= len(answers) / 5 and 4 * once <= len(counts)):
+    once = sum(number == 1 for number in counts.values())
+    named = named and not any(NUMBER.fullmatch(answer) for answer in counts)
+    if not (2 <= len(counts) <= len(answers) / (2 if named else 5) and 4 * once <= len(counts)):
         return False
+    if named:
+        return True
     if len(counts) > 20 and all(NUMBER.fullmatch(answer) for answer in counts):
         return all(answer.isdigit() for answer in counts) and int(max(counts, key=int)) < len(counts) + 1
     return all(count_words(answer) <= 6 for answer in counts)

@@ -16,6 +16,7 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bing", "bard"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation"), "tool"),
 }
+WHOLE = re.compile(r"^(-?\d+)\.0$")
 ANSWERED = ("completion", "answers", "chosen")
 
 
@@ -110,6 +111,8 @@ def standard(row: Row) -> tuple[dict[str, Any], str]:
             out[field] = as_text(value, where, field)
     for field in ("id", "group", "text"):
         value = as_text(values.get(field), where, field)
+        if value and field == "group":  # whole numbers with gaps between them are written as 1.0
+            value = WHOLE.sub(r"\1", value)
         if value:
             out[field] = value
     if history:

@@ -394,7 +394,7 @@ def _metric(
             row["completion"] = answer
         lines.append(f"metric set_f1: several labels a row, parted by {mark!r}" + ", now by commas" * (mark != ","))
         return "set_f1", ()
-    if labels := _labels(rows, lines):
+    if labels := _labels(rows, lines, name in (*LABELS, *CLASSES)):
         return "accuracy", labels
     if all(NUMBER.fullmatch(answer.strip()) or WORKED.search(answer) for answer in answers):
         if name in (*LABELS, *CLASSES):
@@ -411,14 +411,14 @@ def _metric(
     return metric, ()
 
 
-def _labels(rows: list[dict[str, Any]], lines: list[str]) -> tuple[str, ...]:
+def _labels(rows: list[dict[str, Any]], lines: list[str], named: bool) -> tuple[str, ...]:
     """The closed set of rows' answers, () where they are none; rows' labels are then spelt in one way."""
     from whet.metrics import plain
 
     answers = [row["completion"] for row in rows]
     spelt = {plain(answer): answer.strip() for answer, _ in reversed(Counter(answers).most_common())}
     alike = [spelt[plain(answer)] for answer in answers]
-    if not closed(alike):
+    if not closed(alike, named):
         return ()
     strange = 0
     for row, answer in zip(rows, alike, strict=True):

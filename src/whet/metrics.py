@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import json
 import math
 import re
 import string
@@ -321,6 +322,14 @@ class SetF1(Share):
 
 
 def _items(text: str) -> frozenset[str]:
+    """The items of a text: those of a JSON list, whose objects are one each, or what its marks part."""
+    try:
+        found = json.loads(text) if text.strip()[:1] == "[" else None
+    except (ValueError, RecursionError):
+        found = None
+    if isinstance(found, list):
+        return frozenset(plain(one) if isinstance(one, str) else
+                         json.dumps(one, sort_keys=True, ensure_ascii=False).casefold() for one in found)  # fmt: skip
     return frozenset(plain(item) for item in re.split(r"[,;|\n、，；]", text) if item.strip())
 
 

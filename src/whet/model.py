@@ -62,6 +62,11 @@ class ModelRef:
         return str(path.absolute()) if path.exists() else self.base
 
     @property
+    def carried(self) -> bool:
+        """Whether the base lies in the folder of a System that brought it along, unpacked: its name will not do."""
+        return not self.remote and (Path(self.base).parent / "system.json").exists() and Path(self.base).is_dir()
+
+    @property
     def whole(self) -> Transform | None:
         """The last transform that is a model of its own; what came before it is history."""
         return next((t for t in reversed(self.transforms) if t.kind == "model"), None)

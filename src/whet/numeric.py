@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -64,6 +63,9 @@ class Number(Share):
         return math.isclose(given, wanted, rel_tol=0.0, abs_tol=1e-6 * max(abs(wanted), 1e-6))
 
 
+FAR, FLAT = 1e100, 1e-12  # beyond which squares overflow; of a spread that is rounding alone
+
+
 @dataclass(frozen=True)
 class Pearson(Additive):
     """Pearson's correlation of the numbers that answers and references end in, as STS-B is scored (Cer et al., 2017).
@@ -84,23 +86,28 @@ class Pearson(Additive):
         given = np.array([math.nan if o.error or (n := number(o.answer)) is None else n for o in outcomes], dtype=float)
         wanted = np.array([math.nan if (n := number(o.reference)) is None else n for o in outcomes], dtype=float)
         read = np.isfinite(given) & np.isfinite(wanted)
-        for run in _runs(outcomes):
-            some = run[read[run]]
-            given[some], wanted[some] = self._scale(given[some]), self._scale(wanted[some])
-        x, y = (np.where(read, side, 0.0) for side in (given, wanted))
+        scaled = (self._scale(side, read, outcomes) for side in (given, wanted))
+        x, y = (np.where(read, side, 0.0) for side in scaled)
         return np.stack([np.ones(len(outcomes)), read, x, y, x * x, y * y, x * y], axis=1)
 
-    def _scale(self, values: Any) -> Any:
-        """Values centred and scaled, which no correlation sees and sums of squares need."""
-        centred = values - values.mean() if len(values) else values
-        return centred / (np.abs(centred).max(initial=0.0) or 1.0)
+    def _scale(self, values: Any, read: Any, outcomes: Sequence[Outcome]) -> Any:
+        """Values centred and scaled, which no correlation sees and sums of squares need.
+
+        Those of several runs alike: tests swap values between them. By what most are, as one stray number says nothing.
+        """
+        some = values[read]
+        if not len(some):
+            return values
+        apart = np.abs(some - (middle := np.median(some)))
+        most = 10 * np.median(apart) or apart.max()
+        return np.clip((values - middle) / (np.minimum(apart, most).mean() or 1.0), -FAR, FAR)
 
     def finish(self, totals: Any) -> Any:
         """The correlation from summed rows."""
         every, n, x, y, xx, yy, xy = np.moveaxis(np.asarray(totals, dtype=float), -1, 0)
-        spread = np.sqrt(np.maximum(n * xx - x * x, 0) * np.maximum(n * yy - y * y, 0))
-        flat = spread <= 1e-9 * np.maximum(n * n, 1)
-        r = np.where(flat, 0.0, (n * xy - x * y) / np.where(flat, 1.0, spread))
+        a, b = np.maximum(n * xx - x * x, 0), np.maximum(n * yy - y * y, 0)
+        flat = (a <= FLAT * n * xx) | (b <= FLAT * n * yy)
+        r = np.where(flat, 0.0, (n * xy - x * y) / np.where(flat, 1.0, np.sqrt(a) * np.sqrt(b)))
         return np.clip(r, -1, 1) * n / np.maximum(every, 1)
 
 
@@ -113,20 +120,23 @@ class Spearman(Pearson):
 
     name: ClassVar[str] = "spearman"
 
-    def _scale(self, values: Any) -> Any:
+    def _scale(self, values: Any, read: Any, outcomes: Sequence[Outcome]) -> Any:
         from scipy.stats import rankdata
 
-        return super()._scale(rankdata(values))
+        ranks = values.copy()
+        for run in _runs(outcomes):
+            some = run[read[run]]
+            ranks[some] = rankdata(values[some])
+        return super()._scale(ranks, read, outcomes)
 
 
 def _runs(outcomes: Sequence[Outcome]) -> list[Any]:
-    """The places of each run's outcomes where the outcomes of several runs stand in one list: an id a run."""
-    seen: Counter[str] = Counter()
-    which = []
-    for outcome in outcomes:
-        which.append(seen[outcome.id])
-        seen[outcome.id] += 1
-    return [np.flatnonzero(np.array(which) == run) for run in range(max(which, default=-1) + 1)]
+    """The places of each run's outcomes where several runs stand one behind the other: their ids repeat as they are."""
+    ids = [outcome.id for outcome in outcomes]
+    size = next((n for n in range(1, len(ids)) if ids[n] == ids[0]), len(ids))
+    if size and ids != ids[:size] * (len(ids) // size):
+        size = len(ids)
+    return np.split(np.arange(len(ids)), range(size, len(ids), size)) if size else []
 
 
 def _wanted(reference: str) -> float:

@@ -91,6 +91,8 @@ def read(path: Path, broken: Broken | None = None, notes: list[str] | None = Non
             rows = _jsonl(path.name, text, lost)
         elif suffix == ".json":
             rows = _json(path.name, text, lost)
+        elif suffix == ".txt" and _tabled(text):
+            rows = _csv(path.name, text, "\t", lost)
         elif suffix == ".txt":
             rows = [Row(f"{path.name} line {n}", n, {"text": part}) for n, part in articles(text)]
         else:
@@ -163,6 +165,7 @@ def decode(path: Path, notes: list[str] | None = None) -> str:
     if notes is not None and (lost := text.count("\ufffd")):
         notes.append(f"{path.name}: {lost} characters stand as \ufffd: their bytes are not {encoding}")
     text = text.removeprefix("\ufeff").replace("\r\n", "\n")
+    text = text if "\n" in text else text.replace("\r", "\n")  # lines as Macintosh once ended them
     if not text.strip():
         raise TaskError(f"{path.name} is empty", expected="at least one row", do="fill it or remove the file")
     return text
@@ -292,11 +295,11 @@ def _object(value: object, where: str, number: int, rows: list[Row], lost: Broke
 
 
 def _csv(name: str, text: str, delimiter: str | None, lost: Broken) -> list[Row]:
+    csv.field_size_limit(MOST_CELL)  # Python's own is 128 KB: less than a long document
     if delimiter is None:  # a semicolon is what spreadsheets write in half of Europe
         head = text.lstrip("\n").split("\n", 1)[0]
         delimiter = max(",;\t|", key=lambda mark: len(next(csv.reader([head], delimiter=mark))))
     raw = delimiter == "\t" and _unquoted(text)
-    csv.field_size_limit(MOST_CELL)  # Python's own is 128 KB: less than a long document
     reader = csv.reader(
         io.StringIO(text, newline=""), delimiter=delimiter, strict=True,
         quoting=csv.QUOTE_NONE if raw else csv.QUOTE_MINIMAL,
@@ -313,6 +316,8 @@ def _csv(name: str, text: str, delimiter: str | None, lost: Broken) -> list[Row]
                 header = _header(name, begun, cells)
                 continue
             where = f"{name} line {begun}"
+            if not any(cells[len(header) :]):  # separators at the end of a line
+                cells = cells[: len(header)]
             if len(cells) != len(header):
                 problem = TaskError(
                     f"{where}: wrong number of cells",
@@ -332,6 +337,14 @@ def _csv(name: str, text: str, delimiter: str | None, lost: Broken) -> list[Row]
         whole = f"quotes closed and cells below {MOST_CELL // 10**6} MB"
         raise TaskError(f"{name} line {start} is not CSV ({error})", expected=whole) from None
     return rows
+
+
+def _tabled(text: str) -> bool:
+    """Whether a text is a table between tabs: as many in each line, and short names that differ in the first."""
+    lines = [line.split("\t") for line in text.split("\n") if line.strip()]
+    head = [cell.strip() for cell in lines[0]] if lines else []
+    named = len({*head}) == len(head) > 1 and all(0 < len(cell) <= 40 and not cell.isdigit() for cell in head)
+    return named and len(lines) >= 3 and len({*map(len, lines)}) == 1
 
 
 def _unquoted(text: str) -> bool:
@@ -375,8 +388,10 @@ def _cell(key: str, cell: str, where: str) -> Any:
 def literal(text: str) -> list[Any] | dict[str, Any] | None:
     """A list or an object as JSON or Python writes it; None for all else, such as NumPy's ['a' 'b']."""
     for parse in (json.loads, ast.literal_eval):
-        try:  # Python would read 'a' 'b' as one text
-            found = parse(text.strip()) if not re.search(r"""['"]\s+['"]""", text) else None
+        if parse is ast.literal_eval and re.search(r"""['"]\s+['"]""", text):  # Python would read 'a' 'b' as one text
+            return None
+        try:
+            found = parse(text.strip())
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
         if isinstance(found, (list, dict)):

@@ -101,8 +101,9 @@ def evaluate(
 ) -> Scorecard:
     """Score a System on examples. With a store, what was scored before under the same protocol is not run again.
 
-    Scores over the labels, which Systems share, are shared only `within` one run: what a System costs there would else
-    depend on what other runs have scored. Raises TaskError where the metric cannot be had from these rows.
+    Scores over the labels, which Systems share, and what a server says are shared only `within` one run: what a System
+    costs there would else depend on what other runs have scored. Raises TaskError where the metric cannot be had from
+    these rows.
     """
     if not examples:
         raise TaskError("nothing to score", expected=f"rows in {split}", found="none", do=f"add {split}.jsonl")
@@ -112,7 +113,8 @@ def evaluate(
             expected="a metric of answers", found=metric.name, do="see `whet methods` for what is at hand",
         )  # fmt: skip
     session = session or system.session
-    within = within if reads_scores(system, examples, session) else ""
+    # What a server answers is its model's of the day, too.
+    within = within if system.servers or reads_scores(system, examples, session) else ""
     key = within + _key(system, examples, metric, session)
     kept = store.outcomes(key) if store else None
     if kept is None:

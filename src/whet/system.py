@@ -446,6 +446,7 @@ class System:
         return target
 
     def _write(self, work: Path, self_contained: bool) -> None:
+        self_contained = (self_contained or self.model.carried) and not self.model.remote and self.model.whole is None
         body = {
             "whet": __version__,
             "fingerprint": self.fingerprint,
@@ -467,7 +468,7 @@ class System:
             if source.folder is None or not source.folder.is_dir():
                 raise ArtifactError(f"the index {source.fingerprint[:12]} is not at hand")
             shutil.copytree(source.folder, place)
-        if self_contained and not self.model.remote and self.model.whole is None:
+        if self_contained:
             shutil.copytree(local_folder(self.model, self.home), work / "base")
             body["base_hash"] = hash_files([p for p in (work / "base").iterdir() if p.is_file()])
         (work / "README.md").write_text(_card_text(self), encoding="utf-8")

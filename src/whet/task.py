@@ -437,13 +437,15 @@ def _examples(split: str, file: _File, metric: str, labels: tuple[str, ...], not
 def _named_apart(name: str, rows: Sequence[Example], notes: list[str]) -> list[Example]:
     """Rows with ids that differ: what is named as an earlier row gets a number behind its name."""
     seen: set[str] = set()
+    last: dict[str, int] = {}
     made, again = [], []
     for row in rows:
-        own, n = row.id, 1
+        own, n = row.id, last.get(row.id, 1)
         while own in seen:
             n += 1
             own = f"{row.id}~{n}"
         seen.add(own)
+        last[row.id] = n
         again += [row.id] if own != row.id else []
         made.append(row if own == row.id else replace(row, id=own))
     if again:

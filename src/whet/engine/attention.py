@@ -388,13 +388,14 @@ def tree_attention(
     layer = cast(int, module.layer_idx)
     if isinstance(whet_plan, Decode):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return decode(q, k, v, whet_plan, layer, scale)[None], None
+        return decode(q, k, v, whet_plan, layer, scale)[None].contiguous(), None
     out = cast(Tensor, _TreeAttention.apply(query, key, value, whet_plan, layer, scale))
     for trunk, here in whet_plan.keep_trunks:
         # Copies: a slice would hold on to the keys of the whole batch.
         whet_plan.kept.setdefault(trunk, {})[layer] = (key[:, :, here].clone(), value[:, :, here].clone())
     if whet_plan.keep_all is not None and attention_mask is None:  # a family with masks of its own is not shared
-        whet_plan.keep_all[layer] = (key, value)
+        # Where a layer attends twice, keys of one place would be another's: told by a layer too many.
+        whet_plan.keep_all[layer if layer not in whet_plan.keep_all else -1 - layer] = (key, value)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -92,6 +92,12 @@ class Late(RemoteError):
     spent = Spent()
 
 
+class Garbled(RemoteError):
+    """A request that no try got a usable answer to, though the server answered."""
+
+    spent = Spent()
+
+
 class Unanswered(RemoteError):
     """A choice that got an empty answer, and what asking has cost."""
 
@@ -107,10 +113,12 @@ class _Again(Exception):
     """One try that failed in a way that another may mend; `wait` is the server's own wish in seconds."""
 
     def __init__(
-        self, found: str, do: str, wait: float = 0.0, status: int = 0, body: bytes = b"", late: bool = False
-    ) -> None:
+        self, found: str, do: str, wait: float = 0.0, status: int = 0, body: bytes = b"", late: bool = False,
+        garbled: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(found)
         self.found, self.do, self.wait, self.status, self.body, self.late = found, do, wait, status, body, late
+        self.garbled = garbled
 
 
 # --- the connection ---------------------------------------------------------------------------------------------------
@@ -207,7 +215,7 @@ class Server:
                     said = {"expected": f"one within {tries} tries", "found": failed.found, "do": failed.do}
                     if failed.status:
                         raise Refusal(failed.status, failed.body, problem, **said) from failed
-                    raise (Late if late else RemoteError)(problem, **said) from failed
+                    raise (Late if late else Garbled if failed.garbled else RemoteError)(problem, **said) from failed
 
     def _once(
         self, path: str, content: bytes | None, read: Callable[[Any], T], retried: frozenset[int], limit: float
@@ -226,7 +234,7 @@ class Server:
             try:
                 return read(json.loads(body))
             except GARBAGE as error:
-                raise _Again(found, CHECK) from error
+                raise _Again(found, CHECK, garbled=True) from error
         advice = _ADVICE.get(status, "see the server's log" if status >= 500 else CHECK)
         if TOO_LONG.search(body):
             advice = ("raise the server's limit (vLLM: --max-model-len, llama.cpp: -c, Ollama: OLLAMA_CONTEXT_LENGTH), "
@@ -424,10 +432,10 @@ class RemoteSession(ByScores):
     ) -> list[T]:
         """Results of work on each item, in order, `concurrency` at a time; the first failure ends all and is raised.
 
-        What a server refuses of single prompts or is too slow for, or a model does not answer, is `unanswered` instead,
-        unless that happens to more of them than not: then it is no matter of the prompts.
+        What a server refuses of single prompts, is too slow for or answers by nothing usable, or a model does not
+        answer, is `unanswered` instead, unless that happens to more of them than not: then it is no matter of prompts.
         """
-        begun, results, failed = time.monotonic(), dict[int, T](), list[Refusal | Unanswered | Late]()
+        begun, results, failed = time.monotonic(), dict[int, T](), list[Refusal | Unanswered | Late | Garbled]()
         self.server.halt.clear()
         pool = ThreadPoolExecutor(self.concurrency)
         try:
@@ -436,7 +444,7 @@ class RemoteSession(ByScores):
                 place = places[future]
                 try:
                     results[place], spent = future.result()
-                except (Refusal, Unanswered, Late) as error:
+                except (Refusal, Unanswered, Late, Garbled) as error:
                     if isinstance(error, Refusal) and error.status not in PARTICULAR:
                         raise
                     failed.append(error)
@@ -530,8 +538,9 @@ class RemoteSession(ByScores):
             limit = min(32, shared_beginning(texts) // 2 + 2)
             reply, spent = self._request(prompt, {"max_tokens": limit, "temperature": 0.0, **many})
             first = reply.choices[0]
-            values = by_beginning(first.steps, texts, first.ended)
-            if decided(values):
+            # Without a text the tokens are those of a thought.
+            values = by_beginning(first.steps, texts, first.ended) if first.text.strip() else []
+            if values and decided(values):
                 return tuple(Score(v, 1) for v in values), spent
         limit = max(24, 4 * max(map(tokens, texts), default=0) // 3 + 16)
         reply, cost = self._answered(prompt, {"max_tokens": limit, "temperature": 0.0})

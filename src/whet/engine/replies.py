@@ -95,6 +95,10 @@ def read_reply(body: Any) -> Reply:
         told = item["message"] if chat else item
         # Some leave the content out where thought has taken all of the limit.
         text = told.get("content") if chat and "role" in told else told["content" if chat else "text"]
+        if item.get("error") or item.get("finish_reason") == "error":
+            raise ValueError("the provider failed")
+        if isinstance(text, list):  # parts, of which some are thoughts
+            text = "".join(part["text"] for part in text if part.get("type") in ("text", "output_text"))
         if text is not None and not isinstance(text, str):
             raise TypeError("text expected")
         said = unescape(without_thought(text or ""), ASIDES) if chat else text or ""

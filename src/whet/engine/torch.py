@@ -79,6 +79,18 @@ class Prefilled:
         return next(iter(self.own.values()))[0].shape[2]
 
 
+def layer_configs(config: Any) -> list[Any]:
+    """The configuration of each layer: in some families heads differ in size from layer to layer."""
+    own = getattr(config, "per_layer_config", None)
+    return list(own) if own else [config] * config.num_hidden_layers
+
+
+def _key_size(config: Any) -> int:
+    """Numbers that a layer's keys take for each token."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return int(heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads))
+
+
 class TorchSession(ByScores):
     """A session over a module and its tokenizer; also over a live module that is being trained."""
 
@@ -115,9 +127,7 @@ class TorchSession(ByScores):
     def key_tokens(self) -> int:
         """How many tokens' keys and values are held at once."""
         config = self.module.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        each = 2 * config.num_hidden_layers * heads * size * self.module.dtype.itemsize
+        each = 2 * sum(map(_key_size, layer_configs(config))) * self.module.dtype.itemsize
         device = self.module.device
         on_gpu = device.type == "cuda"
         most = KEY_SHARE * torch.cuda.get_device_properties(device).total_memory if on_gpu else KEY_BYTES

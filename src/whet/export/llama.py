@@ -130,7 +130,10 @@ class LlamaSession(ByScores):
         same = 0
         while same < min(len(prompt) - 1, len(self.held)) and prompt[same] == self.held[same]:
             same += 1
-        self.cpp.llama_memory_seq_rm(self.memory, 0, same, -1)
+        self.held = ()
+        if not self.cpp.llama_memory_seq_rm(self.memory, 0, same, -1):  # some models cannot forget a part
+            self.cpp.llama_memory_clear(self.memory, True)
+            same = 0
         rows = [(t, n, 0, n == len(prompt) - 1) for n, t in enumerate(prompt)][same:]
         (self.last,) = self._decode(rows)
         self.held = prompt

@@ -479,7 +479,7 @@ def _at_hand(model: ModelRef) -> bool:
     from whet.model import resolve
 
     try:
-        return bool(model.transforms) or resolve(model.base).content == model.content
+        return bool(model.transforms) or model.carried or resolve(model.base).content == model.content
     except ModelError:
         return False
 

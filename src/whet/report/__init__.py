@@ -81,6 +81,8 @@ def _confirmed(result: Record, confirm: Record, scale: Scale) -> str:
         return (f"The chosen system was not shown to be better than the base: {scale.title} {scale.score(chosen)} "
                 f"against {scale.score(base)} ({change}) on {sealed}{but}")
     tried = any(a.kind == "arm" and a.score is not None for a in view.arms(result))
+    if failed := _failed(result):
+        return f"{failed}; the base is handed over: {scale.title} {scale.score(base)} on {sealed}"
     if tried and not view.opened(confirm):
         return (f"No candidate beat the base model on the select split, so none was tried on {sealed}; "
                 f"the base is handed over: {scale.title} {scale.score(base)}")
@@ -102,10 +104,19 @@ def _unconfirmed(result: Record, scale: Scale) -> str:
         return f"{chosen.name} was chosen, and nothing was confirmed"
     if base is None:
         return "Nothing was measured"
-    if any(a.kind == "arm" for a in arms):
+    if failed := _failed(result):
+        return f"{failed}; the base is handed over: {scale.title} {scale.score(base)} on the select split"
+    if any(a.kind == "arm" and a.score is not None for a in arms):
         return (f"Nothing beat the base model, which is handed over: {scale.title} {scale.score(base)} "
                 "on the select split, not confirmed")
     return f"Only the base model was measured: {scale.title} {scale.score(base)} on the select split"
+
+
+def _failed(result: Record) -> str:
+    """That nothing could be tried and why, where all arms failed; empty otherwise."""
+    arms = [t for t in records(result.get("trials")) if not view.is_base(t, result)]
+    whys = [f"{view.name_of(t)}: {line(t.get('why'))}" for t in arms if line(t.get("status")) == "failed"]
+    return f"Nothing could be tried ({whys[0].rstrip('.')})" if whys and len(whys) == len(arms) else ""
 
 
 def write(path: Path, result: dict[str, Any], details: dict[str, Any]) -> None:
@@ -403,7 +414,9 @@ def _words(result: Record, scale: Scale) -> list[str]:
         said.append(f"With {examples}, a true difference under {scale.score(smallest)}{scale.unit} "
                     "could not reliably have been shown (80 % power, 5 % level, two-sided).")
     said += filter(None, [_shrunk(result, scale)])
-    if record(confirm.get("base")):
+    if record(confirm.get("base")) and not view.handed(result) and not view.opened(confirm):
+        said.append("The base alone answered the sealed examples; no method saw these examples before.")
+    elif record(confirm.get("base")):
         said.append(f"Base and {view.second(result).lower()} answered the same examples; intervals and tests are "
                     "paired, and no method saw these examples before.")
     else:

@@ -259,14 +259,20 @@ def second(result: Record) -> str:
 def winning_baseline(result: Record) -> tuple[str, float, bool] | None:
     """The best baseline that does as well as the handed-over system on the confirm split, or better: its name, its
     score there, and whether the paired interval and test show it to be ahead.
+
+    Without such a split on select, where nothing is shown. A score of 0 is nothing to do well by.
     """
     confirm, scale = record(result.get("confirm")), Scale.of(result)
-    ours = number(record(confirm.get("chosen" if handed(result) else "base")).get("score"))
+    who, split = "chosen" if handed(result) else "base", "confirm" if record(confirm.get("base")) else "select"
+    ours = (number(record(confirm.get(who)).get("score")) if split == "confirm" else
+            next((a.score for a in arms(result) if a.kind == who), None))  # fmt: skip
     sign = 1 if scale.higher_is_better else -1
-    scored = [(line(b.get("name")) or "baseline", s, _ahead(b))
-              for b in records(result.get("baselines")) if (s := number(b.get("confirm"))) is not None]
+    scored = [(line(b.get("name")) or "baseline", s, split == "confirm" and _ahead(b))
+              for b in records(result.get("baselines")) if (s := number(b.get(split))) is not None]
     best = max(scored, key=lambda pair: sign * pair[1], default=None)
-    return best if best and ours is not None and sign * (best[1] - ours) >= 0 else None
+    if best is None or ours is None or sign * (best[1] - ours) < 0:
+        return None
+    return None if scale.higher_is_better and best[1] <= 0 else best
 
 
 def _ahead(baseline: Record) -> bool:

@@ -142,12 +142,12 @@ def improve(
     `budget` is "90s", "10m", "2h" or seconds. Finished trials of the same call are taken from the store; `report_to`
     names trackers of trainings. Raises a WhetError for bad input before anything is spent.
     """
-    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:  # each would race by its own clock
-        raise MethodError("whet improve is one process", expected="a start without torchrun", found=f"{processes}",
-                          do="train in several by torchrun … whet apply finetune")  # fmt: skip
-    check(report_to)
     watch, begun = watch or Silent(), time.monotonic()
     try:
+        if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:  # each would race by its own clock
+            raise MethodError("whet improve is one process", expected="a start without torchrun", found=f"{processes}",
+                              do="train in several by torchrun … whet apply finetune")  # fmt: skip
+        check(report_to)
         loaded = task if isinstance(task, Task) else tasks.load(task, trust=trust)
         models = (model,) if isinstance(model, str) else tuple(model)
         wish = Wish(models, seconds(budget), tuple(methods), recipe, seed, strict, self_contained,
@@ -170,7 +170,8 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
     metric = get(task.metric, task.folder, task.trusted)
     if not task.test and not splits.select:
         raise TaskError("nothing to measure on", expected="test.jsonl, dev.jsonl or 10 train rows", found="none")
-    refs = [resolve(name) for name in wish.models]
+    refs = [resolve(name) for name in dict.fromkeys(wish.models)]
+    refs = [ref for n, ref in enumerate(refs) if all(ref.content != other.content for other in refs[:n])]
     if metric.name == "win_rate" and refs[0].remote:
         raise MethodError("the judge of a win rate is made of the first model's weights", expected="a local --model",
                           found=refs[0].base, do="name a local one first, or take another metric")  # fmt: skip

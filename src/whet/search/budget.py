@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 import random
 import re
@@ -28,6 +29,8 @@ UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 def seconds(text: str | float) -> float:
     """"90s", "10m" or "2h" (a plain number: minutes) as seconds. Raises WhetError for anything else."""
     if isinstance(text, (int, float)):
+        if not 0 < text < math.inf:
+            raise WhetError("cannot read the budget", expected="seconds above 0", found=repr(text))
         return float(text)
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", text)
     if not found or float(found[1]) <= 0:

@@ -193,16 +193,18 @@ def details(
     """What the report shows beside the result: examples, curves, labels."""
     rows = job.splits.confirm if cards else job.race.select
     base = cards.get("base") or (job.race.base.card if job.race.base else None)
-    chosen = cards.get("chosen") or (handed.card if handed else None) or base
+    chosen = cards.get("chosen") or (handed.card if handed else None)
     examples = []
-    if base and chosen:
-        by_id: dict[str, Outcome] = {o.id: o for o in chosen.outcomes}
+    if base:
+        by_id: dict[str, Outcome] = {o.id: o for o in chosen.outcomes} if chosen else {}
         first = {o.id: o for o in base.outcomes}
-        for row in (r for r in rows if r.id in first and r.id in by_id):  # some, where the clock stopped the race
-            a, b = first[row.id], by_id[row.id]
+        for row in (r for r in rows if r.id in first):
+            a, b = first[row.id], by_id.get(row.id)
+            if chosen and b is None:  # the clock stopped the race before
+                continue
             examples.append({
                 "id": row.id, "prompt": row.prompt or (row.text or "")[:2000], "reference": row.completion,
-                "base": a.answer, "chosen": b.answer, "base_score": a.score, "chosen_score": b.score,
+                "base": a.answer, "chosen": b and b.answer, "base_score": a.score, "chosen_score": b and b.score,
             })  # fmt: skip
     curves = [
         {"name": t.name, "train": t.notes["curves"]["train"], "validation": t.notes["curves"]["validation"]}

@@ -209,7 +209,7 @@ def refined(job: _Job) -> tuple[Trial | None, list[Arm]]:
     None where a training did better: what is next to an arm is not far from it.
     """
     race, best = job.race, _best(job, trained=False)
-    if best is None or best is not _best(job, trained=True):
+    if best is None or best is not _best(job, trained=True) or time.monotonic() > race.deadline:
         return None, []
     tried = {t.name for t in race.trials}
     helped = sorted((t for t in race.trials if t.against_base and t.against_base.low > 0), key=race.merit, reverse=True)
