@@ -1343,7 +1343,8 @@ def test_settings_next_to_an_arm_are_tried_only_where_no_training_did_better(mon
     trials = [SimpleNamespace(recipe=parse(name), name=name, label="", card=True, examples=4, merit=merit,
                               against_base=ahead) for name, merit in merits.items()]  # fmt: skip
     asked_for = list[Sequence[Recipe]]()
-    race = SimpleNamespace(trials=trials, select=[0] * 4, merit=lambda t: t.merit, data=None, rates={}, left=60.0)
+    race = SimpleNamespace(trials=trials, select=[0] * 4, merit=lambda t: t.merit, data=None, rates={}, left=60.0,
+                           deadline=math.inf)  # fmt: skip
     base = SimpleNamespace(model=SimpleNamespace(base="m"))
     job: Any = SimpleNamespace(race=race, bases=[base], wish=Wish(), run=None)
     monkeypatch.setattr(plan, "cheap_arms", lambda *args: (asked_for.append(args[-1]), ([], [], []))[1])
