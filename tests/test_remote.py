@@ -489,16 +489,21 @@ def test_an_answer_in_parts_is_read_without_its_thoughts():
 
 def test_tokens_of_a_thought_are_no_answer():
     """Of a model that thinks apart, log-probabilities may be the thought's: what begins like it is not its answer."""
-    class Apart(Thinker):
+    class Apart(Play):
         def answer(self, path, payload, nth):
-            if path == "/v1/chat/completions" and payload.get("logprobs") and hasattr(self, "opened"):
-                step = {"token": "We", "logprob": -0.01, "top_logprobs": [{"token": "We", "logprob": -0.01}]}
-                message = {"role": "assistant", "content": None, "reasoning_content": "We need"}
-                choice = {"message": message, "finish_reason": "length", "logprobs": {"content": [step]}}
+            if path != "/v1/chat/completions":
+                return super().answer(path, payload, nth)
+            if payload.get("logprobs"):
+                likely = [{"token": one, "logprob": math.log(p)} for one, p in (("We", 0.9), ("Okay", 0.05))]
+                steps = [{**likely[0], "top_logprobs": likely}] * payload["max_tokens"]
+                message = {"role": "assistant", "content": None, "reasoning_content": "We need to say"}
+                choice = {"message": message, "finish_reason": "length", "logprobs": {"content": steps}}
                 return 200, {"choices": [choice]}, {}
-            return super().answer(path, payload, nth)
+            thinks = payload["max_tokens"] < 100
+            return 200, self.chat(payload, "" if thinks else "alarm", finish_reason="length" if thinks else "stop"), {}
 
-    with session(Apart("empty", "alarm")) as s:
+    with session(Apart()) as s:
+        assert s.protocol["scoring"] == "logprobs"
         row = s.score([USER], [["alarm", "weather", "music"]])[0]
     assert row[0].logprob > row[1].logprob
 

@@ -63,7 +63,7 @@ class Number(Share):
         return math.isclose(given, wanted, rel_tol=0.0, abs_tol=1e-6 * max(abs(wanted), 1e-6))
 
 
-FAR, FLAT = 1e100, 1e-12  # beyond which squares overflow; of a spread that is rounding alone
+FLAT = 1e-12  # of the squares: a spread that is rounding alone
 
 
 @dataclass(frozen=True)
@@ -93,14 +93,12 @@ class Pearson(Additive):
     def _scale(self, values: Any, read: Any, outcomes: Sequence[Outcome]) -> Any:
         """Values centred and scaled, which no correlation sees and sums of squares need.
 
-        Those of several runs alike: tests swap values between them. By what most are, as one stray number says nothing.
+        Those of several runs alike: tests swap values between them. Around the median, which no stray number moves.
         """
-        some = values[read]
-        if not len(some):
+        if not read.any():
             return values
-        apart = np.abs(some - (middle := np.median(some)))
-        most = 10 * np.median(apart) or apart.max()
-        return np.clip((values - middle) / (np.minimum(apart, most).mean() or 1.0), -FAR, FAR)
+        centred = values - np.median(values[read])
+        return centred / (np.abs(centred[read]).max() or 1.0)
 
     def finish(self, totals: Any) -> Any:
         """The correlation from summed rows."""

@@ -170,7 +170,7 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
     metric = get(task.metric, task.folder, task.trusted)
     if not task.test and not splits.select:
         raise TaskError("nothing to measure on", expected="test.jsonl, dev.jsonl or 10 train rows", found="none")
-    refs = [resolve(name) for name in dict.fromkeys(wish.models)]
+    refs = [resolve(name) for name in wish.models]
     refs = [ref for n, ref in enumerate(refs) if all(ref.content != other.content for other in refs[:n])]
     if metric.name == "win_rate" and refs[0].remote:
         raise MethodError("the judge of a win rate is made of the first model's weights", expected="a local --model",
