@@ -8,8 +8,8 @@ quantize   int8 (weights and activations, and weights only) and 4 bits by neares
            turns with the tuned System's.
 peers      the same System as a GGUF that llama.cpp has quantized to Q8_0, Q4_0 and Q4_K_M: bytes, score and speed
            (needs the extra llamacpp).
-teach      context distillation: the teacher is the base with 16 demonstrations, calibrated; the student has none.
-           Scores, and latency with cold caches.
+teach      context distillation: the teacher is the base with 16 demonstrations, calibrated; the student has none, and
+           may be made smaller in further stages. Scores, and latency with cold caches.
 students   at most 62 % of the parameters: MLPs narrowed or layers dropped, and the vocabulary trimmed; healed by
            distillation and by fine-tuning, with the same tokens, each at the better of `--rates` by 300 select rows.
 composed   the first of these students, distilled, in 4 bits, but for what 18 % of the bytes leave room for.
@@ -31,6 +31,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +53,11 @@ NEW, LONG = 64, 500  # tokens decoded, words read
 
 
 class Bench(common.Bench):
-    """A task and the System tuned on it."""
+    """A task and, for the parts that ask for it, the System tuned on it with its scorecard."""
 
     def __init__(self, options: Any, name: str, home: Path) -> None:
-        from whet.methods import make
-
         super().__init__(options, name, home)
-        begun = time.perf_counter()
-        self.tuned = make("finetune", {"epochs": options.epochs}).apply(self.base, self.data, self.run)
-        print(f"\n## {name}: tuned on {len(self.data.train)} rows in {time.perf_counter() - begun:.0f} s (0: kept)\n")
-        self.card = self.tested(self.tuned)
+        print(f"\n## {name}", flush=True)
         kept = {e.prompt for e in self.data.train}
         more = [e.prompt for e in self.task.split(options.seed).learnable.train if e.prompt not in kept]
         prompts = home / f"{name}-prompts.jsonl"
@@ -70,6 +66,18 @@ class Bench(common.Bench):
         file = f",unlabelled={prompts}" if options.unlabelled and more else ""
         self.heal = {rate: f"distill(adapter=full,learning_rate={rate}{file})" for rate in options.rates}
         self.tune = {rate: f"finetune(adapter=full,learning_rate={rate})" for rate in options.rates}
+
+    @cached_property
+    def tuned(self) -> Any:
+        """The System that is fine-tuned on the task."""
+        system, _, seconds = self.made(f"finetune(epochs={self.options.epochs})", self.base)
+        print(f"\ntuned on {len(self.data.train)} rows in {seconds:.0f} s (0: kept)", flush=True)
+        return system
+
+    @cached_property
+    def card(self) -> Any:
+        """What the tuned System scores on the test rows."""
+        return self.tested(self.tuned)
 
     def made(
         self, recipe: str, start: Any, tokens: int | None = None, size: int | None = None
@@ -221,25 +229,30 @@ def quantize(bench: Bench) -> dict[str, Any]:
 
 
 def teach(bench: Bench) -> dict[str, Any]:
-    """A teacher with 16 demonstrations and the student that has to do without them."""
+    """A teacher with 16 demonstrations and the student that has to do without them, in one stage or several."""
     from whet.probe import probe
 
     shown = bench.options.teacher or ("fewshot(k=16)+calibrate" if bench.task.labels else "fewshot(k=16)")
-    teacher, _, _ = bench.made(shown, bench.base)
-    student, _, seconds = bench.made(bench.options.student, teacher)
-    cards, times = {}, {}
-    for name, system in (("base", bench.base), ("teacher", teacher), ("student", student)):
-        cards[name] = bench.tested(system)
-        folder = system.save(bench.run.home / f"{name}-{bench.task.name}")
-        times[name] = probe(folder, bench.run.home, bench.test)[0]
-    share = cards["student"].score / cards["teacher"].score
-    faster = times["student"] / times["teacher"]
-    print(f"\n### teach: {bench.options.student}, {len(bench.data.train)} prompts, {seconds:.0f} s\n")
-    print(common.table(["", "score", "ms an answer"],
-                       [[n, f"{100 * c.score:.1f}", f"{times[n]:.0f}"] for n, c in cards.items()]))  # fmt: skip
+    systems = {"base": bench.base, "teacher": bench.made(shown, bench.base)[0]}
+    student, seconds = systems["teacher"], 0.0
+    for stage in bench.options.student:
+        student, _, more = bench.made(stage, student)
+        systems[stage], seconds = student, seconds + more
+        print(f"{stage}: {more:.0f} s", flush=True)
+    cards = {name: bench.tested(system) for name, system in systems.items()}
+    folders = [s.save(bench.run.home / f"{bench.task.name}-{n}") for n, s in enumerate(systems.values())]
+    asked = [[probe(folder, bench.run.home, bench.test)[0] for folder in folders] for _ in range(bench.options.repeats)]
+    times = dict(zip(systems, map(statistics.median, zip(*asked, strict=True)), strict=True))
+    print(f"\n### teach: {shown}, {len(bench.data.train)} prompts, {seconds:.0f} s; {len(bench.test)} test rows\n")
+    rows = []
+    for name, card in cards.items():
+        share, faster = card.score / cards["teacher"].score, times[name] / times["teacher"]
+        rows.append([name, f"{100 * card.score:.1f}", f"{100 * share:.1f} %", bench.lost(card, cards["teacher"])[0],
+                     f"{times[name]:.0f}", f"{faster:.2f}"])  # fmt: skip
+    print(common.table(["", "score", "of the teacher", "points lost", "ms an answer", "of its latency"], rows))
+    share, faster = cards[stage].score / cards["teacher"].score, times[stage] / times["teacher"]
     print(f"student: {100 * share:.1f} % of the teacher's score ({common.verdict(share, 0.97)}), "
           f"{faster:.2f} of its latency (asked: at most 0.25)")  # fmt: skip
-    print("against the teacher, points lost: {} (bound {})".format(*bench.lost(cards["student"], cards["teacher"])))
     return {"scores": {n: c.score for n, c in cards.items()}, "ms": times, "seconds": seconds}
 
 
@@ -344,7 +357,7 @@ def main() -> None:
     options.add_argument("--tokens", type=int, default=None, help="bound of the tokens that healing may train on")
     options.add_argument("--kinds", nargs="*", default=KINDS, help="quantizations")
     options.add_argument("--teacher", default="", help="of `teach`, say rag(k=2); by default 16 demonstrations")
-    options.add_argument("--student", default="distill", help="how the student of `teach` is made")
+    options.add_argument("--student", nargs="+", default=["distill"], help="of `teach`: how it is made, in stages")
     options.add_argument("--shapes", nargs="*", default=SHAPES, help="students; of the first, `composed` is made")
     options.add_argument("--rates", nargs="*", type=float, default=RATES, help="learning rates of students' trainings")
     options.add_argument("--unlabelled", type=int, default=2500, help="prompts of further train rows")

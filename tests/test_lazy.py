@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from models import make_model, reference
 
 from whet.engine import lazy
-from whet.engine.lazy import _Search, tree, worth
+from whet.engine.lazy import AHEAD, _Search, tree, worth
 from whet.engine.prefix import Tokens
 from whet.engine.torch import TorchSession
 
@@ -120,6 +120,40 @@ def test_without_patience_the_likeliest_branch_is_followed(choices: list[Tokens]
     assert max(found) >= true_scores([path], [1], [0.0])[0] - 1e-9
 
 
+@given(some_choices, st.integers(0, 6), st.booleans(), st.lists(st.integers(0, 9), min_size=1, max_size=30))
+def test_reading_ahead_changes_no_choice(
+    choices: list[Tokens], patience: int, whole: bool, widths: list[int]
+) -> None:
+    """Whatever is read along with what is asked for, and however much of it, the search ends in the same place."""
+    lengths = [1] * len(choices) if whole else [len(c) for c in choices]
+    offsets = [0.0] * len(choices)
+    nodes = tree(choices)
+    paths: list[Tokens] = [()]
+    for node in nodes[1:]:
+        paths.append((*paths[node.parent], node.token))
+
+    def below(node: int) -> list[float]:
+        return [chance((*paths[node], token)) for token in nodes[node].children]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lazy, "PATIENCE", patience)
+        plain, _ = run_search(choices, lengths, offsets)
+        search, waves = _Search(nodes, lengths, offsets), 0
+        search.read[0] = below(0)
+        while search.unread() >= 0:
+            wave = search.wave(widths[waves % len(widths)])
+            waves += 1
+            assert len(wave) == len(set(wave)) <= max(1, widths[(waves - 1) % len(widths)])
+            assert wave[0] == search.at and all(nodes[n].children for n in wave)
+            for node in wave:
+                assert len(search.path(node)) == nodes[node].depth - 1  # its ancestors' keys are at hand
+                search.read[node] = below(node)
+        places = sorted(search.slots.values())
+        assert places == list(range(len(places)))
+        assert len(places) <= patience + max(map(len, choices)) + AHEAD
+    assert search.result() == plain
+
+
 # --- in a session -----------------------------------------------------------------------------------------------------
 
 WORDS = ["card", "cash", "lost", "fee", "top_up", "transfer", "exchange", "pin", "refund", "limit"]
@@ -202,6 +236,25 @@ def test_company_does_not_change_a_choice(session: TorchSession) -> None:
         [alone] = session.choose([prompt], [LABELS])
         assert best(alone) == best(mine)
         assert max(alone) == pytest.approx(max(mine), abs=1e-4)
+
+
+def test_few_prompts_are_read_in_wider_waves(session: TorchSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One prompt alone takes fewer waves than one token at a time would, and is answered alike, score for score."""
+    steps: list[int] = []
+    plain = TorchSession.advance
+
+    def counted(self: Any, tokens: Any, *rest: Any) -> Any:
+        steps.append(len(tokens))
+        return plain(self, tokens, *rest)
+
+    monkeypatch.setattr(TorchSession, "advance", counted)
+    [wide] = session.choose(PROMPTS[:1], [LABELS])
+    taken = steps.copy()
+    monkeypatch.setattr(lazy, "WIDE", 1)
+    [narrow] = session.choose(PROMPTS[:1], [LABELS])
+    assert set(steps[len(taken) :]) == {1} and max(taken) > 1
+    assert 2 * len(taken) < len(steps) - len(taken)
+    assert list(wide) == pytest.approx(narrow, abs=1e-4)
 
 
 def test_small_groups(session: TorchSession, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,18 +69,19 @@ class Plan:
 
 @dataclass
 class Decode:
-    """One step of generation: row i is query i; its own keys lie in `own` [n, heads, capacity, size] per layer."""
+    """One step of n rows, `width` new tokens each, row by row; own keys lie in `own` [n, heads, capacity, size]."""
 
-    own: dict[int, KeysValues]
-    at: Tensor  # [n] where each row's new key is written
-    mask: Tensor  # additive [n, 1, 1, capacity]
-    reads: tuple[Reads, ...]
+    own: dict[int, KeysValues]  # per layer
+    at: Tensor  # [n · width] where each new token's key is written
+    mask: Tensor  # additive [n, 1, width, capacity]
+    reads: tuple[Reads, ...]  # by rows
     kept: dict[int, dict[int, KeysValues]]
+    width: int = 1
 
     @cached_property
     def rows(self) -> Tensor:
-        """The rows' numbers."""
-        return torch.arange(len(self.at), device=self.at.device)
+        """The row of each new token."""
+        return torch.arange(len(self.at), device=self.at.device) // self.width
 
     @cached_property
     def place(self) -> int:
@@ -346,9 +347,9 @@ class _TreeAttention(torch.autograd.Function):
 
 
 def decode(q: Tensor, k: Tensor, v: Tensor, step: Decode, layer: int, scale: float) -> Tensor:
-    """One new token per row: its key and value are written, then it reads its own past and the trunks above it.
+    """New tokens of rows: keys and values are written, then each reads its row's past and the trunks above it.
 
-    q [n, heads, size], k and v [n, groups, size] → [n, heads, size].
+    q [n · width, heads, size], k and v [n · width, groups, size] → [n · width, heads, size].
     """
     keys, values = step.own[layer]
     if len(q) == 1:
@@ -356,15 +357,16 @@ def decode(q: Tensor, k: Tensor, v: Tensor, step: Decode, layer: int, scale: flo
         keys[0, :, at], values[0, :, at] = k[0], v[0]
     else:
         keys[step.rows, :, step.at], values[step.rows, :, step.at] = k, v
-    own, own_lse = _attend(q[:, :, None], keys, values, False, step.mask, scale, alone=not step.reads)
+    by_row = q.unflatten(0, (-1, step.width)).transpose(1, 2)
+    own, own_lse = _attend(by_row, keys, values, False, step.mask, scale, alone=not step.reads)
     if not step.reads:
-        return own[:, :, 0]
+        return own.transpose(1, 2).flatten(0, 1)
     asked = q.transpose(0, 1)[None]
-    out = own[:, :, 0].transpose(0, 1)[None].float().contiguous()
-    lse = own_lse[:, :, 0].transpose(0, 1)[None].float().contiguous()
+    out = own.transpose(0, 1).flatten(1, 2)[None].float().contiguous()
+    lse = own_lse.transpose(0, 1).flatten(1, 2)[None].float().contiguous()
     for reads in step.reads:
         kept_keys, kept_values = step.kept[reads.trunk][layer]
-        here = slice(reads.start, reads.stop)
+        here = slice(reads.start * step.width, reads.stop * step.width)
         part, part_lse = _attend(asked[:, :, here], kept_keys, kept_values, False, None, scale)
         _merge(out[:, :, here], lse[:, :, here], part.float(), part_lse.float())
     return out[0].transpose(0, 1).to(q.dtype)

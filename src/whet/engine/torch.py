@@ -378,7 +378,8 @@ class TorchSession(ByScores):
             step = len(live[0].tokens) - 1
             at = torch.tensor([len(x.unit.tokens) + step for x in live], device=device)
             seen = torch.arange(ready.capacity, device=device) <= at[:, None]
-            plan = attention.Decode(own, at, additive(seen, dtype), decode_reads(forest, [x.unit for x in live]), kept)
+            reads = decode_reads(forest, [x.unit for x in live])
+            plan = attention.Decode(own, at, additive(seen[:, None], dtype), reads, kept)
             logits = self.advance([x.tokens[-1] for x in live], [x.length + step for x in live], plan)
 
     def advance(self, tokens: Sequence[int], positions: Sequence[int], plan: attention.Decode) -> Tensor:
@@ -563,9 +564,9 @@ def _own_keys(kv: attention.KeysValues, places: Tensor, capacity: int) -> attent
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask [rows, keys] as the additive mask [rows, 1, 1, keys] of a decoding step."""
+    """A boolean mask [rows, tokens, keys] as the additive mask [rows, 1, tokens, keys] of a decoding step."""
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    return mask.masked_fill_(~seen, float("-inf"))[:, None, None]
+    return mask.masked_fill_(~seen, float("-inf"))[:, None]
 
 
 def groups(forest: prefix.Forest, new: int, most: int) -> Iterator[list[prefix.Unit]]:
