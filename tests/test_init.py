@@ -289,6 +289,8 @@ def test_public_shapes(tmp_path, shape, form):
     right = [text for text in example.choices if text == said]
     assert bool(guess.columns.choices) == bool(right) == task.closed & (not task.labels)
     told = "\n".join(guess.lines)
+    if guess.columns.reading:
+        assert f"its answer is read as {guess.columns.reading}" in told
     for key in rows[0]:  # each column is used or named
         assert key == "id" or key in told or f"{key}." in told, (key, told)
 

@@ -90,6 +90,10 @@ def test_identity_is_of_contents_not_of_paths(folder: Path, tmp_path: Path) -> N
         stream.seek(-1, 2)
         stream.write(b"\x01")
     assert resolve(str(folder)).identity != resolve(str(copy)).identity
+    ends = tmp_path / "ends"
+    shutil.copytree(folder, ends)
+    (ends / "generation_config.json").write_text('{"eos_token_id": [1, 2, 3]}')
+    assert resolve(str(folder)).identity != resolve(str(ends)).identity
     assert resolve("openai:m@http://127.0.0.1:1/v1") == ModelRef("openai:m@http://127.0.0.1:1/v1", "openai:m@http://127.0.0.1:1/v1")
 
 

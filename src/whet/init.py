@@ -378,7 +378,8 @@ def _metric(
         )
         return metric, ()
     if all("choices" in row for row in rows):
-        lines.append("metric accuracy: every row has its own choices")
+        told = f", and its answer is read as {columns.reading}" if columns and columns.reading else ""
+        lines.append(f"metric accuracy: every row has its own choices{told}")
         return "accuracy", ()
     answers = [row["completion"] for row in rows]
     name = key_of(columns.completion) if columns else ""

@@ -137,8 +137,9 @@ def embedded_file(alias: str) -> Path:
 
 
 def _weights(folder: Path) -> list[Path]:
-    """The files of a model folder that make its identity: weights, configuration and tokenizer."""
-    names = ("*.safetensors", "config.json", "tokenizer*", "*.jinja", "vocab*", "merges.txt", "special_tokens_map.json")
+    """The files of a model folder that make its identity: weights, configurations (what ends a turn), tokenizer."""
+    names = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*", "*.jinja", "vocab*", "merges.txt",
+             "special_tokens_map.json")  # fmt: skip
     return [p for pattern in names for p in folder.glob(pattern)]
 
 
