@@ -1285,6 +1285,9 @@ def test_weights_that_people_and_earlier_tasks_judge(
     ours = ("continual", "continual+dpo", "continual+rl")
     assert {status.get(name) for name in ours} <= {"done", "refused"}, status
     assert all(t["spent"]["trained_tokens"] for t in made.result["trials"] if t["name"] in ours)
+    kept = [t for t in made.result["trials"] if t["forgetting"] is not None and t["status"] != "refused"]
+    for said in ("nats a token from the base", "general ability: perplexity of plain text"):
+        assert any(said in note for note in made.result["notes"]) == bool(kept), made.result["notes"]
 
 
 def test_the_next_best_arm_stands_in_for_one_that_forgets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,12 +14,15 @@ from whet.methods import Run
 from whet.metrics import Metric, get, in_points
 from whet.progress import figure
 from whet.scorecard import Scorecard, alike, evaluate
+from whet.splits import shared_order
 from whet.system import System
+from whet.task import Example
 
 if TYPE_CHECKING:
     from whet.engine.prefix import Row
     from whet.engine.torch import TorchSession
 
+DRIFT_ROWS = 64  # rows of a task that drift is told from
 ALLOWED = 1.0  # points that an earlier task may lose where `limits.forgetting` says nothing
 
 
@@ -169,6 +172,18 @@ def forgetting(
 def refused(lost: Sequence[Lost]) -> str:
     """Why a candidate is refused; empty where no earlier task lost more than is allowed."""
     return "; ".join(str(one) for one in lost if not one.ok)
+
+
+def moved_by(before: System, after: System, examples: Sequence[Example], run: Run) -> float | None:
+    """The drift of a System's model on answers to rows that it did not learn from; None where none can be taken."""
+    from whet.engine.torch import TorchSession
+    from whet.train.lesson import render_rows
+
+    rows = shared_order([e for e in examples if e.completion], bool(before.decoding.closed), run.seed)[:DRIFT_ROWS]
+    old, new = (run.session(one.model) for one in (before, after))
+    if not rows or not isinstance(old, TorchSession) or not isinstance(new, TorchSession):
+        return None
+    return drift(old, new, render_rows(before, rows, old)[0])
 
 
 def drift(before: TorchSession, after: TorchSession, rows: Sequence[Row]) -> float:

@@ -19,7 +19,7 @@ from whet.methods.continual import BY_ROWS, Continual
 from whet.methods.reward import metric_of
 from whet.metrics import Metric, get
 from whet.progress import apart, figure
-from whet.retention import ALLOWED, Lost, Stream, drift, forgetting, loss, refused, stream
+from whet.retention import ALLOWED, Lost, Stream, forgetting, loss, moved_by, refused, stream
 from whet.scorecard import Scorecard, evaluate, split_seed
 from whet.search.out import made_for
 from whet.search.recipe import Recipe
@@ -27,7 +27,7 @@ from whet.splits import shared_order
 from whet.system import System
 from whet.task import Example, Splits, Task
 
-LOOKED_AT = 64  # rows of the new task that drift is told from
+LOOKED_AT = 64  # rows that tell whether to calibrate anew
 WORDIER = 3.0  # words more that are no long-windedness yet, of answers that were short or empty
 LONGER, DRIFTED = 1.5, 0.5  # feedback may make answers so many times as long, and move them so many nats a token
 
@@ -235,10 +235,11 @@ def update(
     itself = metric.name != "win_rate" and (feedback is not None or own(system, task))
     lost = _lost((start, given, after), task, tasks, (*cards, metric) if itself else None, run)
     length = _length(cards[0]), _length(cards[1])
-    moved = _drift(start, after, splits, run)
+    unseen = (*splits.confirm, *splits.select)
+    moved = moved_by(start, after, unseen, run)
     general = None if after.model == start.model else ability(start, after, run)
     base = _beneath(start, run)
-    from_base = moved if base is None or moved is None else _drift(base, after, splits, run)
+    from_base = moved if base is None or moved is None else moved_by(base, after, unseen, run)
     ahead = None if own(system, task) else _ahead(base, cards[0], rows, metric, run)
     memory = remember(after, splits.learnable, tasks, splits.select or rows, seed=run.seed)
     found = [one for one in lost if one.task in {task.name, *(t.name for t in tasks)}]
@@ -378,19 +379,6 @@ def _lost(
             older = _cards(given, after, one.held, metric, run)
             found.append(loss(f"{one.name}, older rows,", *older, metric, margin, run.seed))
     return (*found, loss(task.name, *itself, margin, run.seed))
-
-
-def _drift(before: System, after: System, splits: Splits, run: Run) -> float | None:
-    """KL between the two on answers to rows of the task that neither learnt from; None where there are none."""
-    from whet.engine.torch import TorchSession
-    from whet.train.lesson import render_rows
-
-    every = [e for e in (*splits.confirm, *splits.select) if e.completion]
-    rows = shared_order(every, bool(before.decoding.closed), run.seed)[:LOOKED_AT]
-    old, new = (run.session(one.model) for one in (before, after))
-    if not rows or not isinstance(old, TorchSession) or not isinstance(new, TorchSession):
-        return None
-    return drift(old, new, render_rows(before, rows, old)[0])
 
 
 def _beneath(start: System, run: Run) -> System | None:

@@ -19,13 +19,14 @@ from whet.encoder import Encoder
 from whet.engine import Session, Spent
 from whet.errors import MethodError, StoreError, TaskError, WhetError
 from whet.feedback import UNCHECKED, Judge, Versus, agreed, controlled, preference
+from whet.general import ability
 from whet.memory import Known, known
 from whet.methods import Run, names, table
 from whet.methods.reward import metric_of
 from whet.metrics import Metric, Outcome, get, score_all
 from whet.model import DEFAULT, ModelRef, loaded_before, resolve
 from whet.progress import Silent, Watch, clock
-from whet.retention import forgetting, refused
+from whet.retention import forgetting, moved_by, refused
 from whet.scorecard import Scorecard, alike, evaluate, measure, versions
 from whet.search import limits, plan, training
 from whet.search import out as output
@@ -348,8 +349,13 @@ def _keeping(job: _Job, trial: Trial) -> Trial:
                       job.task.trusted)  # fmt: skip
     if not lost:
         return trial
-    why = refused(lost)
+    why, base = refused(lost), _base_of(job, trial)
     job.notes += [str(one) for one in lost]
+    if not why:
+        job.watch.arm("what it did to all else")
+        moved = moved_by(base, trial.system, job.race.select, job.run)
+        job.notes += [] if moved is None else [f"drift {moved:.3f} nats a token from the base"]
+        job.notes.append(str(ability(base, trial.system, job.run)))
     most = max(one.lost for one in lost)
     return job.race.mark(trial, forgetting=most, status="refused" if why else trial.status, why=why or trial.why)
 
