@@ -65,6 +65,10 @@ def add_model(options: argparse.ArgumentParser) -> None:
 
     options.add_argument("--tasks", type=Path, default=TASKS, help="folder of tasks (default: ../shared/tasks)")
     options.add_argument("--model", default=DEFAULT, help="alias, folder or Hub id (default: %(default)s)")
+
+
+def add_timing(options: argparse.ArgumentParser) -> None:
+    """Options of those that time it against others on the same loaded weights."""
     options.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     options.add_argument("--repeat", type=int, default=3, help="timed runs of each side, in turn")
 
@@ -131,7 +135,10 @@ class Bench:
         self.run, ref = Run(Store(home), options.seed), resolve(options.model)
         rows = self.task.split(options.seed).learnable
         self.base = base_system(ref, self.task, rows, self.run.session(ref), home)
-        self.data = replace(rows, train=tuple(random.Random(options.seed).sample(rows.train, options.rows)))
+        if len(rows.train) < options.rows:
+            print(f"{name} has {len(rows.train)} train rows; {options.rows} were asked for")
+        some = random.Random(options.seed).sample(rows.train, min(options.rows, len(rows.train)))
+        self.data = replace(rows, train=tuple(some))
         self.test = shared_order(self.task.test, self.task.closed, options.seed)[: options.test]  # files may be sorted
         self.metric = get(self.task.metric, self.task.folder, False)
 
@@ -236,6 +243,13 @@ def machine(dtype: str = "none", threads: int | None = None) -> dict[str, Any]:
     load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     return {"processor": _processor(), "cores": cores, "threads": threads, "load": load, "dtype": dtype,
             "versions": _versions()}  # fmt: skip
+
+
+def computing() -> str:
+    """The dtype that whet computes in here."""
+    from whet.model import compute_dtype
+
+    return str(compute_dtype()).removeprefix("torch.")
 
 
 def machine_line(body: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ quantize   int8 (weights and activations, and weights only) and 4 bits by neares
            loss and its one-sided bound, and the speed of decoding at batch 1 and of reading a long prompt, taken in
            turns with the tuned System's.
 peers      the same System as a GGUF that llama.cpp has quantized to Q8_0, Q4_0 and Q4_K_M: bytes, score and speed
-           (needs the extra llamacpp).
+           (needs the extra llamacpp), beside whet's own in as many bits.
 teach      context distillation: the teacher is the base with 16 demonstrations, calibrated; the student has none, and
            may be made smaller in further stages. Scores, and latency with cold caches.
 students   at most 62 % of the parameters: MLPs narrowed or layers dropped, and the vocabulary trimmed; healed by
@@ -17,8 +17,8 @@ composed   the first of these students, distilled, in 4 bits, but for what 18 % 
 Students and composed are also taught by the prompts, without their answers, of `--unlabelled` more train rows: what no
 fine-tuning can use.
 
-    .venv/bin/python benchmarks/compression.py [--parts quantize,teach,students,composed] [--rows 1500] [--test 500]
-        [--task sst2,banking77,e2e_nlg] [--unlabelled 0]
+    .venv/bin/python benchmarks/compression.py [--parts quantize,peers,teach,students,composed] [--rows 1500]
+        [--test 500] [--task sst2,banking77,e2e_nlg] [--unlabelled 2500]
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ KINDS = (
 )  # fmt: skip
 SHAPES = ("prune(width=0.5,spare=500)", "prune(layers=22,spare=500)", "prune(layers=0.5,spare=500)",
           "prune(spare=500)+share(groups=0.5)")  # fmt: skip
-ASKED = {8: (0.52, 0.01, 1.6), 4: (0.36, 0.02, 1.0)}  # bits: at most of the bytes, points lost; at least decoded
+ASKED = {8: (0.52, 0.01, 1.6, 1.0), 4: (0.36, 0.02, 1.0, 0.0)}  # at most of the bytes, points lost; at least
+# decoded, and read, of the tuned System's tokens a second
 RATES = (3e-5, 1e-4)  # of students' trainings: 3e-4 undoes what is left of a model that lost a quarter of its layers
 COMPOSED = 0.18  # of the bytes that everything at once may take
 CHOSEN_ON = 300  # select rows by which the rate is chosen
@@ -62,8 +63,10 @@ class Bench(common.Bench):
         more = [e.prompt for e in self.task.split(options.seed).learnable.train if e.prompt not in kept]
         prompts = home / f"{name}-prompts.jsonl"
         prompts.parent.mkdir(parents=True, exist_ok=True)
-        prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in more[: options.unlabelled]))
-        file = f",unlabelled={prompts}" if options.unlabelled and more else ""
+        more = more[: options.unlabelled]
+        prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in more))
+        print(f"{len(self.data.train)} train rows, and {len(more)} prompts of others", flush=True)
+        file = f",unlabelled={prompts}" if more else ""
         self.heal = {rate: f"distill(adapter=full,learning_rate={rate}{file})" for rate in options.rates}
         self.tune = {rate: f"finetune(adapter=full,learning_rate={rate})" for rate in options.rates}
 
@@ -130,12 +133,13 @@ class Bench(common.Bench):
                 f"{100 * kept.bound:.1f}")  # fmt: skip
 
 
-    def asked(self, bits: int, share: float, card: Any, faster: float) -> str:
+    def asked(self, bits: int, share: float, card: Any, faster: float, read: float) -> str:
         """What was asked of so many bits, and whether it was met."""
-        most, margin, least = ASKED[bits]
+        most, margin, least, reading = ASKED[bits]
         loss = self.card.score - card.score if self.metric.higher_is_better else card.score - self.card.score
         parts = (("of the bytes", share, most, share <= most), ("lost", loss, margin, loss <= margin),
-                 ("× decoding", faster, least, faster >= least))  # fmt: skip
+                 ("× decoding", faster, least, faster >= least),
+                 ("× reading", read, reading, read >= reading))  # fmt: skip
         return ", ".join(f"{value:.3f} {what} (asked: {limit:g}; {'met' if ok else 'MISSED'})"
                          for what, value, limit, ok in parts)  # fmt: skip
 
@@ -178,11 +182,15 @@ def prefill(session: Any, seed: int) -> float:
     return (time.perf_counter() - begun) / count
 
 
-def speeds(bench: Bench, systems: dict[str, Any], repeats: int) -> dict[str, tuple[float, float]]:
-    """(decoded, read) tokens a second of each System; the contestants take turns."""
+def speeds(
+    bench: Bench, systems: dict[str, Any], others: dict[str, Any] | None = None
+) -> dict[str, tuple[float, float]]:
+    """(decoded, read) tokens a second of each System, and of `others`' sessions; the contestants take turns."""
     from whet.engine import open_session
 
+    repeats = bench.options.repeats
     sessions = {name: endless(open_session(s.model, bench.run.home)) for name, s in systems.items()}
+    sessions |= {name: endless(session) for name, session in (others or {}).items()}
     found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in sessions}
     for session in sessions.values():  # the first of each warms up
         decode(session, 0), prefill(session, 0)
@@ -208,7 +216,7 @@ def quantize(bench: Bench) -> dict[str, Any]:
     for n, (name, system) in enumerate(systems.items()):  # each in a process of its own
         peak[name] = probe(system.save(bench.run.home / f"probed-{bench.task.name}-{n}"), bench.run.home, bench.test,
                            metric)[1]  # fmt: skip
-    fast = speeds(bench, systems, bench.options.repeats)
+    fast = speeds(bench, systems)
     old = fast["tuned, 16 bits"]
     for name, system in systems.items():
         card = bench.tested(system)
@@ -219,7 +227,7 @@ def quantize(bench: Bench) -> dict[str, Any]:
                      bench.divergence(system), f"{new[0]:.1f} ({new[0] / old[0]:.2f}×)",
                      f"{new[1]:.0f} ({new[1] / old[1]:.2f}×)", f"{peak[name] / 1e6:.0f}"])  # fmt: skip
         if system is not bench.tuned:
-            asked = bench.asked(4 if "bits=4" in name else 8, size / whole, card, new[0] / old[0])
+            asked = bench.asked(4 if "bits=4" in name else 8, size / whole, card, new[0] / old[0], new[1] / old[1])
             print(f"{name}: {asked}")
     print(f"\n{len(bench.test)} test rows, metric {bench.metric.name}")
     head = ["", "MB", "of 16 bits", "score", "points lost", "bound", "divergence", "decoded/s", "read/s",
@@ -270,12 +278,14 @@ def students(bench: Bench) -> dict[str, Any]:
         cards = [bench.tested(s) for s in (cut, healed, plain)]
         size = size_bytes(healed) / whole
         share = cards[1].score / bench.card.score
+        print(f"{shape}: of the teacher {common.verdict(share, 0.95)}, of the bytes "
+              f"{'yes' if size <= 0.62 else 'NO'} (asked: at most 0.62)")  # fmt: skip
         better = stats.compare(cards[2].outcomes, cards[1].outcomes, bench.metric, bench.options.seed)
         found[shape] = {"bytes": size, "cut": cards[0].score, "distilled": cards[1].score, "tuned": cards[2].score}
         rows.append([shape, f"{100 * size:.1f} %", *(f"{100 * c.score:.1f}" for c in cards), f"{100 * share:.1f} %",
                      f"{100 * better.difference:+.1f} [{100 * better.low:.1f}, {100 * better.high:.1f}]",
                      f"{seconds:.0f}"])  # fmt: skip
-    print(f"\n### students of the tuned System ({100 * bench.card.score:.1f}), {most or 'all'} tokens\n")
+    print(f"\n### students of the tuned System ({100 * bench.card.score:.1f}), {most} tokens\n")
     head = ["", "of the bytes", "cut", "distilled", "fine-tuned", "of the teacher", "distilled − tuned", "s"]
     print(common.table(head, rows))
     return found
@@ -297,7 +307,8 @@ def composed(bench: Bench) -> dict[str, Any]:
     return {"bytes": size / whole, "score": card.score, "lost": lost}
 
 
-LLAMA = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15}  # llama.cpp's numbers of file types
+# llama.cpp's numbers of file types, and whet's kind in as many bits.
+LLAMA = {"Q8_0": (7, "quantize"), "Q4_0": (2, "quantize(bits=4)"), "Q4_K_M": (15, "quantize(bits=4)")}
 
 
 def peers(bench: Bench) -> dict[str, Any]:
@@ -305,7 +316,7 @@ def peers(bench: Bench) -> dict[str, Any]:
     import torch
 
     from whet.export import export
-    from whet.scorecard import evaluate
+    from whet.scorecard import evaluate, size_bytes
 
     try:
         import llama_cpp
@@ -318,30 +329,39 @@ def peers(bench: Bench) -> dict[str, Any]:
     folder = bench.run.home / f"gguf-{bench.task.name}"
     if not folder.exists():
         export(bench.tuned, "gguf", folder, check=False)
-    source, rows = next(folder.glob("*.gguf")), []
-    old = speeds(bench, {"tuned": bench.tuned}, bench.options.repeats)["tuned"]
+    source, sessions, files = next(folder.glob("*.gguf")), {}, {}
     tokenizer = bench.run.session(bench.tuned.model).tokenizer
-    for kind, number in LLAMA.items():
-        file = bench.run.home / f"{bench.task.name}-{kind}.gguf"
+    for kind, (number, _) in LLAMA.items():
+        files[kind] = file = bench.run.home / f"{bench.task.name}-{kind}.gguf"
         if not file.exists():
             settings = llama_cpp.llama_model_quantize_default_params()
             settings.ftype = number
             if llama_cpp.llama_model_quantize(str(source).encode(), str(file).encode(), ctypes.byref(settings)):
                 raise SystemExit(f"llama.cpp could not quantize to {kind}")
-        session = LlamaSession(file, tokenizer, threads=torch.get_num_threads())
-        card = evaluate(bench.tuned, bench.test, bench.metric, session=session)
-        apart = bench.divergence(bench.tuned, session)
-        endless(session)
-        fast = [(1 / decode(session, n), 1 / prefill(session, n)) for n in range(bench.options.repeats + 1)][1:]
-        new = [statistics.median(each) for each in zip(*fast, strict=True)]
-        lost, bound = bench.lost(card)
-        rows.append([kind, f"{file.stat().st_size / 1e6:.1f}", f"{100 * card.score:.1f}", lost, bound, apart,
+        sessions[kind] = LlamaSession(file, tokenizer, threads=torch.get_num_threads())
+    own = {name: bench.made(name, bench.tuned)[0] for name in dict.fromkeys(name for _, name in LLAMA.values())}
+    systems = {"tuned, 16 bits": bench.tuned, **own}
+    cards = {name: bench.tested(system) for name, system in systems.items()}
+    cards |= {k: evaluate(bench.tuned, bench.test, bench.metric, session=s) for k, s in sessions.items()}
+    apart = {name: bench.divergence(system) for name, system in systems.items()}
+    apart |= {kind: bench.divergence(bench.tuned, session) for kind, session in sessions.items()}
+    size = {name: size_bytes(system) for name, system in own.items()} | {k: f.stat().st_size for k, f in files.items()}
+    size["tuned, 16 bits"] = source.stat().st_size
+    fast, rows = speeds(bench, systems, sessions), []  # from here on sessions do not end an answer
+    old = fast["tuned, 16 bits"]
+    for name, card in cards.items():
+        new = fast[name]
+        rows.append([name, f"{size[name] / 1e6:.1f}", f"{100 * card.score:.1f}", *bench.lost(card), apart[name],
                      f"{new[0]:.1f} ({new[0] / old[0]:.2f}×)", f"{new[1]:.0f} ({new[1] / old[1]:.2f}×)"])  # fmt: skip
-        share = file.stat().st_size / source.stat().st_size
-        print(f"{kind}: {bench.asked(8 if kind == 'Q8_0' else 4, share, card, new[0] / old[0])}")
-        session.close()
     print(f"\n### llama.cpp on the same System, {len(bench.test)} rows\n")
     print(common.table(["", "MB", "score", "points lost", "bound", "divergence", "decoded/s", "read/s"], rows))
+    for kind, (_, name) in LLAMA.items():
+        worse = bench.lost(cards[name], cards[kind])[0]
+        share, faster = size[name] / size[kind], fast[name][0] / fast[kind][0]
+        print(f"{name} against {kind}: points lost {worse} (asked: none), {share:.3f} of the bytes (asked: at most "
+              f"1.05; {'met' if share <= 1.05 else 'MISSED'}), {faster:.2f} × decoding")  # fmt: skip
+    for session in sessions.values():
+        session.close()
     return {row[0]: row[1:] for row in rows}
 
 
@@ -354,7 +374,7 @@ def main() -> None:
     options.add_argument("--rows", type=int, default=1500, help="train rows")
     options.add_argument("--test", type=int, default=500, help="test rows")
     options.add_argument("--epochs", type=float, default=3.0)
-    options.add_argument("--tokens", type=int, default=None, help="bound of the tokens that healing may train on")
+    options.add_argument("--tokens", type=int, default=150_000, help="that a student's training takes, either way")
     options.add_argument("--kinds", nargs="*", default=KINDS, help="quantizations")
     options.add_argument("--teacher", default="", help="of `teach`, say rag(k=2); by default 16 demonstrations")
     options.add_argument("--student", nargs="+", default=["distill"], help="of `teach`: how it is made, in stages")
@@ -366,11 +386,13 @@ def main() -> None:
     options.add_argument("--seed", type=int, default=0)
     options = options.parse_args()
     made: dict[str, Any] = {}
+    print(common.machine_line(where := common.machine(common.computing())))
     with tempfile.TemporaryDirectory() as fresh:
         for name in options.task.split(","):
             bench = Bench(options, name, options.home or Path(fresh))
             made[name] = {part: globals()[part](bench) for part in PARTS if part in options.parts.split(",")}
-    common.finish("compression", {"model": options.model, "rows": options.rows, "seed": options.seed, "tasks": made})
+    common.finish("compression", {"machine": where, "model": options.model, "rows": options.rows,
+                                  "seed": options.seed, "tasks": made})  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Prompts and demonstrations without training: whet's against DSPy's and lm-evaluation-harness's, on the same model.
 
 Parts: `prompting` (zero-shot, whet's prompting with and without calibration; peers: DSPy's
-BootstrapFewShotWithRandomSearch and MIPROv2, given at least as many tokens to choose by) and `fewshot` (whet's
-selections, calibrated; peers: DSPy's KNNFewShot, lm-evaluation-harness's few-shot). `chosen` is whichever of whet's
-scores best on select rows, as `whet improve` would hand it over; its tokens are all of theirs. Every side learns from
-the same train rows and is scored on the same first rows of confirm. DSPy runs on the same model through a small
-adapter, which joins its threads' requests to batches; while it optimizes, labels are decoded under constraint, so that
-it compares answers and no parsing errors. Its programs are scored twice: by their own parsing of what they write, and
-by whet's scoring of the labels behind their prompts. Differences are paired, with 95 % intervals.
+BootstrapFewShotWithRandomSearch and MIPROv2, given at least as many tokens as the dearest of whet's recipes took) and
+`fewshot` (whet's selections, calibrated; peers: DSPy's KNNFewShot, lm-evaluation-harness's few-shot). `chosen` is
+whichever of whet's scores best on select rows, as `whet improve` would hand it over; its tokens are all of theirs.
+Every side may use all train rows and is scored on the same first rows of confirm; `chosen` has the select rows besides.
+DSPy runs on the same model through a small adapter, which joins its threads' requests to batches; while it optimizes,
+labels are decoded under constraint, so that it compares answers and no parsing errors. Its programs are scored twice:
+by their own parsing of what they write, and by whet's scoring of the labels behind their prompts. Differences are
+paired, with 95 % intervals.
 
 A run that is stopped goes on where it was with `--home DIR`, which keeps what each side reached.
 
@@ -34,7 +35,6 @@ import common
 
 TASKS = ("sst2", "subj", "trec", "agnews", "boolq", "sst5")
 WAIT = 0.02  # seconds for which the adapter gathers requests of other threads
-TRAINSET = 200  # rows that DSPy takes demonstrations from
 VALSET = 32  # rows that DSPy's optimizers compare on: more of them, fewer candidates for as many tokens
 THREADS = 16
 SELECT = 100  # rows that whet's best of a part is chosen by
@@ -212,7 +212,7 @@ def dspy_sides(bench: Bench, part: str, tokens: int) -> list[Side]:
     program = dspy.Predict(dspy.make_signature(fields, bench.task.instruction))
     usable = [e for e in bench.data.train if e.completion]
     train = [dspy.Example(text=e.prompt, label=e.completion).with_inputs("text")
-             for e in random.Random(bench.seed).sample(usable, min(TRAINSET + VALSET, len(usable)))]  # fmt: skip
+             for e in random.Random(bench.seed).sample(usable, len(usable))]  # fmt: skip
     valset, rest = train[:VALSET], train[VALSET:]
 
     def right(example: Any, prediction: Any, trace: Any = None) -> bool:
@@ -446,7 +446,7 @@ def arguments() -> Any:
 def main() -> None:
     """Run the benchmark."""
     options = arguments()
-    where = common.machine()
+    where = common.machine(common.computing())
     print(f"context: {options.model}, seed {options.seed}; one run each")
     print(common.machine_line(where))
     rows: list[dict[str, Any]] = []

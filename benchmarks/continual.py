@@ -149,7 +149,7 @@ def joint(tasks: Sequence[Any], setting: Setting) -> Ended:
     from whet.train.loop import Schedule, Settings
     from whet.train.losses import NextToken
 
-    run, method = setting.run, FineTune(**setting.tuning)
+    run, method = setting.run, FineTune(**{**setting.tuning, "batch": 16})  # as many steps as a stream takes
     parts = [(asked(setting.base, t, run), learnable(t)) for t in tasks]
 
     def prepare(live: Any) -> Any:
@@ -194,16 +194,16 @@ def general(taught: Any, setting: Setting) -> dict[str, float]:
     from whet.scorecard import evaluate
     from whet.train.lesson import render_rows
 
-    run, found = setting.run, {}
+    run, found, moved = setting.run, {}, []
     for name in ("wikitext2", "arc_easy"):
         task = common.load_task(setting.folder, name)
         for side, system in (("base", setting.base), ("after", taught)):
             one, session = asked(system, task, run), run.session(system.model)
             card = evaluate(one, task.test[:count], get(task.metric), session=session, store=run.store)
             found[f"{name} {side}"] = card.score
-    rows, _ = render_rows(one, task.test[: min(count, 64)], session)
-    found["drift"] = drift(run.session(setting.base.model), session, rows)
-    return found
+        rows, _ = render_rows(one, task.test[: min(count, 64)], session)
+        moved.append(drift(run.session(setting.base.model), session, rows))
+    return {**found, "drift": sum(moved) / len(moved)}
 
 
 def compared(ends: dict[str, Ended]) -> dict[str, Any]:
@@ -238,9 +238,10 @@ def show(order: int, tasks: Sequence[str], body: dict[str, Any]) -> None:
         print(f"replay against {name}: {100 * p['difference']:+.1f} points {between}")
     own, plain = body["figures"].get("replay"), body["figures"].get("sequential")
     if own and plain:
-        share = own["forgetting"] / plain["forgetting"] if plain["forgetting"] > 0 else 0.0
-        print(f"forgetting, share of sequential's: {share:.2f}, at most {ASKED['forgetting']}: "
-              f"{'yes' if share <= ASKED['forgetting'] else 'NO'}")  # fmt: skip
+        kept, lost = own["forgetting"], plain["forgetting"]
+        share = f"{kept / lost:.2f}" if lost > 0 else "none, as that forgets nothing"
+        print(f"forgetting, share of sequential's: {share}, at most {ASKED['forgetting']}: "
+              f"{'yes' if kept <= ASKED['forgetting'] * max(lost, 0) else 'NO'}")  # fmt: skip
         print(f"newest, share of sequential's: {common.verdict(own['newest'] / plain['newest'], ASKED['newest'])}")
     if own and "joint" in body["figures"]:
         gap = own["average"] - body["figures"]["joint"]["average"]
@@ -338,6 +339,9 @@ def main() -> None:
     options = arguments()
     strategies = [s for s in options.strategies.split(",") if s]
     unknown = sorted(set(strategies) - set(STRATEGIES))
+    orders = [n for n in options.orders.split(",") if n]
+    if not {*orders} <= {str(n + 1) for n in range(len(ORDERS))}:
+        common.stop(f"--orders are of 1 to {len(ORDERS)}, with commas")
     if unknown or not 2 <= options.length <= 5:
         common.stop(f"no strategy {unknown[0]}: {', '.join(STRATEGIES)}" if unknown else "--length is 2 to 5")
     run = Run(Store(), options.seed)
@@ -350,7 +354,7 @@ def main() -> None:
     print(common.machine_line(where))
     print(f"{options.rows} rows a task, {options.test} to test, {options.keep} kept; {tuning}")
     body: dict[str, Any] = {}
-    for order in [int(n) for n in options.orders.split(",") if n]:
+    for order in map(int, orders):
         names = ORDERS[order - 1][: options.length]
         tasks = [shortened(common.load_task(options.tasks, n), options.rows, options.test, options.seed) for n in names]
         ends = {s: ended(order, tasks, s, setting, options.home) for s in strategies}

@@ -312,7 +312,7 @@ def main() -> None:
     options = arguments()
     home = (options.home or Path(tempfile.mkdtemp(prefix="whet-feedback-"))).absolute()
     os.environ["WHET_HOME"] = str(home)
-    bench, where = Bench(options, home, {}), common.machine(options.dtype)
+    bench, where = Bench(options, home, {}), common.machine(common.computing())
     print(f"feedback: {options.model}, seed {options.seed}, epochs {options.epochs:g}")
     print(common.machine_line(where) + "\n")
     body: dict[str, Any] = {"machine": where, "model": options.model, "seed": options.seed}

@@ -120,12 +120,14 @@ def main() -> None:
     options.add_argument("--seed", type=int, default=0)
     options = options.parse_args()
     made: dict[str, Any] = {}
+    print(common.machine_line(where := common.machine(common.computing())))
     with tempfile.TemporaryDirectory() as home:
         for name in options.task.split(","):
             bench = Bench(options, name, Path(home))
             made[name] = {part: globals()[part](bench) for part in PARTS if part in options.parts.split(",")}
             show(name, made[name])
-    common.finish("finetuning", {"model": options.model, "rows": options.rows, "seed": options.seed, "tasks": made})
+    common.finish("finetuning", {"machine": where, "model": options.model, "rows": options.rows,
+                                 "seed": options.seed, "tasks": made})  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -120,6 +120,7 @@ def exact(options: Any, chats: Sequence[Any]) -> float:
 def arguments() -> Any:
     options = common.parser(__doc__)
     common.add_model(options)
+    common.add_timing(options)
     options.add_argument("--rows", type=int, default=64, help="prompts")
     options.add_argument("--shared", type=int, default=320, help="tokens that all prompts begin with")
     options.add_argument("--new", type=int, default=8, help="new tokens for each prompt")

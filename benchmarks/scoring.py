@@ -136,6 +136,7 @@ def exact(options: Any, chats: Sequence[Any], labels: Sequence[str]) -> dict[str
 def arguments() -> Any:
     options = common.parser(__doc__)
     common.add_model(options)
+    common.add_timing(options)
     options.add_argument("--rows", type=int, default=400, help="sentences that whet scores")
     options.add_argument("--peer-rows", type=int, default=48, help="sentences that the peers score (0: all)")
     options.add_argument("--demonstrations", type=int, default=16)

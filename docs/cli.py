@@ -24,11 +24,11 @@ Every command takes `--help` (`-h`), `--json` and `--debug`:
 - `--debug` shows a traceback where something goes wrong. Without it an error is one line on stderr that says what was
   expected, what was found and what to do.
 
-Exit codes: 0 success, 1 an error inside whet, 2 bad input, 130 stopped by Ctrl-C.
+Exit codes: 0 success, 1 an error inside whet (of `export`: a check that failed), 2 bad input, 130 stopped by Ctrl-C.
 
 TASK is a task folder (see [tasks.md](tasks.md)). SYSTEM, FIRST and SECOND are a folder that whet wrote (see
 [system.md](system.md)) or a model: an alias, a folder, a `.gguf` file, a Hub id or `openai:NAME@URL` (see
-[models.md](models.md)). A model is measured with the task's instruction, zero-shot. `whet chat` takes a folder only.
+[models.md](models.md)). A model is measured with the task's instruction, zero-shot. `whet chat`, `update` and `documents` take a folder only.
 """
 SHARED = frozenset(("as_json", "debug"))
 
@@ -62,7 +62,8 @@ def rows(command: click.Command) -> list[str]:
         times = " May be given several times." if option.multiple else ""
         needed = " Required." if option.required else ""
         told = f"{option.help or ''}{needed}{times}".strip().replace("|", "\\|")
-        lines.append(f"| `{', '.join(option.opts)}{value}` | {default(option)} | {told} |")
+        names = ", ".join((*option.opts, *option.secondary_opts))
+        lines.append(f"| `{names}{value}` | {default(option)} | {told} |")
     return [*lines, ""]
 
 
