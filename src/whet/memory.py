@@ -30,6 +30,11 @@ MADE_TOKENS = 96  # of a made-up prompt, at most
 MARK = "whet-here"
 
 
+def telling(rows: Sequence[Example]) -> tuple[Example, ...]:
+    """Rows that say an answer: others score the same before and after, and a gate that cannot fail is none."""
+    return tuple(e for e in rows if e.answered or e.text)
+
+
 @dataclass(frozen=True)
 class Known:
     """A task that a System knows: how it is asked, rows to learn from again, and rows that were never learnt from.
@@ -51,7 +56,7 @@ class Known:
     @property
     def usable(self) -> tuple[Example, ...]:
         """Rows that there is something to learn from."""
-        return tuple(e for e in self.rows if e.answered or e.text)
+        return telling(self.rows)
 
     @property
     def key(self) -> str:
@@ -135,7 +140,7 @@ def known(
         asked = found[task.name].asked if task.name in found else as_task(system, task, session)
         metric = _scorable(task.metric, task.closed)
         found[task.name] = Known(task.name, metric, asked, splits.learnable.train, held, folder)
-    return tuple(_kept(replace(one, held=_measurable(one.held)), data) for one in found.values())
+    return tuple(_kept(replace(one, held=telling(one.held)), data) for one in found.values())
 
 
 def alike(one: Known, data: Learnable, *asked: str) -> bool:
@@ -153,11 +158,6 @@ def replayed(tasks: Sequence[Known], system: System, data: Learnable) -> tuple[K
     rows are left, the new ones contradict them all.
     """
     return tuple(one for one in tasks if one.usable or not alike(one, data, system.instruction))
-
-
-def _measurable(rows: Sequence[Example]) -> tuple[Example, ...]:
-    """Rows that say an answer: others score the same before and after, and a gate that cannot fail is none."""
-    return tuple(e for e in rows if e.answered or e.text)
 
 
 def _kept(one: Known, data: Learnable) -> Known:
@@ -202,7 +202,7 @@ def remember(
     old = before.get(data.name, Known(data.name, metric, system))
     older = some(old.rows, keep // 2)
     rows = (*older, *some(data.train, keep - len(older)))
-    new = _measurable(held)
+    new = telling(held)
     held = (*without(old.held, new)[0], *new)
     everything = {**before, data.name: replace(old, metric=metric, asked=system, rows=rows, held=held)}
     return [replace(k, rows=some(k.rows, keep), held=some(k.held, HELD)).entry() for k in everything.values()]

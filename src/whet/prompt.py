@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from itertools import accumulate
@@ -267,14 +268,9 @@ def recent(chat: Chat, excess: int, count: Callable[[Chat], int]) -> Chat:
     longest = max((text for _, text in chat[lead:]), key=len, default="")
     if len(starts) < 2 or count((("user", longest),)) > excess:
         return chat
-    limit, low, high = count(chat) - excess, 0, len(starts) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if count((*chat[:lead], *chat[starts[middle] :])) <= limit:
-            high = middle
-        else:
-            low = middle + 1
-    return (*chat[:lead], *chat[starts[low] :])
+    limit = count(chat) - excess
+    first = bisect_left(starts[:-1], True, key=lambda start: count((*chat[:lead], *chat[start:])) <= limit)
+    return (*chat[:lead], *chat[starts[first] :])
 
 
 def shorten(chat: Chat, excess: int, count: Callable[[Chat], int]) -> Chat:

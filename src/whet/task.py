@@ -119,7 +119,6 @@ class Learnable:
     documents: Path | str | None = None
     knowledge: Path | str | None = None
     glossary: Path | str | None = None
-    feedback: Path | str | None = None
     earlier: tuple[Path, ...] = ()
     limits: Limits = field(default_factory=Limits)
     folder: Path = Path()
@@ -128,7 +127,6 @@ class Learnable:
     trusted: bool = False
     sealed: Sealed = field(default_factory=Sealed)
     columns: tuple[str, ...] = ()
-    max_tokens: int | None = None
 
     @property
     def closed(self) -> bool:
@@ -247,7 +245,6 @@ class Task:
             documents=locate(self.folder, self.documents),
             knowledge=locate(self.folder, self.knowledge),
             glossary=locate(self.folder, self.glossary),
-            feedback=locate(self.folder, self.feedback),
             earlier=self.earlier,
             limits=self.limits,
             folder=self.folder,
@@ -256,7 +253,6 @@ class Task:
             trusted=self.trusted,
             sealed=Sealed((*self.test, *select)),
             columns=self.columns,
-            max_tokens=self.max_tokens,
         )
         return Splits(learnable, select, self.test, leaks + more, judging)
 

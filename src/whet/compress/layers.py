@@ -6,28 +6,11 @@ Each has a `kind`, `settings` (plain data that `blank` takes back) and tensors o
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-
-
-class Layer(Protocol):
-    """What stands in for a linear layer or an embedding."""
-
-    kind: ClassVar[str]
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What `blank` needs beside the layer that is replaced, as plain data."""
-
-    @classmethod
-    def blank(cls, layer: Any, **settings: Any) -> Any:
-        """An empty layer in the place of `layer`, whose tensors are read afterwards."""
-
-    def dense(self) -> nn.Module:
-        """The ordinary layer that does the same, for engines that know no other."""
 
 
 class Relaxed(nn.Module):
@@ -122,4 +105,4 @@ def halved(values: int, size: int) -> bool:
     return values <= 16 and size % 2 == 0
 
 
-KINDS: dict[str, Any] = {Relaxed.kind: Relaxed, Codebook.kind: Codebook}  # name → Layer
+KINDS: dict[str, Any] = {Relaxed.kind: Relaxed, Codebook.kind: Codebook}  # name → layer

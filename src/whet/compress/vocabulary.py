@@ -97,7 +97,7 @@ def trimmed(tokenizer: Any, texts: Sequence[str], spare: int, ids: Iterable[int]
         file = Path(folder) / "tokenizer.json"
         body = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"model": {"type": "no tokenizer"}}
         model = body["model"]
-        if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        if not trimmable(tokenizer):
             raise MethodError(
                 "no rule for trimming this vocabulary", expected="a byte-pair tokenizer", found=model["type"],
                 do="set vocabulary=false",

@@ -12,7 +12,6 @@ import random
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from whet.engine import ByScores, Chat, Generation, Progress, Prompt, Sampling, Score, Session, Spent, until_stop
 from whet.errors import EngineError, ModelError, nearest
@@ -138,21 +137,13 @@ def open_fake(ref: ModelRef) -> Session:
     return FakeSession(kind)
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """Generated text after stop strings and the limit, in words."""
-
-    text: str
-    words: int
-    ended: bool
-
-
-def _cut(text: str, sampling: Sampling) -> _Cut:
+def _cut(text: str, sampling: Sampling) -> Generation:
+    """Text after stop strings and the limit, in words."""
     text, _ = until_stop(text, sampling.stop)
     words = re.findall(r"\S+\s*", text)
     if len(words) <= sampling.max_tokens:
-        return _Cut(text, len(words), True)
-    return _Cut("".join(words[: sampling.max_tokens]).rstrip(), sampling.max_tokens, False)
+        return Generation(text, len(words), "stop")
+    return Generation("".join(words[: sampling.max_tokens]).rstrip(), sampling.max_tokens, "length")
 
 
 class FakeSession(ByScores):
@@ -188,9 +179,8 @@ class FakeSession(ByScores):
         results = []
         copies = sampling.n if sampling.temperature > 0 else min(1, sampling.n)
         for n, prompt in enumerate(prompts):
-            cuts = [_cut(self.say(prompt, sampling, copy), sampling) for copy in range(copies)]
-            generated += sum(c.words for c in cuts)
-            made = tuple(Generation(c.text, c.words, "stop" if c.ended else "length") for c in cuts)
+            made = tuple(_cut(self.say(prompt, sampling, copy), sampling) for copy in range(copies))
+            generated += sum(g.tokens for g in made)
             results.append(made if sampling.temperature > 0 else made * sampling.n)
             if progress:
                 progress(n + 1, len(prompts))

@@ -25,15 +25,15 @@ def copies_of(rows: Sequence[Row]) -> list[int]:
 
 
 def sampler(
-    sampling: Sampling, rows: Sequence[tuple[Tokens, int, int]], device: torch.device
-) -> Callable[[Tensor, list[int], int], list[int]]:
-    """A function (logits, rows, step) → tokens; noise depends on seed, prompt, copy and step, never on the batch.
+    sampling: Sampling, rows: Sequence[tuple[Tokens, int, int]]
+) -> Callable[[Tensor, list[int]], list[int]]:
+    """A function (logits, rows) → tokens, called step by step; noise depends on seed, prompt and copy alone.
 
     `rows` are (prompt, which copy of it, number of the row).
     """
     if sampling.temperature <= 0:
         # The same as argmax, which takes five times as long on a CPU in bf16.
-        return lambda logits, live, step: cast(list[int], logits.max(-1).indices.tolist())
+        return lambda logits, live: cast(list[int], logits.max(-1).indices.tolist())
     generators: dict[int, torch.Generator] = {}
     for prompt, copy, row in rows:
         seed = hash((sampling.seed, prompt, copy)) & 0x7FFF_FFFF_FFFF_FFFF
@@ -49,7 +49,7 @@ def sampler(
         place = torch.searchsorted(total, (point * total[:, -1])[:, None], right=True).clamp(max=total.shape[1] - 1)
         return cast(list[int], (place if index is None else index.gather(1, place))[:, 0].tolist())
 
-    def draw(logits: Tensor, live: list[int], step: int) -> list[int]:
+    def draw(logits: Tensor, live: list[int]) -> list[int]:
         each = max(1, DRAWN // logits.shape[-1])  # rows at once: several copies of their chances are held
         parts = range(0, len(live), each)
         return [token for at in parts for token in some(logits[at : at + each], live[at : at + each])]

@@ -315,24 +315,13 @@ class TorchSession(ByScores):
         done = prefilled = 0
         for group in groups(forest, sampling.max_tokens, self.key_tokens):
             with using_tree(self.module), no_gradients(self.module):
-                prefilled += self._generate_group(forest, group, rows, sampling, answers)
+                ready = self.prefill(forest, group, sampling.max_tokens)
+                self._decode(ready, rows, sampling, answers)
+            prefilled += ready.tokens
             done += len(group)
             if progress:
                 progress(done, len(rows))
         return answers, prefilled
-
-    def _generate_group(
-        self,
-        forest: prefix.Forest,
-        units: Sequence[prefix.Unit],
-        rows: Sequence[Row],
-        sampling: Sampling,
-        answers: list[list[int]],
-    ) -> int:
-        """Generate for units that fit into memory together; returns the tokens computed for their prompts."""
-        ready = self.prefill(forest, units, sampling.max_tokens)
-        self._decode(ready, rows, sampling, answers)
-        return ready.tokens
 
     def prefill(self, forest: prefix.Forest, units: Sequence[prefix.Unit], room: int) -> Prefilled:
         """Compute prompts and keep their keys and values, with room for `room` more tokens behind each."""
@@ -362,9 +351,9 @@ class TorchSession(ByScores):
         forest, units, own, kept, logits = ready.forest, ready.forest.units, ready.own, ready.kept, ready.logits
         live = [_Live(u.row, [], len(rows[u.row].prompt), u) for u in units]
         copies = copies_of(rows)
-        draw = sampler(sampling, [(rows[u.row].prompt, copies[u.row], u.row) for u in units], device)
+        draw = sampler(sampling, [(rows[u.row].prompt, copies[u.row], u.row) for u in units])
         while live:
-            for item, token in zip(live, draw(logits, [x.row for x in live], len(live[0].tokens)), strict=True):
+            for item, token in zip(live, draw(logits, [x.row for x in live]), strict=True):
                 item.tokens.append(token)
             going = [i for i, x in enumerate(live) if not self._ended(x.tokens, sampling)]
             for item in live:
@@ -661,7 +650,7 @@ def _generate_unshared(
     """Generate row by row with the model's own cache; where there is none, all is computed anew at each step."""
     answers: list[list[int]] = []
     numbered = zip(rows, copies_of(rows), strict=True)
-    draw = sampler(sampling, [(r.prompt, c, n) for n, (r, c) in enumerate(numbered)], session.module.device)
+    draw = sampler(sampling, [(r.prompt, c, n) for n, (r, c) in enumerate(numbered)])
     turn = attention.turn(session.module)
     for n, row in enumerate(rows):
         cache, made = dict[str, Any](), list[int]()
@@ -672,7 +661,7 @@ def _generate_unshared(
                 ids = torch.tensor([made[-1:] if cache else [*row.prompt, *made]], device=session.module.device)
                 out = session.module(input_ids=ids, use_cache=True, logits_to_keep=1, **cache)
                 cache = {name: out[name] for name in CACHES if out.get(name) is not None}
-                made += draw(out.logits[:, -1], [n], len(made))
+                made += draw(out.logits[:, -1], [n])
         answers.append(made)
         if progress:
             progress(n + 1, len(rows))

@@ -10,11 +10,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from whet.errors import ModelError
 
-Left = tuple[str, str]  # (what is left out, what that means and what to do)
+if TYPE_CHECKING:
+    from whet.export import Left
 
 TYPES = ("bf16", "f16", "f32", "q8_0", "q4_0")
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}  # llama.cpp's numbers of the same
@@ -185,7 +186,8 @@ def _shape(writer: Any, config: Any, family: Family) -> tuple[Left, ...]:
         raise _refuse("llama.cpp computes this family with another activation", family.act, str(act))
     if kind not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise _refuse("GGUF export does not know these positions", "default, linear or llama3", str(rope)[:120])
-    context, left = int(config.max_position_embeddings), tuple[Left, ...]()
+    context = int(config.max_position_embeddings)
+    left: tuple[Left, ...] = ()
     window = getattr(config, "sliding_window", None)
     layers = getattr(config, "layer_types", None) or (["sliding_attention"] if window else [])
     if family.every:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from whet.export import UNCUT
 
 if TYPE_CHECKING:
+    from whet.export import Left
     from whet.system import System
 
-Left = tuple[str, str]
 Kind = tuple[int, int, bool, bool]  # bits, columns to a step (0: the row), symmetric, inputs rounded to 8 bits, too
 
 GROUPS = (0, 32, 64, 128)  # that vLLM's kernels know

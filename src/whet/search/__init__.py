@@ -85,7 +85,6 @@ class _Job:
     metric: Metric
     store: Store
     watch: Watch
-    key: str
     out: Path
     run: Run
     bases: list[System]
@@ -222,7 +221,7 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
         notes.append(f"{len(splits.dropped)} rows dropped: they repeat or share a group with held-out rows")
     race = Race(f"{key} {code()}", splits.learnable, list(parts.select), metric, store, rates, wish.seed,
                 parts.search, watch, run, live=_live(task), aside=shrinking)  # fmt: skip
-    return _Job(task, wish, splits, metric, store, watch, key, folder, run, bases, parts.reserve, race, earlier,
+    return _Job(task, wish, splits, metric, store, watch, folder, run, bases, parts.reserve, race, earlier,
                 shrinking=shrinking, judge=judge, notes=notes)  # fmt: skip
 
 
@@ -538,7 +537,7 @@ def _finish(job: _Job, finalist: Trial | None, begun: float) -> Improvement:
         job, finalist=finalist, handed=handed, confirmed=confirmed, cards=cards, measured=measured,
         baselines=baselines_found, spent=total, wall=time.monotonic() - begun, versions=versions(), read=read,
     )  # fmt: skip
-    details = output.details(job, confirmed, cards, handed)
+    details = output.details(job, cards, handed)
     output.write(job.out, system, result, details, self_contained=job.wish.self_contained)
     return Improvement(system, result, job.out)
 
@@ -602,5 +601,3 @@ def _told(notes: Mapping[str, Any]) -> dict[str, Any]:
 
     return {key: cut(value) for key, value in notes.items() if key not in UNTOLD}
 
-
-__all__ = ["Improvement", "improve"]

@@ -188,7 +188,7 @@ def _gains(job: _Job, handed: Trial | None) -> list[dict[str, Any]]:
 
 
 def details(
-    job: _Job, confirmed: dict[str, Any] | None, cards: dict[str, Scorecard], handed: Trial | None
+    job: _Job, cards: dict[str, Scorecard], handed: Trial | None
 ) -> dict[str, Any]:
     """What the report shows beside the result: examples, curves, labels."""
     rows = job.splits.confirm if cards else job.race.select

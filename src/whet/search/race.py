@@ -167,11 +167,12 @@ class Race:
         begun = None if made in self.made else self.begun(recipe, start)
         try:
             if kept:
-                system, spent, notes, status, why = self._revive(kept, start)
+                system, spent, notes = self._revive(kept, start)
             else:
-                system, spent, notes, status, why = self._apply(recipe, made, start, run, healing, begun)
+                system, spent, notes = self._apply(recipe, made, start, run, healing, begun)
+            status, why = "done", ""
             self.made.setdefault(made, Made(len(recipe.methods), system, notes, spent))
-            card = self._score(system, len(rows)) if status == "done" and rows else None
+            card = self._score(system, len(rows)) if rows else None
         except StoreError:
             raise  # a full disk is no property of the arm
         except WhetError as error:
@@ -184,7 +185,7 @@ class Race:
             self.watch.say(f"{recipe.name}{label} failed: {why}")
         if kept is None and status == "done":
             body = {"settings": system.settings, "folders": self._folders(system), "spent": asdict(spent),
-                    "card": system.card, "notes": notes, "status": status, "why": why}  # fmt: skip
+                    "card": system.card, "notes": notes}  # fmt: skip
             self.store.keep_trial(self.key, key, body)
         before.clear()  # it holds the sessions that are to go
         self.let_go(start, system)
@@ -226,17 +227,17 @@ class Race:
 
     def _apply(
         self, recipe: Recipe, name: str, start: System, run: Run, healing: int | None, begun: Made | None
-    ) -> tuple[System, Spent, dict[str, Any], str, str]:
+    ) -> tuple[System, Spent, dict[str, Any]]:
         made = self.made.get(name)
         if made is not None:  # a later rung scores the same System on more examples
-            return made.system, Spent(), made.notes, "done", ""
+            return made.system, Spent(), made.notes
         before, spent = _opened(run), Spent()
         recipe.possible(start, self.data)
         if begun is not None:
             start, recipe, spent = begun.system, Recipe(recipe.methods[begun.methods :]), begun.spent
             run.notes.update(begun.notes)
         system = recipe.run(start, self.data, run, healing)
-        return system, spent + _since(run, before) + run.spent, run.notes, "done", ""
+        return system, spent + _since(run, before) + run.spent, run.notes
 
     def _kept(self, key: str) -> dict[str, Any] | None:
         """A finished trial of the store; None where the weights or indexes that it made are gone."""
@@ -252,10 +253,10 @@ class Race:
         places |= {s.fingerprint: Path(s.folder) for s in system.sources if s.folder is not None}
         return {k: str(p.relative_to(home) if p.is_relative_to(home) else p) for k, p in places.items()}
 
-    def _revive(self, kept: dict[str, Any], start: System) -> tuple[System, Spent, dict[str, Any], str, str]:
+    def _revive(self, kept: dict[str, Any], start: System) -> tuple[System, Spent, dict[str, Any]]:
         folders = {k: self.store.home / v for k, v in kept["folders"].items()}
         system = revive(kept["settings"], start.model.base, folders, kept["card"], self.store.home)
-        return system, Spent(**kept["spent"]), kept["notes"], kept["status"], kept["why"]
+        return system, Spent(**kept["spent"]), kept["notes"]
 
     def _score(self, system: System, count: int) -> Scorecard:
         """Score a System on the first `count` of select; what was scored at an earlier rung is not run again."""
@@ -298,12 +299,12 @@ class Race:
     def _show(self) -> None:
         self.watch.board([t.standing(self.metric) for t in self.trials])
 
-    def halve(self, arms: Sequence[tuple[Recipe, System, str]], ahead: Trial | None = None) -> list[Trial]:
+    def halve(self, arms: Sequence[tuple[Recipe, System, str]], ahead: Trial | None = None) -> None:
         """Successive halving (Jamieson & Talwalkar 2016) on paired differences: the better half goes on, less those
         that the paired interval already shows to be behind the best of them, or of them and the one that is `ahead`,
-        scored on all of select before. Returns the trials of the last rung.
+        scored on all of select before.
         """
-        going, trials = list(arms), list[Trial]()
+        going = list(arms)
         whole = len(self.select)
         counts = sorted({min(whole, max(LEAST, round(share * whole))) for share in RUNGS})
         for rung, count in enumerate(counts):
@@ -311,7 +312,7 @@ class Race:
             scored = [t for t in trials if t.card]
             # Where the clock has stopped some, they stand on fewer rows than others: there is nothing to compare.
             if not scored or count == whole or any(t.status == "truncated" for t in scored):
-                return scored
+                return
             rival = [replace(ahead, card=self._score(ahead.system, count))] if ahead else []
             best = max([*scored, *rival], key=self.merit)
             keep = sorted(scored, key=self.merit, reverse=True)[: max(1, len(scored) // 2)]
@@ -325,7 +326,6 @@ class Race:
                 else:
                     why = f"{self._behind(best, paired)} on {count} examples"
                     self.mark(trial, status="dropped", why=why)
-        return [t for t in trials if t.card]
 
     def _behind(self, best: Trial, paired: stats.Paired) -> str:
         """How far a trial is behind the best one, in words."""

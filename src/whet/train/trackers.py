@@ -74,10 +74,7 @@ def check(names: Sequence[str]) -> None:
 def _logged_in() -> bool:
     import wandb
 
-    try:
-        return bool(wandb.login(prompt=False, verify=False))
-    except TypeError:  # older ones cannot be asked without asking the person
-        return True
+    return bool(wandb.login(prompt=False, verify=False))
 
 
 def _open(name: str, folder: Path) -> Any:
