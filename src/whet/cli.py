@@ -330,7 +330,6 @@ def apply(
         raise click.UsageError("--trials needs --budget, which says how long they may take")
     from dataclasses import asdict
 
-    from whet.errors import MethodError
     from whet.methods import Run, make
     from whet.progress import applied
     from whet.scorecard import split_seed
@@ -346,9 +345,8 @@ def apply(
     place_for(out, "system.json")
     settings = _settings((*pairs, *more))
     made = make(method, settings)
-    if budget is not None and "learning_rate" not in made.space():
-        raise MethodError(f"{method} does not train", expected="a method with a learning rate, such as finetune",
-                          found="--budget", do="leave --budget out")  # fmt: skip
+    if budget is not None:
+        tune.able(made)
     loaded = load(task, trust=trust)
     with _watched(as_json, method, loaded.notes) as watch:
         run = Run(Store(), seed, tell=watch.tell, report_to=report_to)
@@ -360,12 +358,10 @@ def apply(
         session = run.session(start.model)
         if splits.dropped:
             run.notes["dropped"] = [{"id": name, "why": why} for name, why in splits.dropped]
-        if budget is not None:
-            new, ended = tune.timed(made, start, data, run, seconds(budget), trials, settings, watch.say)
+        if budget is None:
+            new = Recipe((made,)).run(start, data, run)
         else:
-            new, ended = Recipe((made,)).run(start, data, run), []
-        if len(ended) > 1:
-            run.notes["raced"] = tune.named(ended)
+            new = tune.timed(made, start, data, run, seconds(budget), trials, settings, watch.say)
         crew = team()
         if crew.first:
             leave(new.split_by(loaded.name, by), out, loaded)

@@ -283,11 +283,10 @@ def load(folder: str | Path, *, trust: bool = False) -> Task:
     folder = Path(folder)
     if not folder.is_dir():
         raise TaskError(
-            f"there is no task folder {folder}",
-            expected="a folder with task.yaml",
+            f"there is no task folder {folder}", expected="a folder with task.yaml",
             found="a file" if folder.exists() else "nothing",
             do="check the path, or make one from a data file: whet init DATA --out DIR",
-        )
+        )  # fmt: skip
     folder = folder.resolve()
     header = read_header(folder, trust)
     notes: list[str] = []

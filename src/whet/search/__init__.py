@@ -183,11 +183,7 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
               f"{len(splits.confirm)} confirm; metric {metric.name}")  # fmt: skip
     if said := few(splits.confirm):
         watch.say(said)
-    bases = []
-    for ref in refs:
-        first = "" if loaded_before(ref, store.home) else " (the first time, its weights are unpacked: half a minute)"
-        watch.say(f"opening {ref.base}{first}")
-        bases.append(base_system(ref, task, splits.learnable, run.session(ref), store.home))
+    bases = [_opened(ref, task, splits, run, watch) for ref in refs]
     if wish.recipe:
         parse(wish.recipe).possible(training.at_hand(bases), splits.learnable)
     _echoing(bases, splits, metric, run)
@@ -223,6 +219,13 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
                 parts.search, watch, run, live=_live(task), aside=shrinking)  # fmt: skip
     return _Job(task, wish, splits, metric, store, watch, folder, run, bases, parts.reserve, race, earlier,
                 shrinking=shrinking, judge=judge, notes=notes)  # fmt: skip
+
+
+def _opened(ref: ModelRef, task: Task, splits: Splits, run: Run, watch: Watch) -> System:
+    """The base System on a model."""
+    first = "" if loaded_before(ref, run.home) else " (the first time, its weights are unpacked: half a minute)"
+    watch.say(f"opening {ref.base}{first}")
+    return base_system(ref, task, splits.learnable, run.session(ref), run.home)
 
 
 def _judge(

@@ -152,12 +152,6 @@ def cheap_arms(
     Where those before it and an arm itself would take more than `most` seconds, by `takes`, it is too dear as yet. Last
     comes what cannot be had, and why.
     """
-    wanted = [parse(wish.recipe)] if wish.recipe else among or prompting_recipes(data)
-    wanted = [r for r in wanted if not any("weights" in m.needs for m in r.methods)]
-    if len(data.train) < LEAST_ROWS and not (wish.recipe or wish.methods):  # prompts are not compared on fewer
-        wanted = [r for r in wanted if not any(isinstance(m, Prompting) for m in r.methods)]
-    if wish.methods:
-        wanted = [r for r in wanted if all(m.name in wish.methods for m in r.methods)]
     arms: list[Arm] = []
     dear: list[Dear] = []
     scored = {base.uncalibrated.fingerprint for base in bases}
@@ -189,7 +183,7 @@ def cheap_arms(
             found.append((Arm(one, base, label, once, whole, first, known), mark))
         return found, failed
 
-    for wanted_one in wanted:
+    for wanted_one in _wanted(wish, data, among):
         one, taken = wanted_one, takes(arms)
         found, failed = tried(one)
         while not wish.recipe and sum(a.once for a, _ in found) > most - taken and (less := _smaller(one)):
@@ -205,6 +199,15 @@ def cheap_arms(
         arms += [a for a, _ in found]
         scored |= {mark for _, mark in found}
     return arms, dear, skipped
+
+
+def _wanted(wish: Wish, data: Learnable, among: Sequence[Recipe]) -> list[Recipe]:
+    """Recipes without training (of `among` some) that were asked for and have rows enough."""
+    wanted = [parse(wish.recipe)] if wish.recipe else among or prompting_recipes(data)
+    wanted = [r for r in wanted if not any("weights" in m.needs for m in r.methods)]
+    if len(data.train) < LEAST_ROWS and not (wish.recipe or wish.methods):  # prompts are not compared on fewer
+        wanted = [r for r in wanted if not any(isinstance(m, Prompting) for m in r.methods)]
+    return [r for r in wanted if not wish.methods or all(m.name in wish.methods for m in r.methods)]
 
 
 def _smaller(one: Recipe) -> Recipe | None:

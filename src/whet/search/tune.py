@@ -33,13 +33,20 @@ class Arm:
     why: str = ""
 
 
+def able(method: Method) -> None:
+    """Raise MethodError for a method that has no settings to race in a budget."""
+    if "learning_rate" not in method.space():
+        raise MethodError(f"{method.name} does not train", expected="a method with a learning rate, such as finetune",
+                          found="--budget", do="leave --budget out")  # fmt: skip
+
+
 def timed(
     method: Method, system: System, data: Learnable, run: Run, limit: float, trials: int, settled: Container[str],
     say: Callable[[str], None],
-) -> tuple[System, list[Arm]]:  # fmt: skip
-    """Race the settings of a method within `limit` seconds, validations included, by `trials` of a sampler if any.
+) -> System:  # fmt: skip
+    """The best System of a race of a method's settings within `limit` seconds, validations included.
 
-    Returns the best System and all arms, best first.
+    By `trials` of a sampler if any. The run's notes name the arms, best first, where there were several.
     """
     from whet.train.team import team
 
@@ -49,9 +56,14 @@ def timed(
     # Every process measures its own rates; what is trained, and its name, must be the same in all.
     rates = budget.Rates(*(crew.sum(rate if crew.first else 0.0) for rate in astuple(own)))
     run.trained_tokens = int(limit / cost * (1 - VALIDATED) * rates.train)
-    if trials:
-        return sample(method, trials, system, data, run, say)
-    return search(method, system, data, run, limit, rates.price, settled, say)
+    best, arms = (
+        sample(method, trials, system, data, run, say)
+        if trials
+        else search(method, system, data, run, limit, rates.price, settled, say)
+    )
+    if len(arms) > 1:
+        run.notes["raced"] = named(arms)
+    return best
 
 
 def candidates(method: Method, name: str = "learning_rate") -> list[Method]:

@@ -68,11 +68,8 @@ def teach(
     """
     made, crew = run.store.artifact(name), team()
     if not (made / "done.json").exists():
-        if crew.sharded and adapter.kind == "osf":  # whose hooks on the weights shards do not have
-            raise MethodError("osf trains whole weights", expected="DDP", found="FSDP", do="leave out --use_fsdp")
-        if crew.sharded and whole and adapter.kind != "full":  # it is merged into a copy, which shards do not make
-            raise MethodError("an adapter that is merged needs whole weights", expected="DDP", found="FSDP",
-                              do="leave out --use_fsdp, or set adapter=full")  # fmt: skip
+        if crew.sharded:
+            _shardable(adapter, whole)
         session = run.local(system.model, "training")
         checkpoint = run.home / "checkpoints" / name
         before = checkpoint.with_name(f"{run.previous}.stable") if run.previous else None
@@ -105,12 +102,8 @@ def teach(
                     since=before, team=crew, continued=run.fidelity < 1, rescue=rescue if run.fidelity == 1 else None,
                     session=live, log=lesson.log,
                 )  # fmt: skip
-            notes = {
-                **lesson.notes,
-                "curves": {"train": curves.train, "validation": curves.validation, "best": curves.best},
-                "steps": curves.steps,
-                **lesson.after(curves),
-            }
+            drawn = {"train": curves.train, "validation": curves.validation, "best": curves.best}
+            notes = {**lesson.notes, "curves": drawn, "steps": curves.steps, **lesson.after(curves)}
             spent = Spent(training_seconds=curves.seconds, trained_tokens=curves.tokens) + live.spent
             if crew.first:
                 keep(tuned, adapter, made, {"notes": notes, "spent": asdict(spent)}, tokenizer)
@@ -120,6 +113,15 @@ def teach(
             run.sessions.pop(system.model)
         give_back_memory()
     return kept(system, run, name)
+
+
+def _shardable(adapter: Adapter, whole: bool) -> None:
+    """Raise MethodError for what cannot be trained in shards."""
+    if adapter.kind == "osf":  # whose hooks on the weights shards do not have
+        raise MethodError("osf trains whole weights", expected="DDP", found="FSDP", do="leave out --use_fsdp")
+    if whole and adapter.kind != "full":  # it is merged into a copy, which shards do not make
+        raise MethodError("an adapter that is merged needs whole weights", expected="DDP", found="FSDP",
+                          do="leave out --use_fsdp, or set adapter=full")  # fmt: skip
 
 
 @contextmanager
