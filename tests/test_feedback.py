@@ -66,7 +66,7 @@ def system(model_folder: str, home: Path, fp32: None) -> System:
 
 
 def learnable(**more: Any) -> Learnable:
-    return Learnable("toy", "Answer.", "win_rate", judged=judgements(), feedback="feedback.jsonl", **more)
+    return Learnable("toy", "Answer.", "win_rate", judged=judgements(), **more)
 
 
 class Longest:

@@ -1093,7 +1093,7 @@ def test_the_first_training_reads_as_many_passages_as_questions_rest_on(model_fo
 
 def test_judgements_and_rewards_go_on_from_a_training(model_folder: str) -> None:
     rows = tuple(Example(str(n), f"p{n}", "a b") for n in range(20))
-    data = Learnable("t", "say", "token_f1", train=rows, feedback="f.jsonl")
+    data = Learnable("t", "say", "token_f1", train=rows)
     pair = (Judged("1", "p", "good", "bad"),)
     thumbs = tuple(Judged(f"t{n}", f"q{n}", "fine", None) for n in range(5))
     tuned = recipe("finetune")
