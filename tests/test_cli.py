@@ -368,3 +368,60 @@ def test_what_a_terminal_cannot_show_ends_nothing(tmp_path: Path, monkeypatch: p
         main(["report", str(tmp_path), "--json"])
     shown.seek(0)
     assert not ended.value.code and "caf? ?" in shown.read()
+
+
+def test_what_is_made_by_hand_has_a_card_of_its_own(capsys: pytest.CaptureFixture[str], task: str) -> None:
+    """No score of what it was made of, the whole recipe, and nothing that improve handed over is taken by it."""
+    base = ("--model", "fake:keyword")
+    assert whet(capsys, "improve", task, *base, "--budget", "1m", "--methods", "fewshot", "--out", "run")[0] == 0
+    handed = json.loads(Path("run/system/system.json").read_text())
+    assert handed["card"]["scorecard"] and handed["card"]["recipe"]
+    more = ("apply", "calibrate", task, "--system", "run/system", "--out")
+    assert whet(capsys, *more, "made")[0] == 0
+    made = json.loads(Path("made/system.json").read_text())["card"]
+    before = handed["card"]["recipe"]
+    assert "scorecard" not in made and made["recipe"] == ("calibrate" if before == "base" else f"{before}+calibrate")
+    assert whet(capsys, "apply", "fewshot", task, "--system", "fake:keyword", "--set", "k=2", "--out", "shown")[0] == 0
+    assert json.loads(Path("shown/system.json").read_text())["card"]["recipe"] == "fewshot(k=2)"
+    assert "recipe: fewshot(k=2)" in Path("shown/README.md").read_text()
+    code, _, err = whet(capsys, *more, "run/system")
+    assert code == 2 and "what improve handed over" in one_line(err)
+    assert json.loads(Path("run/system/system.json").read_text()) == handed
+
+
+def test_settings_that_cannot_be_meant(capsys: pytest.CaptureFixture[str], task: str, tmp_path: Path) -> None:
+    asked = ("improve", task, "--model", "fake:keyword")
+    twice = ("--recipe", "fewshot", "--methods", "calibrate")
+    for given, said in ((("--budget", "90"), "90s, 10m or 1h"), (("--budget", "1m", *twice), "both")):
+        code, _, err = whet(capsys, *asked, *given)
+        assert code == 2 and said in one_line(err)
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    code, _, err = whet(capsys, "feedback", "fake:echo", "prompts.txt", "--out", "f.jsonl", "--temperature", "-1")
+    assert code == 2 and "-1" in err
+
+
+def test_a_system_of_other_labels_is_told(capsys: pytest.CaptureFixture[str], task: str, tmp_path: Path) -> None:
+    assert whet(capsys, "apply", "calibrate", task, "--system", "fake:keyword", "--out", "made")[0] == 0
+    other = write_task(tmp_path / "other", train=20, test=10, labels=["left", "right"], name="other")
+    for file in other.glob("*.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        said = {"good": "left", "bad": "right"}
+        file.write_text("".join(json.dumps({**row, "completion": said[row["completion"]]}) + "\n" for row in rows))
+    code, _, err = whet(capsys, "evaluate", "made", str(other))
+    assert code == 0 and "note: made answers 'good' and the like, never what other asks for" in err
+    assert "never what" not in whet(capsys, "evaluate", "made", task)[2]
+
+
+def test_a_metric_that_fails_says_why(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "own", train=20, test=10, labels=None, metric="m.py:score")
+    (folder / "m.py").write_text('def score(answer, example):\n    return "x"\n')
+    code, out, _ = whet(capsys, "evaluate", "fake:echo", str(folder), "--trust")
+    assert code == 0 and "10 examples could not be scored: " in out and "x" in out.split("could not be scored: ")[1]
+
+
+def test_prompts_of_plain_text(tmp_path: Path) -> None:
+    from whet.feedback import prompts_of
+
+    for text, said in (("one\ntwo\n", ["one", "two"]), ("one\nstill one\n\ntwo\n", ["one\nstill one", "two"])):
+        (tmp_path / "p.txt").write_text(text)
+        assert [e.prompt for e in prompts_of(tmp_path / "p.txt")] == said

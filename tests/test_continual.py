@@ -50,7 +50,7 @@ from whet.train.loop import _step
 from whet.train.losses import NextToken
 from whet.train.protect import elastic, fisher, lora_layers, merged, mixed, orthogonal
 from whet.train.team import Alone
-from whet.update import _overdone, begin, check, own, update
+from whet.update import _overdone, _refused, begin, check, own, update
 
 HEAD = tuple(range(10, 45))
 ROWS = [Row(HEAD + (5, 6), ((7, 8, 9),)), Row(HEAD + (5, 7), ((7, 4),)), Row((3, 4), ((1, 6),))]
@@ -537,6 +537,22 @@ def test_a_task_scored_from_0_to_100_loses_percent(tmp_path: Path) -> None:
 def test_short_answers_may_grow_by_a_few_words() -> None:
     assert _overdone((0.0, 1.0), None) == [] and _overdone((0.4, 0.9), None) == []
     assert _overdone((0.0, 9.0), None) and _overdone((20.0, 31.0), None) and not _overdone((20.0, 29.0), None)
+
+
+def test_a_task_that_is_taught_must_not_fall_by_it(tmp_path: Path) -> None:
+    task: Any = SimpleNamespace(name="sizes", limits=SimpleNamespace(forgetting=None))
+
+    def card(right: int) -> Scorecard:
+        found = tuple(Outcome(str(n), "", float(n < right), "") for n in range(40))
+        return Scorecard(right / 40, 0, 0, "accuracy", found, 0, 0, Spent(), {})
+
+    def why(before: int, after: int, lost: tuple[Any, ...] = ()) -> list[str]:
+        return _refused((card(before), card(after)), lost, get("accuracy"), task, Run(Store(tmp_path)))
+
+    assert why(30, 16) == ["sizes itself fell from 75.0 to 40.0"]
+    assert why(30, 29) == why(16, 30) == []
+    same = loss("sizes", card(30), card(16), get("accuracy"), 1.0)
+    assert len(why(30, 16, (same,))) == 1 and "sizes loses" in why(30, 16, (same,))[0]  # told once
 
 
 def test_untrained_osf_changes_no_weight_in_half_precision() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from files import refused, write
 
-from whet.columns import Columns
+from whet.columns import NONE, Columns
 from whet.init import Guess, init
 from whet.task import Example, Task, load
 
@@ -742,3 +742,29 @@ def test_tables_of_any_ending(tmp_path):
     lines = "\r".join(["text,label", *(f"film {n},{('good', 'bad')[n % 2]}," for n in range(40))])
     init(write(tmp_path / "mac.csv", lines), tmp_path / "b")
     assert load(tmp_path / "b").labels == ("bad", "good")
+
+
+def test_labels_with_commas_and_none_at_all(tmp_path):
+    said = (["food, drink", "price"], ["service"], [])
+    rows = [{"text": f"review {n} of it", "labels": said[n % 3]} for n in range(30)]
+    guess, task = made(tmp_path, rows)
+    assert (guess.metric, guess.rows) == ("set_f1", 30), guess.lines
+    assert {example.completion for example in every(task)} == {'["food, drink", "price"]', '["service"]', "[]"}
+    assert 'a JSON list, out of ["food, drink", "price", "service"].' in task.instruction
+    (tmp_path / "plain").mkdir()
+    plain = [{**row, "labels": [label.replace(", ", " and ") for label in row["labels"]]} for row in rows]
+    guess, task = made(tmp_path / "plain", plain)  # a row that no label fits is a row
+    assert (guess.metric, guess.rows) == ("set_f1", 30), guess.lines
+    assert {example.completion for example in every(task)} == {"food and drink, price", "service", NONE}
+
+
+def test_an_answer_that_is_an_object_is_json(tmp_path):
+    rows = [{"input": f"order {n} of jackets", "output": {"item": "jacket", "qty": n}} for n in range(20)]
+    guess, task = made(tmp_path, rows)
+    assert guess.columns.completion == "output" and guess.metric != "accuracy", guess.lines
+    assert '{"item": "jacket", "qty": 3}' in {example.completion for example in every(task)}
+
+
+def test_a_column_is_not_prompt_and_answer(tmp_path):
+    data = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": f"t{n}", "label": "ab"[n % 2]}) for n in range(9)))
+    refused(lambda: init(data, tmp_path / "t", prompt=("text",), completion="text"), "'text'", "prompt and answer")

@@ -166,6 +166,13 @@ def test_verdict_when_nothing_helps() -> None:
         "by −0.8 points, 95 % interval −2.0 to +0.4 on 872 sealed examples.")
 
 
+def test_verdict_when_nothing_was_tried() -> None:
+    result = rich() | {"chosen": {"recipe": []}, "baselines": []}
+    result["trials"] = [t for t in result["trials"] if not t["recipe"]]
+    result["confirm"] |= {"improved": False, "difference": 0.0, "low": 0.0, "high": 0.0}
+    assert report.verdict(result).startswith("Nothing was tried beside the base model, which is handed over")
+
+
 def test_verdict_says_that_the_test_is_why_where_the_interval_is_above_zero(tmp_path: Path) -> None:
     result = rich() | {"chosen": {"recipe": []}, "baselines": []}
     result["confirm"] |= {"n": 16, "improved": False, "difference": 0.045, "low": 0.014, "high": 0.08,

@@ -44,7 +44,7 @@ class Commands(click.Group):
     def main(self, *args: Any, **settings: Any) -> Any:
         """Run; exits 0, 1 where a check failed, 2 on bad input (one line on stderr), 130 on Ctrl-C."""
         debug = "--debug" in sys.argv
-        for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to stop
+        for stream in (sys.stdin, sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to stop
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
         # peft loads the one, which complains about kernels that whet has no use for; of broken files whet says itself.
@@ -173,7 +173,11 @@ def _made(name: str, task: Any, trust: bool) -> System | None:
     is_system = (Path(name) / "system.json").exists()
     if is_system or (Path(name).is_dir() and not (Path(name) / "config.json").exists()):
         # Raises where the folder is no System, saying what one holds.
-        return for_task(load(name, trust=trust), task)
+        made = for_task(load(name, trust=trust), task)
+        if task.labels and made.decoding.labels and not {*task.labels} & {*made.decoding.labels}:
+            print(f"note: {name} answers {made.decoding.labels[0]!r} and the like, never what {task.name} asks for",
+                  file=sys.stderr)  # fmt: skip
+        return made
     return None
 
 
@@ -335,14 +339,14 @@ def apply(
     from whet.scorecard import split_seed
     from whet.search import tune
     from whet.search.budget import seconds
-    from whet.search.out import leave
+    from whet.search.out import changed, leave, unclaimed
     from whet.search.recipe import Recipe
-    from whet.store import Store, place_for
+    from whet.store import Store
     from whet.task import load
     from whet.train.team import team
     from whet.update import check
 
-    place_for(out, "system.json")
+    unclaimed(out)
     settings = _settings((*pairs, *more))
     made = make(method, settings)
     if budget is not None:
@@ -364,7 +368,7 @@ def apply(
             new = tune.timed(made, start, data, run, seconds(budget), trials, settings, watch.say)
         crew = team()
         if crew.first:
-            leave(new.split_by(loaded.name, by), out, loaded)
+            leave(changed(start, new, Recipe((made,)).name).split_by(loaded.name, by), out, loaded)
         crew.wait()
     if not crew.first:
         return
@@ -408,13 +412,13 @@ def update(
     from whet import update as updating
     from whet.errors import MethodError
     from whet.methods import Run
-    from whet.search.out import leave
-    from whet.store import Store, place_for
+    from whet.search.out import leave, unclaimed
+    from whet.store import Store
     from whet.system import load
     from whet.task import load as load_task
     from whet.train.team import team
 
-    place_for(out, "system.json")
+    unclaimed(out)
     opened = load(system, trust=trust)
     loaded, kept = updating.with_made(load_task(task, trust=trust), opened, Path(system))
     with _watched(as_json, "update", (*loaded.notes, *filter(None, [kept]))) as watch:
@@ -431,7 +435,8 @@ def update(
     else:
         print("\n".join(updating.lines(made, loaded.name)))
     if made.refused:
-        raise MethodError(f"refused: {made.refused}", do="set strategy or share, or limits.forgetting in task.yaml")
+        mild = "set a lower learning_rate, or collect more" if feedback else "set strategy or share"
+        raise MethodError(f"refused: {made.refused}", do=f"{mild}, or limits.forgetting in task.yaml")
     if not as_json:
         print(*filter(None, [f"system   {out}", updating.asked(made, out)]), sep="\n")
 
@@ -568,7 +573,8 @@ def documents(
 @click.option("--out", default="feedback.jsonl", show_default=True, type=click.Path(path_type=Path),
               help="File that judgements are appended to, one by one.")  # fmt: skip
 @click.option("--annotator", default="", help="Who judges; kept with each judgement.")
-@click.option("--temperature", default=0.8, show_default=True, help="Of the two answers that are drawn.")
+@click.option("--temperature", default=0.8, type=click.FloatRange(0, min_open=True), show_default=True,
+              help="Of the two answers that are drawn.")  # fmt: skip
 @click.option("--seed", default=0, type=SEED, show_default=True, help="Of the answers, and of which is shown first.")
 @click.option("--trust", is_flag=True, help="Let a System reach the server it names.")
 @common

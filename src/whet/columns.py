@@ -27,6 +27,7 @@ ANSWERS = ("completion", "answer", "answers", "answerkey", "answer_key", "correc
            "correct_option", "correct", "cop", "gold", "target", "output", "response", "summary", "highlights",
            "translation", "canonical_solution", "solution", "code", "result", "reply", "정답", "답변", "답", "응답",
            "요약", "antwort", "respuesta", "réponse", "reponse")  # fmt: skip
+OBJECTS = {*ANSWERS} - {"answers", "translation"}  # an object under these names is an answer in JSON
 ALTERNATIVES = re.compile(r"(.*_)?(answers|aliases|references)")  # lists under these names hold accepted answers
 CLASSES = ("sentiment", "emotion", "polarity", "intent", "class", "category", "topic", "stars", "rating",
            "score", "감정", "의도", "분류")  # fmt: skip
@@ -85,6 +86,8 @@ class Columns:
 def unfolded(data: Path, rows: list[Row]) -> list[Row]:
     """Rows with nested cells spread: SQuAD's files, objects as columns `outer.inner`, lists that a CSV cell holds."""
     names = _class_names(data)
+    many = [cell for row in rows for key, cell in row.values.items() if key_of(key) == MANY and isinstance(cell, list)]
+    apart = any("," in str(item) for cell in many for item in cell)  # commas part labels: lists stay lists, as JSON
     found = []
     for row in rows:
         parts = [row.values]
@@ -96,7 +99,8 @@ def unfolded(data: Path, rows: list[Row]) -> list[Row]:
             for key, cell in flat.items():
                 if isinstance(cell, list) and (key in names or key_of(key) == MANY):
                     named = [_named(names.get(key), item) for item in cell]
-                    flat[key] = ", ".join(map(str, named)) if key_of(key) == MANY else named
+                    joined = json.dumps(named, ensure_ascii=False) if apart else ", ".join(map(str, named)) or NONE
+                    flat[key] = joined if key_of(key) == MANY else named
                 elif key in names:
                     flat[key] = _named(names[key], cell)
             found.append(Row(row.where, row.number, flat))
@@ -106,7 +110,8 @@ def unfolded(data: Path, rows: list[Row]) -> list[Row]:
 def listed(rows: list[Row], key: str | None, lines: list[str]) -> tuple[list[Row], bool]:
     """Rows with each list of a column as one text, and whether there were lists of several.
 
-    Items are joined by ", " (`NONE` for none), objects stay JSON. Lists of accepted answers stay as they are.
+    Items are joined by ", " (`NONE` for none); objects, and labels with commas in them, are written as JSON. Lists of
+    accepted answers stay as they are.
     """
     cells = [row.values.get(key or "") for row in rows]
     read = [literal(cell) if isinstance(cell, str) and cell[:1] == "[" else None for cell in cells]
@@ -114,7 +119,7 @@ def listed(rows: list[Row], key: str | None, lines: list[str]) -> tuple[list[Row
     items = [item for cell in cells if isinstance(cell, (list, tuple)) for item in cell]
     if not key or not items or key_of(key) in ANSWERS or ALTERNATIVES.fullmatch(_plain_name(key)):
         return rows, False
-    nested = any(isinstance(item, (list, dict)) for item in items)
+    nested = any(isinstance(item, (list, dict)) or "," in str(item) for item in items)  # commas part labels
     many = nested or any(isinstance(cell, (list, tuple)) and len(cell) > 1 for cell in cells)
     if many:
         said = "JSON" if nested else "several labels a row, with commas between"
@@ -142,7 +147,9 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         if isinstance(value, str) and value[:1] in ("[", "{") and key_of(key) in (*OPTIONS, "answers"):
             value = value if (found := literal(value)) is None else found
-        if isinstance(value, dict) and key not in KEPT and not {"text", "aliases"} & value.keys():
+        if isinstance(value, dict) and key_of(key) in OBJECTS and not {"text", "aliases", "value"} & value.keys():
+            flat[key] = json.dumps(value, ensure_ascii=False, default=str)
+        elif isinstance(value, dict) and key not in KEPT and not {"text", "aliases"} & value.keys():
             flat |= {f"{key}.{inner}": cell for inner, cell in _flat(value).items()}
         else:
             flat[key] = value
@@ -192,6 +199,8 @@ def find(
                 found=f"{short(key)}, also a value below",
                 do="add a header line such as prompt,completion",
             )
+    if completion in prompt:
+        raise TaskError(f"{data.name}: {short(completion)} cannot be prompt and answer", do="name two columns")
     named = {*prompt, completion}
     usable = {key: found for key in table if (found := _usable(key, table[key], key in named))}
     choices = _options_of(table)

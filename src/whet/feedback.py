@@ -619,8 +619,10 @@ def ask(example: Example, shown: tuple[str, str]) -> str:
 
 
 def prompts_of(path: Path) -> list[Example]:
-    """The prompts of a file of rows (any form that whet reads), or of plain text, one a paragraph."""
+    """The prompts of a file of rows (any form that whet reads), or of plain text: paragraphs, else lines."""
     rows = [(row, standard(row)[0]) for row in read(path)]
+    if len(rows) == 1 and set(rows[0][1]) == {"text"}:
+        rows = [(rows[0][0], {"text": line}) for line in rows[0][1]["text"].splitlines()]
     texts = [(row, values, (values.get("prompt") or values.get("text") or "").strip()) for row, values in rows]
     found = {(text, v.get("history", ())): Example(str(row.number), text, history=v.get("history", ()))
              for row, v, text in texts if text}  # fmt: skip

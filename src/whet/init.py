@@ -66,6 +66,8 @@ SIDES = {"train": "train", "training": "train", "test": "test"} | dict.fromkeys(
 # What whet init asks for, in English and in Korean.
 ASKED = {
     "json": ("Answer with a JSON list.", "JSON 목록으로 답하세요."),
+    "json labels": ("Name all labels that fit as a JSON list, out of {}.",
+                    "다음 중 알맞은 라벨을 모두 JSON 목록으로 쓰세요: {}."),
     "labels": ("Name all labels that fit, with commas between.", "알맞은 라벨을 모두 쉼표로 구분해 쓰세요."),
     "named labels": ("Name all labels that fit, with commas between: {}.",
                      "다음 중 알맞은 라벨을 모두 쉼표로 구분해 쓰세요: {}."),
@@ -143,7 +145,8 @@ def init(
     if "feedback.jsonl" in files:
         header["feedback"] = "feedback.jsonl"
     said = ", ".join(f"{len(part)} rows to {file}" for file, part in files.items())
-    guess = replace(guess, lines=(*guess.lines, f"{said}; {how}", *_hints(guess, instruction, test)))
+    hints = _hints(guess, instruction, files.get("test.jsonl", test))
+    guess = replace(guess, lines=(*guess.lines, f"{said}; {how}", *hints))
     _write(out, header, files)
     return guess
 
@@ -386,7 +389,7 @@ def _metric(
     if pair := languages(columns):
         lines.append(f"metric chrf: translations from {pair[0]} to {pair[1]}")
         return "chrf", ()
-    if many or (name == MANY and any(", " in answer for answer in answers)):
+    if many or (name == MANY and any(", " in answer or answer[:1] == "[" for answer in answers)):
         lines.append("metric set_f1: several labels a row")
         return "set_f1", ()
     mark, apart = parted(answers) if kind != "thumbs" and not any("answers" in row for row in rows) else ("", [])
@@ -493,8 +496,10 @@ def _instruction(guess: Guess, rows: list[dict[str, Any]]) -> str:
 
 def _asked(guess: Guess, rows: list[dict[str, Any]]) -> tuple[str, str]:
     """Which of ASKED, and the labels that it names."""
-    if guess.metric == "set_f1" and all(row["completion"][:2] in ("[{", "[[", "[]") for row in rows):
-        return "json", ""
+    if guess.metric == "set_f1" and all(row["completion"][:1] == "[" for row in rows):
+        items = [item for row in rows for item in json.loads(row["completion"])]
+        plain = all(isinstance(item, str) for item in items) and len(set(items)) <= 30
+        return ("json labels", json.dumps(sorted(set(items)), ensure_ascii=False)) if plain else ("json", "")
     if guess.metric == "set_f1":
         names = sorted({name for row in rows for name in row["completion"].split(", ")})
         return ("named labels", ", ".join(names)) if len(names) <= 30 else ("labels", "")

@@ -124,7 +124,8 @@ def sift(
     every = len(made) + len(broken)
     if len(broken) == 1 and (whole or BROKEN * every < 1):
         raise broken[0][1]
-    said = "; ".join(short_line(str(error).removeprefix(f"{name} "), 110) for _, error in broken[:4])
+    said = "; ".join(short_line(str(error).removeprefix(f"{name} "), 110 if n else 300)
+                     for n, (_, error) in enumerate(broken[:4]))  # fmt: skip
     said += "; …" if len(broken) > 4 else ""
     if broken and (whole or len(broken) > BROKEN * every):
         raise TaskError(

@@ -21,6 +21,7 @@ from whet.engine import Progress, Session, Spent
 from whet.errors import TaskError
 from whet.metrics import Metric, Outcome, get, score_all
 from whet.model import local_folder
+from whet.rows import short_line
 from whet.splits import shared_order
 from whet.store import Scores, Store, code
 from whet.system import Answer, System
@@ -340,6 +341,8 @@ def lines(card: Scorecard) -> list[str]:
             f"{card.seconds:.1f} s of answering{alone}"]  # fmt: skip
     if card.memory_bytes and card.size_bytes:
         made.append(f"{card.size_bytes / 1e6:.0f} MB on disk, {card.memory_bytes / 1e6:.0f} MB of memory at most")
-    wrong = {"prompts were shortened": card.truncated, "examples could not be scored": card.failed,
+    why = next((o.error for o in card.outcomes if o.error), "")
+    failed = f"examples could not be scored: {short_line(why, 200)}"
+    wrong = {"prompts were shortened": card.truncated, failed: card.failed,
              "answers were cut (max_tokens)": card.unended}  # fmt: skip
     return [*made, *(f"{count} {what}" for what, count in wrong.items() if count)]

@@ -520,15 +520,14 @@ def _label(answer: str, labels: Mapping[str, str], where: str) -> str:
 
 def _among(answers: Sequence[str], choices: tuple[str, ...], where: str) -> tuple[str, ...]:
     """The answers as the row's choices write them."""
+    if len(choices) < 2:
+        raise TaskError(f"{where}: too few choices", expected="at least two", found=short(list(choices), 120))
     alike = {plain(choice): choice for choice in choices}
     exact = len(alike) < len(choices)  # choices that differ in case or signs alone
     made = tuple(dict.fromkeys(a if exact or a in choices else alike.get(plain(a), a) for a in answers))
-    if len(choices) < 2 or (made and made[0] not in choices):
-        raise TaskError(
-            f"{where}: the completion is not one of the row's choices",
-            expected=f"one of {short(list(choices), 120)}",
-            found=short(made[0]) if made else "one choice",
-        )
+    if made and made[0] not in choices:
+        raise TaskError(f"{where}: the completion is not one of the row's choices",
+                        expected=f"one of {short(list(choices), 120)}", found=short(made[0]))  # fmt: skip
     return made
 
 

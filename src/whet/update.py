@@ -297,6 +297,11 @@ def _refused(
         margin = (ALLOWED if task.limits.forgetting is None else task.limits.forgetting) / 100
         if not stats.not_worse(cards[0].outcomes, cards[1].outcomes, metric, margin, run.seed).ok:
             why.append(f"the win rate fell from {100 * cards[0].score:.1f} to {100 * cards[1].score:.1f}")
+    elif all(one.task != task.name for one in lost):  # what it is to be taught must not be lost by that
+        paired = stats.compare(cards[0].outcomes, cards[1].outcomes, metric, run.seed)
+        if paired.high < 0:
+            why.append(f"{task.name} itself fell from {figure(cards[0].score, metric.name)} to "
+                       f"{figure(cards[1].score, metric.name)}")  # fmt: skip
     return why
 
 

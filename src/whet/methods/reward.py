@@ -28,7 +28,7 @@ def feedback_of(data: Learnable, weights: Sequence[str] = ()) -> tuple[Judged, .
     """The judgements that a Method may learn from, weighted. Raises MethodError where there are none."""
     found = weighted(data.judged, weights, data.annotators)
     if not found:
-        raise MethodError("no feedback to learn from", expected="judgements in feedback.jsonl", found="none",
+        raise MethodError("no feedback to learn from", expected="judgements", found="none",
                           do="collect some: whet feedback SYSTEM PROMPTS")  # fmt: skip
     return found
 

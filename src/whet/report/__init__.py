@@ -86,7 +86,9 @@ def _confirmed(result: Record, confirm: Record, scale: Scale) -> str:
     if tried and not view.opened(confirm):
         return (f"No candidate beat the base model on the select split, so none was tried on {sealed}; "
                 f"the base is handed over: {scale.title} {scale.score(base)}")
-    if difference is None or not (difference or tried):  # the base was compared with itself
+    if not tried and not difference:
+        return f"Nothing was tried beside the base model, which is handed over: {scale.title} {scale.score(base)}"
+    if difference is None:
         return f"Nothing was shown to beat the base model, which is handed over: {scale.title} {scale.score(base)}"
     return (f"Nothing was shown to beat the base model, which is handed over ({scale.title} {scale.score(base)}): "
             f"the best candidate differed by {change} on {sealed}{but}")

@@ -150,7 +150,8 @@ def improve(
         check(report_to)
         loaded = task if isinstance(task, Task) else tasks.load(task, trust=trust)
         models = (model,) if isinstance(model, str) else tuple(model)
-        wish = Wish(models, seconds(budget), tuple(methods), recipe, seed, strict, self_contained,
+        wished = (methods,) if isinstance(methods, str) else tuple(methods)
+        wish = Wish(models, seconds(budget), wished, recipe, seed, strict, self_contained,
                     tuple(report_to))  # fmt: skip
         job = _prepare(loaded, wish, Path(out) if out else Path("runs") / loaded.name, watch, Store(home))
         _race(job)
@@ -162,9 +163,7 @@ def improve(
 
 def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -> _Job:
     """Check everything that can be checked before anything is spent; open the models and share out the budget."""
-    unknown = [m for m in wish.methods if m not in names()]
-    if unknown:
-        recipe(unknown[0])  # raises, with the nearest name
+    _nameable(wish)
     files = parse(wish.recipe).files(task.folder) if wish.recipe else {}
     splits = task.split(wish.seed, wish.strict)
     metric = get(task.metric, task.folder, task.trusted)
@@ -177,8 +176,10 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
                           found=refs[0].base, do="name a local one first, or take another metric")  # fmt: skip
     run = Run(store, wish.seed, tell=watch.tell, report_to=wish.report_to)
     _readable(task, wish, splits.learnable, run)
-    asked = [task.fingerprint, [r.content for r in refs], wish.seed, wish.budget, wish.methods, wish.recipe]
-    key = hashlib.sha256(json.dumps([*asked, wish.strict, *files.values()]).encode()).hexdigest()
+    asked = {"task or rows": task.fingerprint, "model": [r.content for r in refs], "seed": wish.seed,
+             "budget": wish.budget, "methods": list(wish.methods), "recipe": wish.recipe, "strict": wish.strict,
+             "file": list(files.values())}  # fmt: skip
+    key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     watch.say(f"whet improve {task.name}: {len(splits.learnable.train)} train, {len(splits.select)} select, "
               f"{len(splits.confirm)} confirm; metric {metric.name}")  # fmt: skip
     if said := few(splits.confirm):
@@ -188,7 +189,7 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
         parse(wish.recipe).possible(training.at_hand(bases), splits.learnable)
     _echoing(bases, splits, metric, run)
     # Not before: a command that could not run is corrected, not another one.
-    output.claim(folder, key, task.name, task.folder)
+    output.claim(folder, key, task.name, task.folder, asked)
     rates = {b.model.content: measure_rates(b, run.session(b.model), store, watch.say) for b in bases}
     local = training.at_hand(bases)
     judge = Spent()
@@ -219,6 +220,15 @@ def _prepare(task: Task, wish: Wish, folder: Path, watch: Watch, store: Store) -
                 parts.search, watch, run, live=_live(task), aside=shrinking)  # fmt: skip
     return _Job(task, wish, splits, metric, store, watch, folder, run, bases, parts.reserve, race, earlier,
                 shrinking=shrinking, judge=judge, notes=notes)  # fmt: skip
+
+
+def _nameable(wish: Wish) -> None:
+    """Raise MethodError for methods that there are none of, and for methods beside a recipe."""
+    if wish.recipe and wish.methods:
+        raise MethodError("both a recipe and methods", expected="one of --recipe and --methods", found="both",
+                          do="leave one out")  # fmt: skip
+    if unknown := [m for m in wish.methods if m not in names()]:
+        recipe(unknown[0])  # raises, with the nearest name
 
 
 def _opened(ref: ModelRef, task: Task, splits: Splits, run: Run, watch: Watch) -> System:

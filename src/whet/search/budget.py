@@ -27,15 +27,15 @@ UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def seconds(text: str | float) -> float:
-    """"90s", "10m" or "2h" (a plain number: minutes) as seconds. Raises WhetError for anything else."""
+    """"90s", "10m" or "2h" as seconds, or seconds as a number. Raises WhetError for anything else."""
     if isinstance(text, (int, float)):
         if not 0 < text < math.inf:
             raise WhetError("cannot read the budget", expected="seconds above 0", found=repr(text))
         return float(text)
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", text)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh])\s*", text)
     if not found or float(found[1]) <= 0:
         raise WhetError("cannot read the budget", expected="something like 90s, 10m or 1h", found=repr(text))
-    return float(found[1]) * UNITS[found[2] or "m"]
+    return float(found[1]) * UNITS[found[2]]
 
 
 @dataclass(frozen=True)

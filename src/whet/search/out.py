@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from whet.engine import Spent
 from whet.errors import StoreError, WhetError
 from whet.metrics import Outcome
 from whet.scorecard import Scorecard
-from whet.store import write_text
+from whet.store import place_for, write_text
 from whet.system import System
 from whet.task import Task, load
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from whet.search.race import Trial
 
 
-def claim(folder: Path, key: str, task: str, place: Path) -> None:
-    """Take an out folder for a run of a task, which lies at `place`: new, empty, or the same run's.
+def claim(folder: Path, key: str, task: str, place: Path, asked: Mapping[str, Any]) -> None:
+    """Take an out folder for a run of a task, which lies at `place`: new, empty, or that of a run `asked` the same.
 
     Raises StoreError where it holds another run or something else, or cannot be written.
     """
@@ -41,15 +42,30 @@ def claim(folder: Path, key: str, task: str, place: Path) -> None:
         except (OSError, ValueError):
             held = {}
         if held.get("key") != key:
-            raise StoreError(
-                f"{folder} holds another run",
-                expected="the same task, model, budget, seed and methods",
-                found=f"a run of {held.get('task', 'something else')}",
-                do="choose another --out, or remove the folder",
-            )
+            others = [name for name, one in held.get("asked", {}).items() if one != asked.get(name)]
+            found = f"a run of {held.get('task', 'something else')}"
+            found += f" by another {', '.join(others)}" if others else ""
+            raise StoreError(f"{folder} holds another run", expected="the same task and settings", found=found,
+                             do="choose another --out, or remove the folder")  # fmt: skip
     elif listed:
         raise StoreError(f"{folder} is not empty", expected="a new folder", do="choose another --out")
-    write_text(mark, json.dumps({"key": key, "task": task, "folder": str(place.resolve())}) + "\n")
+    write_text(mark, json.dumps({"key": key, "task": task, "folder": str(place.resolve()), "asked": asked}) + "\n")
+
+
+def unclaimed(folder: Path) -> None:
+    """Raise StoreError for a folder that `leave` cannot take: it holds something else, or what `improve` made."""
+    place_for(folder, "system.json")
+    if folder.exists() and (folder.absolute().parent / "result.json").exists():
+        raise StoreError(f"{folder} is what improve handed over", expected="another folder", do="name another --out")
+
+
+def changed(start: System, made: System, name: str) -> System:
+    """A System with a card of its own: what it was made by, and no score of what it was made of."""
+    if made.fingerprint == start.fingerprint:
+        return made
+    before = made.card.get("recipe", "base")
+    card = {key: value for key, value in made.card.items() if key != "scorecard"}
+    return replace(made, card=card | {"recipe": name if before == "base" else f"{before}+{name}"})
 
 
 def leave(system: System, folder: Path, task: Task) -> None:

@@ -215,6 +215,8 @@ def refined(job: _Job) -> tuple[Trial | None, list[Arm]]:
     helped = sorted((t for t in race.trials if t.against_base and t.against_base.low > 0), key=race.merit, reverse=True)
     both = combined(best.recipe, [t.recipe for t in helped])
     among = [r for r in [*both, *neighbours(best.recipe)] if f"{r.name}{best.label}" not in tried]
+    if race.metric.name == "win_rate":  # single answers have no score by which a method could choose
+        among = [r for r in among if not any(getattr(m, "prompts", 0) for m in r.methods)]
     base = next(b for b, label in zip(job.bases, labels(job), strict=True) if label == best.label)
     found = cheap_arms(job.wish, [base], [best.label], race.data, race.select, race.rates, job.run, math.inf,
                        among)[0] if among else []  # fmt: skip

@@ -9,6 +9,7 @@ from whet.train.loop import Curves
 
 LEAST_POINTS = 12  # steps of the first epoch without which no curve is fitted
 RESAMPLED = 40
+LEARNT = 0.05  # nats per target, below which there is nothing left to learn
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ def verdict(curves: Curves) -> Fit:
 
     Diverged: both ended above where they began, validation by at least 5 %. Overfitting: validation rose at least 5 %
     above its best while training still fell. Underfitting: over the last quarter of the tokens both curves still fell,
-    validation by at least 5 %, and the last validation is the best.
+    validation by at least 5 %, and the last validation is the best, and above `LEARNT`.
     """
     checks, train = curves.validation, curves.train
     if len(checks) < 3 or len(train) < 4:
@@ -42,7 +43,7 @@ def verdict(curves: Curves) -> Fit:
         found = "diverged"
     elif last > 1.05 * best and after < before:
         found = "overfitting"
-    elif last == best and last < 0.95 * checks[-2][1] and after < 0.95 * before:
+    elif last == best > LEARNT and last < 0.95 * checks[-2][1] and after < 0.95 * before:
         found = "underfitting"
     return Fit(found, best, last, before, after)
 
