@@ -28,7 +28,8 @@ Exit codes: 0 success, 1 an error inside whet (of `export`: a check that failed)
 
 TASK is a task folder (see [tasks.md](tasks.md)). SYSTEM, FIRST and SECOND are a folder that whet wrote (see
 [system.md](system.md)) or a model: an alias, a folder, a `.gguf` file, a Hub id or `openai:NAME@URL` (see
-[models.md](models.md)). A model is measured with the task's instruction, zero-shot. `whet chat`, `update` and `documents` take a folder only.
+[models.md](models.md)). A model is measured with the task's instruction, zero-shot. `whet chat`, `update` and
+`documents` take a folder only.
 """
 SHARED = frozenset(("as_json", "debug"))
 
