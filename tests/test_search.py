@@ -929,12 +929,12 @@ def test_recipes_read_and_shown() -> None:
     assert recipe("fewshot", "calibrate").record[0]["method"] == "fewshot"
 
 
-@pytest.mark.parametrize(("text", "value"), [("90s", 90), ("10m", 600), ("2h", 7200), ("3", 180), (" 1.5 m ", 90)])
-def test_budgets(text: str, value: float) -> None:
+@pytest.mark.parametrize(("text", "value"), [("90s", 90), ("10m", 600), ("2h", 7200), (3, 3), (" 1.5 m ", 90)])
+def test_budgets(text: str | float, value: float) -> None:
     assert seconds(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "ten", "-5m", "0m", "5d"])
+@pytest.mark.parametrize("text", ["", "ten", "-5m", "0m", "5d", "3"])
 def test_budgets_that_cannot_be_read(text: str) -> None:
     with pytest.raises(WhetError, match="budget"):
         seconds(text)
@@ -1347,7 +1347,7 @@ def test_settings_next_to_an_arm_are_tried_only_where_no_training_did_better(mon
                               against_base=ahead) for name, merit in merits.items()]  # fmt: skip
     asked_for = list[Sequence[Recipe]]()
     race = SimpleNamespace(trials=trials, select=[0] * 4, merit=lambda t: t.merit, data=None, rates={}, left=60.0,
-                           deadline=math.inf)  # fmt: skip
+                           deadline=math.inf, metric=SimpleNamespace(name="accuracy"))  # fmt: skip
     base = SimpleNamespace(model=SimpleNamespace(base="m"))
     job: Any = SimpleNamespace(race=race, bases=[base], wish=Wish(), run=None)
     monkeypatch.setattr(plan, "cheap_arms", lambda *args: (asked_for.append(args[-1]), ([], [], []))[1])
@@ -1355,6 +1355,11 @@ def test_settings_next_to_an_arm_are_tried_only_where_no_training_did_better(mon
     assert plan.refined(job) == (None, []) and not asked_for
     trials[1].merit = 0.5
     assert plan.refined(job) == (trials[0], []) and len(asked_for[0]) > 3
+    choosing = ("bootstrapped", "raced")  # by scores of single answers, which a win rate does not give
+    assert {word for word in choosing for r in asked_for[0] if word in r.name} == {*choosing}
+    race.metric.name = "win_rate"
+    plan.refined(job)
+    assert asked_for[-1] and not any(word in r.name for word in choosing for r in asked_for[-1])
 
 
 @pytest.mark.embedder
