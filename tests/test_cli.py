@@ -425,3 +425,5 @@ def test_prompts_of_plain_text(tmp_path: Path) -> None:
     for text, said in (("one\ntwo\n", ["one", "two"]), ("one\nstill one\n\ntwo\n", ["one\nstill one", "two"])):
         (tmp_path / "p.txt").write_text(text)
         assert [e.prompt for e in prompts_of(tmp_path / "p.txt")] == said
+    (tmp_path / "p.jsonl").write_text('{"text": "one\\nstill one"}\n')
+    assert [e.prompt for e in prompts_of(tmp_path / "p.jsonl")] == ["one\nstill one"]

@@ -758,6 +758,15 @@ def test_labels_with_commas_and_none_at_all(tmp_path):
     assert {example.completion for example in every(task)} == {"food and drink, price", "service", NONE}
 
 
+def test_labels_in_brackets_are_no_lists(tmp_path):
+    said = ("[NEG]", "[NEG], [POS]", "[POS]")
+    guess, task = made(tmp_path, [{"text": f"review {n} of it", "labels": said[n % 3]} for n in range(30)])
+    assert guess.metric == "set_f1" and "[NEG], [POS]" in task.instruction, guess.lines
+    (tmp_path / "one").mkdir()
+    guess, task = made(tmp_path / "one", [{"text": f"review {n} of it", "labels": said[n % 2 * 2]} for n in range(30)])
+    assert guess.metric == "accuracy" and task.labels == ("[NEG]", "[POS]"), guess.lines
+
+
 def test_an_answer_that_is_an_object_is_json(tmp_path):
     rows = [{"input": f"order {n} of jackets", "output": {"item": "jacket", "qty": n}} for n in range(20)]
     guess, task = made(tmp_path, rows)

@@ -365,7 +365,7 @@ def apply(
         if budget is None:
             new = Recipe((made,)).run(start, data, run)
         else:
-            new = tune.timed(made, start, data, run, seconds(budget), trials, settings, watch.say)
+            new, made = tune.timed(made, start, data, run, seconds(budget), trials, settings, watch.say)
         crew = team()
         if crew.first:
             leave(changed(start, new, Recipe((made,)).name).split_by(loaded.name, by), out, loaded)

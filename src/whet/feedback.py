@@ -24,7 +24,7 @@ from whet.convert import as_text, standard
 from whet.engine import Sampling, Session
 from whet.errors import MethodError, TaskError, nearest
 from whet.metrics import Outcome, Share, WinRate
-from whet.rows import Broken, Row, read, short, sift
+from whet.rows import Broken, Row, read, short, sift, suffix_of
 from whet.splits import Leaks, mark, without
 from whet.task import Example, places
 
@@ -621,7 +621,7 @@ def ask(example: Example, shown: tuple[str, str]) -> str:
 def prompts_of(path: Path) -> list[Example]:
     """The prompts of a file of rows (any form that whet reads), or of plain text: paragraphs, else lines."""
     rows = [(row, standard(row)[0]) for row in read(path)]
-    if len(rows) == 1 and set(rows[0][1]) == {"text"}:
+    if len(rows) == 1 and suffix_of(path.name) == ".txt":
         rows = [(rows[0][0], {"text": line}) for line in rows[0][1]["text"].splitlines()]
     texts = [(row, values, (values.get("prompt") or values.get("text") or "").strip()) for row, values in rows]
     found = {(text, v.get("history", ())): Example(str(row.number), text, history=v.get("history", ()))

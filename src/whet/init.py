@@ -389,7 +389,7 @@ def _metric(
     if pair := languages(columns):
         lines.append(f"metric chrf: translations from {pair[0]} to {pair[1]}")
         return "chrf", ()
-    if many or (name == MANY and any(", " in answer or answer[:1] == "[" for answer in answers)):
+    if many or (name == MANY and any(", " in answer or _listed(answer) is not None for answer in answers)):
         lines.append("metric set_f1: several labels a row")
         return "set_f1", ()
     mark, apart = parted(answers) if kind != "thumbs" and not any("answers" in row for row in rows) else ("", [])
@@ -494,10 +494,20 @@ def _instruction(guess: Guess, rows: list[dict[str, Any]]) -> str:
     return ASKED[what][korean].format(names)
 
 
+def _listed(answer: str) -> list[Any] | None:
+    """The items of an answer that is a JSON list; None of any other."""
+    try:
+        found = json.loads(answer) if answer[:1] == "[" else None
+    except ValueError:
+        return None
+    return found if isinstance(found, list) else None
+
+
 def _asked(guess: Guess, rows: list[dict[str, Any]]) -> tuple[str, str]:
     """Which of ASKED, and the labels that it names."""
-    if guess.metric == "set_f1" and all(row["completion"][:1] == "[" for row in rows):
-        items = [item for row in rows for item in json.loads(row["completion"])]
+    lists = [_listed(row["completion"]) for row in rows] if guess.metric == "set_f1" else [None]
+    if None not in lists:
+        items = [item for one in lists for item in one or ()]
         plain = all(isinstance(item, str) for item in items) and len(set(items)) <= 30
         return ("json labels", json.dumps(sorted(set(items)), ensure_ascii=False)) if plain else ("json", "")
     if guess.metric == "set_f1":

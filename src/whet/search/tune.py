@@ -43,8 +43,8 @@ def able(method: Method) -> None:
 def timed(
     method: Method, system: System, data: Learnable, run: Run, limit: float, trials: int, settled: Container[str],
     say: Callable[[str], None],
-) -> System:  # fmt: skip
-    """The best System of a race of a method's settings within `limit` seconds, validations included.
+) -> tuple[System, Method]:  # fmt: skip
+    """The best System of a race of a method's settings within `limit` seconds, validations included, and by what.
 
     By `trials` of a sampler if any. The run's notes name the arms, best first, where there were several.
     """
@@ -63,7 +63,7 @@ def timed(
     )
     if len(arms) > 1:
         run.notes["raced"] = named(arms)
-    return best
+    return best, arms[0].method
 
 
 def candidates(method: Method, name: str = "learning_rate") -> list[Method]:
