@@ -12,6 +12,7 @@ from test_search import write_task
 
 from whet.cli import main
 from whet.engine import Spent
+from whet.errors import printable
 from whet.progress import applied
 
 
@@ -368,6 +369,26 @@ def test_what_a_terminal_cannot_show_ends_nothing(tmp_path: Path, monkeypatch: p
         main(["report", str(tmp_path), "--json"])
     shown.seek(0)
     assert not ended.value.code and "caf? ?" in shown.read()
+
+
+def test_escapes_in_data_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "t")
+    rows = (folder / "train.jsonl").read_text().splitlines()
+    evil = "\x1b]0;owned\x07\x1b[2J"
+    (folder / "train.jsonl").write_text("\n".join([json.dumps({**json.loads(rows[0]), evil: 1}), *rows[1:]]))
+    code, out, err = whet(capsys, "evaluate", "fake:keyword", str(folder))
+    assert code == 0 and "fields not used" in err and "\x1b" not in out + err
+    (folder / "test.jsonl").write_text(json.dumps({evil: "x"}))
+    code, out, err = whet(capsys, "evaluate", "fake:keyword", str(folder))
+    assert code == 2 and "owned" in err and "\x1b" not in out + err
+    assert printable("한 \x9b31m\tb\nc \u200dक\xa0") == "한  31m\tb\nc \u200dक\xa0"
+
+
+def test_commands_to_type_next_are_quoted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "a task; of mine")
+    out = tmp_path / "made by hand"
+    code, said, _ = whet(capsys, "apply", "fewshot", str(folder), "--system", "fake:keyword", "--out", str(out))
+    assert code == 0 and f"  whet evaluate '{out}' '{folder}'\n" in said
 
 
 def test_what_is_made_by_hand_has_a_card_of_its_own(capsys: pytest.CaptureFixture[str], task: str) -> None:

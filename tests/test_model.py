@@ -17,9 +17,23 @@ from whet.engine import Sampling
 from whet.engine.torch import TorchSession
 from whet.errors import ModelError, StoreError
 from whet.metrics import Outcome
-from whet.model import DEFAULT, ModelRef, aside, compute_dtype, hash_files, load, loaded_before, own_device, resolve
+from whet.model import (
+    DEFAULT,
+    ModelRef,
+    aside,
+    compute_dtype,
+    hash_files,
+    load,
+    loaded_before,
+    own_device,
+    resolve,
+    shards,
+)  # fmt: skip
+from whet.probe import probe
 from whet.prompt import messages, render
 from whet.store import Store, anew, write_text
+from whet.system import System
+from whet.task import Example
 
 
 @pytest.fixture
@@ -95,6 +109,41 @@ def test_identity_is_of_contents_not_of_paths(folder: Path, tmp_path: Path) -> N
     (ends / "generation_config.json").write_text('{"eos_token_id": [1, 2, 3]}')
     assert resolve(str(folder)).identity != resolve(str(ends)).identity
     assert resolve("openai:m@http://127.0.0.1:1/v1") == ModelRef("openai:m@http://127.0.0.1:1/v1", "openai:m@http://127.0.0.1:1/v1")
+
+
+def test_weights_that_are_there_twice_count_once(folder: Path, tmp_path: Path) -> None:
+    twice = tmp_path / "twice"
+    shutil.copytree(folder, twice)
+    whole = twice / "model.safetensors"
+    for name in ("model-1-of-2.safetensors", "model-2-of-2.safetensors", "consolidated.safetensors"):
+        shutil.copy(whole, twice / name)
+    assert shards(twice) == [whole]
+    whole.unlink()
+    listed = {"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}
+    (twice / "model.safetensors.index.json").write_text(json.dumps(listed))
+    named = ["model-1-of-2.safetensors", "model-2-of-2.safetensors"]
+    assert [p.name for p in shards(twice)] == named
+    (twice / "model.safetensors.index.json").write_text("{")
+    assert len(shards(twice)) == 3
+
+
+def test_an_adapter_beside_a_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed"
+    shutil.copytree(folder, mixed)
+    (mixed / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="holds an adapter beside the model"):
+        resolve(str(mixed))
+
+
+def test_the_process_that_measures_runs_no_code_of_the_working_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("statistics.py", "whet.py", "torch.py"):
+        (tmp_path / name).write_text("raise SystemExit('taken in')\n")
+    monkeypatch.chdir(tmp_path)
+    made = System(resolve(str(folder)), "Say.", home=tmp_path / "home").save(tmp_path / "system")
+    latency, memory = probe(made, tmp_path / "home", [Example("1", "hello")])
+    assert latency > 0 and memory > 0
 
 
 def test_a_folder_written_aside_is_whole_or_absent(tmp_path: Path) -> None:

@@ -314,6 +314,43 @@ def test_missing_or_changed_adapters(tuned: System, tmp_path: Path, home: Path) 
         models.load(systems.load(folder).model, home)
 
 
+def test_an_adapter_of_another_kind_is_refused(tuned: System, tmp_path: Path, home: Path) -> None:
+    place = tuned.model.transforms[0].folder
+    assert place is not None
+    other = tmp_path / "other"
+    shutil.copytree(place, other)
+
+    def opened() -> None:
+        print_of = models.hash_files([p for p in other.iterdir() if p.is_file()])
+        models.load(replace(tuned.model, transforms=(Transform("adapter", print_of, other),)), home)
+
+    opened()
+    config, weights = other / "adapter_config.json", other / "adapter_model.safetensors"
+    text = config.read_text()
+    for changed in ({"peft_type": "XLORA"}, {"megatron_config": {"a": 1}, "megatron_core": "other.payload"}, []):
+        config.write_text(json.dumps({**json.loads(text), **changed} if changed else changed))
+        with pytest.raises(ModelError, match="none that whet wrote"):
+            opened()
+    config.write_text(text)
+    weights.rename(other / "adapter_model.bin")  # peft would unpickle it
+    with pytest.raises(ModelError, match="none that whet wrote"):
+        opened()
+
+
+def test_a_link_out_of_a_system_is_refused(tuned: System, tmp_path: Path, home: Path) -> None:
+    folder = tuned.save(tmp_path / "hub" / "snapshots" / "system")
+    (tmp_path / "secret").write_text("key")
+    [place] = (folder / "transforms").iterdir()
+    (place / ".k").symlink_to(tmp_path / "secret")
+    with pytest.raises(ArtifactError, match="is a link out of the System"):
+        systems.load(folder, home)
+    (place / ".k").unlink()
+    (tmp_path / "hub" / "blobs").mkdir()
+    shutil.move(folder / "README.md", tmp_path / "hub" / "blobs" / "abc")
+    (folder / "README.md").symlink_to("../../blobs/abc")  # as the Hub's cache does
+    assert systems.load(folder, home).fingerprint == tuned.fingerprint
+
+
 def test_a_base_that_changed_is_refused(tmp_path: Path, home: Path) -> None:
     base = save_model(tmp_path / "base")
     folder = System(models.resolve(base), home=home).save(tmp_path / "system")
@@ -382,6 +419,27 @@ def test_self_contained(tuned: System, tmp_path: Path, monkeypatch: pytest.Monke
     shutil.rmtree(Path(moved) / "base")
     with pytest.raises(ArtifactError, match="is incomplete"):
         systems.load(moved)
+
+
+def test_a_base_that_came_along_is_told_from_another(home: Path, tmp_path: Path) -> None:
+    own = save_model(tmp_path / "base")
+    folder = System(models.resolve(own), "say", home=home).save(tmp_path / "system", self_contained=True)
+    save_model(folder / "base", seed=1)
+    body = json.loads((folder / "system.json").read_text())
+    body["base_hash"] = models.hash_files([p for p in (folder / "base").iterdir() if p.is_file()])
+    (folder / "system.json").write_text(json.dumps(body))
+    with pytest.raises(ArtifactError, match="is not the model this System was made with"):
+        systems.load(folder, home)
+    # Of a packed one, nothing says what it unpacks to: what is scored with it is kept apart.
+    (tmp_path / "m.gguf").write_bytes(b"stands in for one")
+    ref = models.resolve(str(tmp_path / "m.gguf"))
+    states = []
+    for seed in (0, 1):
+        shutil.rmtree(home / "models", ignore_errors=True)
+        save_model(home / "models" / ref.content, seed=seed)
+        made = System(ref, "say", home=home)
+        states.append(systems.load(made.save(tmp_path / str(seed), self_contained=True), home).state)
+    assert len({*states, made.state}) == 3
 
 
 def test_self_contained_needs_no_base_where_the_model_is_a_server(tmp_path: Path) -> None:

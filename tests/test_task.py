@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from whet import metrics
 from whet.errors import TaskError
+from whet.report.view import number
 from whet.splits import cut, near_repeats
 from whet.task import Example, Extra, Learnable, Limits, Task, inside, load, places, rows_hash
 
@@ -210,6 +211,8 @@ def test_missing_folder_and_files(tmp_path):
     [
         ("metric: accuracy\n  bad: [", ("task.yaml line 2",)),
         ("metric: accuracy\nmetric: bleu", ("task.yaml line", "twice")),
+        ("metric: accuracy\nlabels: &a [x, y]\nname: *a", ("task.yaml line 3", "a reference", "quotes")),
+        ("metric: accuracy\ncolumns: {<<: {prompt: a}}", ("'<<' is no field",)),
         ("- a", ("task.yaml is not a mapping",)),
         ("name: x", ("names no metric", "accuracy")),
         ("metrics: accuracy", ("unknown key 'metrics'", "'metric'")),
@@ -436,6 +439,26 @@ def test_tables_in_other_encodings_and_with_nameless_columns(tmp_path, encoding)
     loaded = load(folder(tmp_path, train__csv=text.encode(encoding)))
     assert [row.prompt for row in loaded.train] == ["Gewinne £1000 für die Müllers", "Grüße aus Köln"]
     assert bool(loaded.notes) == (encoding != "utf-8-sig")
+
+
+def test_what_would_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
+    line = json.dumps({"prompt": "a" * 1000, "completion": "b"}) + "\n"
+    made = folder(tmp_path, train__jsonl__gz=gzip.compress(line.encode() * 50))
+    assert len(load(made).train) == 50
+    monkeypatch.setattr("whet.rows.MOST_UNPACKED", 10_000)
+    refused(made, "train.jsonl.gz is too large", "unpacked")
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    made = folder(tmp_path, "metric: accuracy", "p", test=[ROW])
+    parquet.write_table(arrow.table({"prompt": ["a"] * 30, "completion": ["b"] * 30}), made / "train.parquet")
+    assert load(made).train
+    monkeypatch.setattr("whet.rows.MOST_ROWS", 29)
+    refused(made, "train.parquet is too large", "29 rows", "found 30")
+
+
+def test_a_grade_of_hundreds_of_digits_is_refused(tmp_path):
+    row = '{"prompt": "a", "completion": "b", "evidence": {"d": ' + "9" * 400 + "}}\n"
+    refused(folder(tmp_path, "metric: recall@5", test=row), "evidence cannot be read")
+    assert number(10**400) is None and number(3) == 3.0
 
 
 def test_further_fields_reach_a_metric_of_the_task(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import shlex
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from whet import __version__
-from whet.errors import WhetError, nearest
+from whet.errors import WhetError, nearest, printable
 
 if TYPE_CHECKING:
     from whet.progress import Watch
@@ -72,7 +73,8 @@ class Commands(click.Group):
 
 
 def _fail(line: str, code: int) -> None:
-    print(line if line.startswith("Usage:") else f"whet: {line}", file=sys.stderr)  # of `whet` alone: its help
+    usage = line.startswith("Usage:")  # of `whet` alone: its help
+    print(line if usage else f"whet: {printable(line)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -105,6 +107,16 @@ def example(*lines: str) -> str:
 
 def _print(body: Any) -> None:
     print(json.dumps(body, indent=1, ensure_ascii=False))
+
+
+def _say(*lines: str) -> None:
+    """Print lines for a person; escapes in what data brings along do not reach the terminal."""
+    print(printable("\n".join(lines)), flush=True)
+
+
+def _next(*commands: Sequence[object]) -> None:
+    """Print the commands to type next, quoted for a shell: folders and tasks are called as people like."""
+    _say("", "next:", *(f"  whet {shlex.join(map(str, words))}" for words in commands))
 
 
 @contextmanager
@@ -157,12 +169,10 @@ def improve(
     if as_json:
         _print(made.result)
         return
-    print(report.summary(made.result))
-    print(f"\nreport   {made.folder / 'report.html'}\nresult   {made.folder / 'result.json'}")
-    print(f"system   {made.folder / 'system'}\n\nnext:")
-    served = " --trust" if made.system.servers else ""
-    trusted = " --trust" if trust else served
-    print(f"  whet chat {made.folder / 'system'}{served}\n  whet evaluate {made.folder / 'system'} {task}{trusted}")
+    own, served = made.folder / "system", ["--trust"] * bool(made.system.servers)
+    _say(report.summary(made.result), "", f"report   {made.folder / 'report.html'}",
+         f"result   {made.folder / 'result.json'}", f"system   {own}")  # fmt: skip
+    _next(["chat", own, *served], ["evaluate", own, task, *(["--trust"] if trust else served)])
 
 
 def _made(name: str, task: Any, trust: bool) -> System | None:
@@ -175,8 +185,8 @@ def _made(name: str, task: Any, trust: bool) -> System | None:
         # Raises where the folder is no System, saying what one holds.
         made = for_task(load(name, trust=trust), task)
         if task.labels and made.decoding.labels and not {*task.labels} & {*made.decoding.labels}:
-            print(f"note: {name} answers {made.decoding.labels[0]!r} and the like, never what {task.name} asks for",
-                  file=sys.stderr)  # fmt: skip
+            label = printable(repr(made.decoding.labels[0]))
+            print(f"note: {name} answers {label} and the like, never what {task.name} asks for", file=sys.stderr)
         return made
     return None
 
@@ -257,7 +267,7 @@ def evaluate(
     if as_json:
         _print(card.record() | ({"reading": asdict(read)} if read else {}))
     else:
-        print("\n".join([*scorecard.lines(card), *(reading_lines(read, card.metric) if read else ())]))
+        _say(*scorecard.lines(card), *(reading_lines(read, card.metric) if read else ()))
     if answers:
         write_text(answers, "".join(json.dumps(asdict(o), ensure_ascii=False) + "\n" for o in card.outcomes))
 
@@ -378,9 +388,9 @@ def apply(
     if as_json:
         _print(body)
         return
-    also = " --trust" if trust else ""
-    print("\n".join([f"made     {method} on {system}, for {loaded.name}", *applied(notes, spent)]))
-    print(f"system   {out}\n\nnext:\n  whet evaluate {out} {task}{also}\n  whet compare {system} {out} {task}{also}")
+    also = ["--trust"] * trust
+    _say(f"made     {method} on {system}, for {loaded.name}", *applied(notes, spent), f"system   {out}")
+    _next(["evaluate", out, task, *also], ["compare", system, out, task, *also])
 
 
 @main.command(epilog=example(
@@ -433,12 +443,12 @@ def update(
     if as_json:
         _print({"system": None if made.refused else str(out), **made.record()})
     else:
-        print("\n".join(updating.lines(made, loaded.name)))
+        _say(*updating.lines(made, loaded.name))
     if made.refused:
         mild = "set a lower learning_rate, or collect more" if feedback else "set strategy or share"
         raise MethodError(f"refused: {made.refused}", do=f"{mild}, or limits.forgetting in task.yaml")
     if not as_json:
-        print(*filter(None, [f"system   {out}", updating.asked(made, out)]), sep="\n")
+        _say(*filter(None, [f"system   {out}", updating.asked(made, out)]))
 
 
 @main.command(epilog=example("whet chat runs/sst2/system", "echo 'a fine film' | whet chat runs/sst2/system"))
@@ -468,12 +478,11 @@ def chat(system: str, trust: bool, as_json: bool, debug: bool) -> None:
         scores = dict(zip(opened.decoding.labels, answer.scores, strict=False))
         from_ = citations(answer.text, answer.passages)
         body = {"answer": answer.text, "scores": scores, **({"citations": from_} if from_ else {})}
-        print(json.dumps(body, ensure_ascii=False) if as_json else answer.text, flush=True)
-        if not as_json:
-            for line in origins(from_):
-                print(line)
-            if said := unsupported(opened, answer):
-                print(f"  {said}")
+        if as_json:
+            print(json.dumps(body, ensure_ascii=False), flush=True)
+        else:
+            said = unsupported(opened, answer)
+            _say(answer.text, *origins(from_), *([f"  {said}"] if said else ()))
 
 
 @main.command(epilog=example(
@@ -517,7 +526,7 @@ def export(
     if as_json:
         _print(done.record())
         return int(done.kept is False)
-    print("\n".join(exporting.lines(done, target)))
+    _say(*exporting.lines(done, target))
     return int(done.kept is False)
 
 
@@ -554,14 +563,10 @@ def documents(
     if as_json:
         _print({"version": source.version, "documents": ids, "embedded": embedded, "left_out": notes, "gone": gone})
         return
-    print(f"{len(ids)} documents, version {source.version[:12]}"
-          + (f"; {embedded} passages embedded" if put or drop else ""))
-    for one in notes:
-        print(f"  left out: {one}")
-    if gone:
-        print(f"  taken out, for their tables no longer have them: {', '.join(gone)}")
-    for name in ids if not (put or drop) else []:
-        print(f"  {name}")
+    _say(f"{len(ids)} documents, version {source.version[:12]}"
+         + (f"; {embedded} passages embedded" if put or drop else ""), *(f"  left out: {one}" for one in notes),
+         *([f"  taken out, for their tables no longer have them: {', '.join(gone)}"] if gone else ()),
+         *(f"  {name}" for name in ids if not (put or drop)))  # fmt: skip
 
 
 @main.command(epilog=example(
@@ -626,10 +631,8 @@ def init(
         _print({"task": str(folder), "kind": guess.kind, "rows": guess.rows, "metric": guess.metric,
                 "labels": list(guess.labels), "guessed": list(guess.lines)})  # fmt: skip
         return
-    print(f"task     {folder}")
-    for line in guess.lines:
-        print(f"         {line}")
-    print(f"next:\n  whet improve {folder}")
+    _say(f"task     {folder}", *(f"         {line}" for line in guess.lines))
+    _next(["improve", folder])
 
 
 @main.command("methods", epilog=example("whet methods", "whet methods finetune"))

@@ -9,6 +9,13 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
+CONTROLS = {n: " " for n in (*range(0x20), *range(0x7F, 0xA0)) if chr(n) not in "\n\t"}  # C0, DEL and C1
+
+
+def printable(text: str) -> str:
+    """A text that a terminal shows as it is: escapes and other control characters in data become spaces."""
+    return text.translate(CONTROLS)
+
 
 class WhetError(Exception):
     """An error the user can mend: printed as one line, exit code 2, no traceback."""
@@ -21,7 +28,7 @@ class WhetError(Exception):
         if found:
             parts.append(f"found {found}")
         text = ("; " if expected or found else "").join([parts[0], ", ".join(parts[1:])])
-        super().__init__(" ".join(f"{text}{'; ' + do if do else ''}".split()))
+        super().__init__(" ".join(printable(f"{text}{'; ' + do if do else ''}").split()))
 
 
 class TaskError(WhetError):

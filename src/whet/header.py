@@ -86,18 +86,29 @@ def read_header(folder: Path, trust: bool) -> Header:
 
 
 class _Yaml(yaml.SafeLoader):
-    """yaml.SafeLoader that leaves words and numbers as written (no, 010, 1.50) and refuses a key written twice."""
+    """yaml.SafeLoader that leaves words and numbers as written (no, 010, 1.50).
+
+    It refuses a key written twice and references (*), a few of which can stand for more than memory holds.
+    """
 
     yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith(":null")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "a reference (text that begins with * wants quotes)", mark)
+        return super().compose_node(parent, index)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if sum(other.value == key.value for other in keys) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} twice", key.start_mark)
+        seen = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} twice", key.start_mark)
+                seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 

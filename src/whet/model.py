@@ -55,9 +55,14 @@ class ModelRef:
 
     @property
     def lasting(self) -> str:
-        """The base by a name that means the same in any working folder: of a local path the absolute one."""
+        """The base by a name that means the same in any working folder: of a local path the absolute one.
+
+        One that a System brought along has the name that it had before.
+        """
         if self.remote or self.base in EMBEDDED:
             return self.base
+        if self.carried:
+            return str(self._told["base"])
         path = Path(self.base).expanduser()
         return str(path.absolute()) if path.exists() else self.base
 
@@ -65,6 +70,17 @@ class ModelRef:
     def carried(self) -> bool:
         """Whether the base lies in the folder of a System that brought it along, unpacked: its name will not do."""
         return not self.remote and (Path(self.base).parent / "system.json").exists() and Path(self.base).is_dir()
+
+    @property
+    def unpacked(self) -> str:
+        """The hash of a `carried` base as it lies there: of one that was packed, `content` is that of the package."""
+        return str(self._told.get("base_hash", ""))
+
+    @property
+    def _told(self) -> dict[str, Any]:
+        """What the System that brought the base along says."""
+        body: dict[str, Any] = json.loads((Path(self.base).parent / "system.json").read_text(encoding="utf-8"))
+        return body
 
     @property
     def whole(self) -> Transform | None:
@@ -138,15 +154,31 @@ def embedded_file(alias: str) -> Path:
 
 def _weights(folder: Path) -> list[Path]:
     """The files of a model folder that make its identity: weights, configurations (what ends a turn), tokenizer."""
-    names = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*", "*.jinja", "vocab*", "merges.txt",
+    names = ("config.json", "generation_config.json", "tokenizer*", "*.jinja", "vocab*", "merges.txt",
              "special_tokens_map.json")  # fmt: skip
-    return [p for pattern in names for p in folder.glob(pattern)]
+    return shards(folder) + [p for pattern in names for p in folder.glob(pattern)]
+
+
+def shards(folder: Path) -> list[Path]:
+    """The safetensors files of a folder that are loaded: some repositories hold the same weights twice."""
+    one, every = folder / "model.safetensors", sorted(folder.glob("*.safetensors"))
+    if one in every:
+        return [one]
+    try:
+        listed = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        named = set(listed["weight_map"].values())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # transformers says what is wrong with it
+        return every
+    return [p for p in every if p.name in named]
 
 
 def _check(folder: Path) -> None:
     """Raise ModelError unless the folder has what a causal language model needs."""
     if not (folder / "config.json").exists():
         raise ModelError(f"{folder} is no model folder", expected="a config.json", found="none", do="name its folder")
+    if (folder / "adapter_config.json").exists():  # transformers would put it on top, unseen by the model's identity
+        raise ModelError(f"{folder} holds an adapter beside the model", expected="a model", found="adapter_config.json",
+                         do="merge it into the weights first, or move it away")  # fmt: skip
     if not list(folder.glob("*.safetensors")):
         found = "pickled weights" if list(folder.glob("*.bin")) else "no weights"
         raise ModelError(
@@ -170,7 +202,8 @@ def _download(name: str) -> Path:
 
     try:
         patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer*"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        # Sub-folders and Mistral's own format hold the same weights once more.
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
     except Exception as error:  # the hub's own errors have many classes; all mean that the model is not to be had
         raise ModelError(
             f"cannot find the model {name!r}",
@@ -370,6 +403,18 @@ def as_dtype(module: Any, dtype: Any) -> Any:
     return module
 
 
+def _check_adapter(folder: Path) -> None:
+    """Raise ModelError unless it is LoRA as safetensors: of others, peft unpickles weights or imports what is named."""
+    try:
+        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        plain = settings["peft_type"] == "LORA" and not settings.get("megatron_config")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        plain = False
+    if not plain or not (folder / "adapter_model.safetensors").exists() or list(folder.glob("*.bin")):
+        raise ModelError(f"the adapter in {folder} is none that whet wrote", expected="LoRA, as safetensors",
+                         found=", ".join(sorted(p.name for p in folder.iterdir())), do="train it again")  # fmt: skip
+
+
 def _apply(model: PreTrainedModel, transform: Transform) -> PreTrainedModel:
     """Apply one transform to loaded weights."""
     if transform.kind == "model":  # what was loaded is this one
@@ -387,6 +432,7 @@ def _apply(model: PreTrainedModel, transform: Transform) -> PreTrainedModel:
 
     from whet.compress.folder import beside, plain
 
+    _check_adapter(folder)
     if not plain(model):
         beside(model, folder)
         return model

@@ -27,7 +27,8 @@ def probe(folder: Path, home: Path, examples: Sequence[Example], metric: str = "
     """
     rows = [{key: getattr(e, key) for key in ASKED} for e in examples[:PROMPTS]]
     done = subprocess.run(
-        [sys.executable, "-m", "whet.probe", str(folder), metric],
+        # Safe path: modules are not looked for in the working folder, which may hold a stranger's task.
+        [sys.executable, "-P", "-m", "whet.probe", str(folder), metric],
         input=json.dumps(rows), capture_output=True, text=True, env={**os.environ, "WHET_HOME": str(home)},
         check=False,
     )  # fmt: skip

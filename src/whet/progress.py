@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from whet.errors import printable
 from whet.metrics import in_points
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class Plain(Watch):
 
     def say(self, text: str) -> None:
         """Print the line."""
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
     def arm(self, name: str, left: float | None = None) -> None:
         """Print that the arm starts."""
@@ -175,7 +176,7 @@ class Live(Watch):
 
     def say(self, text: str) -> None:
         """Print the line above the board."""
-        self._console.print(text, highlight=False, markup=False)
+        self._console.print(printable(text), highlight=False, markup=False)
 
     def arm(self, name: str, left: float | None = None) -> None:
         """Show the arm that starts."""

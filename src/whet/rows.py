@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from whet.errors import TaskError
 
 MOST_CELL = 50_000_000  # bytes of a CSV's cell
+MOST_UNPACKED, MOST_ROWS = 2_000_000_000, 10_000_000  # bytes of a packed file, rows of a Parquet file: few hold more
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")  # all but Parquet may end in .gz
 COLUMN = r"[\w .()/-]{1,60}"  # names of columns that prompts may be written with
 FIELDS = frozenset(("id", "prompt", "completion", "answers", "choices", "group", "evidence", "messages", "text",
@@ -142,8 +143,14 @@ def sift(
 def decode(path: Path, notes: list[str] | None = None) -> str:
     """The text of a file (also gzipped; BOM and CRLF accepted); raises TaskError naming a byte that cannot be read."""
     try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.name.lower().endswith(".gz") else data
+        if path.name.lower().endswith(".gz"):
+            with gzip.open(path) as stream:
+                data = stream.read(MOST_UNPACKED + 1)
+            if len(data) > MOST_UNPACKED:
+                raise TaskError(f"{path.name} is too large", expected=f"at most {MOST_UNPACKED / 1e9:g} GB unpacked",
+                                found="more", do="take a part of it")  # fmt: skip
+        else:
+            data = path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise TaskError(
             f"{path.name} cannot be read: {getattr(error, 'strerror', None) or error}",
@@ -190,17 +197,33 @@ def decoded(data: bytes, declared: str, name: str) -> tuple[str, str]:
         return data.decode(WIDER.get(encoding, encoding)), WIDER.get(encoding, encoding)
     except (LookupError, ValueError):
         pass
-    plain = data.decode("utf-8", "replace")
-    if 10 * plain.count("\ufffd") <= sum(c > "\x7f" for c in plain):  # a few bytes are broken
-        return plain, "utf-8"
-    for encoding, own, least in GUESSES:
-        try:
-            text = data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-        if len(re.findall(own, text)) >= least * sum(c > "\x7f" for c in text):
-            return text, encoding
+    if (text := _nearly(data, "utf-8")) is not None:
+        return text, "utf-8"
+    if declared and (text := _nearly(data, declared)) is not None:
+        return text, declared
+    for read in (_whole, _nearly):
+        for encoding, own, least in GUESSES:
+            text = read(data, encoding)
+            if text is not None and len(re.findall(own, text)) >= least * sum(c > "\x7f" for c in text):
+                return text, encoding
     raise TaskError(f"{name} is in no encoding that is known", expected="UTF-8", do="save it as UTF-8")
+
+
+def _whole(data: bytes, encoding: str) -> str | None:
+    """The text in an encoding; None where a byte is broken."""
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError:
+        return None
+
+
+def _nearly(data: bytes, encoding: str) -> str | None:
+    """The text in an encoding of which a few bytes are broken; None where there are more, or it is not known."""
+    try:
+        text = data.decode(encoding, "replace")
+    except LookupError:
+        return None
+    return text if 10 * text.count("\ufffd") <= sum(c > "\x7f" for c in text) else None
 
 
 def articles(text: str) -> list[tuple[int, str]]:
@@ -407,8 +430,10 @@ def _parquet(path: Path) -> list[Row]:
     except ImportError:
         raise TaskError(f"{path.name} needs pyarrow", do='pip install "whet[parquet]"') from None
     try:
-        table = pyarrow.parquet.read_table(path)
-        values = table.to_pylist()
+        if (count := pyarrow.parquet.read_metadata(path).num_rows) > MOST_ROWS:
+            raise TaskError(f"{path.name} is too large", expected=f"at most {MOST_ROWS:,} rows", found=f"{count:,}",
+                            do="take a part of it")  # fmt: skip
+        values = pyarrow.parquet.read_table(path).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         first = (str(error).splitlines() or ["unreadable"])[0]
         raise TaskError(

@@ -20,7 +20,7 @@ from whet import __version__, stats
 from whet.engine import Progress, Session, Spent
 from whet.errors import TaskError
 from whet.metrics import Metric, Outcome, get, score_all
-from whet.model import local_folder
+from whet.model import local_folder, shards
 from whet.rows import short_line
 from whet.splits import shared_order
 from whet.store import Scores, Store, code
@@ -84,7 +84,7 @@ def protocol(
 def _key(system: System, examples: Sequence[Example], metric: Metric, session: Session) -> str:
     """Under which outcomes are kept; the split's name does not matter, its rows and the code do."""
     rules = {k: v for k, v in protocol(system, examples, metric, session, "").items() if k != "split"}
-    body = json.dumps([system.fingerprint, rows_hash(examples), rules, code()], sort_keys=True)
+    body = json.dumps([system.state, rows_hash(examples), rules, code()], sort_keys=True)
     return hashlib.sha256(body.encode()).hexdigest()
 
 
@@ -191,7 +191,7 @@ def _answers(
     plain = system.uncalibrated
     other = ("data", "metric", *getattr(metric, "rules", {}))
     rules = {k: v for k, v in protocol(system, [], metric, session, "").items() if k not in other}
-    body = json.dumps([within, plain.fingerprint, rules, code()], sort_keys=True)
+    body = json.dumps([within, plain.state, rules, code()], sort_keys=True)
     key = hashlib.sha256(body.encode()).hexdigest()
     names = [rows_hash([e]) for e in examples]
     kept = store.scores(key)
@@ -255,7 +255,7 @@ def size_bytes(system: System) -> int | None:
     whole = max((n for n, t in enumerate(standing) if t.kind == "weights"), default=-1)  # takes the place of all before
     folders = [local_folder(system.model, system.home)] if whole < 0 else []
     folders += [t.folder for t in standing[max(0, whole) :] if t.folder is not None and t.kind != "model"]
-    return sum(p.stat().st_size for folder in folders for p in folder.glob("*.safetensors"))
+    return sum(p.stat().st_size for folder in folders for p in shards(folder))
 
 
 def measure(card: Scorecard, system: System, examples: Sequence[Example]) -> Scorecard:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ from whet.engine import Generation, Progress, Prompt, Sampling, Session, open_se
 from whet.engine.replies import UNANSWERED
 from whet.errors import ArtifactError
 from whet.metrics import plain
-from whet.model import ModelRef, Transform, hash_files, local_folder, resolve
+from whet.model import EMBEDDED, ModelRef, Transform, hash_files, local_folder, resolve
 from whet.prompt import SLOT, beside, framed, messages, recent, shorten, to_text
 from whet.retrieval import BATCH, Found
 from whet.retrieval import Source as Documents
@@ -213,8 +214,12 @@ class System:
 
     @property
     def state(self) -> str:
-        """The fingerprint with the versions of what it looks into: what a score or a training depends on."""
-        return "/".join([self.fingerprint, *(s.version for s in self.sources)])
+        """The fingerprint with the versions of what it looks into: what a score or a training depends on.
+
+        So it does on a base that came along unpacked, whose hash stands nowhere else.
+        """
+        carried = [self.model.unpacked] if self.model.carried else []
+        return "/".join([self.fingerprint, *(s.version for s in self.sources), *carried])
 
     @property
     def split_seeds(self) -> dict[str, int]:
@@ -564,6 +569,7 @@ def load(folder: str | Path, home: Path | None = None, *, trust: bool = False) -
         inner = path / "system"  # what improve leaves is a run, with the System in it
         do = f"take {inner}" if (inner / "system.json").exists() else "name it"
         raise ArtifactError(f"{path} is no System", expected="a folder with system.json", found="none", do=do)
+    _check_links(path)
     try:
         body = json.loads(file.read_text(encoding="utf-8"))
         named = {"transforms": [f for _, f in body["model"]["transforms"]],
@@ -574,7 +580,7 @@ def load(folder: str | Path, home: Path | None = None, *, trust: bool = False) -
         base = str(path / "base") if "base_hash" in body else body["base"]
         system, written = revive(body, base, folders, body["card"], home or home_folder()), str(body["fingerprint"])
         system = replace(system, beside=_beside(body, path / "earlier"))
-    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OSError, OverflowError, RecursionError) as error:
         raise ArtifactError(
             f"{file} cannot be read", expected="a System that whet wrote", found=str(error)[:160], do="write it again"
         ) from error
@@ -591,6 +597,19 @@ def load(folder: str | Path, home: Path | None = None, *, trust: bool = False) -
         )  # fmt: skip
     _check_base(system, body)
     return system
+
+
+def _check_links(folder: Path) -> None:
+    """Raise ArtifactError where a link leads out of a System: what it names would be copied on with the System.
+
+    The links of the Hub's cache, which lead to the files it keeps beside its snapshots, are all right.
+    """
+    root = folder.resolve()
+    roots = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+    for entry in folder.rglob("*"):
+        if entry.is_symlink() and not any(entry.resolve().is_relative_to(one) for one in roots):
+            raise ArtifactError(f"{entry} is a link out of the System", expected="files inside it",
+                                found=os.readlink(entry), do="put the file itself there, if it is meant")  # fmt: skip
 
 
 def _check_base(system: System, body: dict[str, Any]) -> None:
@@ -613,3 +632,9 @@ def _check_base(system: System, body: dict[str, Any]) -> None:
             raise ArtifactError(
                 f"{base} has changed", expected=body["base_hash"][:12], found=found[:12], do="restore it"
             )
+        packed = body["base"] in EMBEDDED or str(body["base"]).endswith(".gguf")  # content is the hash of that
+        if not packed and (found := resolve(str(base)).content) != system.model.content:
+            raise ArtifactError(
+                f"{base} is not the model this System was made with", expected=system.model.content[:12],
+                found=found[:12], do="restore it",
+            )  # fmt: skip

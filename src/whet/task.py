@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -560,7 +560,7 @@ def _evidence(value: object, where: str) -> tuple[tuple[str, float], ...]:
         if grade is None:  # Parquet fills the ids that a row does not have with nulls
             continue
         text = as_text(name, where, "evidence")
-        if not text or type(grade) not in (int, float) or not 0 <= grade < math.inf:
+        if not text or type(grade) not in (int, float) or not 0 <= grade <= sys.float_info.max:
             raise TaskError(
                 f"{where}: evidence cannot be read", expected='["doc-id"] or {"doc-id": grade ≥ 0}', found=short(value)
             )

@@ -49,7 +49,9 @@ def claim(folder: Path, key: str, task: str, place: Path, asked: Mapping[str, An
                              do="choose another --out, or remove the folder")  # fmt: skip
     elif listed:
         raise StoreError(f"{folder} is not empty", expected="a new folder", do="choose another --out")
-    write_text(mark, json.dumps({"key": key, "task": task, "folder": str(place.resolve()), "asked": asked}) + "\n")
+    body = {"key": key, "task": task, "folder": str(place.resolve()), "system": str((folder / "system").resolve()),
+            "asked": asked}  # fmt: skip
+    write_text(mark, json.dumps(body) + "\n")
 
 
 def unclaimed(folder: Path) -> None:
@@ -88,9 +90,10 @@ def made_for(system: Path, trust: bool = False) -> Task | None:
     own = here / "run.json"
     try:
         body = json.loads((own if own.exists() else here.parent / "run.json").read_text(encoding="utf-8"))
-        if own.exists() and body["system"] != str(here):  # it comes from elsewhere: a stranger's task is not run
+        ours = body.get("system") == str(here)
+        if own.exists() and not ours:  # it comes from elsewhere: a stranger's task is not run
             return None
-        return load(body["folder"], trust=trust)
+        return load(body["folder"], trust=trust and ours)
     except (OSError, ValueError, KeyError, TypeError, WhetError):
         return None
 
