@@ -318,6 +318,8 @@ def test_hidden_files_are_left_out_and_counted(tmp_path: Path) -> None:
         ("a.tsv", "a\tb\tc\na\tb\n", "a.tsv line 2: not subject, relation, object"),
         ("a.tsv", "a\t\tc\n", "a.tsv line 1"),
         ("a.csv", "a,b,c\na,b\n", "a.csv line 2: not subject, relation, object"),
+        ("a.csv", 'a,b,c\nx,nick,"Iron Lady\ny,is,z\n', "a.csv line 2: quotes that do not match"),
+        ("a.tsv.bz2", "a\tb\tc\n", "a.tsv.bz2 is of no kind"),
         ("a.json", "[{]", "a.json line 1 is not Wikidata's JSON"),
         ("a.json", '[{"id": 3, "claims": 4}]', "a.json is not Wikidata's JSON"),
         ("a.ttl.gz", "no gzip", "a.ttl.gz cannot be read"),
@@ -710,6 +712,18 @@ def test_names_like_stop_words_are_told_by_their_case(question: str, names: set[
     assert {linker.graph.nodes[n][0] for m in linker.mentions(Query(question)) for n in m.nodes} == names
 
 
+@pytest.mark.parametrize(
+    ("question", "names"),
+    [("Tell us who founded Apple", {"Apple"}), ("Is it Apple or Oregon?", {"Apple", "Oregon"}),
+     ("Who leads the US?", {"United States"}), ("Is it dry in OR?", {"Oregon"}), ("who wrote may", {"may"})],
+)  # fmt: skip
+def test_ordinary_words_name_nothing_but_by_their_capitals(question: str, names: set[str]) -> None:
+    rows = [("United States", "alias", "US"), ("United States", "leader", "Ann"), ("Oregon", "alias", "OR"),
+            ("Oregon", "size", "big"), ("Apple", "founder", "Bo"), ("may", "author", "Cy")]  # fmt: skip
+    linker = Linker(in_memory(Graph.of(gather(rows))), Words())  # type: ignore[arg-type]
+    assert {linker.graph.nodes[n][0] for m in linker.mentions(Query(question)) for n in m.nodes} == names
+
+
 def test_of_many_of_one_name_the_one_asked_for_is_found() -> None:
     more = [(f"<http://e/{n}>", RDFS_LABEL, triples.text("Ann Lee", "en")) for n in range(9)]
     rows = [(f"<http://e/{n}>", "<http://e/colour>", triples.text("red", "")) for n in range(8)]
@@ -1090,6 +1104,9 @@ def test_facts_are_taught_within_the_budget_and_an_edit_as_an_update(
         method.apply(made, data, run)
     assert isinstance(data.knowledge, Path)
     data.knowledge.write_text(data.knowledge.read_text().replace("moss green", "plum"))
+    with pytest.raises(MethodError, match="nothing new to teach"):  # a run reads facts once
+        method.apply(made, data, run)
+    run = Run(Store(home), trained_tokens=3000)
     edited = method.apply(made, data, run)
     assert run.notes["new"] == 2 and run.notes["taught"] == 4 and edited.model != made.model
 

@@ -28,6 +28,7 @@ from whet.methods.rag import Rag
 from whet.model import resolve
 from whet.prompt import from_text, messages, to_text
 from whet.retrieval import Found, Index, Source, build, merged, scored
+from whet.rows import decoded
 from whet.scorecard import evaluate, protocol
 from whet.store import Store
 from whet.system import Answer, Decoding, System
@@ -216,6 +217,45 @@ def test_a_page_reads_as_its_blocks_stand(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_heading_ends_where_a_browser_ends_it(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text("<h2>Kettles <b>all</b></h3><p>They boil.</p><h2>Lamps</h2><p>They shine.</p>"
+                                     "<h3><div>Cups</div></h3><p>They hold.</p>")  # fmt: skip
+    [found], _ = documents.load(tmp_path / "a.html")
+    assert [(p.title, p.text) for p in passages(found)] == [
+        ("Kettles all", "They boil."), ("Kettles all / Lamps", "They shine."),
+        ("Kettles all / Lamps / Cups", "They hold."),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ["<![endif--]>", "re: [<![a-z]+]", "if (a<![b])", "<![", "<![x"])
+def test_what_is_no_section_of_a_page_is_text(odd: str, tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text(f"<p>before</p><![if !IE]><p>{odd} shown</p><![endif]><p>behind</p>")
+    [found], _ = documents.load(tmp_path / "a.html")
+    assert found.text.split()[0] == "before" and found.text.split()[-1] == "behind" and "shown" in found.text
+
+
+def test_a_docx_without_styles_of_its_own_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import docx
+
+    made = docx.Document()
+    made.add_paragraph("plain text")
+    default = made.styles.element.xpath("w:style[@w:default='1'][@w:type='paragraph']")[0]
+    default.attrib.pop(docx.oxml.ns.qn("w:default"))
+    made.save(str(tmp_path / "a.docx"))
+    assert documents.load(tmp_path / "a.docx")[0][0].text == "plain text"
+    monkeypatch.setattr(documents, "MOST_UNPACKED", 1000)
+    made.save(str(tmp_path / "b.docx"))
+    with pytest.raises(TaskError, match="b.docx is too large"):
+        documents.load(tmp_path / "b.docx")
+
+
+def test_text_without_spaces_stays_so() -> None:
+    text = "今天很冷。明天更冷。后天会下雪，\n大家要注意。カップは 2 EUR です。"
+    [found] = passages(Document("a", "A", text, "a"))
+    assert found.text == "今天很冷。明天更冷。后天会下雪，大家要注意。カップは 2 EUR です。"
+    assert passages(Document("a", "A", "서울은 수도이다. 물이 끓는다.", "a"))[0].text == "서울은 수도이다. 물이 끓는다."
+
+
 def test_text_that_looks_like_markdown_is_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import docx
     import pypdf
@@ -349,6 +389,17 @@ def test_a_changed_file_is_read_again(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_encodings_are_told(tmp_path: Path, text: str, encoding: str) -> None:
     (tmp_path / "a.txt").write_bytes(text.encode(encoding))
     assert documents.load(tmp_path / "a.txt")[0][0].text == text
+
+
+@pytest.mark.parametrize("encoding", ["cp949", "shift_jis", "gb2312"])
+def test_a_broken_byte_costs_one_character(tmp_path: Path, encoding: str) -> None:
+    text = {"cp949": "서울은 대한민국의 수도이다. ", "shift_jis": "東京は日本の首都です。コンピュータ",
+            "gb2312": "北京是中国的首都，水壶每六个星期需要除垢一次。"}[encoding]  # fmt: skip
+    data = (text * 5).encode(encoding) + b"\x81"
+    (tmp_path / "a.txt").write_bytes(data)
+    [found], _ = documents.load(tmp_path / "a.txt")
+    assert found.text == text * 5 + "\ufffd"
+    assert decoded(data, encoding, "a")[0] == found.text
 
 
 def test_pages_say_their_encoding_and_the_unknown_is_left_out(tmp_path: Path) -> None:
@@ -763,6 +814,17 @@ def test_the_command_puts_tables_and_queries(
     query = "sqlite:///x.db SELECT id, text FROM pages"
     assert run("--put", query)[0] == 2
     assert "page" in json.loads(run("--put", query, "--trust", "--json")[1])["documents"]
+    with sqlite3.connect(tmp_path / "x.db") as base:
+        base.execute("create table notes (text text)")
+        base.executemany("insert into notes values (?)", [("First.",), ("Second.",)])
+    nameless, other = ("sqlite:///x.db SELECT text FROM notes", "sqlite:///x.db SELECT text FROM pages")
+    first = json.loads(run("--put", nameless, "--trust", "--json")[1])["documents"]
+    both = json.loads(run("--put", other, "--trust", "--json")[1])["documents"]
+    assert len(set(both) - set(first)) == 1  # rows without ids of another query take no one's place
+    with sqlite3.connect(tmp_path / "x.db") as base:
+        base.execute("delete from notes where text = 'Second.'")
+    left = json.loads(run("--put", nameless, "--trust", "--json")[1])
+    assert len(left["gone"]) == 1 and len(left["documents"]) == len(both) - 1
 
 
 @needs_embedder

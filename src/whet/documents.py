@@ -5,10 +5,12 @@ Files, folders, web pages by their URLs, and rows of a database by a query.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import tempfile
 import unicodedata
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +29,7 @@ IDS = ("id", "_id", "doc_id", "docid")
 ROW = re.compile(r"(.+):\d+")  # the id of a row that has none of its own: its table, and its number
 PIECES = 240  # about so many word pieces of WORDS words at most, their title among them: the embedder reads 256
 MOST_BYTES = 50_000_000  # of one file that is no table
+MOST_UNPACKED = 10 * MOST_BYTES  # of one that is packed, its pictures among them
 SECONDS = 60.0  # that a page may take, with all its redirects
 HEADING = re.compile(r"(#{1,6})\s+(\S.*)")
 CLOSED = re.compile(r"(?<=\s)#+$")  # what may end a heading, too
@@ -41,6 +44,10 @@ LIGATURES = str.maketrans(dict(zip("ﬀﬁﬂﬃﬄﬅﬆ", ("ff", "fi", "fl", "
 BROKEN = re.compile(r"(?<=[^\W\d_])-\n(?=[a-zß-öø-ÿ])")  # a word at the end of a PDF's line
 SOFT = "\u00ad"  # a hyphen that is only seen where a line ends
 ENDS = ".!?。！？"
+# Han, kana and their punctuation: no spaces stand between these.
+IDEOGRAPHIC = ("\u3001-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40"
+               "\uff5b-\uff9f\U00020000-\U0003ffff")  # fmt: skip
+CUT = re.compile(f"(?<=[{IDEOGRAPHIC}]) (?=[{IDEOGRAPHIC}])")
 SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])(?![」』”’）])\s*")
 HANGUL = "\uac00-\ud7a3"
 # Accents and the vowel signs of Indic scripts: part of the word that they stand in, though no letters.
@@ -95,7 +102,7 @@ def load(
     their path in `source`, in `folder` where it lists several; one whose path ends with an id that is `known`, and that
     with this name, has that. Raises TaskError for what cannot be read, or where nothing is found.
     """
-    names = tuple(sorted({n for k in known for n in (k, k.rpartition(":")[0]) if n}, key=lambda n: (-len(n), n)))
+    names = frozenset(n for k in known for n in (k, k.rpartition(":")[0]) if n)
     found: list[Document] = []
     notes: list[str] = []
     for place in [source] if isinstance(source, Path) else places(folder, source):
@@ -171,7 +178,7 @@ def _unread(file: Path, error: OSError) -> TaskError:
 
 @lru_cache(maxsize=8)
 def _files(
-    source: Path, root: Path, known: Sequence[str], stamps: Sequence[tuple[Path, int, int]]
+    source: Path, root: Path, known: frozenset[str], stamps: Sequence[tuple[Path, int, int]]
 ) -> tuple[list[Document], list[str]]:
     """Documents of one file, or of all in a folder that can be read, and notes on what was left out; kept.
 
@@ -181,8 +188,9 @@ def _files(
     notes: list[str] = []
     other: list[str] = []
     for file, _, size in stamps:
-        name, whole = Path(os.path.relpath(file, root)).as_posix(), file.resolve().as_posix()
-        name = next((k for k in known if whole.endswith(f"/{k}") and f"/{k}".endswith(f"/{name}")), name)
+        name, parts = Path(os.path.relpath(file, root)).as_posix(), file.resolve().parts[1:]
+        ends = ("/".join(parts[n:]) for n in range(len(parts)))  # the longest first
+        name = next((k for k in ends if k in known and f"/{k}".endswith(f"/{name}")), name)
         if source.is_dir() and file.suffix.lower() not in (*TABLES, *READERS):
             other.append(name)
             continue
@@ -251,6 +259,9 @@ def _query(source: str, folder: Path, trusted: bool) -> Iterator[Document]:
     else:
         place = re.sub(r"^postgres(?=[:+])", "postgresql", place, flags=re.IGNORECASE)  # as its own tools call it, too
     try:
+        at = sql.make_url(place)
+        mark = hashlib.sha256(f"{at.host} {at.database} {query}".encode()).hexdigest()[:8]
+        table = f"{Path((at.database or kind).removeprefix('file:')).name}-{mark}"
         with sql.create_engine(place).connect() as connection:
             plain = connection.execution_options(no_parameters=True)  # a colon or a % of the query is one
             rows = [dict(row) for row in plain.exec_driver_sql(query).mappings()]
@@ -258,9 +269,9 @@ def _query(source: str, folder: Path, trusted: bool) -> Iterator[Document]:
         raise TaskError("the database refuses the query", expected="rows with a text column",
                         found=str(error).splitlines()[0][:160], do="try the query by hand") from error  # fmt: skip
     for number, values in enumerate(rows, 1):
-        made = _row(values, str(number), f"{short(query)} row {number}")
+        made = _row(values, f"{table}:{number}", f"{short(query)} row {number}")
         if made.text.strip():
-            yield made
+            yield replace(made, table=table)
 
 
 # --- web pages --------------------------------------------------------------------------------------------------------
@@ -331,6 +342,8 @@ def _document(url: str, kind: str, body: bytes) -> Document:
 
 INLINE = ("a", "abbr", "b", "bdi", "bdo", "cite", "code", "data", "del", "dfn", "em", "font", "i", "ins", "kbd", "mark",
           "q", "s", "samp", "small", "span", "strong", "sub", "sup", "time", "tt", "u", "var", "wbr")  # fmt: skip
+EMPTY = ("br", "img", "svg")  # of a heading, too
+UNMARKED = re.compile(r"<!\[(?!(?:temp|cdata|ignore|include|rcdata|if|else|endif)(?![\w.-]))", re.IGNORECASE)
 ASIDE = ("script", "style", "nav", "header", "footer", "noscript", "template")
 WORD_XML = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
 UNSAID = ("del", "moveFrom", "sdtPr", "sdtEndPr")  # in Word's XML: what was deleted or moved away, and settings
@@ -379,7 +392,13 @@ def _html(file: Path) -> str:
     declared = soup.dammit.EncodingDetector.find_declared_encoding(data, is_html=True) or ""
     if declared.lower().startswith(("utf-16", "utf-32")):  # it was read byte by byte, so it is not (WHATWG)
         declared = ""
-    page = soup.BeautifulSoup(decoded(data, declared, file.name)[0].replace(OWN, ""), "html.parser")
+    # The parser gives up on a page where these are none of the sections that it knows.
+    text = UNMARKED.sub("&lt;![", decoded(data, declared, file.name)[0].replace(OWN, ""))
+    try:
+        page = soup.BeautifulSoup(text, "html.parser")
+    except Exception as error:  # of its own kinds
+        raise TaskError(f"{file.name} cannot be read", expected="HTML", found=str(error)[:120], do="save it anew"
+                        ) from error  # fmt: skip
     head, kinds = page.title, (str, soup.NavigableString, soup.CData)  # and no comments
     title = " ".join(head.get_text().split()) if head else ""
     made = [f"{OWN}# {title}\n\n"] if title else []
@@ -396,11 +415,22 @@ def _html(file: Path) -> str:
         ):
             continue
         elif re.fullmatch("h[1-6]", part.name):
-            todo += [(min(6, int(part.name[1]) + 1), len(made)), *reversed(part.contents)]
+            said, rest = _heading(part)
+            todo += [*reversed(rest), (min(6, int(part.name[1]) + 1), len(made)), *reversed(said)]
         else:
             edge = f"\n{OWN}```\n" if part.name == "pre" else "" if part.name in INLINE else "\n"
             todo += [edge, *reversed(part.contents), edge]
     return _kept("".join(made))
+
+
+def _heading(part: Any) -> tuple[list[Any], list[Any]]:
+    """What a heading says, and what stands in it only because the page closes it by another tag or not at all."""
+    inner = list(part.contents)
+    for n, child in enumerate(inner):
+        block = child.name not in (None, *INLINE, *EMPTY)
+        if block and any(one.get_text().strip() for one in inner[:n]):
+            return inner[:n], inner[n:]
+    return inner, []
 
 
 def _pdf(file: Path) -> str:
@@ -422,6 +452,10 @@ def _docx(file: Path) -> str:
     """Paragraphs and table rows as they come, tracked changes accepted; headings by their style."""
     lines: list[str] = []
     try:
+        with zipfile.ZipFile(file) as packed:
+            if (size := sum(one.file_size for one in packed.infolist())) > MOST_UNPACKED:
+                raise TaskError(f"{file.name} is too large", expected=f"at most {MOST_UNPACKED / 1e6:.0f} MB unpacked",
+                                found=f"{size / 1e6:.0f} MB", do="save a part")  # fmt: skip
         opened, xml = package("docx", "rag").Document(str(file)), package("lxml.etree", "rag")
         xml.strip_elements(opened.element.body, *(WORD_XML + tag for tag in UNSAID), with_tail=False)
         xml.strip_tags(opened.element.body, *(WORD_XML + tag for tag in AROUND))
@@ -429,7 +463,8 @@ def _docx(file: Path) -> str:
             if hasattr(block, "rows"):
                 lines += _lines(block)
             elif block.text.strip():
-                head = re.match(r"Title|Heading (\d)", block.style.name)
+                style = getattr(block.style, "name", None) or ""  # a file need not say what its own style is
+                head = re.match(r"Title|Heading (\d)", style)
                 level = min(6, int(head[1] or 0) + 1) if head else 0
                 lines.append(f"{OWN}{'#' * level} {' '.join(block.text.split())}" if level else block.text)
     except WhetError:
@@ -483,7 +518,7 @@ def passages(document: Document, words: int = WORDS, overlap: int | None = None)
         for sentence in [*_sentences(text, words, room), []]:
             full = len(here) + len(sentence) > words or _pieces(here) + _pieces(sentence) > room
             if len(here) > repeated and (not sentence or full):
-                made.append(Passage(document.id, title, " ".join(here), document.where, start, name))
+                made.append(Passage(document.id, title, _text_of(here), document.where, start, name))
                 here = _tail(here, min(overlap, words - len(sentence)), min(2 * overlap, room - _pieces(sentence)))
                 start, repeated = at - len(here), len(here)
             here = here + sentence
@@ -560,6 +595,11 @@ def _sentences(text: str, words: int, room: int) -> Iterator[list[str]]:
 def _cut(word: str, room: int) -> list[str]:
     step = max(1, len(word) * room // max(room, _pieces_of(word)))
     return [word[at : at + step] for at in range(0, len(word), step)]
+
+
+def _text_of(words: Sequence[str]) -> str:
+    """Words as a text again; what Chinese and Japanese write without spaces gets none where it was cut."""
+    return CUT.sub("", " ".join(words))
 
 
 def _tail(words: list[str], most: int, room: int) -> list[str]:

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,19 +48,21 @@ def mark() -> str:
     return f"{PACKAGE} {digest.hexdigest()[:12]}"
 
 
+@lru_cache(maxsize=1)
+def _model() -> Any:
+    """The model, loaded once in a process."""
+    from sentence_transformers import SentenceTransformer
+
+    from whet.model import quiet
+
+    return quiet(SentenceTransformer, str(model_folder()), device=None)
+
+
 class Embedder:
     """Texts to unit vectors [n, 384] (float32); a list of more than a few is embedded once and kept on disk."""
 
     def __init__(self, home: Path) -> None:
         self.folder = home / "embeddings"
-
-    @cached_property
-    def _model(self) -> Any:
-        from sentence_transformers import SentenceTransformer
-
-        from whet.model import quiet
-
-        return quiet(SentenceTransformer, str(model_folder()), device=None)
 
     def __call__(self, texts: Sequence[str], *, keep: bool = True) -> np.ndarray[Any, Any]:
         """Unit vectors [n, 384] of the texts (cut at 256 word pieces); without `keep`, nothing is written."""
@@ -86,6 +88,6 @@ class Embedder:
         import numpy as np
 
         unique = sorted(set(texts))
-        vectors = self._model.encode(unique, batch_size=64, normalize_embeddings=True, show_progress_bar=False)
+        vectors = _model().encode(unique, batch_size=64, normalize_embeddings=True, show_progress_bar=False)
         rank = {text: n for n, text in enumerate(unique)}
         return np.asarray(vectors, np.float32)[[rank[t] for t in texts]]

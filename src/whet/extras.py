@@ -10,6 +10,7 @@ from importlib import import_module
 from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from whet.errors import MethodError, TaskError
 
@@ -86,10 +87,14 @@ def within(seconds: float, ask: Callable[[httpx.Client], T]) -> T:
 def pinned(url: str, address: str) -> dict[str, Any]:
     """What httpx is to be called with so that the address that was checked is the one that is asked.
 
-    A name could lead elsewhere when it is looked up a second time.
+    A name could lead elsewhere when it is looked up a second time. A proxy looks it up by itself, and is given the
+    name: behind one, httpx would look for the address in the server's certificate.
     """
     import httpx
 
     named = httpx.URL(url)  # its host as the net has it: 한국.kr is xn--3e0b707e.kr
+    proxies = getproxies()
+    if (named.scheme in proxies or "all" in proxies) and not proxy_bypass(named.host):
+        return {"url": named}
     more = {"sni_hostname": named.raw_host.decode("ascii")} if named.scheme == "https" else {}
     return {"url": named.copy_with(host=address), "headers": {"host": named.netloc.decode("ascii")}, "extensions": more}

@@ -38,6 +38,9 @@ PRONOUNS = frozenset(WORD.findall("it its he his him she her they their them")) 
 # Words that name no relation; everything else in a question may.
 STOP = frozenset(WORD.findall("what is the of s who name did do does a an in which from for to by was were that it and "
                               "at where when whom are on how"))  # fmt: skip
+# Words of any text that a name is told from by its capitals alone, where it has them: US, Will; may stays a name.
+COMMON = STOP | frozenset(WORD.findall("i me my we us our you your or if so as be no not yes ok hi can may will would "
+                                       "could should has have had then than there here this these those"))  # fmt: skip
 BEGUN = re.compile(r"(?:^|[.!?:\n。！？])[\s\"'“‘«(\[*-]*$")  # what stands before a sentence's first word
 MOST_WORDS = 20  # of a name that is looked for in a question
 MENTIONS = 6  # of a question, its options among them
@@ -52,7 +55,7 @@ BACKWARDS = 0.05  # what a step against its relation costs
 RATE, MARGIN, EPOCHS, MOST_LEARNT, RIVALS = 0.0075, 0.025, 4, 2000, 40  # of the perceptron; wrong ways of a question
 BATCH = 64  # questions that are read at once
 SAMPLED, MOST = 200, 0.95  # train rows that tell how many hops are needed; their share that is to be answered
-READER = 6  # counts the ways in which questions are read: nothing learnt or answered by one is taken for another's
+READER = 7  # counts the ways in which questions are read: nothing learnt or answered by one is taken for another's
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,11 @@ def _bare(word: str) -> tuple[str, ...]:
     return (word, *(word[:at] for at in range(len(word) - 1, 0, -1) if PARTICLES.fullmatch(word, at)))
 
 
+def _ordinary(name: str, own: str) -> bool:
+    """Whether a name of one word is one of any question: only as it is spelt, if at all, can it be told from it."""
+    return name in STOP or (name in COMMON and own != own.casefold())
+
+
 class Linker:
     """Reads questions with an opened graph; deterministic. `tell` hears how many train rows were read."""
 
@@ -106,20 +114,20 @@ class Linker:
         self.graph, self.opened, self.embedder, self.tell = opened.graph, opened, embedder, tell
         self.learnt: Mapping[str, float] = opened.learnt
         self.names: dict[str, list[int]] = {}
-        self.cased: dict[str, list[int]] = {}  # nodes called like a word of STOP, as their name is spelt: WHO, It
+        self.cased: dict[str, list[int]] = {}  # nodes called like an ordinary word, as their name is spelt: WHO, It
         self.signs: dict[str, list[int]] = {}  # nodes whose name has neither letters nor digits
         labels = [" ".join(words(names[0])) for names in self.graph.nodes]
         for node, name in enumerate(labels):  # what is called so comes before what is called so as well
-            if name in STOP:
+            if _ordinary(name, self.graph.nodes[node][0]):
                 self._put_apart(node, self.graph.nodes[node][0])
             elif name and name.count(" ") < MOST_WORDS:
                 self.names.setdefault(name, []).append(node)
         for node, names in enumerate(self.graph.nodes):
-            said = [" ".join(words(n)) for n in names[1:]]
-            for name, own in zip(said, names[1:], strict=True):
-                if name in STOP:
+            said = [(" ".join(words(n)), n) for n in names[1:]]
+            for name, own in said:
+                if _ordinary(name, own):
                     self._put_apart(node, own)
-            for name in {*said} - STOP - {"", labels[node]}:
+            for name in {name for name, own in said if not _ordinary(name, own)} - {"", labels[node]}:
                 if name.count(" ") < MOST_WORDS:
                     self.names.setdefault(name, []).append(node)
             for name in {_plain(n) for n in names if not words(n)} - RUNNING - {""}:
@@ -192,7 +200,7 @@ class Linker:
         return next((found for word in _bare(last) if (found := self.names.get(" ".join([*first, word])))), [])
 
     def _apart(self, question: str) -> dict[int, list[int]]:
-        """The nodes called like a word of STOP that a question has in their own case, by the number of that word.
+        """The nodes called like an ordinary word that a question has in their own case, by the number of that word.
 
         A capital says nothing where a sentence begins with it, nor in a question of nothing else.
         """

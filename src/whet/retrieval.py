@@ -29,6 +29,7 @@ from whet.embed import PACKAGE, Embedder, mark
 from whet.errors import ArtifactError, MethodError, rebuilding, rebuilt
 from whet.extras import package
 from whet.model import aside
+from whet.rows import short
 from whet.splits import UNSPACED
 from whet.store import write_text
 from whet.task import Query
@@ -259,9 +260,12 @@ def _refused(folder: Path, why: str, expected: str, found: str) -> ArtifactError
 def current(folder: Path) -> str:
     """The generation of a corpus that answers now. Raises ArtifactError where there is none."""
     try:
-        return (folder / "current").read_text(encoding="utf-8")
-    except OSError as error:
-        raise _refused(folder, "cannot be read", "what whet wrote", error.strerror or str(error)) from error
+        name = (folder / "current").read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise _refused(folder, "cannot be read", "what whet wrote", str(error)) from error
+    if not name.isalnum():  # it is the name of a folder beside it, never a path
+        raise _refused(folder, "cannot be read", "the name of a generation", short(name))
+    return name
 
 
 @lru_cache(maxsize=4)
@@ -373,6 +377,8 @@ class Index(Corpus[int]):
             if body["embedder"] != mark():
                 raise _refused(folder, "was made by another embedding model", mark(), body["embedder"])
             for file, digest in body["files"].items():
+                if Path(file).is_absolute() or ".." in Path(file).parts:
+                    raise ValueError(f"{file!r} leads out of it")
                 if (found := _hash(folder / file)) != digest:
                     raise _refused(folder, f"was changed: {file}", digest[:12], found[:12])
             self.size = int(body["passages"])

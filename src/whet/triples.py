@@ -249,7 +249,7 @@ def _kind(file: Path) -> tuple[str, Callable[..., Any]]:
 
 def _file(file: Path, glossary: bool) -> Iterator[Triple]:
     kind, unpack = _kind(file)
-    if kind not in KINDS:
+    if kind not in KINDS or (kind in (".tsv", ".csv") and unpack not in (open, gzip.open)):
         raise TaskError(f"{file.name} is of no kind that can be read", expected=", ".join(KINDS),
                         found=kind or "no ending", do="convert it")  # fmt: skip
     try:
@@ -290,11 +290,26 @@ def _table(file: Path, kind: str, glossary: bool) -> Iterator[Triple]:
 def _cells(file: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
     """The lines of a table that hold anything, each with its number."""
     if separator == TAB:  # quotes are part of what is written
-        rows = ((number, line.split(TAB)) for number, line in enumerate(decode(file).split("\n"), 1))
+        lines = enumerate(decode(file).split("\n"), 1)
+        rows: Iterable[tuple[int, list[str]]] = ((number, line.split(TAB)) for number, line in lines)
     else:
-        read = csv.reader(io.StringIO(decode(file), newline=""))
-        rows = ((read.line_num, cells) for cells in read)
+        rows = _quoted(file)
     return ((number, cells) for number, cells in rows if any(cell.strip() for cell in cells))
+
+
+def _quoted(file: Path) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a CSV, each with the number of its last line; TaskError names the first line of a broken one."""
+    read, begun = csv.reader(io.StringIO(decode(file), newline=""), strict=True), 1
+    while True:
+        try:
+            cells = next(read, None)
+        except csv.Error as error:
+            raise TaskError(f"{file.name} line {begun}: quotes that do not match", expected='cells as in "a, b",c',
+                            found=str(error), do="correct it") from error  # fmt: skip
+        if cells is None:
+            return
+        yield read.line_num, cells
+        begun = read.line_num + 1
 
 
 def _rdf(name: str, stream: IO[bytes], kind: str) -> Iterator[Triple]:

@@ -21,6 +21,7 @@ from whet.task import Learnable
 if TYPE_CHECKING:
     from whet.documents import Document
     from whet.engine.torch import TorchSession
+    from whet.triples import Facts
 
 GROUP = "whet.methods"
 Need = Literal[
@@ -80,6 +81,20 @@ class Run:
         if key not in self.corpora:
             self.corpora[key] = load(data.documents, data.folder, data.trusted)
         found: tuple[list[Document], tuple[str, ...]] = self.corpora[key]
+        return found
+
+    def facts(self, data: Learnable) -> tuple[Facts, list[str]]:
+        """The task's facts, and notes; read once, so that all see the same, also where an endpoint changes meanwhile.
+
+        Raises what `triples.load` raises.
+        """
+        from whet.task import rows_hash
+        from whet.triples import load
+
+        key = (data.knowledge, data.glossary, data.folder, data.trusted, rows_hash(data.train))
+        if key not in self.corpora:
+            self.corpora[key] = load(data, self.home)
+        found: tuple[Facts, list[str]] = self.corpora[key]
         return found
 
     def tidy(self) -> None:

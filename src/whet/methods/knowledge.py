@@ -87,9 +87,7 @@ class Knowledge:
 
     def apply(self, system: System, data: Learnable, run: Run) -> System:
         """The System with the graph as one more source, or with its facts in the weights."""
-        from whet import triples
-
-        facts, notes = triples.load(data, run.home)
+        facts, notes = run.facts(data)
         graph = Graph.of(facts)
         run.notes.update(facts=len(facts.triples), left_out=notes)
         return self._taught(graph, system, data, run) if self.mode == "train" else self._shown(graph, system, data, run)
@@ -138,7 +136,7 @@ class Knowledge:
         run.notes.update(taught=len(chosen), new=len(fresh), seen=list(seen), held=list(held))
         # What the model says of its own accord is replayed, so that it does not answer everything with a fact.
         own = Known("what it knew", "token_f1", system)
-        own = replace(own, rows=made_up(own, system, session, (), run.seed))
+        own = replace(own, rows=made_up(own, system, session, (), run))
         start = replace(system, card={**system.card, "memory": [*system.card.get("memory", ()), own.entry()]})
         plain = Continual(rank=self.rank, learning_rate=self.learning_rate, epochs=self.epochs, batch=self.batch,
                           share=REPLAYED)  # fmt: skip

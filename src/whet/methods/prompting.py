@@ -202,7 +202,7 @@ def meanings(system: System, data: Learnable, run: Run) -> dict[str, str]:
     if data.glossary is None:
         return {}
     try:
-        facts, _ = triples.load(replace(data, knowledge=None), run.home)
+        facts, _ = run.facts(replace(data, knowledge=None))
     except StoreError:
         raise
     except WhetError as error:  # an endpoint that is down: other prompts are raced

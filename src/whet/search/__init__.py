@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from whet import baselines, embed, reading, stats, triples
+from whet import baselines, embed, reading, stats
 from whet import task as tasks
 from whet.encoder import Encoder
 from whet.engine import Session, Spent
@@ -277,7 +277,7 @@ def _readable(task: Task, wish: Wish, data: Learnable, run: Run) -> None:
             run.documents(data)
     with contextlib.suppress(MethodError):
         if "knowledge" in needs and files(task.knowledge, task.glossary):
-            triples.load(data, run.home)
+            run.facts(data)
 
 
 def _live(task: Task) -> bool:
