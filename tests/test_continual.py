@@ -407,10 +407,12 @@ def test_made_up_rows_answer_as_the_system_does(run: Run, model_folder: str, str
     assert isinstance(session, TorchSession)
     one = Known("first", "accuracy", system)
     spare = [e.prompt for e in first.train]
-    rows = made_up(one, system, session, spare, 0)
+    rows = made_up(one, system, session, spare, run)
     assert len({e.prompt for e in rows}) == len(rows) > 50
     assert [e.completion for e in rows] == system.answer(rows, session)
-    assert rows == made_up(one, system, session, spare, 0)
+    before = session.spent
+    assert rows == made_up(one, system, session, spare, run) and session.spent == before  # they are kept
+    assert rows == made_up(one, system, session, spare, replace(run, store=Store(run.home / "other")))
 
 
 # --- strategies ------------------------------------------------------------------------------------------------------
@@ -577,6 +579,15 @@ def test_facts_of_one_group_are_merged(taught: Any, run: Run, rows: int) -> None
     start = as_task(system, second, run.session(system.model))
     Continual(**{**SETTINGS, "strategy": "merge", "epochs": 1.0}).apply(start, data, run)
     assert run.notes["merged"]["loss"] > 0 and run.notes["rows"] == rows - (rows == 8)  # one of eight is held out
+
+
+def test_rows_without_an_answer_merge_nothing(taught: Any, run: Run) -> None:
+    _, system, (_, second) = taught
+    data = second.split().learnable
+    some = tuple(replace(e, completion="", answers=()) if n >= 3 else e for n, e in enumerate(data.train))
+    start, method = as_task(system, second, run.session(system.model)), {"strategy": "merge", "epochs": 1.0}
+    made = Continual(**{**SETTINGS, **method}).apply(start, replace(data, train=some), run)
+    assert made.fingerprint != start.fingerprint and run.notes["merged"]["loss"] > 0
 
 
 def test_suspects_and_bits_count_under_every_strategy(taught: Any, tmp_path: Path, monkeypatch: Any) -> None:

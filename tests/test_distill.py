@@ -617,9 +617,13 @@ def test_held_out_rows_among_the_prompts_are_refused(system: System, tmp_path: P
     held = Task("t", tmp_path, "Say which.", "accuracy", ("negative", "positive"), train=rows(40), test=rows(2))
     data = held.split().learnable
     assert all(e in data.sealed for e in held.test) and held.test[0].prompt not in repr(data)
-    (tmp_path / "prompts.txt").write_text("a new one\n\n" + held.test[1].prompt.upper() + " !")
-    with pytest.raises(MethodError, match="rows that the System is measured on; .*found 1; .*take them out"):
-        distil(Distill(unlabelled=str(tmp_path / "prompts.txt"), **QUICK), system, data, tmp_path / "a")
+    long = "the plot of this film is thin but its music stays with whoever has seen it once"
+    held = replace(held, test=(*held.test, replace(held.test[0], id="long", prompt=long)))
+    data = held.split().learnable
+    for said in (held.test[1].prompt.upper() + " !", long.replace("seen it once", "seen it twice")):  # nearly the same
+        (tmp_path / "prompts.txt").write_text(f"a new one\n\n{said}")
+        with pytest.raises(MethodError, match="rows that the System is measured on; .*found 1; .*take them out"):
+            distil(Distill(unlabelled=str(tmp_path / "prompts.txt"), **QUICK), system, data, tmp_path / "a")
 
 
 def test_no_row_shows_the_teacher_its_own_answer(system: System, tmp_path: Path) -> None:

@@ -18,12 +18,13 @@ from models import TEXT
 from test_cli import whet
 
 from whet import feedback, metrics, scorecard, task
+from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession
 from whet.errors import MethodError, TaskError
 from whet.feedback import Judged, Versus, agreement, collect, divide, pairs, thumbs, weighted
 from whet.methods import Method, Run, make
 from whet.methods.continual import Continual
-from whet.methods.dpo import DPO, ahead
+from whet.methods.dpo import DPO, ahead, held_out
 from whet.methods.kto import KTO
 from whet.methods.reward import Reward, feedback_of, fit, judged_by, metric_of, render_pairs
 from whet.methods.rl import RL, ByMetric, _price, advantages, spread
@@ -664,6 +665,36 @@ def test_what_feedback_lacks_is_said(system: System, home: Path) -> None:
                            (RL, {"algorithm": "ppo"}), (RL, {"temperature": 0})):  # fmt: skip
         with pytest.raises(ValueError):
             kind(**settings)
+
+
+@pytest.mark.parametrize("method", [DPO(rank=2, epochs=1, batch=4), KTO(rank=2, epochs=1, batch=4)])
+@pytest.mark.parametrize("judged", [
+    judgements(1), judgements(2), tuple(replace(j, prompt="one") for j in judgements())
+])  # fmt: skip
+def test_a_few_judgements_are_learnt_from(
+    method: DPO | KTO, judged: tuple[Judged, ...], system: System, home: Path
+) -> None:
+    told = run(home)
+    made = method.apply(system, replace(learnable(), judged=judged), told)
+    assert made.fingerprint != system.fingerprint and "held_out" not in told.notes
+
+
+def test_rewards_are_compared_by_the_token_where_they_are_learnt_so() -> None:
+    row = Row((1,), ((2, 3), (4,)), ((-4.0, 1.0), (-3.0, 1.0)))  # answers of two tokens and of one
+    found = [held_out([row], judgements(1), [(-2.0, -1.5)], by_token) for by_token in (False, True)]
+    assert [one["accuracy"] for one in found] == [1, 0]  # better by 2 to 1.5; by 1 to 1.5 a token
+
+
+def test_an_answer_that_the_metric_fails_on_earns_least() -> None:
+    class Near(metrics.Accuracy):
+        name = "near"
+
+        def score(self, answer: str, example: Example) -> float:
+            return -float(abs(len(answer) - 10)) / bool(answer)
+
+    one = Example("1", "say ten letters", "x", ("x",))
+    assert ByMetric(Near())([(one, ""), (one, "abc"), (one, "ten letter")]) == [-7.0, -7.0, 0.0]
+    assert ByMetric(Near())([(one, "")]) == [0.0]
 
 
 # --- reinforcement ----------------------------------------------------------------------------------------------------

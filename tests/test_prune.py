@@ -220,6 +220,8 @@ def test_lists_of_layers_by_number_are_numbered_anew() -> None:
     each.config.hidden_size_per_layer_input = 8  # as Gemma 3n has it
     with pytest.raises(MethodError, match="no rule for dropping layers of llama.*inputs of its own"):
         depth.drop(TorchSession(each, make_tokenizer()), LOOK, 3)
+    with pytest.raises(MethodError, match="no rule for trimming the vocabulary of llama"):
+        vocabulary.cut(each, [0, 1, 2])
 
 
 @pytest.mark.parametrize("by", ["loss", "influence"])

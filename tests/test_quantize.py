@@ -523,7 +523,15 @@ def test_families_without_a_rule_for_outliers_are_told(tmp_path: Path) -> None:
     for family, told in (("gemma2", True), ("llama", False)):
         base, run = system(tmp_path / family, tmp_path / "home", family), Run(Store(tmp_path / "home"))
         Quantize().apply(base, task(), run)
-        assert ("not_smoothed" in run.notes["quantized"]) is told
+        assert ("not_smoothed" in run.notes["quantized"]) is told and "left_in_16" not in run.notes["quantized"]
+
+
+def test_a_further_table_by_token_is_told(tmp_path: Path) -> None:
+    base, run = system(tmp_path / "llama", tmp_path / "home"), Run(Store(tmp_path / "home"))
+    module = run.session(base.model).module  # type: ignore[attr-defined]
+    module.model.for_each_layer = torch.nn.Embedding(300, 64, dtype=torch.bfloat16)  # as Gemma 3n has one
+    Quantize().apply(base, task(), run)
+    assert run.notes["quantized"]["left_in_16"] == 300 * 64 * 2
 
 
 def test_tied_layers_hold_one_pack() -> None:
@@ -795,8 +803,9 @@ def limited_job(
     race = SimpleNamespace(base=base, trials=[base], seconds=0.0, aside=5.0, left=10.0, each=0.0, select=[0] * 4,
                            enter=enter, mark=mark, merit=lambda t: t.card.score,
                            speed=lambda _: SimpleNamespace(train=10_000.0))  # fmt: skip
-    job = SimpleNamespace(task=SimpleNamespace(limits=Limits(size=100)), race=race, bases=[base.system], shrinking=0.0,
-                          run=run, wish=SimpleNamespace(methods=(), seed=0), metric=get("accuracy"), notes=[],
+    task = SimpleNamespace(limits=Limits(size=100), closed=True)
+    job = SimpleNamespace(task=task, race=race, bases=[base.system], shrinking=0.0, run=run,
+                          wish=SimpleNamespace(methods=(), seed=0), metric=get("accuracy"), notes=[],
                           skipped=[], tight=False, whole=None, bounds=[])  # fmt: skip
     monkeypatch.setattr("whet.search.limits._measured", lambda _, __, card: card)
     monkeypatch.setattr("whet.search.limits._expected", lambda _, __, cut, ___: sizes.get(Recipe(cut).name, 0.0))
@@ -841,7 +850,7 @@ def test_what_looking_ahead_costs_is_the_races(tmp_path: Path) -> None:
     run = Run(store)
     race = Race("k", task(), [], get("accuracy"), store, {base.model.content: Rates(1_000, 500, 20)}, 0, 60.0,
                 Silent(), run)  # fmt: skip
-    job: Any = SimpleNamespace(task=SimpleNamespace(limits=Limits(size=100)), race=race)
+    job: Any = SimpleNamespace(task=SimpleNamespace(limits=Limits(size=100), closed=True), race=race)
     start: Any = SimpleNamespace(system=base)
     assert limits._expected(job, start, parse("prune(width=0.5,vocabulary=false)+distill").methods, 1.0) > 0
     assert race.beside.prefilled_tokens > 0 and race.left < 60.0 and not race.trials

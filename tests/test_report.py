@@ -676,7 +676,7 @@ def test_what_methods_noted_is_told_in_words(tmp_path: Path) -> None:
         "twice_the_data": {"rows": 60, "now": 0.62, "twice": 0.49, "low": 0.4, "high": 0.55},
         "row_tokens": {"median": 41, "p95": 60, "most": 1200}, "duplicates": 3, "shortened": 0,
         "suspects": [{"id": "r<1>", "label": "good", "rather": "bad", "chance": 0.97}],
-        "quantized": {"was": 269_000_000, "bytes": 88_400_000, "kept_in_8": 2,
+        "quantized": {"was": 269_000_000, "bytes": 88_400_000, "kept_in_8": 2, "left_in_16": 5_000_000,
                       "layers": [{"layer": "q_proj", "error": 0.191}]},
         "phrasings": {"taught": {"seen": 97.0, "unseen": 90.5, "ms": 35.2},
                       "looked up": {"seen": 80.0, "unseen": 79.0, "ms": 1200.0}, "n": 24}, "seen": ["{}?"],
@@ -687,7 +687,8 @@ def test_what_methods_noted_is_told_in_words(tmp_path: Path) -> None:
         "0.100", "twice the rows would bring the loss from 0.620 to 0.490 [0.400, 0.550]",
         "rows of 41 tokens in the median, 1,200 at most", "duplicates: 3",
         "1 rows left out for a label that looks wrong, the surest: r<1> (good, rather bad)",
-        "269 MB became 88.4 MB, 2 layers kept in 8 bits; the largest errors of layers' outputs: q_proj 19.1 %",
+        "269 MB became 88.4 MB, 2 layers kept in 8 bits, tables of 5 MB left in 16; the largest errors of layers' "
+        "outputs: q_proj 19.1 %",
         "24 facts, in phrasings that were trained on and in others, % right: taught 97.0 and 90.5 (35 ms an answer), "
         "looked up 80.0 and 79.0 (1,200 ms an answer)",
         "before: mixed 0.66, reward 0.42", "why: no better beyond noise",

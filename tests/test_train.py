@@ -41,7 +41,7 @@ from whet.search.recipe import Recipe
 from whet.store import Store
 from whet.system import Decoding, Demonstrations, System
 from whet.task import Example, Learnable
-from whet.train import batches, lesson, loop, policy
+from whet.train import adapters, batches, lesson, loop, policy
 from whet.train.adapters import Adapter, _AdaptedLinear, adapted, add_lora, frozen, quick_products
 from whet.train.batches import Pack, computed, packs, padded, step_count, steps, tokens_per_row
 from whet.train.fit import twice_the_data, verdict
@@ -388,6 +388,38 @@ def test_layers_in_few_bits_have_biases_of_their_own(bits: int) -> None:
         bias = model.get_submodule(name).bias
         assert torch.equal(bias, own) and bias.data_ptr() != own.data_ptr() and not bias.requires_grad
     assert model.get_submodule(name).bias is own
+
+
+def test_a_model_is_whole_again_where_an_adapter_found_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    bnb, model = pytest.importorskip("bitsandbytes"), make_model("llama").requires_grad_(False)
+    before, kinds = dict(model.named_parameters()), [type(m) for m in model.modules()]
+    made = bnb.nn.Linear4bit
+
+    class Full(made):  # type: ignore[misc, valid-type]
+        count = 0
+
+        def __init__(self, *sizes: Any, **more: Any) -> None:
+            type(self).count += 1
+            if self.count == 5:
+                raise MemoryError
+            super().__init__(*sizes, **more)
+
+    with monkeypatch.context() as tight:
+        tight.setattr(bnb.nn, "Linear4bit", Full)
+        with pytest.raises(MemoryError), adapted(model, Adapter("lora", 4, 8, bits=4), 0):
+            pass
+    real = adapters.add_lora
+
+    def half(*given: Any) -> Any:
+        real(*given)
+        raise MemoryError
+
+    monkeypatch.setattr(adapters, "add_lora", half)
+    with pytest.raises(MemoryError), adapted(model, Adapter("lora", 4, 8), 0):
+        pass
+    after = dict(model.named_parameters())
+    assert [type(m) for m in model.modules()] == kinds
+    assert after.keys() == before.keys() and all(after[n] is p for n, p in before.items())
 
 
 def test_add_lora_is_repeatable_and_leaves_the_generator() -> None:

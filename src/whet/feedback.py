@@ -22,7 +22,7 @@ import numpy as np
 from whet import stats
 from whet.convert import as_text, standard
 from whet.engine import Sampling, Session
-from whet.errors import MethodError, TaskError, nearest
+from whet.errors import MethodError, TaskError, nearest, printable
 from whet.metrics import Outcome, Share, WinRate
 from whet.rows import Broken, Row, read, short, sift, suffix_of
 from whet.splits import Leaks, mark, without
@@ -139,6 +139,7 @@ def _of_ratings(rated: Sequence[tuple[Judged, float]]) -> list[Judged]:
     for row, rating in rated:
         by_prompt[row.annotator, row.prompt, row.history].append((row, rating))
         scales[row.annotator].append(rating)
+    middles = {annotator: statistics.fmean(ratings) for annotator, ratings in scales.items()}
     made = []
     for group in by_prompt.values():
         ranked = sorted(group, key=lambda one: -one[1])
@@ -147,7 +148,7 @@ def _of_ratings(rated: Sequence[tuple[Judged, float]]) -> list[Judged]:
         found = _opposed([row for row, _ in ranked[:half]], [_down(row) for row, _ in ranked[half:]])
         made += found
         for row, rating in group if not found else ():
-            middle = statistics.fmean(scales[row.annotator])
+            middle = middles[row.annotator]
             if not math.isclose(rating, middle, abs_tol=1e-12):  # the mean of equal ratings may be off by a bit
                 made.append(row if rating > middle else _down(row))
     return made
@@ -605,9 +606,9 @@ def ask(example: Example, shown: tuple[str, str]) -> str:
     from rich.table import Table
     from rich.text import Text
 
-    asked = "\n".join([*(f"{role}: {said}" for role, said in example.history), example.prompt])
+    asked = printable("\n".join([*(f"{role}: {said}" for role, said in example.history), example.prompt]))
     screen, table = Console(stderr=True), Table("1", "2", title=Text(asked), show_lines=True, expand=True)
-    table.add_row(*map(Text, shown))  # as text: brackets in an answer are no markup
+    table.add_row(*(Text(printable(one)) for one in shown))  # as text: brackets in an answer are no markup
     screen.print(table)
     while True:
         screen.print("better: 1 or 2; s skips, q ends: ", end="", markup=False)

@@ -18,11 +18,13 @@ from whet.engine import Sampling, Session
 from whet.errors import ArtifactError
 from whet.sources import Source
 from whet.splits import without
+from whet.store import write_text
 from whet.system import System, revive, shelf
 from whet.task import Example, Learnable, Task, load, rows_hash
 
 if TYPE_CHECKING:
     from whet.engine.torch import TorchSession
+    from whet.methods import Run
 
 KEPT, HELD = 256, 128  # rows of a task that a System carries: to learn from again, and to measure by
 MADE = 128  # rows that a System makes up for a task that none are kept of
@@ -214,8 +216,10 @@ def _plain(example: Example) -> dict[str, Any]:
     return {key: value for key, value in body.items() if key in ("id", "prompt") or value not in (None, "", ())}
 
 
-def made_up(one: Known, system: System, session: TorchSession, spare: Sequence[str], seed: int) -> tuple[Example, ...]:
+def made_up(one: Known, system: System, session: TorchSession, spare: Sequence[str], run: Run) -> tuple[Example, ...]:
     """Rows for a task that none are kept of: prompts that the model writes, with the System's own answers.
+
+    They are kept in the store: trainings that are raced ask for the same ones.
 
     The model goes on from where a user's turn opens behind the task's instruction (as in Magpie, Xu et al. 2024). What
     it fails to write is filled up from `spare` prompts, of the new task: asked the old way, their answers keep the old
@@ -223,12 +227,19 @@ def made_up(one: Known, system: System, session: TorchSession, spare: Sequence[s
     """
     from whet.prompt import messages, render
 
+    body = json.dumps(["made up", one.on(system).state, list(spare), run.seed, session.protocol], sort_keys=True)
+    file = run.store.artifact(hashlib.sha256(body.encode()).hexdigest()) / "rows.json"
+    if file.exists():
+        return tuple(Example(*row) for row in json.loads(file.read_text(encoding="utf-8")))
     chat = messages(one.asked.instruction, (), MARK)
     opening = render(session.tokenizer, chat, system=session.system).split(MARK)[0]
-    sampling = Sampling(MADE_TOKENS, temperature=1.0, top_p=0.95, n=MADE, seed=seed)
+    sampling = Sampling(MADE_TOKENS, temperature=1.0, top_p=0.95, n=MADE, seed=run.seed)
     [written] = session.generate([opening], sampling)
     whole = [g.text.strip() for g in written if g.finish == "stop" and g.text.strip()]
     prompts = list(dict.fromkeys([*whole, *spare]))[:MADE]
     asked = [Example(f"made-{n}", prompt) for n, prompt in enumerate(prompts)]
     answers = one.on(system).answers(asked, session)
-    return tuple(replace(e, completion=a.text) for e, a in zip(asked, answers, strict=True) if a.text)
+    made = tuple(replace(e, completion=a.text) for e, a in zip(asked, answers, strict=True) if a.text)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps([[e.id, e.prompt, e.completion] for e in made]))
+    return made

@@ -136,7 +136,7 @@ def loss(name: str, before: Scorecard, after: Scorecard, metric: Metric, allowed
     """What a task lost between two scorecards on the same rows; `allowed` is in points."""
     # Points, where scores are shares; of perplexity, and of what a task's own metric gives, percent of what there was.
     shares = metric.higher_is_better and (in_points(metric.name) or abs(before.score) <= 1)
-    unit, after = 100.0 if shares else 100.0 / abs(before.score), alike(after, before, metric, seed)
+    unit, after = 100.0 if shares else 100.0 / (abs(before.score) or 1.0), alike(after, before, metric, seed)
     paired = stats.compare(before.outcomes, after.outcomes, metric, seed)
     kept = stats.not_worse(before.outcomes, after.outcomes, metric, allowed / unit, seed)
     return Lost(name, paired.n, before.score, after.score, -unit * paired.difference, -unit * paired.high,

@@ -14,7 +14,6 @@ from whet.feedback import load as load_feedback
 from whet.general import Ability, ability
 from whet.memory import Known, as_task, at_hand, carried, known, remember
 from whet.methods import Method, Run, make
-from whet.methods.calibrate import Calibrate
 from whet.methods.continual import BY_ROWS, Continual
 from whet.methods.reward import metric_of
 from whet.metrics import Metric, get
@@ -23,6 +22,7 @@ from whet.retention import ALLOWED, Lost, Stream, forgetting, loss, moved_by, re
 from whet.scorecard import Scorecard, evaluate, split_seed
 from whet.search.out import made_for
 from whet.search.recipe import Recipe
+from whet.search.training import calibration
 from whet.splits import shared_order
 from whet.system import System
 from whet.task import Example, Splits, Task
@@ -342,7 +342,7 @@ def _calibrated(given: System, taught: System, splits: Splits, metric: Metric, r
     every = (splits.select if splits.confirm else ()) or data.train
     rows = shared_order(every, bool(given.decoding.closed), run.seed)[:LOOKED_AT]  # files are often sorted by label
     try:
-        made = Calibrate().apply(taught, data, run)
+        made = make("calibrate", calibration(data)).apply(taught, data, run)
     except MethodError:  # no prompts to tell it from
         run.notes["calibration"] = gone
         return taught

@@ -186,9 +186,12 @@ def cut(module: Any, index: Sequence[int]) -> Any:
     The rest is the very same tensors. Raises MethodError for a family with further tables by token.
     """
     made = twin(module)
-    config, table, output = made.config.get_text_config(), made.get_input_embeddings(), made.get_output_embeddings()
+    config: Any = made.config.get_text_config()
+    table, output = made.get_input_embeddings(), made.get_output_embeddings()
     before, rows = table.num_embeddings, torch.tensor(index, device=table.weight.device)
-    if [m for m in made.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == before] != [table]:
+    tables = [m for m in made.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == before]
+    # The other table of Gemma 3n has a size of its own.
+    if tables != [table] or getattr(config, "hidden_size_per_layer_input", 0):
         raise MethodError(
             f"no rule for trimming the vocabulary of {family(module)}", expected="one table by token", found="several",
             do="set vocabulary=false",

@@ -191,7 +191,7 @@ class Continual(FineTune):
         checks: list[list[Row]] = []
         for one in tasks:
             rows = [replace(e, group=None) for e in one.usable]
-            rows = rows or list(made_up(one, system, live, [e.prompt for e in data.train if e.prompt], run.seed))
+            rows = rows or list(made_up(one, system, live, [e.prompt for e in data.train if e.prompt], run))
             kept, held = cut(rows, min(CHECKS, len(rows) // 4), seed=run.seed, closed=one.asked.decoding.closed)
             if not kept:
                 raise MethodError(f"no rows of {one.name} to keep it by", expected="its train rows", found="none")
@@ -225,7 +225,8 @@ class Continual(FineTune):
             live = TorchSession(copy.deepcopy(sessions[0].module), sessions[0].tokenizer)  # type: ignore[attr-defined]
             weights = dict(live.module.named_parameters())
             _, checks = self._earlier(system, data, run, TorchSession(sessions[1].module, live.tokenizer), tasks)  # type: ignore[attr-defined]
-            few, held = data.validation(seed=run.seed, most=CHECKS)
+            said = tuple(e for e in data.train if e.answered or e.text)  # what `alone` has learnt from
+            few, held = replace(data, train=said).validation(seed=run.seed, most=CHECKS)
             new, _ = render_rows(system, held or few[:CHECKS], live)
 
             def put(pair: tuple[float, float]) -> None:

@@ -122,7 +122,11 @@ class Distill:
         """
         from whet.task import rows_hash
         from whet.train.lesson import key, teach
+        from whet.train.team import team
 
+        if team().sharded and self.on_policy and not data.closed:
+            raise MethodError("sampling from the student needs whole weights", expected="on_policy=0, or DDP",
+                              found=f"on_policy={self.on_policy:g} under FSDP", do="set on_policy=0")  # fmt: skip
         teacher = self._teacher(system, data)
         student = self._student(system, teacher)
         rows = _each_once([*data.train, *self._unlabelled(data)])
@@ -187,11 +191,12 @@ class Distill:
             raise MethodError("prompts in a file bring no choices", expected="labels, or free text",
                               found="choices in every train row", do="put them into train.jsonl")  # fmt: skip
         found = prompts_of(Path(self.unlabelled)) if self.unlabelled else []
-        sealed = [e for e in found if e in data.sealed]
+        _, sealed = data.sealed.without(tuple(found))
         if sealed:
             raise MethodError(
-                f"{self.unlabelled} holds rows that the System is measured on", expected="none of select or confirm",
-                found=f"{len(sealed)}; the first, row {sealed[0].id}", do="take them out",
+                f"{self.unlabelled} holds rows that the System is measured on", do="take them out",
+                expected="none that repeat those of select or confirm, or nearly",
+                found=f"{len(sealed)}; the first, row {' '.join(sealed[0])}",
             )  # fmt: skip
         return found
 
@@ -261,7 +266,8 @@ class Distill:
         own: Source = lambda n: [row for _, row in source(n)]  # noqa: E731
         if sampled := guide is not None and turn < count:
             same = adapter.kind == "lora" and teacher.model == student.model
-            own = OnPolicy(source, turn, guide, Policy(live, student), run.seed, len(pairs), self.temperature, same)
+            own = OnPolicy(source, turn, guide, Policy(live, student, reference=same), run.seed, len(pairs),
+                           self.temperature, same)  # fmt: skip
         told = loss(self.temperature)
         matched = self._matched(told, student, teacher, run, live, adapter)
         if not (sampled or matched or opened):
@@ -529,13 +535,14 @@ def _choosing(student: System, heard: Mapping[Example, Said], live: TorchSession
 def _saying(student: System, heard: Mapping[Example, Said], live: TorchSession) -> tuple[list[Pair], int]:
     """Rows with the teacher's answer, and plain text in windows; without the teacher's distributions so far."""
     from whet.engine.prefix import Row
-    from whet.train.lesson import render_rows
+    from whet.train.lesson import render_rows, within
 
     asked = [e for e in heard if e.text is None]
     answers = [live.encode_answer(heard[e].text, end=heard[e].whole) for e in asked]
-    prompts, cut = _prompted(student, asked, live, list(map(len, answers)))
+    prompts, cut = _prompted(student, asked, live, [min(len(a), live.context // 2) for a in answers])
     none = ((-1.0, 0.0),)
-    pairs = [(e, Row(p, (a,), none)) for e, p, a in zip(asked, prompts, answers, strict=True) if a]
+    pairs = [(e, Row(p, (within(a, live.context - len(p)),), none))
+             for e, p, a in zip(asked, prompts, answers, strict=True) if a]  # fmt: skip
     pairs += [(e, replace(row, facts=none)) for e in heard if e.text for row in render_rows(student, [e], live)[0]]
     return pairs, cut
 

@@ -156,17 +156,20 @@ class Preference(ABC):
         watched = [examples[i] for i in sides[1][:watching]] if run.fidelity == 1 else []
 
         log: list[dict[str, Any]] = []
+        by_token = bool(getattr(self, "normalise", False))
 
         def look() -> float:
             value, now, entropy = looked_at(live, held, self.loss())
-            log.append({"loss": value, "entropy": entropy, **held_out(held, checks, now)})
+            log.append({"loss": value, "entropy": entropy, **held_out(held, checks, now, by_token)})
             return value
 
         def after(curves: Curves) -> dict[str, Any]:
             seen = {"epochs": round(curves.steps / per_epoch(len(fit), self.batch), 2)}
+            if not held:
+                return seen
             moved = policy.drift(policy.sample(watched, 1, seed=run.seed)[0]) if watched else {}
-            found = {"held_out": held_out(held, checks, policy.logprobs(held)), "moved": moved, "looks": log}
-            return seen | (found if held else {})
+            return seen | {"held_out": held_out(held, checks, policy.logprobs(held), by_token), "moved": moved,
+                           "looks": log}  # fmt: skip
 
         return Lesson(
             self.source(system, fit, dict(zip(used, learnt, strict=True)), order, count, policy), self.loss(),
@@ -183,17 +186,18 @@ class Preference(ABC):
 
 
 def held_out(
-    rows: Sequence[Row], judged: Sequence[Judged], logprobs: Sequence[tuple[float, ...]]
+    rows: Sequence[Row], judged: Sequence[Judged], logprobs: Sequence[tuple[float, ...]], by_token: bool = False
 ) -> dict[str, Any]:  # fmt: skip
     """What judgements that were not trained on say: how often the implicit reward is right, and log-probabilities.
 
-    The latter are per token, under the reference and now (`logprobs`, of each row's answers): the chosen answers' may
-    fall although the loss does, too.
+    The reward is of an answer, or `by_token` of each of its tokens. Log-probabilities are per token, under the
+    reference and now (`logprobs`, of each row's answers): the chosen answers' may fall although the loss does, too.
     """
     right, sides = [], {"chosen": list[tuple[float, float]](), "rejected": list[tuple[float, float]]()}
     for row, one, now in zip(rows, judged, logprobs, strict=True):
         named = [side for side in sides if getattr(one, side) is not None]
-        ratios = [value - fact[0] for value, fact in zip(now, row.facts, strict=True)]
+        lengths = [len(tokens) if by_token else 1 for tokens in row.continuations]
+        ratios = [(value - fact[0]) / n for value, fact, n in zip(now, row.facts, lengths, strict=True)]
         right.append(sum(r if side == "chosen" else -r for side, r in zip(named, ratios, strict=True)) > 0)
         for side, tokens, value, fact in zip(named, row.continuations, now, row.facts, strict=True):
             sides[side].append((fact[0] / len(tokens), value / len(tokens)))

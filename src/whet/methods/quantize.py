@@ -26,6 +26,7 @@ PLAIN_NORM = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 STRENGTH = 0.5  # SmoothQuant's alpha (Xiao et al. 2023)
 HEADER = 128  # bytes of a file that tell of a tensor
 WORTH = 0.9  # of the error may be left after smoothing, or it is not done
+LEAST_LEFT = 0.02  # of the bytes before, in tables that stay as they are: where more, it is told
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,10 @@ class Quantize:
         return _within(made, data, run)
 
     def _pack(self, system: System, data: Learnable, run: Run, session: Any, work: _Work) -> dict[str, Any]:
+        from torch import nn
+
         from whet.compress.moments import rows_of
+        from whet.compress.packed import PackedEmbedding
         from whet.compress.structure import size
 
         was, most = size(session.module)["bytes"], data.limits.size
@@ -131,6 +135,11 @@ class Quantize:
             notes |= {"kept_in_8": len(kept), "odd_width": sorted(odd)}
         elif self.activations and (kind := session.module.config.model_type) not in PLAIN_NORM:
             notes["not_smoothed"] = f"no rule for {kind}'s norms: outliers stay in what is rounded"
+        tables = (m for m in session.module.modules() if isinstance(m, nn.Embedding))
+        left = [m.weight for m in tables if not isinstance(m, PackedEmbedding)]
+        # Such as Gemma's table for its layers.
+        if (whole := sum(w.numel() * w.element_size() for w in left)) > LEAST_LEFT * was:
+            notes["left_in_16"] = whole
         return notes | ({"limit": most} if most is not None else {})
 
     def _spared(self, session: Any, rows: Any, most: int, run: Run) -> tuple[frozenset[int], int]:

@@ -188,7 +188,8 @@ class Reward:
 
     def model(self, system: System, data: Learnable, run: Run) -> RewardModel:
         """The reward model itself; its figures go to the notes."""
-        rows = pairs(feedback_of(data, self.weights))
+        every = feedback_of(data, self.weights)
+        rows = pairs(every) or every  # `fit` says what is wrong with rows that make no pairs
         size = min(MOST_HELD, round(HELD * len(rows)))
         fitted, held = ([rows[i] for i in s] for s in cut([r.example for r in rows], size, seed=run.seed, closed=False))
         model = fit(fitted, system, run, self)

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from whet.engine import Spent
-from whet.errors import MethodError
+from whet.errors import DivergedError, MethodError
 from whet.feedback import Judge, paired
 from whet.methods import Need, Run
-from whet.methods.reward import Reward, feedback_of
+from whet.methods.reward import Reward, RewardModel, feedback_of
 from whet.metrics import Metric, get, score_all
 from whet.system import System
 from whet.task import Example, Learnable, rows_hash
@@ -43,9 +43,11 @@ class ByMetric:
         return self.metric.name
 
     def __call__(self, asked: Sequence[tuple[Example, str]]) -> list[float]:
-        """One score for each (example, answer), 0 where the metric fails."""
+        """One score for each (example, answer); where the metric fails, none of the others is less."""
         found = score_all(self.metric, [answer for _, answer in asked], [example for example, _ in asked])
-        return [o.score if self.metric.higher_is_better else -o.score for o in found]
+        sign = 1 if self.metric.higher_is_better else -1
+        least = min((0.0, *(sign * o.score for o in found if not o.error)))
+        return [least if o.error else sign * o.score for o in found]
 
 
 def advantages(rewards: Sequence[float], algorithm: str) -> list[float]:
@@ -133,7 +135,11 @@ class RL:
         if kind == "model":
             judged = feedback_of(data, self.weights)
             within = replace(run, trained_tokens=None if run.trained_tokens is None else run.trained_tokens // 2)
-            model = Reward(weights=self.weights).model(system, data, within)
+            try:
+                model = Reward(weights=self.weights).model(system, data, within)
+            except DivergedError as error:  # the rate that it names is not one of rl's
+                raise MethodError(f"the reward model was not trained: {error.problem}", found=error.found,
+                                  do="see whet apply reward, or set reward=metric") from error  # fmt: skip
             run.spent = within.spent
             asked = {(e.prompt, e.history): e for e in (*data.train, *(r.example for r in judged)) if e.text is None}
             return model, tuple(asked.values()), True
@@ -199,7 +205,10 @@ class RL:
     ) -> tuple[list[Row], list[list[float]]]:
         """Samples of the policy as it is, and what each of them earns."""
         rows, texts = policy.sample(examples, self.samples, seed)
+        reads = judge.session if isinstance(judge, RewardModel) else policy.live
+        before = reads.spent
         found = iter(judge([(e, text) for e, made in zip(examples, texts, strict=True) for text in made]))
+        policy.live.spent += reads.spent - before if reads is not policy.live else Spent()
         return rows, [[next(found) for _ in made] for made in texts]
 
     def _figures(self, scores: Sequence[Sequence[float]]) -> dict[str, float]:

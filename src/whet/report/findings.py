@@ -72,8 +72,9 @@ def _quantized(value: Any) -> str:
     was, now = (view.size(number(body.get(key))) for key in ("was", "bytes"))
     layers = [(line(x.get("layer")), number(x.get("error"))) for x in records(body.get("layers"))[:WORST]]
     worst = ", ".join(f"{name} {100 * error:.1f} %" for name, error in layers if error is not None)
-    kept = number(body.get("kept_in_8"))
+    kept, left = number(body.get("kept_in_8")), view.size(number(body.get("left_in_16")))
     return (f"{was} became {now}" + (f", {kept:.0f} layers kept in 8 bits" if kept else "")
+            + (f", tables of {left} left in 16" if number(body.get("left_in_16")) else "")
             + (f"; the largest errors of layers' outputs: {worst}" if worst else ""))  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from whet.errors import MethodError, WhetError
 from whet.methods import Method
 from whet.methods.prune import Prune
+from whet.methods.rl import READ
 from whet.progress import clock
 from whet.retention import ALLOWED, loss
 from whet.scorecard import Scorecard, measure, size_bytes
@@ -308,7 +309,10 @@ def _healing(job: _Job, wished: tuple[Method, ...], start: Trial, most: int) -> 
     if not any(m.name == "distill" for m in wished):
         return None
     left = max(0.0, job.race.left) * (1 - training.VALIDATED)
-    return min(most, int(left * job.race.speed(start.system).train))
+    # Beside its own steps: the teacher's states are read where layers go or are shared, and samples of free text.
+    matched = any(m.name == "share" or getattr(m, "layers", 0) for m in wished)
+    beside = 1 + READ * (matched + (not job.task.closed))
+    return min(most, int(left / beside * job.race.speed(start.system).train))
 
 
 def _told(job: _Job, trial: Trial) -> Scorecard | None:

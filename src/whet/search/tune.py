@@ -168,6 +168,7 @@ def race(
                 said = UNRACED if math.isinf(made.loss) else f"validation loss {made.loss:.4f}"
                 say(f"{_name(method, arms)} at {fidelity:.0%}: {said}")
         if not scored:
+            _forget(begun, run)
             raise MethodError("every setting failed", expected="one whose loss falls", found=ended[-1].why)
         scored.sort(key=lambda item: item[0])
         # Those of the rung before the last stand by, should the training of the best one fail.

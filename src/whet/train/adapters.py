@@ -127,6 +127,9 @@ def adapted(module: Any, adapter: Adapter, seed: int) -> Iterator[Any]:
                 f"{adapter.kind} does not go with this model", expected="another adapter", found=str(error),
                 do=f"set adapter={'full' if adapter.kind == 'lora' else 'lora'}",
             ) from error  # fmt: skip
+        except BaseException:  # too little memory: what runs next has the module as it was
+            _unload(module)
+            raise
         if adapter.head:
             module.get_output_embeddings().requires_grad_(True)  # peft has frozen all but the adapter
         try:
@@ -171,23 +174,23 @@ def frozen(module: Any, bits: int) -> Iterator[None]:
     bnb = package("bitsandbytes", "qlora")
     flag, device, output = f"is_loaded_in_{bits}bit", module.device, module.get_output_embeddings()
     waiting = {n: m for n, m in module.named_modules() if type(m) is torch.nn.Linear and m is not output}
-    for name, layer in waiting.items():
-        sizes = (layer.in_features, layer.out_features, layer.bias is not None)
-        if bits == 4:
-            small = bnb.nn.Linear4bit(*sizes, compute_dtype=module.dtype, quant_type="nf4")
-            small.weight = bnb.nn.Params4bit(layer.weight.data.clone(), requires_grad=False, quant_type="nf4")
-        else:
-            small = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
-            small.weight = bnb.nn.Int8Params(layer.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
-        if layer.bias is not None:  # one of its own: that of the layer waits with it
-            small.bias = torch.nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
-        module.set_submodule(name, small.to(device))
-        layer.to("cpu")
-    setattr(module, flag, True)  # by which peft chooses its layers
     try:
+        for name, layer in waiting.items():
+            sizes = (layer.in_features, layer.out_features, layer.bias is not None)
+            if bits == 4:
+                small = bnb.nn.Linear4bit(*sizes, compute_dtype=module.dtype, quant_type="nf4")
+                small.weight = bnb.nn.Params4bit(layer.weight.data.clone(), requires_grad=False, quant_type="nf4")
+            else:
+                small = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+                small.weight = bnb.nn.Int8Params(layer.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
+            if layer.bias is not None:  # one of its own: that of the layer waits with it
+                small.bias = torch.nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+            module.set_submodule(name, small.to(device))
+            layer.to("cpu")
+        setattr(module, flag, True)  # by which peft chooses its layers
         yield
     finally:
-        delattr(module, flag)
+        vars(module).pop(flag, None)
         for name, layer in waiting.items():
             module.set_submodule(name, layer.to(device))
 

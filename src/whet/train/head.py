@@ -21,7 +21,8 @@ FILE = "head.safetensors"
 def headed(module: Any, seed: int) -> Iterator[None]:
     """Within it, a module gives one number per place: its output embedding makes way for a linear head, then returns.
 
-    The head starts at N(0, 1/(hidden + 1)), as in Stiennon et al. 2020.
+    The head starts near nothing, at a standard deviation of 1/(hidden + 1): that of Stiennon et al. 2020 is the root of
+    it.
     """
     kept = module.get_output_embeddings()
     head = _head(kept)

@@ -167,6 +167,7 @@ def _paying(run: Run, live: TorchSession, beats: Sequence[Beat], checkpoint: Pat
     except MethodError as error:
         if isinstance(error, DivergedError) and team().first:
             _forget(checkpoint)
+            _forget(checkpoint.with_name(f"{checkpoint.name}.stable"))
         if beats:
             tokens, seconds = beats[-1].before
             run.spent += Spent(training_seconds=beats[-1].seconds - seconds, trained_tokens=beats[-1].tokens - tokens)

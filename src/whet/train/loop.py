@@ -217,7 +217,7 @@ def train(
     if log is not None:
         log[:], state.log = state.log, log
     if validate and not state.checks:
-        state.checks.append((0, validate()))
+        state.checks.append((state.tokens, validate()))
     failed: float | None = None
     with in_mode(module, train=True), _repeatable(module.device):
         before, begun, clock = state.seconds, time.monotonic(), _Clock()

@@ -68,17 +68,20 @@ def looked_at(
 class Policy:
     """Made before the first step, when a fresh adapter changes nothing: its weights then are the reference.
 
-    It draws and tells probabilities at one `temperature`, which logits are divided by. Raises MethodError where
+    It draws and tells probabilities at one `temperature`, which logits are divided by. Without `reference`, which takes
+    as much memory as what is trained, only the policy as it is can be asked. Raises MethodError where
     processes are to hold shards: the reference is put in the place of whole weights.
     """
 
-    def __init__(self, live: TorchSession, system: System, temperature: float = 1.0) -> None:
+    def __init__(
+        self, live: TorchSession, system: System, temperature: float = 1.0, *, reference: bool = True
+    ) -> None:  # fmt: skip
         if team().sharded:
             raise MethodError("learning from judgements and rewards needs whole weights", expected="DDP", found="FSDP",
                               do="leave out --use_fsdp")  # fmt: skip
         self.live, self.system, self.temperature = live, system, temperature
         self.trained = [p for p in live.module.parameters() if p.requires_grad]
-        self.start = [p.detach().clone() for p in self.trained]
+        self.start = [p.detach().clone() for p in self.trained if reference]
 
     def logprobs(self, rows: Sequence[Row]) -> list[tuple[float, ...]]:
         """Log-probability of every continuation, in nats, under the module as it is."""

@@ -74,7 +74,7 @@ class Teacher:
             return tokens if known is None else tuple(known[t] for t in tokens)
 
         before = self.session.spent
-        room = [len(row.continuations[0]) for row in rows]
+        room = [min(len(row.continuations[0]), self.session.context // 2) for row in rows]
         prompts = self.session.encode(self.system.fitting(examples, self.session, room, blind=True)[0])
         read = [
             Row(spelt(row.prompt) if e.text is not None else prompt, (spelt(row.continuations[0]),))
