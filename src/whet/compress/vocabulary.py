@@ -190,8 +190,8 @@ def cut(module: Any, index: Sequence[int]) -> Any:
     table, output = made.get_input_embeddings(), made.get_output_embeddings()
     before, rows = table.num_embeddings, torch.tensor(index, device=table.weight.device)
     tables = [m for m in made.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == before]
-    # The other table of Gemma 3n has a size of its own.
-    if tables != [table] or getattr(config, "hidden_size_per_layer_input", 0):
+    each: int = getattr(config, "hidden_size_per_layer_input", 0)  # Gemma 3n's other table has a size of its own
+    if tables != [table] or each:
         raise MethodError(
             f"no rule for trimming the vocabulary of {family(module)}", expected="one table by token", found="several",
             do="set vocabulary=false",
