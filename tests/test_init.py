@@ -13,6 +13,7 @@ import pytest
 from files import refused, write
 
 from whet.columns import NONE, Columns
+from whet.convert import turns
 from whet.init import Guess, init
 from whet.task import Example, Task, load
 
@@ -777,3 +778,83 @@ def test_an_answer_that_is_an_object_is_json(tmp_path):
 def test_a_column_is_not_prompt_and_answer(tmp_path):
     data = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": f"t{n}", "label": "ab"[n % 2]}) for n in range(9)))
     refused(lambda: init(data, tmp_path / "t", prompt=("text",), completion="text"), "'text'", "prompt and answer")
+
+
+@pytest.mark.parametrize("column", ["label_id", "class_index", "Category ID", "intent_idx", "author"])
+def test_numbered_classes_are_answers(tmp_path, column):
+    rows = [{"id": f"r{n}", "text": text, column: f"{n % 4}"} for n, (text, _) in enumerate(REVIEWS)]
+    guess, task = made(tmp_path, rows)
+    assert guess.columns == Columns(("text",), column) and task.labels == ("0", "1", "2", "3"), guess.lines
+
+
+def test_topics_of_news_are_answers(tmp_path):
+    rows = [{"Class Index": str(n % 4 + 1), "Title": f"a title of item {n} here", "Description": text}
+            for n, (text, _) in enumerate(REVIEWS)]  # fmt: skip
+    guess, _ = made(tmp_path, rows)
+    assert guess.columns == Columns(("Title", "Description"), "Class Index") and guess.metric == "accuracy"
+
+
+def test_evidence_that_is_text_is_read(tmp_path):
+    rows = [{"claim": f"{text} indeed", "evidence": f"someone wrote that {text} back then", "label": "SR"[n % 2]}
+            for n, (text, _) in enumerate(REVIEWS)]  # fmt: skip
+    guess, task = made(tmp_path, rows)
+    assert set(guess.columns.prompt) == {"claim", "Evidence"} and not any(e.evidence for e in every(task)), guess.lines
+    (tmp_path / "ids").mkdir()
+    rows = [{"question": text, "answer": f"it is {n}", "evidence": [f"d{n}"]} for n, (text, _) in enumerate(REVIEWS)]
+    guess, task = made(tmp_path / "ids", rows)
+    assert guess.columns.prompt == ("question",) and all(e.evidence for e in every(task))
+
+
+def test_names_within_objects_come_second(tmp_path):
+    rows = [{"idx": {"passage": n, "query": n}, "question": text, "final_decision": ("yes", "no", "maybe")[n % 3],
+             "context": {"labels": ["BACKGROUND", "RESULTS"], "contexts": [text]}}
+            for n, (text, _) in enumerate(REVIEWS)]  # fmt: skip
+    guess, task = made(tmp_path, rows)
+    assert guess.columns == Columns(("question",), "final_decision") and set(task.labels) == {"yes", "no", "maybe"}
+    (tmp_path / "u").mkdir()
+    rows = [{"question": text, "mc1_targets": {"choices": [f"right {n}", f"wrong {n}", "other"], "labels": [1, 0, 0]},
+             "mc2_targets": {"choices": [f"right {n}", "other"], "labels": [1, 1]}}
+            for n, (text, _) in enumerate(REVIEWS)]  # fmt: skip
+    guess, task = made(tmp_path / "u", rows)
+    assert guess.metric == "accuracy" and all(e.completion.startswith("right") and e.choices for e in every(task))
+
+
+def test_rows_that_nobody_labelled_are_left_out(tmp_path):
+    rows = [{"premise": text, "label": -1 if n % 20 == 0 else n % 3} for n, (text, _) in enumerate(REVIEWS)]
+    guess, task = made(tmp_path, rows)
+    assert task.labels == ("0", "1", "2") and "3 rows without a label (-1) left out" in guess.lines
+    (tmp_path / "s").mkdir()
+    rows = [{"text": text, "label": n % 3 - 1} for n, (text, _) in enumerate(REVIEWS)]
+    assert set(made(tmp_path / "s", rows)[1].labels) == {"-1", "0", "1"}  # below, at and above nought
+
+
+def test_what_gives_no_prompt_is_refused(tmp_path):
+    rows = [{"concept_set_idx": n, "concepts": ["dog", "run"], "target": text} for n, (text, _) in enumerate(REVIEWS)]
+    data = write(tmp_path / "c.jsonl", "\n".join(map(json.dumps, rows)))
+    refused(lambda: init(data, tmp_path / "no"), "gives no task", "--prompt COLUMN")
+    init(data, tmp_path / "yes", prompt=("concepts",))
+    assert {e.prompt for e in every(load(tmp_path / "yes"))} == {"dog, run"}
+
+
+def test_decimal_commas_are_told_by_the_column(tmp_path):
+    said = (f"{text};{n % 5},{125 + n}" for n, (text, _) in enumerate(REVIEWS))
+    lines = ["sep=;", "text;score", *said]
+    guess, task = made_csv(tmp_path, "\r\n".join(lines))
+    assert guess.metric == "pearson" and {e.completion for e in every(task)} >= {"0.125", "4.129"}, guess.lines
+    assert "commas in numbers read as decimal points, and written so" in guess.lines
+
+
+def made_csv(folder: Path, text: str) -> tuple[Guess, Task]:
+    guess = init(write(folder / "data.csv", text), folder / "task")
+    return guess, load(folder / "task")
+
+
+def test_earlier_turns_of_alpaca_and_calls_beside_text_stay(tmp_path):
+    rows = [{"instruction": f"and {text}?", "output": "yes", "history": [["is it good?", "it may be"]]}
+            for text, _ in REVIEWS]  # fmt: skip
+    guess, task = made(tmp_path, rows)
+    assert guess.kind == "Alpaca" and not any("not used" in line for line in guess.lines)
+    assert {e.history for e in every(task)} == {(("user", "is it good?"), ("assistant", "it may be"))}
+    call = {"role": "assistant", "content": "Let me check.", "tool_calls": [{"name": "look"}]}
+    assert turns([{"role": "user", "content": "a"}, call], "row 1", "messages")[1] == (
+        "assistant", 'Let me check.\n[{"name": "look"}]')  # fmt: skip

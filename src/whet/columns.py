@@ -32,7 +32,7 @@ ALTERNATIVES = re.compile(r"(.*_)?(answers|aliases|references)")  # lists under 
 CLASSES = ("sentiment", "emotion", "polarity", "intent", "class", "category", "topic", "stars", "rating",
            "score", "감정", "의도", "분류")  # fmt: skip
 COMPLETIONS = (*LABELS, *ANSWERS, *CLASSES)
-CONTEXTS = ("context", "passage", "paragraph", "support", "지문", "본문", "문맥")
+CONTEXTS = ("context", "passage", "paragraph", "support", "evidence", "지문", "본문", "문맥")
 PROMPTS = ("prompt", "question", "question_stem", "query", "instruction", "review", "sentence", "utterance", "text",
            "input", "message", "article", "document", "dialogue", "premise", "hypothesis", "problem", "goal", "aspect",
            "질문", "문제", "문장", "리뷰", "전제", "가설", "frage", "pregunta")  # fmt: skip
@@ -40,6 +40,11 @@ PROMPTS = ("prompt", "question", "question_stem", "query", "instruction", "revie
 ASIDE = re.compile(r"(.*_)?(id|ids|idx|index|ind|uuid|url|link|date|time|timestamp|user|author|license|parse|tests?|"
                    r"explanation|rationale|reasoning|reasons?|justification|exp|cot|cot_content|번호|날짜|작성자|"
                    r"근거|해설|풀이)|_*index_level_\d+_*|unnamed.*")  # fmt: skip
+# What is numbered, or has an id, is a class: an answer where nothing else is called one.
+NUMBERED = re.compile(r"(?:gold_|true_)?(?:class|label|category|intent|target|topic|sentiment|emotion)_?"
+                      r"(?:id|ids|idx|index|ind|num|no)")  # fmt: skip
+OUTER = ("id", "ids", "idx", "index")  # of whose parts none is part of a prompt
+MOST_AUTHORS = 20  # that texts are told apart by
 OPTIONS = ("choices", "options", "endings", "candidates", "distractors", "incorrect_answers")
 OPTION = re.compile(r"(|choice|option|opt?|ending|sol|solution|answer|candidate|distractor|incorrect_answer|보기|"
                     r"선택지)_?([a-j]|\d)")  # fmt: skip
@@ -149,6 +154,10 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
             value = value if (found := literal(value)) is None else found
         if isinstance(value, dict) and key_of(key) in OBJECTS and not {"text", "aliases", "value"} & value.keys():
             flat[key] = json.dumps(value, ensure_ascii=False, default=str)
+        elif isinstance(value, dict) and value.keys() == {"choices", "labels"}:  # TruthfulQA's: 1 for each right one
+            marks = list(value["labels"] or ())
+            if marks.count(1) == 1 and "choices" not in {*values, *flat}:
+                flat |= {"choices": value["choices"], "answer": value["choices"][marks.index(1)]}
         elif isinstance(value, dict) and key not in KEPT and not {"text", "aliases"} & value.keys():
             flat |= {f"{key}.{inner}": cell for inner, cell in _flat(value).items()}
         else:
@@ -261,23 +270,33 @@ def _accepted(cell: Any) -> tuple[str, ...]:
 def _answer_of(free: Sequence[str], usable: Mapping[str, list[str]]) -> tuple[str, str]:
     """The column of answers ("" for none), and why: by name, else few different values, else the last that is left."""
     named: dict[str, str] = {}
-    for key in free:
+    outside = [key for key in free if not set(map(_plain_name, key.split(".")[:-1])) & {*CONTEXTS}]
+    for key in sorted(outside, key=lambda key: "." in key):
         named.setdefault(_plain_name(key), key)
-    for key in free:
+    for key in sorted(outside, key=lambda key: "." in key):
         named.setdefault(key_of(key), key)
     if answer := next((named[name] for name in COMPLETIONS if name in named), None):
         twin = _spoken(answer, free, usable)
         return (twin, f"the names of {answer}") if twin else (answer, "by its name")
     known = {*PROMPTS, *CONTEXTS}
-    rest = [
-        key
-        for key in free
-        if key_of(key) not in known and not ASIDE.fullmatch(key_of(key)) and len(set(usable[key])) > 1
-    ]
+    if numbered := next((key for key in outside if numbers_classes(key, usable[key])), ""):
+        return numbered, "few different values"
+    rest = [key for key in outside if key_of(key) not in known and not _aside(key) and len(set(usable[key])) > 1]
     labels = [key for key in rest if closed(usable[key])]
     if labels and len(free) > 1:
         return min(labels, key=lambda key: len(set(usable[key]))), "few different values"
     return next(reversed(rest), ""), "the last column that is left"
+
+
+def numbers_classes(key: str, answers: Sequence[str]) -> bool:
+    """Whether a column that names or numbers something is one of classes; so is one of a few authors."""
+    few = key_of(key) == "author" and len(set(answers)) <= MOST_AUTHORS
+    return bool(few or NUMBERED.fullmatch(_plain_name(key))) and closed(answers)
+
+
+def _aside(key: str) -> bool:
+    """Whether a column is never part of a prompt unless asked for."""
+    return bool(ASIDE.fullmatch(key_of(key))) or any(_plain_name(part) in OUTER for part in key.split(".")[:-1])
 
 
 def _spoken(answer: str, free: Sequence[str], usable: Mapping[str, list[str]]) -> str | None:
@@ -301,7 +320,7 @@ def _inputs(free: Sequence[str], usable: Mapping[str, list[str]], answer: str) -
         for key in free
         if (key_of(key) in (*PROMPTS, *CONTEXTS) or statistics.median(map(count_words, usable[key])) >= 3)
         and key_of(key) not in ruled
-        and not ASIDE.fullmatch(key_of(key))
+        and not _aside(key)
     ]
 
     if any(key_of(key) in (*PROMPTS, *CONTEXTS) for key in found):  # what stands behind the answer may explain it
@@ -319,8 +338,7 @@ def _inputs(free: Sequence[str], usable: Mapping[str, list[str]], answer: str) -
         for n, key in enumerate(found)
         if not any(within(key, o) and (m < n or not within(o, key)) for m, o in enumerate(found) if m != n)
     ]
-    if not found and free:
-        rest = [key for key in free if not ASIDE.fullmatch(key_of(key))] or list(free)
+    if not found and (rest := [key for key in free if not _aside(key)]):
         found = [max(rest, key=lambda key: statistics.mean(map(len, usable[key])))]
     return sorted(found, key=lambda key: key_of(key) not in CONTEXTS)
 
@@ -387,7 +405,8 @@ def renamed(row: Row, columns: Columns) -> dict[str, Any]:
     kept: dict[str, Any] = {
         key: values[key] for key in ("group", "evidence", "rejected") if values.get(key) is not None
     }
-    parts = [(key, text) for key in columns.prompt if (text := as_text(values.get(key), row.where, key) or "").strip()]
+    read = ((key, as_text(_joined(key, values.get(key)), row.where, key) or "") for key in columns.prompt)
+    parts = [(key, text) for key, text in read if text.strip()]
     prompt = (
         "\n".join(f"{_title(key)}: {text}" for key, text in parts)
         if len(columns.prompt) > 1
@@ -407,6 +426,13 @@ def renamed(row: Row, columns: Columns) -> dict[str, Any]:
         listed = list(texts) if columns.reading else sorted({*texts, answers[0]})
         return found | ({"completion": right, "choices": listed} if right and len(listed) > 1 else {"completion": None})
     return found | ({"answers": list(answers)} if len(answers) > 1 else {})
+
+
+def _joined(key: str, cell: Any) -> Any:
+    """A list of texts as one: tokens with spaces between, others with commas."""
+    if not isinstance(cell, (list, tuple)) or not all(isinstance(item, str) for item in cell):
+        return cell
+    return (" " if key_of(key) in ("token", "tokens", "word", "words") else ", ").join(cell)
 
 
 def _title(column: str) -> str:

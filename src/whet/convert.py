@@ -45,7 +45,7 @@ def as_text(value: object, where: str, field: str) -> str | None:
 def turns(value: object, where: str, field: str) -> list[tuple[str, str]]:
     """A chat as (role, content) pairs: TRL and OpenAI messages (role, content) and ShareGPT turns (from, value).
 
-    A turn that calls tools and says nothing is its calls, as JSON.
+    Calls of tools stand behind what a turn says, as JSON.
     """
     if not isinstance(value, list) or not value:
         raise TaskError(
@@ -65,10 +65,11 @@ def turns(value: object, where: str, field: str) -> list[tuple[str, str]]:
                 found=short(role),
             )
         content = turn.get("content", turn.get("value"))
-        if not content and (calls := turn.get("tool_calls") or turn.get("function_call")):  # OpenAI's way to call tools
-            content = json.dumps(calls, ensure_ascii=False)
         if isinstance(content, list):
             content = "".join(_part(part, where, field) for part in content)
+        if calls := turn.get("tool_calls") or turn.get("function_call"):  # OpenAI's way to call tools
+            called = json.dumps(calls, ensure_ascii=False)
+            content = f"{content}\n{called}" if isinstance(content, str) and content.strip() else called
         text = as_text(content, where, f"the content of a turn of {field}")
         if text is None:
             raise TaskError(f"{where}: a turn of {field} has no content", expected="text", found="null")
@@ -139,6 +140,13 @@ def _other_form(values: dict[str, Any], where: str) -> tuple[dict[str, Any], str
         prompt = "\n\n".join(part for part in parts if part.strip())
         system = as_text(values.get("system"), where, "system") or ""
         history = [("system", system)] if system.strip() else []
+        earlier = values.get("history")
+        for pair in earlier if isinstance(earlier, list) else ():  # LLaMA-Factory's: [question, answer] each
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                raise TaskError(f"{where}: history cannot be read", expected="pairs of question and answer",
+                                found=short(pair))  # fmt: skip
+            history += [(role, as_text(said, where, "history") or "")
+                        for role, said in zip(("user", "assistant"), pair, strict=True)]  # fmt: skip
         return {**values, "prompt": prompt, "completion": values["output"], "history": history}, "Alpaca"
     if isinstance(values.get("chosen"), list):  # TRL's implicit prompt: both sides begin with it
         chat = turns(values["chosen"], where, "chosen")

@@ -35,6 +35,7 @@ from whet.columns import (
     key_of,
     languages,
     listed,
+    numbers_classes,
     parted,
     renamed,
     texts,
@@ -55,7 +56,7 @@ SHAPES = {
     "pairs": ({"chosen", "rejected"}, {"prompt", "system"}),
     "messages": ({"messages"}, {"system"}),
     "ShareGPT": ({"conversations"}, {"system"}),
-    "Alpaca": ({"instruction", "output"}, {"input", "system"}),
+    "Alpaca": ({"instruction", "output"}, {"input", "system", "history"}),
     "prompt and completion": ({"prompt", "completion"}, {"answers", "choices"}),
 }
 FLAGS = {"0": False, "1": True, "false": False, "true": True}
@@ -80,6 +81,8 @@ ASKED = {
 }  # fmt: skip
 SUMMARIES, TITLES = ("summary", "highlights", "요약"), ("title", "headline", "제목")  # columns of answers
 NAMED = 3  # prompts whose lines are named
+RUNNING = 4  # words from which on a cell is text, and names nothing
+UNLABELLED, LEAST_CLASSES = ("-1", "-100"), 3  # numbers of rows that nobody has labelled, among so many classes
 WORKED = re.compile(r"####\s*-?\$?[\d,.]+\s*\Z")  # GSM8K: the working, then the number
 
 
@@ -122,7 +125,7 @@ def init(
     read_ = read(data, broken, notes)
     if not read_:
         raise broken[0][1]
-    found = unfolded(data, read_)
+    found = _evidence_apart(unfolded(data, read_))
     if group:
         found = _grouped(data, found, group, (*prompt, completion))
         notes.append(f"column {group!r} read as the group")
@@ -149,6 +152,18 @@ def init(
     guess = replace(guess, lines=(*guess.lines, f"{said}; {how}", *hints))
     _write(out, header, files)
     return guess
+
+
+def _evidence_apart(rows: list[Row]) -> list[Row]:
+    """Rows whose `evidence`, where it is running text, is a context of the question; in whet's rows it names documents.
+
+    The name is kept but for its first letter.
+    """
+    said = texts(row.values.get("evidence") for row in rows if not isinstance(row.values.get("evidence"), (list, dict)))
+    if not said or statistics.median(map(count_words, said)) < RUNNING:
+        return rows
+    named = {"evidence": "Evidence"}
+    return [replace(row, values={named.get(key, key): cell for key, cell in row.values.items()}) for row in rows]
 
 
 def _grouped(data: Path, rows: list[Row], group: str, taken: Sequence[str | None]) -> list[Row]:
@@ -281,7 +296,8 @@ def _shape(table: Mapping[str, list[Any]]) -> tuple[str, set[str]]:
     for kind, (telling, beside) in SHAPES.items():
         if telling <= keys:
             return kind, keys - telling - beside - KEPT
-    if "text" in keys and all(key in ("text", "title") or key in KEPT or ASIDE.fullmatch(key_of(key)) for key in keys):
+    rest = keys - {"text", "title"} - KEPT
+    if "text" in keys and all(ASIDE.fullmatch(key_of(k)) and not numbers_classes(k, texts(table[k])) for k in rest):
         return "text", keys - {"text"} - KEPT
     return "columns", set()
 
@@ -349,6 +365,13 @@ def _plain_rows(
         )
     if refused:
         lines.append(f"{len(refused)} of {len(rows)} rows skipped; the first: {refused[0]}")
+    if columns and key_of(columns.completion) in (*LABELS, *CLASSES):
+        found = Counter(row["completion"] for row in plain)
+        none = {mark for mark in UNLABELLED if mark in found}
+        if none and {*found} - none == {*map(str, range(max(LEAST_CLASSES, len(found) - len(none))))}:
+            kept = [n for n, row in enumerate(plain) if row["completion"] not in none]
+            lines.append(f"{len(plain) - len(kept)} rows without a label ({', '.join(sorted(none))}) left out")
+            plain, places = [plain[n] for n in kept], [places[n] for n in kept]
     return plain, places
 
 
@@ -401,6 +424,11 @@ def _metric(
     if labels := _labels(rows, lines, name in (*LABELS, *CLASSES)):
         return "accuracy", labels
     if all(NUMBER.fullmatch(answer.strip()) or WORKED.search(answer) for answer in answers):
+        comma = any(re.fullmatch(r"-?(\d+,\d{1,2}|0,\d+)", answer.strip()) for answer in answers)
+        if comma and not any("." in answer for answer in answers):
+            for row in rows:  # 3,125 beside 4,75 is no three thousand
+                row["completion"] = row["completion"].replace(",", ".")
+            lines.append("commas in numbers read as decimal points, and written so")
         if name in (*LABELS, *CLASSES):
             lines.append("metric pearson: each answer is a grade")
             return "pearson", ()

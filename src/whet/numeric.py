@@ -20,18 +20,26 @@ _NUMBER = re.compile(
     r"((?:(?<![\w.])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?)(?:/(\d+(?:\.\d+)?))?"
 )
 _CONTINENTAL = re.compile(r"(?<![\w.,])\d{1,3}(?:\.\d{3})+,\d+(?![\d.,]\d|\d)")  # 1.234,56
-_DECIMAL_COMMA = re.compile(r"(?<![\d,.])(\d+),(\d{1,2})(?![\d,.]\d|\d)")
+_DECIMAL_COMMA = re.compile(r"(?<![\d,.])(\d+,(?:\d{1,2}|\d{4,})|0,\d+)(?![\d,.]\d|\d)")
+_POINTED = re.compile(r"(?<![\w.,])\d{1,3}(?:\.\d{3}){2,}(?![\d.,]\d|\d)")  # 1.234.567
+# 12 500, with any of the spaces that are written there, but not 85 100 92.
+_SPACED = re.compile(r"(?<![\d.,/])(?<!\d[ \u00a0\u202f])[1-9]\d{0,2}(?:[ \u00a0\u202f]\d{3})+(?![ \u00a0\u202f/]?\d)")
+_MIXED = re.compile(r"(?<![\d.,/])(\d+) (\d+)/([1-9]\d*)(?![\d/])")  # 7 1/2
 _SIGNS = {0x2212: "-", **dict.fromkeys(map(ord, "$€£¥₩"))}
 
 
 def number(text: str) -> float | None:
     """The number that a text ends in: the last one, or the first behind GSM8K's `####`; None where there is none.
 
-    Read are signs, decimal points (a comma before one or two digits, too), commas between thousands, exponents and
-    fractions: -1,234.5, 2e-3, 3/4; and 1.234,56, with points between thousands where a comma follows.
+    Read are signs, decimal points (a comma, too, but where it may part thousands: 1,250 is one), commas or spaces
+    between thousands, exponents and fractions: -1,234.5, 12 500, 2e-3, 3/4, 7 1/2; and points between thousands where
+    a comma or more of them follow: 1.234,56, 1.234.567.
     """
     text = _CONTINENTAL.sub(lambda found: found[0].replace(".", "").replace(",", "."), text.translate(_SIGNS))
-    before, marked, behind = _DECIMAL_COMMA.sub(r"\1.\2", text).rpartition("####")
+    text = _SPACED.sub(lambda found: re.sub(r"\D", "", found[0]), _POINTED.sub(lambda f: f[0].replace(".", ""), text))
+    text = _MIXED.sub(lambda found: repr(int(found[1]) + int(found[2]) / int(found[3])), text)
+    text = _DECIMAL_COMMA.sub(lambda found: found[1].replace(",", "."), text)
+    before, marked, behind = text.rpartition("####")
     last = [*_NUMBER.finditer(behind)][: 1 if marked else None] or [*_NUMBER.finditer(before)]
     if not last:
         return None

@@ -320,6 +320,8 @@ def _object(value: object, where: str, number: int, rows: list[Row], lost: Broke
 
 def _csv(name: str, text: str, delimiter: str | None, lost: Broken) -> list[Row]:
     csv.field_size_limit(MOST_CELL)  # Python's own is 128 KB: less than a long document
+    if told := re.match(r"sep=(.)\r?\n", text):  # what Excel reads the separator from
+        delimiter, text = told[1], text[told.end() :]
     if delimiter is None:  # a semicolon is what spreadsheets write in half of Europe
         head = text.lstrip("\n").split("\n", 1)[0]
         delimiter = max(",;\t|", key=lambda mark: len(next(csv.reader([head], delimiter=mark))))
