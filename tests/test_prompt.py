@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,6 +57,19 @@ def test_nothing_special_survives_in_text(text: str) -> None:
     assert not any(token in safe for token in SPECIALS)
     assert not set(ids(safe)) & set(TOKENIZER.all_special_ids)
     assert safe.replace(BREAK, "") == text.replace(BREAK, "")  # people see what was written
+
+
+def test_turns_that_a_template_refuses_are_put_in_order(tokenizer: Any) -> None:
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) or m.role == 'tool' %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    )
+    odd = (("assistant", "hi"), ("user", "a"), ("user", "b"), ("assistant", "c"), ("tool", "d"), ("user", "e"))
+    assert render(strict, odd) == "[user]a\n\nb[assistant]c[user]d\n\ne"
+    assert render(strict, (("user", "a"),)) == "[user]a"
+    with pytest.raises(EngineError, match="refuses a prompt"):
+        render(strict, (("system", "s"), ("user", "a")))
 
 
 @given(harmless)
@@ -219,8 +235,9 @@ def test_the_instruction_is_folded_into_the_first_question() -> None:
 
 def test_turns_that_a_template_refuses_are_named() -> None:
     strict = make_tokenizer(STRICT)
-    with pytest.raises(EngineError, match=r"user, user: roles must alternate"):
-        render(strict, (("user", "a"), ("user", "b")))
+    assert render(strict, (("user", "a"), ("user", "b"))) == render(strict, (("user", "a\n\nb"),))
+    with pytest.raises(EngineError, match=r"assistant: "):
+        render(strict, (("assistant", "a"),))
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------

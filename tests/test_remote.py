@@ -33,7 +33,7 @@ from whet.metrics import get
 from whet.model import ModelRef, Transform, resolve
 from whet.scorecard import evaluate
 from whet.store import Store
-from whet.system import System
+from whet.system import Decoding, System
 from whet.task import Example
 
 QUICK = Retry(tries=3, first=0.01, longest=0.3, connect=5.0, answer=5.0)
@@ -624,6 +624,71 @@ def test_a_prompt_that_is_refused_leaves_the_others_their_answers(status):
         with pytest.raises(RemoteError, match="content_filter"):
             s.generate([bad] * 300, Sampling())
         assert len(play.seen) - before < 150  # a broken set-up is noticed before all is sent
+
+
+def test_what_was_refused_is_never_right():
+    play = Picky()
+    play.status = 400
+    said = (("bad", ""), ("good", "doog"), ("ok", "ko"))
+    rows = [Example(prompt, prompt, answers=(answer,)) for prompt, answer in said]
+    with session(play) as s:
+        card = evaluate(System(ModelRef("fake:echo", "fake:echo")), rows, get("exact_match"), session=s)
+    assert [(o.score, o.error) for o in card.outcomes] == [(0.0, "no answer"), (1.0, None), (1.0, None)]
+
+
+def test_a_server_that_answers_one_at_a_time_is_waited_for():
+    class Queue(Play):
+        turn = threading.Lock()
+
+        def chat(self, payload, text=None, **more):
+            if hasattr(self, "opened"):
+                with self.turn:
+                    time.sleep(0.15)
+            return super().chat(payload, text, **more)
+
+    with session(Queue(), Retry(tries=6, first=0.01, longest=0.1, connect=0.3, answer=0.5)) as s:
+        made = s.generate([USER] * 12, Sampling())
+        assert [g.text for [g] in made] == ["c b a"] * 12 and 1 <= s.server.gate.most < 8
+
+
+def test_a_server_that_is_asked_too_often_has_time():
+    play = Troubled((429, {}, {}), times=1)
+    with session(play, Retry(tries=2, first=0.05, longest=5, connect=1, answer=1)) as s:
+        s.generate([USER], Sampling())
+    assert gaps(play)[0] >= 0.25
+    play = Troubled((429, {}, {"retry-after-ms": "120"}), times=1)
+    with session(play, Retry(tries=2, first=0.001, longest=5, connect=1, answer=1)) as s:
+        s.generate([USER], Sampling())
+    assert gaps(play)[0] >= 0.12
+
+
+def test_tools_of_a_history_speak_as_users(monkeypatch):
+    monkeypatch.setenv("WHET_CONTEXT", "32768")
+    play = Play()
+    with session(play) as s:
+        s.generate([(("user", "a"), ("assistant", "[call]"), ("tool", "42"), ("user", "so?"))], Sampling())
+        assert s.context == 32768
+    assert [t["role"] for t in play.asked()[0]["messages"]] == ["user", "assistant", "user", "user"]
+
+
+def test_a_server_is_shown_the_choices_of_a_row():
+    class Sun(Play):
+        def chat(self, payload, text=None, **more):
+            shown = "- sunlight" in payload["messages"][-1]["content"]
+            return super().chat(payload, "Sunlight." if shown else "Solar energy, because it is renewable.", **more)
+
+    choices = ("coal", "oil", "natural gas", "sunlight")
+    row, own = (Example(str(n), prompt, "sunlight", choices=choices)
+                for n, prompt in enumerate(("Which is renewable?", "coal, oil, natural gas or sunlight?")))  # fmt: skip
+    play = Sun()
+    with session(play) as s:
+        system = System(ModelRef("fake:echo", "fake:echo"), decoding=Decoding((), True))
+        assert system.answer(row, s) == "sunlight"
+        system.answer(own, s)
+        assert s.protocol["choices"] == "listed"
+    first, second = (asked["messages"][-1]["content"] for asked in play.asked())
+    assert first.startswith("Which is renewable?\n\nAnswer with one of these") and first.endswith("- sunlight")
+    assert second == own.prompt  # it says them itself
 
 
 def test_a_text_that_is_refused_is_no_likelihood():

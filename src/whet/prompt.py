@@ -9,6 +9,7 @@ import json
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import date
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
@@ -95,6 +96,13 @@ def messages(
     return (*chat, ("user", beside(passages, framed(frame, prompt))))
 
 
+def with_choices(question: str, choices: Sequence[str]) -> str:
+    """A question with its choices behind it, but where there are none or it says them all itself."""
+    if all(choice in question for choice in choices):
+        return question
+    return "\n".join([question, "", "Answer with one of these, word for word:", *(f"- {c}" for c in choices)])
+
+
 def beside(passages: Sequence[tuple[str, str]], question: str) -> str:
     """A question behind its passages, as (title, text), which are numbered."""
     shown = [f"[{n}] {title}\n{text}" if title else f"[{n}] {text}" for n, (title, text) in enumerate(passages, 1)]
@@ -174,6 +182,22 @@ def fold_system(chat: Chat) -> Chat:
     return tuple(rest)
 
 
+def said_by_users(chat: Chat) -> Chat:
+    """A chat whose tools' turns are a user's: servers want to know which call each of them answers."""
+    return tuple(("user" if role == "tool" else role, text) for role, text in chat)
+
+
+def alternating(chat: Chat) -> Chat:
+    """A chat in the order that every template knows: after the system's turn, user and assistant by turns."""
+    made: list[Message] = []
+    for role, text in said_by_users(chat):
+        if made and made[-1][0] == role:
+            made[-1] = (role, f"{made[-1][1]}\n\n{text}")
+        elif role != "assistant" or (made and made[-1][0] != "system"):  # an answer to nothing is left out
+            made.append((role, text))
+    return tuple(made)
+
+
 def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a tokenizer's template accepts a system turn and shows its text."""
     probe = [{"role": "system", "content": "whet-probe"}, {"role": "user", "content": "x"}]
@@ -187,22 +211,27 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, system: bool =
     """A chat as the model's own template writes it, the answer's turn opened; raw text stays as it is.
 
     Templates render in transformers' sandbox, and always on the same day. Used alike for scoring, generation and
-    training. Models that can think aloud answer at once: what is measured and trained is the answer. Raises EngineError
-    where the template refuses the turns.
+    training. Models that can think aloud answer at once: what is measured and trained is the answer. Turns in an order
+    that the template refuses are put into the one that all know. Raises EngineError where it refuses them even so.
     """
     from jinja2 import TemplateError
 
     if isinstance(prompt, str):
         return prompt
-    chat = prompt if system else fold_system(prompt)
-    made = as_turns(chat, specials_of(tokenizer), asides_of(tokenizer))
-    template = tokenizer.get_chat_template()
-    try:
+    chat, template = prompt if system else fold_system(prompt), tokenizer.get_chat_template()
+
+    def written(turns: Chat) -> str:
         return str(tokenizer.apply_chat_template(
-            made, chat_template=(TODAY if "strftime_now" in template else "") + template, tokenize=False,
-            add_generation_prompt=True, enable_thinking=False,
+            as_turns(turns, specials_of(tokenizer), asides_of(tokenizer)), tokenize=False, enable_thinking=False,
+            chat_template=(TODAY if "strftime_now" in template else "") + template, add_generation_prompt=True,
         ))  # fmt: skip
+
+    try:
+        return written(chat)
     except TemplateError as error:
+        if (other := alternating(chat)) not in ((), chat):
+            with suppress(TemplateError):
+                return written(other)
         raise EngineError(
             "the model's chat template refuses a prompt", expected="turns it knows, in an order it knows",
             found=f"{', '.join(role for role, _ in chat)}: {error}", do="change the row's turns or take another model",

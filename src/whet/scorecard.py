@@ -113,6 +113,8 @@ def evaluate(
             f"{metric.name} cannot be scored by this version",
             expected="a metric of answers", found=metric.name, do="see `whet methods` for what is at hand",
         )  # fmt: skip
+    from whet.feedback import Versus
+
     session = session or system.session
     # What a server answers is its model's of the day, too.
     within = within if system.servers or reads_scores(system, examples, session) else ""
@@ -126,6 +128,8 @@ def evaluate(
             store.keep_outcomes(key, outcomes, extra, scores)
     else:
         outcomes, extra = kept
+        if isinstance(metric, Versus):  # what the base answered, no arm is to pay for
+            metric.hear(system, examples, [o.answer for o in outcomes])
     score = metric.aggregate(outcomes)
     low, high = stats.bootstrap_interval(outcomes, metric, seed)
     rules = protocol(system, examples, metric, session, split)
@@ -222,7 +226,8 @@ def _outcomes(
         if isinstance(metric, Versus):
             metric.hear(system, examples, [a.text for a in answers])
         outcomes = score_all(metric, [a.text for a in answers], examples)
-        silent = [bool(a.scores) and not a.text for a in answers]  # chosen among, and none could be
+        # Chosen among, and none could be; or a server that refused the prompt or was too slow.
+        silent = [(bool(a.scores) and not a.text) or a.finish == "failed" for a in answers]
         told = (replace(o, score=0.0, error="no answer") if s else o for o, s in zip(outcomes, silent, strict=True))
         cut = {"truncated": sum(a.truncated for a in answers), "unended": sum(a.finish == "length" for a in answers)}
         return tuple(told), cut, scores

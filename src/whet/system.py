@@ -20,7 +20,7 @@ from whet.engine.replies import UNANSWERED
 from whet.errors import ArtifactError
 from whet.metrics import plain
 from whet.model import EMBEDDED, ModelRef, Transform, hash_files, local_folder, resolve
-from whet.prompt import SLOT, beside, framed, messages, recent, shorten, to_text
+from whet.prompt import SLOT, beside, framed, messages, recent, shorten, to_text, with_choices
 from whet.retrieval import BATCH, Found
 from whet.retrieval import Source as Documents
 from whet.sources import Source, revive_source
@@ -119,14 +119,15 @@ class Answer:
     """One answer; `scores` are the (calibrated) scores of the closed set, `truncated` says the prompt was shortened.
 
     `passages` are those it was shown whole; which of them it stands in, `reading.cited` says. `finish` is "stop",
-    "length" (cut off at the limit), or "unmarked": what it is to stand behind (`Decoding.after`) was not said.
+    "length" (cut off at the limit), "unmarked": what it is to stand behind (`Decoding.after`) was not said, or "failed"
+    where the model gave no answer.
     """
 
     text: str
     scores: tuple[float, ...] = ()
     truncated: bool = False
     passages: tuple[Found, ...] = ()
-    finish: Literal["stop", "length", "unmarked"] = "stop"
+    finish: Literal["stop", "length", "unmarked", "failed"] = "stop"
 
 
 def _greatest_of(values: Any, count: int) -> Any:
@@ -151,6 +152,8 @@ def _voted(texts: Sequence[str]) -> str:
 
 def _read(made: Sequence[Generation], decoding: Decoding) -> Answer:
     """The answer that samples give, and how the first that gives it ended."""
+    if all(one.finish == "failed" for one in made):
+        return Answer("", finish="failed")
     texts = [decoding.read(one.text) for one in made]
     first = made[texts.index(voted := _voted(texts))]
     return Answer(voted, finish=first.finish if decoding.after in first.text else "unmarked")
@@ -263,12 +266,12 @@ class System:
         return Embedder(self.home)
 
     def prompts(
-        self, examples: Sequence[Example], *, blind: bool = False, found: Shown | None = None
+        self, examples: Sequence[Example], *, blind: bool = False, found: Shown | None = None, listed: bool = False
     ) -> list[Prompt]:
         """What the model is sent for each example; with `blind`, none is shown its own answer as a demonstration.
 
-        `found` are the passages to show; without, they are looked up. Plain text rows are raw text, outside any
-        template.
+        `found` are the passages to show; without, they are looked up. With `listed`, a row's own choices stand behind
+        its question. Plain text rows are raw text, outside any template.
         """
         shown = self.demonstrations.choose([e.prompt for e in examples], self.embedder, blind=blind)
         read = self.found([e.query for e in examples]) if found is None else found
@@ -278,10 +281,13 @@ class System:
             told = dict(zip(asked, map(_pairs, self.found([Query(q) for q in asked], sources=brief)), strict=True))
         return [
             "" if e.text is not None else
-            messages(self.instruction, [(q, said(a)) for q, a in demos], e.prompt, e.history, _pairs(here), self.frame,
-                     told)
+            messages(self.instruction, [(q, said(a)) for q, a in demos], self._question(e, listed), e.history,
+                     _pairs(here), self.frame, told)
             for e, demos, here in zip(examples, shown, read, strict=True)
         ]  # fmt: skip
+
+    def _question(self, example: Example, listed: bool) -> str:
+        return with_choices(example.prompt, example.choices) if listed and self.decoding.closed else example.prompt
 
     def found(
         self, questions: Sequence[Query], k: int | None = None, sources: Sequence[Source] | None = None
@@ -330,7 +336,8 @@ class System:
         exchanges of a long conversation; only then texts are cut, the best passage's, too.
         """
         read = self.found([e.query for e in examples]) if found is None else found
-        prompts = self.prompts(examples, blind=blind, found=read)
+        listed = session.protocol.get("choices") == "listed"
+        prompts = self.prompts(examples, blind=blind, found=read, listed=listed)
         kept, cut = [tuple(some) for some in read], [False] * len(prompts)
 
         def count(chat: Prompt) -> int:
@@ -343,7 +350,8 @@ class System:
             longest = max((len(text) for role, text in chat[:-1] if role != "system"), default=0)
             while size > most and len(kept[n]) > 1 and len(chat[-1][1]) > longest:
                 kept[n] = kept[n][:-1]
-                chat = (*chat[:-1], ("user", beside(_pairs(kept[n]), framed(self.frame, examples[n].prompt))))
+                asked = framed(self.frame, self._question(examples[n], listed))
+                chat = (*chat[:-1], ("user", beside(_pairs(kept[n]), asked)))
                 size = count(chat)
             chat = recent(chat, size - most, count)
             prompts[n] = chat = shorten(chat, max(0, count(chat) - most), count)

@@ -33,11 +33,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generation:
-    """One generated answer; `finish` is "stop" (end of turn or stop string) or "length"."""
+    """One generated answer; `finish` is "stop" (end of turn or stop string), "length", or "failed": there is none."""
 
     text: str
     tokens: int
-    finish: Literal["stop", "length"]
+    finish: Literal["stop", "length", "failed"]
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ import re
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -40,7 +41,7 @@ from whet.engine.replies import (
 )
 from whet.errors import EngineError, ModelError, RemoteError
 from whet.model import ModelRef
-from whet.prompt import as_turns
+from whet.prompt import as_turns, said_by_users
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -56,6 +57,8 @@ OPTIONAL = ("max_tokens", "temperature", "top_p", "seed", "stop", "n")  # what n
 MOST_BYTES = 64 * 2**20
 THOUGHT = 4096  # tokens that a model may think before it answers, where the limit of its answer does not let it
 PROBE = "one two three four five"
+IN_A_ROW = 8  # answers after which one more is asked for at a time, where it had become fewer
+BUSY = 10  # times the first wait where a server says that it is asked too often, and not how long to wait
 PACE = 512  # tokens that `Retry.answer` is for: where more are asked for, the time grows in proportion
 GARBAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError)
 CHECK = "check that this is the URL of an OpenAI-compatible server; it often ends with /v1"
@@ -154,6 +157,8 @@ def address(base: str) -> tuple[str, str]:
 def _wait_wished(answer: httpx.Response) -> float:
     """Seconds that a Retry-After header asks for, as a number or a date; 0 where there is none."""
     value = answer.headers.get("retry-after", "")
+    if (exact := answer.headers.get("retry-after-ms", "")).isdigit():  # OpenAI's and Azure's
+        return int(exact) / 1000
     try:
         return max(0.0, float(value))
     except ValueError:
@@ -173,6 +178,40 @@ _ADVICE = {
 TOO_LONG = re.compile(rb"context.(length|size|window)|tokens exceed")
 
 
+class Gate:
+    """Lets as many requests through at once as a server seems to bear; usable from many threads."""
+
+    def __init__(self, widest: int, halt: threading.Event) -> None:
+        self.widest = self.most = widest
+        self.inside, self.answered, self.halt, self.free = 0, 0, halt, threading.Condition()
+
+    @contextmanager
+    def through(self) -> Iterator[None]:
+        """Within it, the request is one of those; waits until there is room, or all is to end."""
+        with self.free:
+            while self.inside >= self.most and not self.halt.is_set():
+                self.free.wait(0.2)
+            self.inside += 1
+        try:
+            yield
+        finally:
+            with self.free:
+                self.inside -= 1
+                self.free.notify_all()
+
+    def narrow(self) -> None:
+        """Half as many from now on, at least one: the server may answer one after the other."""
+        with self.free:
+            self.most, self.answered = max(1, self.most // 2), 0
+
+    def widen(self) -> None:
+        """One more after some answers in a row: it may have been a single prompt that took so long."""
+        with self.free:
+            self.answered += 1
+            if self.answered == IN_A_ROW:
+                self.most, self.answered = min(self.widest, self.most + 1), 0
+
+
 class Server:
     """One server and the way to it; usable from many threads. `halt` ends the waits between tries."""
 
@@ -180,6 +219,7 @@ class Server:
         if not (key.isascii() and key.isprintable()):
             raise ModelError("OPENAI_API_KEY cannot be a key", expected="printable ASCII", found="others", do="mend it")
         self.url, self.retry, self.halt, self._key = url, retry or Retry(), threading.Event(), key
+        self.gate = Gate(concurrency, self.halt)
         tls = httpx.URL(url).scheme == "https"
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self.client = httpx.Client(
@@ -207,10 +247,16 @@ class Server:
         while True:
             count += 1
             try:
-                return self._once(path, content, read, frozenset(retried), limit)
+                with self.gate.through():
+                    found = self._once(path, content, read, frozenset(retried), limit)
+                self.gate.widen()
+                return found
             except _Again as failed:
                 late = late and failed.late
-                wait = max(self.retry.first * 2 ** (count - 1) * (0.5 + jitter.random() / 2), failed.wait)
+                if failed.late:
+                    self.gate.narrow()
+                first = self.retry.first * (BUSY if failed.status == 429 else 1)
+                wait = max(first * 2 ** (count - 1) * (0.5 + jitter.random() / 2), failed.wait)
                 if count >= tries or self.halt.wait(min(wait, self.retry.longest)):
                     said = {"expected": f"one within {tries} tries", "found": failed.found, "do": failed.do}
                     if failed.status:
@@ -310,7 +356,9 @@ class RemoteSession(ByScores):
         self.failed = 0  # prompts that were refused, late or not answered
         self._dropped: frozenset[str] = frozenset()
         self._alternatives = 20
-        self.protocol = {"engine": "remote", "dtype": "as served", "model": name, "url": server.url}
+        # Likelihoods of choices that a prompt does not show are had of local models alone.
+        self.protocol = {"engine": "remote", "dtype": "as served", "model": name, "url": server.url,
+                         "choices": "listed"}  # fmt: skip
         self.context = self._stated_context()
         begun = time.monotonic()
         self.protocol |= {"scoring": self._probe_chat(), "scoring_raw": self._probe_raw()}
@@ -322,6 +370,8 @@ class RemoteSession(ByScores):
         self.server.client.close()
 
     def _stated_context(self) -> int:
+        if (told := os.environ.get("WHET_CONTEXT", "")).isdigit() and int(told):  # of a server that does not say
+            return int(told)
         try:
             return self.server.ask("/models", None, lambda body: read_context(body, self.name))
         except Refusal:  # many servers have no such list, and some keys may not read it
@@ -385,7 +435,8 @@ class RemoteSession(ByScores):
         if isinstance(prompt, str):
             path, payload = "/completions", {"model": self.name, "prompt": prompt, **settings}
         else:
-            path, payload = "/chat/completions", {"model": self.name, "messages": as_turns(prompt), **settings}
+            turns = as_turns(said_by_users(prompt))
+            path, payload = "/chat/completions", {"model": self.name, "messages": turns, **settings}
         while True:
             sent = {k: v for k, v in payload.items() if k not in self._dropped}
             if "max_tokens" in self._dropped:
@@ -476,7 +527,7 @@ class RemoteSession(ByScores):
         RemoteError on failure, also where most prompts have no answer.
         """
         self._fits(max(self.count(prompts), default=0) + sampling.max_tokens)
-        none = (Generation("", 0, "stop"),) * sampling.n
+        none = (Generation("", 0, "failed"),) * sampling.n
         return self._map(lambda prompt: self._answers(prompt, sampling), prompts, lambda _: none, progress)
 
     def _answers(self, prompt: Prompt, sampling: Sampling) -> tuple[tuple[Generation, ...], Spent]:
