@@ -523,6 +523,18 @@ def test_the_base_that_is_scored_is_not_asked_a_second_time(system: System) -> N
     assert (system.session.spent - before).generated_tokens == 2 * asked > 0
 
 
+def test_a_base_whose_answers_are_kept_is_not_asked_by_the_next_arm(system: System, home: Path) -> None:
+    store, rows = Store(home), [Example(str(n), f"my {t} is gone", "yes") for n, t in enumerate(THINGS)]
+
+    def wins() -> Versus:
+        return Versus(Longest(), system, system.session)
+
+    card = scorecard.evaluate(system, rows, wins(), store=store)
+    again = wins()
+    assert scorecard.evaluate(system, rows, again, store=store).outcomes == card.outcomes
+    assert [again.known[e] for e in rows] == [o.answer for o in card.outcomes]
+
+
 def test_thumbs_alone_leave_rl_the_metric(system: System, home: Path) -> None:
     rows = tuple(Example(str(n), f"my {t} is gone", "yes") for n, t in enumerate(THINGS))
     thumbs = tuple(Judged(str(n), f"what of {t}?", chosen="yes") for n, t in enumerate(THINGS))

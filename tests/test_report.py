@@ -228,6 +228,25 @@ def test_where_every_arm_failed_that_is_the_verdict() -> None:
     assert "No candidate beat the base" in report.verdict(result | {"confirm": sealed, "trials": [base, *arms, done]})
 
 
+def test_what_did_better_and_was_refused_is_the_verdict() -> None:
+    base = {"name": "base", "recipe": [], "status": "done", "select": {"score": 0.5}}
+    arm = {"name": "finetune", "recipe": [{"method": "finetune"}], "status": "refused", "select": {"score": 0.9},
+           "why": "old loses 12.3 points, 1 allowed"}  # fmt: skip
+    result = {"task": "t", "metric": {"name": "accuracy", "higher_is_better": True}, "trials": [base, arm],
+              "chosen": {"recipe": [], "handed": False}, "confirm": None}  # fmt: skip
+    said = ("What did better than the base was refused (finetune: old loses 12.3 points, 1 allowed); the base is "
+            "handed over: accuracy 50.0 on")  # fmt: skip
+    assert report.verdict(result) == f"{said} the select split."
+    figures = {"score": 0.5, "low": 0.4, "high": 0.6}
+    sealed = {"n": 20, "base": figures, "chosen": figures, "difference": 0.0, "candidate": None, "improved": False}
+    assert report.verdict(result | {"confirm": sealed}) == f"{said} 20 sealed examples."
+    worse = arm | {"select": {"score": 0.4}}
+    assert "No candidate beat the base" in report.verdict(result | {"confirm": sealed, "trials": [base, worse]})
+    equal = sealed | {"candidate": "rag"}  # confirmed without rows to select by, and no better
+    said = report.verdict(result | {"confirm": equal, "trials": [base, arm | {"status": "done", "select": None}]})
+    assert "Nothing was tried" not in said and "differed by" in said
+
+
 def test_examples_are_called_sealed_only_where_they_are(tmp_path: Path) -> None:
     one = {"id": "1", "prompt": "p", "reference": "r", "base": "x", "chosen": "r", "base_score": 0, "chosen_score": 1}
     for more, lead in (({}, "The sealed examples with both answers"),

@@ -29,6 +29,7 @@ from whet.engine import Spent
 from whet.errors import ArtifactError, EngineError, MethodError, StoreError, TaskError, WhetError
 from whet.feedback import Judged
 from whet.methods import Run, make
+from whet.methods.fewshot import FewShot
 from whet.methods.finetune import FineTune
 from whet.methods.prompting import Prompting
 from whet.metrics import Outcome, get
@@ -1168,12 +1169,14 @@ def test_of_many_labels_half_of_the_time_goes_to_training_on_demonstrations(monk
     monkeypatch.setattr(training, "_others", lambda *_: iter(later))
     monkeypatch.setattr(training, "_sourced", lambda _, tuned: tuned)
     monkeypatch.setattr(training, "enter", enter)
-    for labels, first in ((16, 1.0), (17, 0.5)):
+    told = ("fewshot(k=4)+finetune", 1.0)
+    for labels, tokens, first in ((16, 20_000, 1.0), (17, 20_000, 0.5), (17, 10_000, 1.0)):  # half is too little there
         entered.clear(), race.trials.clear()
+        monkeypatch.setattr(training, "_allowed", lambda *_, tokens=tokens: tokens)
         job: Any = SimpleNamespace(race=race, wish=Wish(), task=SimpleNamespace(labels=range(labels)),
                                    splits=SimpleNamespace(learnable=Learnable("t", "", "accuracy")))  # fmt: skip
         assert training.race(job, recipe("finetune"))
-        assert entered == [("finetune", first), ("fewshot(k=4)+finetune", 1.0), ("finetune(rank=8)", 1.0)]
+        assert entered == [("finetune", first), told, ("finetune(rank=8)", 1.0)]
 
 
 def test_a_training_that_was_too_short_is_made_longer_while_that_helps(model_folder: str) -> None:
@@ -1251,6 +1254,33 @@ def test_labels_that_are_not_alike_frequent_are_calibrated_by_their_prior() -> N
     assert "calibrate(kind=fitted)" in names and "calibrate" in names
     assert names.index("calibrate(kind=fitted)") < names.index("calibrate")
     assert any(name.startswith("fewshot") and name.endswith("+calibrate(kind=fitted)") for name in names)
+
+
+def test_searches_of_few_rows_are_planned_as_short_as_they_are() -> None:
+    wide, many = Prompting(), 10_000
+    assert wide.asks(many) == wide.prompts and wide.asks(16) < wide.prompts / 4
+    tried = FewShot(selection="bootstrapped")
+    assert tried.asks(many) == tried.prompts and tried.asks(16) == 16 and FewShot().asks(16) == 0
+
+
+def test_prompts_longer_than_the_window_are_planned_as_they_are_sent(home: Path) -> None:
+    run = Run(Store(home))
+    system = System(ModelRef("fake:hash", "fake:hash"), "say", decoding=Decoding(("x", "y"), True), home=home)
+    session = run.session(system.model)
+    rows = [Example(str(n), f"{n} " + "word " * session.context * 4) for n in range(4)]
+    assert estimate(system, rows, session).prefilled_tokens <= 1.1 * 4 * session.context
+
+
+def test_reasons_are_tried_for_numbers_and_not_for_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("whet.embed.available", lambda: True)
+    rows = tuple(Example(str(n), f"{n} and {n}?", str(2 * n)) for n in range(40))
+    names = [r.name for r in prompting_recipes(Learnable("t", "say", "number", train=rows))]
+    assert any("reason" in name for name in names)
+    own = tuple(replace(e, choices=(e.completion, "other")) for e in rows)
+    names = [r.name for r in prompting_recipes(Learnable("t", "say", "exact_match", train=own))]
+    assert not any("reason" in name for name in names)
+    facts = [r.name for r in prompting_recipes(Learnable("t", "say", "recall@5", train=rows, knowledge=Path("k.tsv")))]
+    assert "knowledge(k=1)" in facts
 
 
 def test_facts_that_are_not_taught_for_want_of_time_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

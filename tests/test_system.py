@@ -675,6 +675,22 @@ def test_calibration_hides_the_prompts_that_are_shown(tiny: System, home: Path) 
         Calibrate(kind="nonsense")
 
 
+def test_calibration_shows_the_nearest_of_few_rows(tiny: System, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row is hidden from itself alone: were all hidden from all, another prompt would be calibrated."""
+    run, chats = Run(Store(home)), list[Any]()
+    near = replace(tiny, demonstrations=Demonstrations(tuple((e.prompt, e.completion) for e in ROWS), 3, "nearest"))
+    alike = lambda texts, **_: np.ones((len(texts), 2), np.float32)  # noqa: E731
+    monkeypatch.setattr(System, "embedder", property(lambda _: alike))
+    session = run.session(tiny.model)
+    score = session.score
+    session.score = lambda prompts, *args, **more: chats.extend(prompts) or score(prompts, *args, **more)  # type: ignore
+    Calibrate().apply(near, DATA, run)
+    assert len(chats) == len(ROWS)
+    for chat in chats:
+        users = [text for role, text in chat if role == "user"]
+        assert len(users) == 4 and users[-1] not in users[:-1]
+
+
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 

@@ -73,8 +73,8 @@ class Commands(click.Group):
 
 
 def _fail(line: str, code: int) -> None:
-    usage = line.startswith("Usage:")  # of `whet` alone: its help
-    print(line if usage else f"whet: {printable(line)}", file=sys.stderr)
+    # Of `whet` alone, its help.
+    print(printable(line if line.startswith("Usage:") else f"whet: {line}"), file=sys.stderr)
     sys.exit(code)
 
 
@@ -305,11 +305,11 @@ def compare(first: str, second: str, task: str, split: str, seed: int, trust: bo
         _print({"first": a.record(), "second": b.record(), **asdict(paired)})
         return
     own, other = figure(a.score, a.metric), figure(b.score, a.metric)
-    print(f"{first}: {own}   {second}: {other}   ({a.metric}, {a.n} examples)")
     between, least = apart(paired.difference, paired.low, paired.high, a.metric), paired.smallest_detectable
-    print(f"difference {between}, p = {paired.p_value:.2g} ({paired.test})")
-    print("the smallest difference this many examples could have shown: "
-          f"{apart(least, least, least, a.metric).partition(',')[0].removeprefix('+')}")
+    _say(f"{first}: {own}   {second}: {other}   ({a.metric}, {a.n} examples)",
+         f"difference {between}, p = {paired.p_value:.2g} ({paired.test})",
+         "the smallest difference this many examples could have shown: "
+         f"{apart(least, least, least, a.metric).partition(',')[0].removeprefix('+')}")  # fmt: skip
 
 
 @main.command(epilog=example(
@@ -481,8 +481,7 @@ def chat(system: str, trust: bool, as_json: bool, debug: bool) -> None:
         if as_json:
             print(json.dumps(body, ensure_ascii=False), flush=True)
         else:
-            said = unsupported(opened, answer)
-            _say(answer.text, *origins(from_), *([f"  {said}"] if said else ()))
+            _say(answer.text, *origins(from_), *(f"  {said}" for said in [unsupported(opened, answer)] if said))
 
 
 @main.command(epilog=example(
@@ -697,7 +696,5 @@ def show_report(folder: Path, as_json: bool, debug: bool) -> None:
     if as_json:
         _print(result)
         return
-    print(report.summary(result) + "\n")
-    for one in report.board(result):
-        print(f"  {one}")
-    print(f"\nreport   {folder / 'report.html'}")
+    board = (f"  {one}" for one in report.board(result))
+    _say(report.summary(result), "", *board, "", f"report   {folder / 'report.html'}")

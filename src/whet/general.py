@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -57,6 +57,8 @@ def ability(before: System, after: System, run: Run) -> Ability:
     def card(system: System, task: Task) -> Scorecard:
         session = run.session(system.model)
         asked, watch = as_task(system, task, session), run.progress(f"scoring {task.name}")
+        # Both are read in one way: training says how choices of different lengths are compared.
+        asked = replace(asked, decoding=replace(asked.decoding, normalise=after.decoding.normalise))
         return evaluate(asked, task.test, get(task.metric), session=session, split=f"general {task.name}",
                         seed=run.seed, store=run.store, progress=watch)  # fmt: skip
 

@@ -126,9 +126,9 @@ class Calibrate:
             )  # fmt: skip
         if self.kind in ("contextual", "domain"):
             sample = free_inputs(self.kind, rows, min(self.prompts, 20), run.seed)
-        _, plain = unseen(system.uncalibrated, sample)
-        session = run.session(system.model)
-        scores, _ = plain.label_scores(sample, session, run.progress("calibrating"))
+        # Each is hidden from itself alone: without the others' nearest rows, another prompt would be calibrated.
+        session, plain = run.session(system.model), system.uncalibrated
+        scores, _ = plain.label_scores(sample, session, run.progress("calibrating"), blind=True)
         right = [labels.index(e.completion) for e in sample] if labelled else []
         prior = fitted_prior(scores, right) if labelled else batch_prior(scores)
         return replace(system, decoding=replace(system.decoding, prior=prior))

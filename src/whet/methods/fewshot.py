@@ -125,6 +125,11 @@ class FewShot:
         """How many prompts the model is asked, about."""
         return ASKED * (self.selection == "bootstrapped") + 3 * RACED_ROWS * (self.order == "raced")
 
+    def asks(self, rows: int) -> int:
+        """How many prompts the model is asked at most, where train has so many rows."""
+        tried = min(ASKED, rows) if self.selection == "bootstrapped" else 0
+        return tried + (3 * min(RACED_ROWS, rows) if self.order == "raced" else 0)
+
     def apply(self, system: System, data: Learnable, run: Run) -> System:
         """The System with demonstrations from train; its calibration, if any, is dropped."""
         asked = [e for e in data.train if e.answered and e.text is None]

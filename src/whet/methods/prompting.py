@@ -83,6 +83,11 @@ class Prompting:
         rungs = max(1, math.ceil(math.log2(self.pool)))
         return int(self.examples * (2.5 + self.pool / 2.0**rungs * (1 + rungs / 2))) + PROBED * PROBE_ROWS
 
+    def asks(self, rows: int) -> int:
+        """How many prompts the model is asked, about, where train has so many rows."""
+        raced, probed = max(0, self.prompts - PROBED * PROBE_ROWS), PROBED * min(PROBE_ROWS, rows)
+        return math.ceil(raced * min(1.0, rows / self.examples)) + probed if self.prompts else 0
+
     def space(self) -> Mapping[str, Sequence[Any]]:
         """The settings worth trying."""
         return {"pool": (12, 24), "examples": (64, 128), "calibrated": (False, True)}

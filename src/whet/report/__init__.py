@@ -83,10 +83,12 @@ def _confirmed(result: Record, confirm: Record, scale: Scale) -> str:
     tried = any(a.kind == "arm" and a.score is not None for a in view.arms(result))
     if failed := _failed(result):
         return f"{failed}; the base is handed over: {scale.title} {scale.score(base)} on {sealed}"
+    if refused := _refused(result, base, scale):
+        return f"{refused}; the base is handed over: {scale.title} {scale.score(base)} on {sealed}"
     if tried and not view.opened(confirm):
         return (f"No candidate beat the base model on the select split, so none was tried on {sealed}; "
                 f"the base is handed over: {scale.title} {scale.score(base)}")
-    if not tried and not difference:
+    if not tried and not (view.opened(confirm) and (difference or confirm.get("candidate"))):
         return f"Nothing was tried beside the base model, which is handed over: {scale.title} {scale.score(base)}"
     if difference is None:
         return f"Nothing was shown to beat the base model, which is handed over: {scale.title} {scale.score(base)}"
@@ -108,10 +110,24 @@ def _unconfirmed(result: Record, scale: Scale) -> str:
         return "Nothing was measured"
     if failed := _failed(result):
         return f"{failed}; the base is handed over: {scale.title} {scale.score(base)} on the select split"
+    if refused := _refused(result, base, scale):
+        return f"{refused}; the base is handed over: {scale.title} {scale.score(base)} on the select split"
     if any(a.kind == "arm" and a.score is not None for a in arms):
         return (f"Nothing beat the base model, which is handed over: {scale.title} {scale.score(base)} "
                 "on the select split, not confirmed")
     return f"Only the base model was measured: {scale.title} {scale.score(base)} on the select split"
+
+
+def _refused(result: Record, base: float | None, scale: Scale) -> str:
+    """What scored more than the base on select and was refused, and why, where nothing else did; empty otherwise."""
+    sign = 1 if scale.higher_is_better else -1
+    plain = next((a.score for a in view.arms(result) if a.kind == "base"), base)
+    better = [t for t in records(result.get("trials")) if not view.is_base(t, result) and plain is not None
+              and (score := view.score_of(t)) is not None and sign * score > sign * plain]  # fmt: skip
+    if not better or any(line(t.get("status")) != "refused" for t in better):
+        return ""
+    best = max(better, key=lambda t: sign * (view.score_of(t) or 0.0))
+    return f"What did better than the base was refused ({view.name_of(best)}: {line(best.get('why')).rstrip('.')})"
 
 
 def _failed(result: Record) -> str:

@@ -362,12 +362,12 @@ def _keeping(job: _Job, trial: Trial) -> Trial:
     if not lost:
         return trial
     why, base = refused(lost), _base_of(job, trial)
-    job.notes += [str(one) for one in lost]
+    job.notes += [f"{trial.name}: {one}" for one in lost]
     if not why:
         job.watch.arm("what it did to all else")
         moved = moved_by(base, trial.system, job.race.select, job.run)
-        job.notes += [] if moved is None else [f"drift {moved:.3f} nats a token from the base"]
-        job.notes.append(str(ability(base, trial.system, job.run)))
+        job.notes += [] if moved is None else [f"{trial.name}: drift {moved:.3f} nats a token from the base"]
+        job.notes.append(f"{trial.name}: {ability(base, trial.system, job.run)}")
     most = max(one.lost for one in lost)
     return job.race.mark(trial, forgetting=most, status="refused" if why else trial.status, why=why or trial.why)
 
@@ -575,7 +575,8 @@ def _read(job: _Job, system: System) -> dict[str, Any] | None:
 
     Where they cannot be read now, a note says so.
     """
-    rows = job.splits.confirm[: min(MOST_READ, math.ceil(READ * len(job.splits.confirm)))]
+    most = min(MOST_READ, math.ceil(READ * len(job.splits.confirm)))
+    rows = shared_order(job.splits.confirm, job.task.closed, job.wish.seed)[:most]  # files are often sorted
     if not rows or "@" in job.metric.name or all(s.kind != "documents" for s in system.sources):
         return None
     job.watch.arm("how passages are read: found, right and wrong ones")

@@ -26,7 +26,7 @@ from whet.task import Example, Learnable
 if TYPE_CHECKING:
     from whet.search import Wish
 
-THOUGHT = ("exact_match", "token_f1", "contains")  # metrics of short answers, which reasons may lead to
+THOUGHT = ("exact_match", "token_f1", "contains", "number")  # metrics of short answers, which reasons may lead to
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,9 @@ def prompting_recipes(data: Learnable) -> list[Recipe]:
     nearest = embed.available()
     one, read = ("knowledge", {"k": 1}), ("rag", {"k": 1})
     if "@" in data.metric:  # what is ranked are the documents; no model is asked
-        return [recipe("rag"), *(recipe(("rag", {"mix": mix})) for mix in ("words", "meaning"))] if nearest else []
+        ranking = [recipe("rag"), *(recipe(("rag", {"mix": mix})) for mix in ("words", "meaning"))]
+        ranking += [recipe(one), recipe("knowledge")] if data.documents is None else []
+        return ranking if nearest else []
     facts = [recipe(one), recipe("knowledge"), recipe(one, ("fewshot", {"k": 4}))] if nearest else []
     reading = nearest and data.documents is not None
     if data.labels:
@@ -113,7 +115,7 @@ def prompting_recipes(data: Learnable) -> list[Recipe]:
         found += [recipe(read, one)] if facts and data.knowledge is not None else []
     if data.metric not in ("perplexity", "win_rate"):
         found.append(recipe("prompting"))
-    if data.metric in THOUGHT:
+    if data.metric in THOUGHT and not data.closed:
         found.append(recipe(("prompting", {"reason": True})))  # last: reasons take many tokens
     return found
 
@@ -219,7 +221,7 @@ def _smaller(one: Recipe) -> Recipe | None:
 
 def asking(methods: Sequence[Method], data: Learnable) -> int:
     """How many prompts some methods ask the model once, before what they make is scored."""
-    return sum(m.asks(len(data.train)) if isinstance(m, Calibrate) else getattr(m, "prompts", 0) for m in methods)
+    return sum(m.asks(len(data.train)) for m in methods if isinstance(m, (Calibrate, FewShot, Prompting)))
 
 
 def _cost(

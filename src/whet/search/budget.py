@@ -144,10 +144,10 @@ def estimate(
     few = random.Random(0).sample(list(examples), min(sample, len(examples)))
     share = len(examples) / len(few)
     closed = system.decoding.closed
-    prompts = system.prompts(few)
     sets = [(e.choices or system.decoding.spoken) if closed and e.text is None else ("",) for e in few]
     if few[0].text is not None:
         return Spent(prefilled_tokens=round(share * sum(session.count([e.text or "" for e in few]))))
+    prompts, _ = system.fitting(few, session, [system.room(e, session) for e in few])  # as they are sent
     whole = session.cost(prompts, sets, every)
     half = session.cost(prompts[: len(few) // 2], sets[: len(few) // 2], every) if len(few) > 1 else 0
     # Two points tell what is shared (once) from what every example adds.

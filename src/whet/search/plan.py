@@ -55,7 +55,7 @@ def apportion(
     """
     notes = []
     confirm, select = splits.confirm, tuple(shared_order(splits.select, closed, wish.seed))
-    texts = any(e.text is not None for e in confirm)
+    texts = any(e.text is not None for e in confirm or select)
     whole = passes * price(confirm)
     sealed = affordable(len(confirm), whole, CONFIRMED * wish.budget, LEAST_TEXTS if texts else LEAST_CONFIRMED)
     if sealed < len(confirm):
@@ -215,7 +215,7 @@ def refined(job: _Job) -> tuple[Trial | None, list[Arm]]:
     helped = sorted((t for t in race.trials if t.against_base and t.against_base.low > 0), key=race.merit, reverse=True)
     both = combined(best.recipe, [t.recipe for t in helped])
     among = [r for r in [*both, *neighbours(best.recipe)] if f"{r.name}{best.label}" not in tried]
-    if race.metric.name == "win_rate":  # single answers have no score by which a method could choose
+    if race.metric.name in ("win_rate", "perplexity"):  # single answers have no score by which a method could choose
         among = [r for r in among if not any(getattr(m, "prompts", 0) for m in r.methods)]
     base = next(b for b, label in zip(job.bases, labels(job), strict=True) if label == best.label)
     found = cheap_arms(job.wish, [base], [best.label], race.data, race.select, race.rates, job.run, math.inf,

@@ -179,7 +179,7 @@ class Race:
             if not recipe.methods and self.base is None:  # nothing could be compared with it
                 raise
             # What it has cost is spent; that it failed is not kept, since what was missing may be there next time.
-            system, spent, card = start, _since(run, before) + run.spent, None
+            system, spent, card, begun = start, _since(run, before) + run.spent, None, None
             notes = {"slower": error.slower} if isinstance(error, DivergedError) else {}
             status, why = "failed", str(error)
             self.watch.say(f"{recipe.name}{label} failed: {why}")

@@ -71,8 +71,9 @@ def trains(one: Recipe) -> bool:
 
 
 def scoring(job: _Job, one: Recipe, start: System) -> float:
-    """Seconds that scoring all of select takes behind a recipe, with the documents and facts that it shows."""
-    shown = Recipe(tuple(m for m in one.methods if set(m.writes) <= {"sources"}))
+    """Seconds that scoring all of select takes behind a recipe, with the documents, facts and rows that it shows."""
+    shown = Recipe(tuple(m for m in one.methods if set(m.writes) <= {"sources", "demonstrations"}
+                         and not getattr(m, "prompts", 0)))  # fmt: skip
     session, speed = job.run.session(start.model), job.race.speed(start)
     try:
         start = shown.run(start, job.race.data, replace(job.run, spent=Spent(), notes={}))
@@ -131,6 +132,8 @@ def race(job: _Job, tuned: Recipe) -> bool:
     judged = [m for m in behind(job, tuned) if m != "rl"]
     # Of many labels a short training learns few, which near demonstrations show: both ways get half.
     told = _told(job, tuned.methods[:-1]) if len(job.task.labels) > MANY else ()
+    if told and 0.5 * _allowed(job, tuned, start) < LEAST_TOKENS:  # too little for either
+        told = ()
     share = min(part(job, tuned), 0.5 if told else 1.0)
     one = enter(job, tuned, start, share)
     if one is not None and "slower" in one.notes:  # it diverged: once more, as the error says
@@ -359,7 +362,7 @@ def _calibrates(job: _Job) -> bool:
 def enter(job: _Job, wanted: Recipe, start: System, share: float = 1.0) -> Trial | None:
     """Run a recipe that trains, with a share of the tokens that are left once scoring what comes of it is set aside."""
     race, trained = job.race, trains(wanted)
-    allowed = int(share * (race.left - after(job, wanted, start)) * (1 - VALIDATED) * race.speed(start).train)
+    allowed = _allowed(job, wanted, start, share)
     if trained and allowed < LEAST_TOKENS:
         why = f"only {clock(max(0.0, race.left))} of the budget would be left for it"
         job.skipped.append({"method": wanted.name, "why": why})
@@ -367,6 +370,12 @@ def enter(job: _Job, wanted: Recipe, start: System, share: float = 1.0) -> Trial
     trial = race.enter(wanted, start, tokens=allowed if trained else None)
     trial.notes["allowed"] = allowed
     return trial
+
+
+def _allowed(job: _Job, wanted: Recipe, start: System, share: float = 1.0) -> int:
+    """The tokens that a training may take, with this share of what is left."""
+    left = job.race.left - after(job, wanted, start)
+    return int(share * left * (1 - VALIDATED) * job.race.speed(start).train)
 
 
 def after(job: _Job, wanted: Recipe, start: System) -> float:
