@@ -422,7 +422,8 @@ def test_a_stronger_model_proposes_from_failures(base: System, stronger: tuple[P
     run = run_with(Reader("Secret word"), base)
     made = Prompting(pool=6, examples=32, proposer=url, proposals=4).apply(base, DATA, run)
     assert "Secret word" in made.prompt_text and run.notes["prompting"]["changed"]
-    assert run.spent.generated_tokens > 0  # what the proposer wrote is counted
+    # What the proposer wrote is counted, and once: not among the sessions of the run, too.
+    assert run.spent.generated_tokens > 0 and all(ref.base != url for ref in run.sessions)
     sent = "".join(str(seen[2]) for seen in play.seen)
     assert "the answer is: " in sent and "Judge the film." in sent
     raced = {e.prompt for e in learnable(base, DATA, 0)[:32]}

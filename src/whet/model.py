@@ -410,7 +410,7 @@ def _check_adapter(folder: Path) -> None:
         plain = settings["peft_type"] == "LORA" and not settings.get("megatron_config")
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         plain = False
-    if not plain or not (folder / "adapter_model.safetensors").exists() or list(folder.glob("*.bin")):
+    if not plain or not (folder / "adapter_model.safetensors").exists():
         raise ModelError(f"the adapter in {folder} is none that whet wrote", expected="LoRA, as safetensors",
                          found=", ".join(sorted(p.name for p in folder.iterdir())), do="train it again")  # fmt: skip
 

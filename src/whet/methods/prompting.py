@@ -149,11 +149,13 @@ class Prompting:
 
     def _proposed(self, contest: Contest, best: System, most: int, run: Run) -> System:
         """The best that GEPA makes of it with the proposer's reflections on failures."""
+        from whet.engine import open_session
         from whet.model import resolve
 
         gepa = package("gepa", "prompting")
-        asked = run.session(resolve(self.proposer))
-        before, tried, failed = asked.spent, list[bool](), list[WhetError]()
+        # Of its own, not the Run's: who counts what those have spent would count it twice.
+        asked = open_session(resolve(self.proposer), run.home)
+        tried, failed = list[bool](), list[WhetError]()
 
         def reflect(prompt: str | list[dict[str, Any]]) -> str:
             turns = [("user", prompt)] if isinstance(prompt, str) else [(m["role"], m["content"]) for m in prompt]
@@ -165,13 +167,16 @@ class Prompting:
                 raise
 
         # Each proposal costs a few rows, and all of the second half if it does better there.
-        found = gepa.optimize(
-            {"instruction": best.instruction, "frame": best.frame}, list(range(most // 2)),
-            list(range(most // 2, most)), adapter=_Reflected(contest, best), reflection_lm=reflect, seed=run.seed,
-            max_metric_calls=(self.proposals + 1) * most // 2 + 8 * self.proposals, logger=_Quiet(),
-            stop_callbacks=lambda _: len(tried) >= self.proposals,
-        )  # fmt: skip
-        run.spent += asked.spent - before
+        try:
+            found = gepa.optimize(
+                {"instruction": best.instruction, "frame": best.frame}, list(range(most // 2)),
+                list(range(most // 2, most)), adapter=_Reflected(contest, best), reflection_lm=reflect, seed=run.seed,
+                max_metric_calls=(self.proposals + 1) * most // 2 + 8 * self.proposals, logger=_Quiet(),
+                stop_callbacks=lambda _: len(tried) >= self.proposals,
+            )  # fmt: skip
+        finally:
+            run.spent += asked.spent
+            asked.close()
         if failed and len(failed) == len(tried):
             raise failed[0]
         if failed:
