@@ -12,6 +12,7 @@ import pytest
 
 from whet import suspects
 from whet.engine.torch import TorchSession
+from whet.errors import DivergedError, MethodError
 from whet.methods import Run
 from whet.methods.finetune import FineTune
 from whet.model import resolve
@@ -191,6 +192,21 @@ def test_trainings_that_are_raced_leave_out_the_same_rows(
     _, ended = tune.race(tune.candidates(method), system, data, run)
     assert len({arm.fidelity for arm in ended}) > 1 and searched == [61]
     assert run.notes["suspects"] == [vars(found[0])] and run.notes["unexamined"] == 1
+
+
+def test_a_search_for_suspects_that_diverges_names_what_helps(
+    model_folder: str, tmp_path: Path, fp32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverged(*_: Any) -> None:
+        raise DivergedError("the training diverged", found="loss nan", do="set learning_rate=1e-4")
+
+    data = Learnable("topics", "Name it.", "accuracy", tuple(TOPICS), tuple(rows(60)))
+    system, run = System(resolve(model_folder), "Name it.", home=tmp_path), Run(Store(tmp_path))
+    monkeypatch.setattr(suspects, "find", lambda rows, _, __, judge, ___: judge(rows[::2], rows[1::2]))
+    monkeypatch.setattr("whet.train.lesson.teach", diverged)
+    with pytest.raises(MethodError, match="the training diverged; found loss nan; leave clean out") as caught:
+        FineTune(clean=True).apply(system, data, run)
+    assert not isinstance(caught.value, DivergedError)  # no rate of this training helps
 
 
 def test_choices_that_are_the_labels_are_judged_in_their_order_and_others_not_at_all(

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from whet.engine import Spent
-from whet.errors import MethodError
+from whet.errors import DivergedError, MethodError
 from whet.methods import Need, Run
 from whet.system import System
 from whet.task import Example, Learnable
@@ -130,7 +130,11 @@ class FineTune:
         def judge(fit: Sequence[Example], held: Sequence[Example]) -> list[tuple[float, ...]]:
             """Log-probabilities of the labels of `held`, by the model trained on `fit`."""
             within = replace(run, trained_tokens=most, fidelity=1.0, spent=Spent(), notes={}, previous=None)
-            taught = method.apply(system, replace(data, train=tuple(fit)), within)
+            try:
+                taught = method.apply(system, replace(data, train=tuple(fit)), within)
+            except DivergedError as error:  # at the default rate, which no setting changes here
+                raise MethodError(f"suspects cannot be looked for: {error.problem}", found=error.found,
+                                  do="leave clean out") from error  # fmt: skip
             progress = run.progress("looking for suspects")
             scores, _ = taught.label_scores(held, run.session(taught.model), progress, blind=True)
             run.sessions.pop(taught.model)
