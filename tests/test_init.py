@@ -780,7 +780,7 @@ def test_a_column_is_not_prompt_and_answer(tmp_path):
     refused(lambda: init(data, tmp_path / "t", prompt=("text",), completion="text"), "'text'", "prompt and answer")
 
 
-@pytest.mark.parametrize("column", ["label_id", "class_index", "Category ID", "intent_idx", "author"])
+@pytest.mark.parametrize("column", ["label_id", "class_index", "Category ID", "intent_idx"])
 def test_numbered_classes_are_answers(tmp_path, column):
     rows = [{"id": f"r{n}", "text": text, column: f"{n % 4}"} for n, (text, _) in enumerate(REVIEWS)]
     guess, task = made(tmp_path, rows)
@@ -794,11 +794,34 @@ def test_topics_of_news_are_answers(tmp_path):
     assert guess.columns == Columns(("Title", "Description"), "Class Index") and guess.metric == "accuracy"
 
 
+@pytest.mark.parametrize(
+    ("columns", "prompt", "answer"),
+    [({"url": "text", "label": "few"}, "url", "label"),
+     ({"text": "text", "author": "few", "toxic": "few"}, "text", "toxic"),
+     ({"question": "text", "topic_id": "few", "is_duplicate": "few"}, "question", "is_duplicate"),
+     ({"utterance": "text", "category_id": "few", "kommentar": "text"}, "utterance", "kommentar")],
+)  # fmt: skip
+def test_numbered_classes_are_answers_where_nothing_else_is(tmp_path, columns, prompt, answer):
+    rows = [{key: f"{text} {key}" if kind == "text" else f"{key[0]}{n % 3}" for key, kind in columns.items()}
+            for n, (text, _) in enumerate(REVIEWS)]  # fmt: skip
+    guess, _ = made(tmp_path, rows)
+    assert guess.columns == Columns((prompt,), answer), guess.lines
+
+
+def test_a_corpus_stays_one_whatever_is_numbered_beside_it(tmp_path):
+    rows = [{"text": f"{text} " * 30, "category_id": n % 3, "author": "ab"[n % 2]}
+            for n, (text, _) in enumerate(REVIEWS)]  # fmt: skip
+    guess, _ = made(tmp_path, rows)
+    assert guess.kind == "text" and guess.metric == "perplexity"
+
+
 def test_evidence_that_is_text_is_read(tmp_path):
     rows = [{"claim": f"{text} indeed", "evidence": f"someone wrote that {text} back then", "label": "SR"[n % 2]}
             for n, (text, _) in enumerate(REVIEWS)]  # fmt: skip
     guess, task = made(tmp_path, rows)
     assert set(guess.columns.prompt) == {"claim", "Evidence"} and not any(e.evidence for e in every(task)), guess.lines
+    asked = init(tmp_path / "a.jsonl", tmp_path / "asked", prompt=("claim", "evidence"))
+    assert asked.columns.prompt == ("claim", "evidence")  # by the name that the file has
     (tmp_path / "ids").mkdir()
     rows = [{"question": text, "answer": f"it is {n}", "evidence": [f"d{n}"]} for n, (text, _) in enumerate(REVIEWS)]
     guess, task = made(tmp_path / "ids", rows)

@@ -225,6 +225,10 @@ def test_a_heading_ends_where_a_browser_ends_it(tmp_path: Path) -> None:
         ("Kettles all", "They boil."), ("Kettles all / Lamps", "They shine."),
         ("Kettles all / Lamps / Cups", "They hold."),
     ]  # fmt: skip
+    (tmp_path / "b.html").write_text("<h1>日本<ruby>語<rt>ご</rt></ruby>の文法</h1><p>one</p><h2><div>Part 1</div>"
+                                     "<div>Getting started</div></h2><p>two</p>")  # fmt: skip
+    [found], _ = documents.load(tmp_path / "b.html")
+    assert [p.title for p in passages(found)][1].endswith("文法 / Part 1 Getting started")
 
 
 @pytest.mark.parametrize("odd", ["<![endif--]>", "re: [<![a-z]+]", "if (a<![b])", "<![", "<![x"])
@@ -995,6 +999,9 @@ def test_rows_of_a_database_are_read_where_it_is_trusted(tmp_path: Path) -> None
     odd = tmp_path / "a#b 100%"
     odd.mkdir()
     (odd / "shop.db").write_bytes((tmp_path / "shop.db").read_bytes())
+    nameless = "sqlite:///shop.db SELECT text FROM pages"
+    [one], [same] = (documents.load(nameless, place, trusted=True)[0] for place in (tmp_path, odd))
+    assert one.id == same.id and one.id.startswith("shop.db-")  # wherever the folder lies
     [other], _ = documents.load(f"{query} WHERE text LIKE '%a :30%' OR text LIKE '%row'", odd, trusted=True)
     assert other.text == "from a row"
     for place, driver in (("postgres", "postgresql"), ("postgres+psycopg", "postgresql+psycopg"), ("mssql", "mssql")):

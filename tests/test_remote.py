@@ -660,6 +660,20 @@ def test_a_server_that_is_asked_too_often_has_time():
     with session(play, Retry(tries=2, first=0.001, longest=5, connect=1, answer=1)) as s:
         s.generate([USER], Sampling())
     assert gaps(play)[0] >= 0.12
+    play = Troubled((429, {}, {"retry-after": "0.1"}), times=1)
+    with session(play, Retry(tries=2, first=0.5, longest=5, connect=1, answer=1)) as s:
+        s.generate([USER], Sampling())
+    assert gaps(play)[0] < 3  # what it asks for, not ten times what is usual
+
+
+def test_what_waits_for_its_turn_is_not_sent_once_all_is_to_end():
+    halt = threading.Event()
+    gate = module.Gate(1, halt)
+    with gate.through():
+        halt.set()
+        with pytest.raises(module._Again), gate.through():
+            pass
+    assert gate.inside == 0
 
 
 def test_tools_of_a_history_speak_as_users(monkeypatch):

@@ -349,6 +349,11 @@ def test_a_link_out_of_a_system_is_refused(tuned: System, tmp_path: Path, home: 
     shutil.move(folder / "README.md", tmp_path / "hub" / "blobs" / "abc")
     (folder / "README.md").symlink_to("../../blobs/abc")  # as the Hub's cache does
     assert systems.load(folder, home).fingerprint == tuned.fingerprint
+    shutil.copytree(folder, tmp_path / "hub" / "snapshots" / "rev" / "system", symlinks=True)
+    within = tmp_path / "hub" / "snapshots" / "rev" / "system"  # what improve leaves, uploaded as it is
+    (within / "README.md").unlink()
+    (within / "README.md").symlink_to("../../../blobs/abc")
+    assert systems.load(within, home).fingerprint == tuned.fingerprint
 
 
 def test_a_base_that_changed_is_refused(tmp_path: Path, home: Path) -> None:
@@ -422,7 +427,7 @@ def test_self_contained(tuned: System, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_base_that_came_along_is_told_from_another(home: Path, tmp_path: Path) -> None:
-    own = save_model(tmp_path / "base")
+    own = save_model(tmp_path / "own")
     folder = System(models.resolve(own), "say", home=home).save(tmp_path / "system", self_contained=True)
     save_model(folder / "base", seed=1)
     body = json.loads((folder / "system.json").read_text())

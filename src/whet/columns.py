@@ -20,6 +20,7 @@ from whet.rows import Row, literal, short, suffix_of
 
 # What columns are called in public data, as `_name` writes it. The first name that a file has is taken: a label before
 # an answer (where both stand there, the answer is what is labelled), an answer before a mere class of the question.
+RUNNING = 4  # words from which on a cell is text, and names nothing
 MANY = "labels"  # several a row, where its cells are lists
 NONE = "none"  # the answer of a row that has no label
 LABELS = ("gold_label", "label", "label_text", MANY, "라벨", "레이블")
@@ -44,7 +45,7 @@ ASIDE = re.compile(r"(.*_)?(id|ids|idx|index|ind|uuid|url|link|date|time|timesta
 NUMBERED = re.compile(r"(?:gold_|true_)?(?:class|label|category|intent|target|topic|sentiment|emotion)_?"
                       r"(?:id|ids|idx|index|ind|num|no)")  # fmt: skip
 OUTER = ("id", "ids", "idx", "index")  # of whose parts none is part of a prompt
-MOST_AUTHORS = 20  # that texts are told apart by
+NAMING = re.compile(r"(.*_)?(id|ids|idx|index|ind|uuid|번호)|_*index_level_\d+_*|unnamed.*")  # what names a row alone
 OPTIONS = ("choices", "options", "endings", "candidates", "distractors", "incorrect_answers")
 OPTION = re.compile(r"(|choice|option|opt?|ending|sol|solution|answer|candidate|distractor|incorrect_answer|보기|"
                     r"선택지)_?([a-j]|\d)")  # fmt: skip
@@ -154,15 +155,20 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
             value = value if (found := literal(value)) is None else found
         if isinstance(value, dict) and key_of(key) in OBJECTS and not {"text", "aliases", "value"} & value.keys():
             flat[key] = json.dumps(value, ensure_ascii=False, default=str)
-        elif isinstance(value, dict) and value.keys() == {"choices", "labels"}:  # TruthfulQA's: 1 for each right one
-            marks = list(value["labels"] or ())
-            if marks.count(1) == 1 and "choices" not in {*values, *flat}:
-                flat |= {"choices": value["choices"], "answer": value["choices"][marks.index(1)]}
+        elif isinstance(value, dict) and value.keys() == {"choices", "labels"} and _marked(**value):
+            if value["labels"].count(1) == 1 and "choices" not in {*values, *flat}:
+                flat |= {"choices": value["choices"], "answer": value["choices"][value["labels"].index(1)]}
         elif isinstance(value, dict) and key not in KEPT and not {"text", "aliases"} & value.keys():
             flat |= {f"{key}.{inner}": cell for inner, cell in _flat(value).items()}
         else:
             flat[key] = value
     return flat
+
+
+def _marked(choices: Any, labels: Any) -> bool:
+    """Whether choices are marked by 0 and 1, as TruthfulQA's are."""
+    both = isinstance(choices, list) and isinstance(labels, list) and len(choices) == len(labels)
+    return both and {*map(str, labels)} <= {"0", "1"}
 
 
 def _class_names(data: Path) -> dict[str, list[str]]:
@@ -279,24 +285,35 @@ def _answer_of(free: Sequence[str], usable: Mapping[str, list[str]]) -> tuple[st
         twin = _spoken(answer, free, usable)
         return (twin, f"the names of {answer}") if twin else (answer, "by its name")
     known = {*PROMPTS, *CONTEXTS}
-    if numbered := next((key for key in outside if numbers_classes(key, usable[key])), ""):
-        return numbered, "few different values"
     rest = [key for key in outside if key_of(key) not in known and not _aside(key) and len(set(usable[key])) > 1]
     labels = [key for key in rest if closed(usable[key])]
     if labels and len(free) > 1:
         return min(labels, key=lambda key: len(set(usable[key]))), "few different values"
+    # Beside texts of no known name, which are none of them an answer, as far as one can tell.
+    texts_ = all(statistics.median(map(count_words, usable[key])) >= RUNNING for key in rest)
+    alone = not rest or (texts_ and all(key_of(key) not in known for key in free))
+    if alone and (numbered := next((key for key in outside if numbers_classes(key, usable[key])), "")):
+        return numbered, "few different values"
     return next(reversed(rest), ""), "the last column that is left"
 
 
 def numbers_classes(key: str, answers: Sequence[str]) -> bool:
-    """Whether a column that names or numbers something is one of classes; so is one of a few authors."""
-    few = key_of(key) == "author" and len(set(answers)) <= MOST_AUTHORS
-    return bool(few or NUMBERED.fullmatch(_plain_name(key))) and closed(answers)
+    """Whether a column that names or numbers something is one of classes."""
+    return bool(NUMBERED.fullmatch(_plain_name(key))) and closed(answers)
 
 
 def _aside(key: str) -> bool:
-    """Whether a column is never part of a prompt unless asked for."""
-    return bool(ASIDE.fullmatch(key_of(key))) or any(_plain_name(part) in OUTER for part in key.split(".")[:-1])
+    """Whether a column is never part of a prompt unless asked for, or it is all that there is."""
+    return bool(ASIDE.fullmatch(key_of(key))) or _within_id(key)
+
+
+def naming(key: str) -> bool:
+    """Whether a column only says which row it is: never a prompt unless asked for."""
+    return bool(NAMING.fullmatch(key_of(key))) or _within_id(key)
+
+
+def _within_id(key: str) -> bool:
+    return any(_plain_name(part) in OUTER for part in key.split(".")[:-1])
 
 
 def _spoken(answer: str, free: Sequence[str], usable: Mapping[str, list[str]]) -> str | None:
@@ -338,7 +355,8 @@ def _inputs(free: Sequence[str], usable: Mapping[str, list[str]], answer: str) -
         for n, key in enumerate(found)
         if not any(within(key, o) and (m < n or not within(o, key)) for m, o in enumerate(found) if m != n)
     ]
-    if not found and (rest := [key for key in free if not _aside(key)]):
+    rest = [key for key in free if not _aside(key)] or [key for key in free if not naming(key)]
+    if not found and rest:
         found = [max(rest, key=lambda key: statistics.mean(map(len, usable[key])))]
     return sorted(found, key=lambda key: key_of(key) not in CONTEXTS)
 

@@ -140,8 +140,9 @@ def _other_form(values: dict[str, Any], where: str) -> tuple[dict[str, Any], str
         prompt = "\n\n".join(part for part in parts if part.strip())
         system = as_text(values.get("system"), where, "system") or ""
         history = [("system", system)] if system.strip() else []
-        earlier = values.get("history")
-        for pair in earlier if isinstance(earlier, list) else ():  # LLaMA-Factory's: [question, answer] each
+        told = values.get("history")
+        pairs = told if isinstance(told, list) and not any(isinstance(item, dict) for item in told) else []
+        for pair in pairs:  # LLaMA-Factory's: [question, answer] each
             if not isinstance(pair, (list, tuple)) or len(pair) != 2:
                 raise TaskError(f"{where}: history cannot be read", expected="pairs of question and answer",
                                 found=short(pair))  # fmt: skip

@@ -260,7 +260,8 @@ def _query(source: str, folder: Path, trusted: bool) -> Iterator[Document]:
         place = re.sub(r"^postgres(?=[:+])", "postgresql", place, flags=re.IGNORECASE)  # as its own tools call it, too
     try:
         at = sql.make_url(place)
-        mark = hashlib.sha256(f"{at.host} {at.database} {query}".encode()).hexdigest()[:8]
+        where = path if kind[:6].lower() == "sqlite" else f"{at.host} {at.database}"  # as written: folders move
+        mark = hashlib.sha256(f"{where} {query}".encode()).hexdigest()[:8]
         table = f"{Path((at.database or kind).removeprefix('file:')).name}-{mark}"
         with sql.create_engine(place).connect() as connection:
             plain = connection.execution_options(no_parameters=True)  # a colon or a % of the query is one
@@ -342,7 +343,9 @@ def _document(url: str, kind: str, body: bytes) -> Document:
 
 INLINE = ("a", "abbr", "b", "bdi", "bdo", "cite", "code", "data", "del", "dfn", "em", "font", "i", "ins", "kbd", "mark",
           "q", "s", "samp", "small", "span", "strong", "sub", "sup", "time", "tt", "u", "var", "wbr")  # fmt: skip
-EMPTY = ("br", "img", "svg")  # of a heading, too
+# What stands in a heading only because the page does not end it.
+BLOCKS = ("p", "ul", "ol", "dl", "table", "pre", "section", "article", "main", "blockquote",
+          *(f"h{n}" for n in range(1, 7)))  # fmt: skip
 UNMARKED = re.compile(r"<!\[(?!(?:temp|cdata|ignore|include|rcdata|if|else|endif)(?![\w.-]))", re.IGNORECASE)
 ASIDE = ("script", "style", "nav", "header", "footer", "noscript", "template")
 WORD_XML = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
@@ -427,7 +430,7 @@ def _heading(part: Any) -> tuple[list[Any], list[Any]]:
     """What a heading says, and what stands in it only because the page closes it by another tag or not at all."""
     inner = list(part.contents)
     for n, child in enumerate(inner):
-        block = child.name not in (None, *INLINE, *EMPTY)
+        block = child.name in BLOCKS or (child.name == "div" and child.find(BLOCKS))
         if block and any(one.get_text().strip() for one in inner[:n]):
             return inner[:n], inner[n:]
     return inner, []

@@ -25,6 +25,7 @@ from whet.columns import (
     NONE,
     NUMBER,
     PROMPTS,
+    RUNNING,
     SYSTEM,
     TESTS,
     Columns,
@@ -81,7 +82,7 @@ ASKED = {
 }  # fmt: skip
 SUMMARIES, TITLES = ("summary", "highlights", "요약"), ("title", "headline", "제목")  # columns of answers
 NAMED = 3  # prompts whose lines are named
-RUNNING = 4  # words from which on a cell is text, and names nothing
+CORPUS = 100  # words of a text from which on it is one of a corpus, whatever is numbered beside it
 UNLABELLED, LEAST_CLASSES = ("-1", "-100"), 3  # numbers of rows that nobody has labelled, among so many classes
 WORKED = re.compile(r"####\s*-?\$?[\d,.]+\s*\Z")  # GSM8K: the working, then the number
 
@@ -125,7 +126,7 @@ def init(
     read_ = read(data, broken, notes)
     if not read_:
         raise broken[0][1]
-    found = _evidence_apart(unfolded(data, read_))
+    found = _evidence_apart(unfolded(data, read_), {*prompt, completion, group})
     if group:
         found = _grouped(data, found, group, (*prompt, completion))
         notes.append(f"column {group!r} read as the group")
@@ -154,11 +155,13 @@ def init(
     return guess
 
 
-def _evidence_apart(rows: list[Row]) -> list[Row]:
+def _evidence_apart(rows: list[Row], asked: set[str | None]) -> list[Row]:
     """Rows whose `evidence`, where it is running text, is a context of the question; in whet's rows it names documents.
 
-    The name is kept but for its first letter.
+    The name is kept but for its first letter, and whole where it is `asked` for.
     """
+    if "evidence" in asked:
+        return rows
     said = texts(row.values.get("evidence") for row in rows if not isinstance(row.values.get("evidence"), (list, dict)))
     if not said or statistics.median(map(count_words, said)) < RUNNING:
         return rows
@@ -297,7 +300,9 @@ def _shape(table: Mapping[str, list[Any]]) -> tuple[str, set[str]]:
         if telling <= keys:
             return kind, keys - telling - beside - KEPT
     rest = keys - {"text", "title"} - KEPT
-    if "text" in keys and all(ASIDE.fullmatch(key_of(k)) and not numbers_classes(k, texts(table[k])) for k in rest):
+    classes = [key for key in rest if numbers_classes(key, texts(table[key]))] if "title" not in keys else []
+    short_ = classes and statistics.median(map(count_words, texts(table.get("text", ())) or [""])) < CORPUS
+    if "text" in keys and all(ASIDE.fullmatch(key_of(key)) for key in rest) and not short_:
         return "text", keys - {"text"} - KEPT
     return "columns", set()
 
@@ -427,7 +432,8 @@ def _metric(
         comma = any(re.fullmatch(r"-?(\d+,\d{1,2}|0,\d+)", answer.strip()) for answer in answers)
         if comma and not any("." in answer for answer in answers):
             for row in rows:  # 3,125 beside 4,75 is no three thousand
-                row["completion"] = row["completion"].replace(",", ".")
+                row |= {key: [_pointed(a) for a in row[key]] if key == "answers" else _pointed(row[key])
+                        for key in ("completion", "answers") if key in row}  # fmt: skip
             lines.append("commas in numbers read as decimal points, and written so")
         if name in (*LABELS, *CLASSES):
             lines.append("metric pearson: each answer is a grade")
@@ -441,6 +447,10 @@ def _metric(
     metric = "exact_match" if words <= 3 else "token_f1" if words <= 10 else "rouge_l"
     lines.append(f"metric {metric}: free text, half of the answers have {words:g} words or fewer")
     return metric, ()
+
+
+def _pointed(answer: str) -> str:
+    return answer.replace(",", ".") if NUMBER.fullmatch(answer.strip()) else answer
 
 
 def _labels(rows: list[dict[str, Any]], lines: list[str], named: bool) -> tuple[str, ...]:

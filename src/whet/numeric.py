@@ -20,11 +20,11 @@ _NUMBER = re.compile(
     r"((?:(?<![\w.])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?)(?:/(\d+(?:\.\d+)?))?"
 )
 _CONTINENTAL = re.compile(r"(?<![\w.,])\d{1,3}(?:\.\d{3})+,\d+(?![\d.,]\d|\d)")  # 1.234,56
-_DECIMAL_COMMA = re.compile(r"(?<![\d,.])(\d+,(?:\d{1,2}|\d{4,})|0,\d+)(?![\d,.]\d|\d)")
+_DECIMAL_COMMA = re.compile(r"(?<![\d,.])(\d+,\d{1,2}|\d{1,3},\d{4,}|0,\d+)(?![\d,.]\d|\d)")
 _POINTED = re.compile(r"(?<![\w.,])\d{1,3}(?:\.\d{3}){2,}(?![\d.,]\d|\d)")  # 1.234.567
 # 12 500, with any of the spaces that are written there, but not 85 100 92.
-_SPACED = re.compile(r"(?<![\d.,/])(?<!\d[ \u00a0\u202f])[1-9]\d{0,2}(?:[ \u00a0\u202f]\d{3})+(?![ \u00a0\u202f/]?\d)")
-_MIXED = re.compile(r"(?<![\d.,/])(\d+) (\d+)/([1-9]\d*)(?![\d/])")  # 7 1/2
+_SPACED = re.compile(r"(?<![\w.,/])(?<!\d[ \u00a0\u202f])[1-9]\d{0,2}(?:[ \u00a0\u202f]\d{3})+(?![ \u00a0\u202f/]?\d)")
+_MIXED = re.compile(r"(?<![\w.,/])(\d{1,3}) (\d{1,4})/([1-9]\d{0,3})(?![\d/])")  # 7 1/2
 _SIGNS = {0x2212: "-", **dict.fromkeys(map(ord, "$€£¥₩"))}
 
 

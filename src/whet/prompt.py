@@ -98,7 +98,7 @@ def messages(
 
 def with_choices(question: str, choices: Sequence[str]) -> str:
     """A question with its choices behind it, but where there are none or it says them all itself."""
-    if all(choice in question for choice in choices):
+    if all(re.search(rf"(?<!\w){re.escape(choice)}(?!\w)", question) for choice in choices):
         return question
     return "\n".join([question, "", "Answer with one of these, word for word:", *(f"- {c}" for c in choices)])
 

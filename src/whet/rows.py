@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import codecs
+import contextlib
 import csv
 import gzip
 import io
@@ -199,8 +200,12 @@ def decoded(data: bytes, declared: str, name: str) -> tuple[str, str]:
         pass
     if (text := _nearly(data, "utf-8")) is not None:
         return text, "utf-8"
-    if declared and (text := _nearly(data, declared)) is not None:
-        return text, declared
+    if declared:
+        with contextlib.suppress(LookupError):
+            encoding = codecs.lookup(declared).name
+            encoding = WIDER.get(encoding, encoding)
+            if (text := _nearly(data, encoding)) is not None:
+                return text, encoding
     for read in (_whole, _nearly):
         for encoding, own, least in GUESSES:
             text = read(data, encoding)

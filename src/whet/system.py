@@ -613,7 +613,7 @@ def _check_links(folder: Path) -> None:
     The links of the Hub's cache, which lead to the files it keeps beside its snapshots, are all right.
     """
     root = folder.resolve()
-    roots = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+    roots = [root, *(p.parent.parent / "blobs" for p in (root, *root.parents) if p.parent.name == "snapshots")]
     for entry in folder.rglob("*"):
         if entry.is_symlink() and not any(entry.resolve().is_relative_to(one) for one in roots):
             raise ArtifactError(f"{entry} is a link out of the System", expected="files inside it",
@@ -640,7 +640,9 @@ def _check_base(system: System, body: dict[str, Any]) -> None:
             raise ArtifactError(
                 f"{base} has changed", expected=body["base_hash"][:12], found=found[:12], do="restore it"
             )
-        packed = body["base"] in EMBEDDED or str(body["base"]).endswith(".gguf")  # content is the hash of that
+        # Of what was packed, content is the hash of the package; so it is where one goes on from another such System.
+        named = Path(str(body["base"]))
+        packed = body["base"] in EMBEDDED or named.suffix == ".gguf" or (named.is_absolute() and named.name == "base")
         if not packed and (found := resolve(str(base)).content) != system.model.content:
             raise ArtifactError(
                 f"{base} is not the model this System was made with", expected=system.model.content[:12],

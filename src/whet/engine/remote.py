@@ -191,6 +191,8 @@ class Gate:
         with self.free:
             while self.inside >= self.most and not self.halt.is_set():
                 self.free.wait(0.2)
+            if self.halt.is_set():
+                raise _Again("all was to end", "")
             self.inside += 1
         try:
             yield
@@ -255,7 +257,7 @@ class Server:
                 late = late and failed.late
                 if failed.late:
                     self.gate.narrow()
-                first = self.retry.first * (BUSY if failed.status == 429 else 1)
+                first = self.retry.first * (BUSY if failed.status == 429 and not failed.wait else 1)
                 wait = max(first * 2 ** (count - 1) * (0.5 + jitter.random() / 2), failed.wait)
                 if count >= tries or self.halt.wait(min(wait, self.retry.longest)):
                     said = {"expected": f"one within {tries} tries", "found": failed.found, "do": failed.do}
