@@ -534,6 +534,13 @@ def test_a_task_scored_from_0_to_100_loses_percent(tmp_path: Path) -> None:
 
     lost = loss("t", card(*[70.0] * 200), card(*[69.65] * 200), metric, 1.0)
     assert lost.ok and lost.lost == pytest.approx(0.5)
+    flawless = replace(card(*[0.0] * 9), metric="perplexity")  # of a metric whose best is nought
+    assert loss("t", flawless, flawless, replace_lower(metric), 1.0).lost == 0
+
+
+def replace_lower(metric: Any) -> Any:
+    """The metric, with less being better."""
+    return SimpleNamespace(**{n: getattr(metric, n) for n in dir(metric) if n[0] != "_"} | {"higher_is_better": False})
 
 
 def test_short_answers_may_grow_by_a_few_words() -> None:

@@ -484,6 +484,17 @@ def test_hosts_in_any_script_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         extras.public("https://a\x01b/")
 
 
+def test_a_proxy_is_given_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert extras.pinned("https://example.org/a", "1.1.1.1")["url"].host == "1.1.1.1"
+    monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
+    asked = extras.pinned("https://example.org/a", "1.1.1.1")
+    assert asked.keys() == {"url"} and asked["url"].host == "example.org"
+    monkeypatch.setenv("no_proxy", "example.org")
+    assert extras.pinned("https://example.org/a", "1.1.1.1")["url"].host == "1.1.1.1"
+
+
 @pytest.mark.parametrize("query", ["SELECT ?s ?p ?o\nWHERE { ?s ?p ?o }", "\n  SELECT ?s ?p ?o WHERE { ?s ?p ?o }", ""])
 def test_a_query_may_have_several_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, query: str) -> None:
     asked: list[tuple[str, str]] = []

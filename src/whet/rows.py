@@ -223,11 +223,8 @@ def _whole(data: bytes, encoding: str) -> str | None:
 
 
 def _nearly(data: bytes, encoding: str) -> str | None:
-    """The text in an encoding of which a few bytes are broken; None where there are more, or it is not known."""
-    try:
-        text = data.decode(encoding, "replace")
-    except LookupError:
-        return None
+    """The text in an encoding of which a few bytes are broken; None where there are more."""
+    text = data.decode(encoding, "replace")
     return text if 10 * text.count("\ufffd") <= sum(c > "\x7f" for c in text) else None
 
 
