@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from whet import metrics
 from whet.errors import TaskError
-from whet.metrics import Outcome, get, plain, score_all, squad
+from whet.metrics import Outcome, get, plain, score_all, sound, squad
 from whet.numeric import number
 from whet.stats import compare
 from whet.task import Example
@@ -133,6 +133,20 @@ def test_an_example_on_which_a_metric_fails_is_data(tmp_path):
     assert scored[0].error is None and "ZeroDivisionError" in scored[1].error
     assert "nan" in scored[2].error and "inf" in scored[3].error
     assert {o.group for o in scored} == {"g"} and [o.id for o in scored] == list("0123")
+
+
+def test_a_metric_that_fails_on_right_answers_too_is_broken(tmp_path):
+    """Where it only cannot read what was said, every answer may be a miss: a base that never says a number."""
+    write(tmp_path, "def f(answer, example):\n    return float(answer) == float(example.completion)\n"
+                    "def g(answer, example):\n    return answer.lowered()\n")
+    rows = [example("2", id="a"), example("3", id="b")]
+    numbers, broken = (get(f"metrics.py:{name}", tmp_path, trusted=True) for name in "fg")
+    missed = score_all(numbers, ["two", "three"], rows)
+    assert [o.score for o in sound(numbers, missed, rows)] == [0, 0] and all(o.error for o in missed)
+    with pytest.raises(TaskError, match="every example, right answers included.*lowered"):
+        sound(broken, score_all(broken, ["2", "3"], rows), rows)
+    unknown = [example("", id="a")]  # nothing is known to be right: a test that runs the answer, say
+    assert sound(broken, score_all(broken, ["2"], unknown), unknown)[0].error
 
 
 def test_scoring_needs_one_answer_per_example():

@@ -83,7 +83,9 @@ def read(path: Path, broken: Broken | None = None, notes: list[str] | None = Non
     """
     suffix = suffix_of(path.name)
     if suffix not in SUFFIXES:
-        raise TaskError(f"{path.name} cannot be read", expected=f"one of {', '.join(SUFFIXES)}", found=short(suffix))
+        sheet = "save the sheet as CSV" if suffix in (".xlsx", ".xls", ".ods", ".numbers") else ""
+        raise TaskError(f"{path.name} cannot be read", expected=f"one of {', '.join(SUFFIXES)}", found=short(suffix),
+                        do=sheet)  # fmt: skip
     lost: Broken = []
     if suffix == ".parquet":
         rows = _parquet(path)

@@ -19,7 +19,7 @@ from typing import Any
 from whet import __version__, stats
 from whet.engine import Progress, Session, Spent
 from whet.errors import TaskError
-from whet.metrics import Metric, Outcome, get, score_all
+from whet.metrics import Metric, Outcome, get, score_all, sound
 from whet.model import local_folder, shards
 from whet.rows import short_line
 from whet.splits import shared_order
@@ -214,7 +214,7 @@ def _outcomes(
     """Outcomes, how many prompts were `truncated` and answers left `unended`, and scores over the labels to be kept."""
     if ranks := re.fullmatch(r"(?:recall|ndcg|mrr)@(\d+)", metric.name):
         ranked = score_all(metric, system.ranked(examples, int(ranks[1])), examples)
-        return ranked, {"truncated": 0, "unended": 0}, None
+        return sound(metric, ranked, examples), {"truncated": 0, "unended": 0}, None
     if metric.name != "perplexity":
         from whet.feedback import Versus
 
@@ -225,7 +225,7 @@ def _outcomes(
             answers = system.answers(examples, session, progress)
         if isinstance(metric, Versus):
             metric.hear(system, examples, [a.text for a in answers])
-        outcomes = score_all(metric, [a.text for a in answers], examples)
+        outcomes = sound(metric, score_all(metric, [a.text for a in answers], examples), examples)
         # Chosen among, and none could be; or a server that refused the prompt or was too slow.
         silent = [(bool(a.scores) and not a.text) or a.finish == "failed" for a in answers]
         told = (replace(o, score=0.0, error="no answer") if s else o for o, s in zip(outcomes, silent, strict=True))
