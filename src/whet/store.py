@@ -163,9 +163,15 @@ class Store:
             raise StoreError(f"cannot write {self.file}", found=str(error), do="free space, then run again") from error
 
     def _get(self, sql: str, values: Sequence[str]) -> Any:
-        with closing(self._open()) as base:
-            row = base.execute(sql, values).fetchone()
-        return None if row is None else json.loads(row[0])
+        rows = self._read(sql, values)
+        return json.loads(rows[0][0]) if rows else None
+
+    def _read(self, sql: str, values: Sequence[str]) -> list[tuple[str, ...]]:
+        try:
+            with closing(self._open()) as base:
+                return base.execute(sql, values).fetchall()
+        except sqlite3.Error as error:
+            raise StoreError(f"cannot read {self.file}", found=str(error), do="move it away, then run again") from error
 
     def outcomes(self, key: str) -> tuple[tuple[Outcome, ...], dict[str, Any]] | None:
         """Per-example outcomes of one System on one set of rows under one protocol, with what they cost."""
@@ -191,8 +197,7 @@ class Store:
 
     def scores(self, key: str) -> dict[str, tuple[float, ...]]:
         """Uncalibrated scores of closed sets, by the hash of the row."""
-        with closing(self._open()) as base:
-            found = base.execute("select row, body from scores where key = ?", [key]).fetchall()
+        found = self._read("select row, body from scores where key = ?", [key])
         return {row: tuple(json.loads(body)) for row, body in found}
 
     def trial(self, run: str, trial: str) -> dict[str, Any] | None:

@@ -235,7 +235,8 @@ class Task:
             more, spoiled = more + leaking, {name for name, _ in leaking}
             train = tuple(row for i, row in enumerate(train) if i not in gone and row.id not in spoiled)
             judged, spoilt = without_held(judged, select)
-            leaks += () if alone else spoilt
+            judging, theirs = without_held(judging, select)  # a judge would know the answers that it is to compare
+            leaks += () if alone else spoilt + theirs
         learnable = Learnable(
             name=self.name,
             instruction=self.instruction,

@@ -263,7 +263,7 @@ def _unselected(job: _Job, tuned: Recipe | None) -> Tries:
         tokens = int(job.race.left * (1 - training.VALIDATED) * speed.train)
     most = {"minutes": job.race.left / 60, "most": True} if tokens else {"minutes": 0.0}
     job.plan.append({"arm": untried.name} | most)
-    why = "there are no rows to select by, so it is confirmed with its defaults, as the only candidate"
+    why = "there are no rows to select by, so it is confirmed as it stands, as the only candidate"
     job.notes.append(f"{untried.name}: {why}")
     return Tries(untried=untried, tokens=tokens)
 
