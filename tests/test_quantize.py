@@ -150,7 +150,7 @@ def test_seven_bits_of_rows_are_multiplied_exactly_and_part_by_part(
 ) -> None:
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("torch multiplies whole numbers by kernels for x86")
-    assert packed.whole_numbers() in (packed.EIGHT, packed.SEVEN)
+    assert packed.whole_numbers() in (packed.EIGHT, packed.SHIFTED, packed.SEVEN)
     monkeypatch.setattr(packed, "whole_numbers", lambda: packed.SEVEN)
     pack = packed.Int8(torch.full((48, width), 127, dtype=torch.int8), torch.ones(48), activations=True)
     pack.assemble()
@@ -161,6 +161,22 @@ def test_seven_bits_of_rows_are_multiplied_exactly_and_part_by_part(
     wanted = x @ pack.dense().T
     pack.assemble()
     assert (pack.times(x) - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_whole_numbers_have_a_kernel_and_no_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without AMX, oneDNN multiplies signed numbers by signed ones a thousand times slower than floats."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("torch multiplies whole numbers by kernels for x86")
+    assert packed.whole_numbers() != packed.EIGHT or torch.cpu._is_amx_tile_supported()
+    pack = rounding.pack8(weights(48, 192), True)
+    x, taken = weights(40, 192, 1), iter((31.0, 1.0))
+    monkeypatch.setattr(packed, "_seconds", lambda run: next(taken))  # what is right is slow
+    packed.whole_numbers.cache_clear()
+    assert packed.whole_numbers() is None
+    pack.assemble()
+    wanted = x @ pack.dense().T
+    assert not pack.ready and (pack.times(x) - wanted).norm() < 0.02 * wanted.norm()
+    packed.whole_numbers.cache_clear()
 
 
 def test_siblings_are_multiplied_at_once_and_give_the_same() -> None:

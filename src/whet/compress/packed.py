@@ -7,8 +7,9 @@ layers, or an embedding and the output it is tied to, hold the same one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+import time
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -19,7 +20,9 @@ from whet.compress.layers import KINDS
 
 FEW = 8  # rows up to which the weight-only kernel of 8 bits is faster than unpacking
 FEW_ROUNDED = 3  # ... than rounding the rows and multiplying whole numbers
-EIGHT, SEVEN = (126, 0), (63, 64)  # bits of rounded rows: the greatest number, and what stands for 0
+# Bits of rounded rows: the greatest number, and what stands for 0.
+EIGHT, SHIFTED, SEVEN = (126, 0), (126, 128), (63, 64)
+SLOW = 30  # times a product of floats: no kernel, but a plain loop (some 1,000 times)
 PARTS = (3, 4, 2, 1)  # of columns that get a step of their own where rows have 7 bits: halves the error
 SOME = 128  # the same for 4 bits, whose unpacking is dearer
 WHOLE = 16  # bytes that the kernel of 8 bits reads at once, from such addresses only
@@ -125,7 +128,7 @@ class Int8(Pack):
         if self.values.data_ptr() % WHOLE:  # as files have them
             self.values = self.values.clone()
         if self.activations and not self.ready and whole_numbers() and self.values.device.type == "cpu":
-            parts = 1 if whole_numbers() == EIGHT else next(n for n in PARTS if self.values.shape[1] % n == 0)
+            parts = 1 if whole_numbers() != SEVEN else next(n for n in PARTS if self.values.shape[1] % n == 0)
             self.ready = [torch.ops.onednn.qlinear_prepack(p.contiguous(), None) for p in self.values.chunk(parts, 1)]
 
     def product(self, x: Tensor) -> Tensor:
@@ -274,23 +277,37 @@ def _zeros(size: int) -> Tensor:
 def whole_numbers() -> tuple[int, int] | None:
     """The greatest whole number that kernels multiply right on this processor, and what stands for 0.
 
-    None where there are no such kernels. Instructions made for it (AMX, VNNI) multiply 8 bits by 8. AVX2's add two
-    products in 16 bits, which 7 bits from 0 on times 8 never leave; signed ones come out wrong there.
+    None where there are no such kernels, or where what is right is a plain loop. AMX multiplies 8 bits by 8 with their
+    signs. VNNI has no sign on one side (oneDNN has a loop for both). AVX2 adds two products in 16 bits, which 7 bits
+    from 0 on times 8 never leave.
     """
-    w = (37 * torch.arange(16 * 32).view(16, 32) % 255 - 127).to(torch.int8)
+    w = (37 * torch.arange(512 * 256).view(512, 256) % 255 - 127).to(torch.int8)
     w[0] = 127
-    for most, zero in (EIGHT, SEVEN):
-        x = 91 * torch.arange(3 * 32).view(3, 32) % (2 * most + 1) - most
+    signed = (EIGHT,) if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() else ()
+    for most, zero in (*signed, SHIFTED, SEVEN):
+        x = 91 * torch.arange(32 * 256).view(32, 256) % (2 * most + 1) - most
         x[0] = most
+        whole, ones, wanted = (x + zero).to(torch.uint8 if zero else torch.int8), torch.ones(512), x.float()
         try:
             ready = torch.ops.onednn.qlinear_prepack(w, None)
-            whole = (x + zero).to(torch.uint8 if zero else torch.int8)
-            found = _int8_product(whole, zero, ready, torch.ones(16), torch.float32)
+            run = partial(_int8_product, whole, zero, ready, ones, torch.float32)
+            right = torch.equal(run(), wanted @ w.float().T)
         except (RuntimeError, AttributeError, NotImplementedError):
             return None
-        if torch.equal(found, x.float() @ w.float().T):
-            return most, zero
+        if right:
+            floats = partial(torch.mm, wanted, w.float().T)
+            return (most, zero) if _seconds(run) < SLOW * _seconds(floats) else None
     return None
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """The least of three times."""
+    found = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - begun)
+    return min(found)
 
 
 @cache
