@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,22 +79,36 @@ def test_memory_is_the_gpus_where_one_is_used(monkeypatch: pytest.MonkeyPatch) -
     assert peak_memory() == 10**6  # what its libraries take of the host says nothing of the model
 
 
+def probed(ref: ModelRef, home: Path, monkeypatch: pytest.MonkeyPatch, answers: Callable[..., object]) -> None:
+    """Run the probe in this process, on a System of a model and PROMPTS rows; `answers` stands for answering."""
+    saved = System(ref, home=home).save(home / "system")
+    rows = [{key: getattr(Example(str(n), f"what {n}?"), key) for key in ASKED} for n in range(PROMPTS)]
+    monkeypatch.setattr(sys, "argv", ["probe", str(saved), "exact_match"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(rows)))
+    monkeypatch.setenv("WHET_HOME", str(home))
+    monkeypatch.setattr(System, "answers", answers)
+    main()
+
+
 @pytest.mark.parametrize("seconds, asked", [(1e9, 1 + PROMPTS), (0.0, 1 + FEWEST)])
 def test_of_long_answers_fewer_are_timed(
     model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     seconds: float, asked: int,
 ) -> None:  # fmt: skip
     ref, done, answers = resolve(model_folder), list[str](), System.answers
-    saved = System(ref, home=tmp_path).save(tmp_path / "system")
-    rows = [{key: getattr(Example(str(n), f"what {n}?"), key) for key in ASKED} for n in range(PROMPTS)]
     monkeypatch.setattr("whet.probe.SECONDS", seconds)
-    monkeypatch.setattr(sys, "argv", ["probe", str(saved), "exact_match"])
-    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(rows)))
-    monkeypatch.setenv("WHET_HOME", str(tmp_path))
-    monkeypatch.setattr(System, "answers", lambda self, some: done.extend(e.id for e in some) or answers(self, some))
-    main()
+    probed(ref, tmp_path, monkeypatch, lambda self, some: done.extend(e.id for e in some) or answers(self, some))
     assert done == ["0", *(str(n) for n in range(asked - 1))]
     assert json.loads(capsys.readouterr().out)["latency_ms"] > 0
+
+
+def test_latency_is_the_median_of_the_answers_behind_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now, took = [0.0], iter([5.0, 0.007, 0.001, 0.003, 0.002, 0.009, 0.004, 0.03, 0.02])
+    monkeypatch.setattr("whet.probe.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    probed(resolve("fake:hash"), tmp_path, monkeypatch, lambda *_: now.append(now.pop() + next(took)))
+    assert json.loads(capsys.readouterr().out)["latency_ms"] == pytest.approx((4 + 7) / 2)
 
 
 def test_folder_that_does_not_fit_is_refused(tmp_path: Path) -> None:

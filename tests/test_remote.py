@@ -353,13 +353,18 @@ class Thinker(Play):
         return 200, self.chat(payload, text, finish_reason="stop" if "stop" in payload else "length"), {}
 
 
-@pytest.mark.parametrize("way", ["empty", "block", "refusal"])
-def test_models_that_think_get_room_for_it(way):
-    play = Thinker(way)
+@pytest.mark.parametrize("way, paid", [("empty", 2), ("block", 2), ("refusal", 1)])
+def test_models_that_think_get_room_for_it(way, paid):
+    """Requests that got no answer are paid for; of one that was refused the server tells no cost."""
+    play, cost = Thinker(way), []
     with session(play) as s:
+        before = s.spent
         assert s.generate([USER], Sampling(max_tokens=5))[0][0].text == "Positive."
+        cost.append(s.spent - before)
         row = s.score([USER], [["negative", "positive"]])[0]
+        cost.append(s.spent - before - cost[0])
     assert [p["max_tokens"] for p in play.asked()] == [5, 4101, 24, 4120] and row[1].logprob == -0.05 > row[0].logprob
+    assert [(c.prefilled_tokens, c.generated_tokens) for c in cost] == [(7 * paid, 3 * paid)] * 2
 
 
 def test_a_stop_string_does_not_end_a_thought():

@@ -13,7 +13,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from whet import documents, embed, improve, probe, search
+from whet.baselines import Baseline
 from whet.engine import Spent
 from whet.errors import ArtifactError, EngineError, MethodError, StoreError, TaskError, WhetError
 from whet.feedback import Judged
@@ -42,7 +43,7 @@ from whet.scorecard import Scorecard, alike
 from whet.search import Wish, base_system, limits, plan, race, training
 from whet.search.arms import Arm, cheap_arms, combined, halving, neighbours, prompting_recipes
 from whet.search.budget import Rates, affordable, estimate, measure, seconds
-from whet.search.out import _trained
+from whet.search.out import _gains, _selection, _trained, details
 from whet.search.plan import apportion
 from whet.search.race import Race, Trial
 from whet.search.recipe import Recipe, parse, recipe
@@ -1016,6 +1017,28 @@ def test_long_texts_are_priced_at_the_speed_that_they_are_read_at(
     assert measure(base, session, run.store, None, texts) == long and now[0] == before
 
 
+@pytest.mark.parametrize("remote, written, trained", [(False, 20.0, 50.0), (True, 384 / (2.4 + 19.2), 100.0)])
+def test_reading_is_no_part_of_the_rate_of_writing(
+    remote: bool, written: float, trained: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100 tokens are read a second and 20 written; a server's answers are timed as a whole."""
+    now, warm = [0.0], set[str]()
+    session: Any = SimpleNamespace(protocol={}, spent=Spent())
+
+    def work(kind: str, read: int, wrote: int = 0) -> None:
+        now[0] += read / 100 + wrote / 20 + (0 if kind in warm else 1000)  # the first calls warm up
+        warm.add(kind)
+        session.spent += Spent(prefilled_tokens=read, generated_tokens=wrote)
+
+    session.score = lambda prompts, _: work("score", 10 * len(prompts))
+    session.generate = lambda prompts, how: work("generate", 10 * len(prompts), how.max_tokens * len(prompts))
+    monkeypatch.setattr("whet.search.budget.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("whet.search.budget._trained", lambda _: 50.0)
+    system: Any = SimpleNamespace(model=SimpleNamespace(identity="m", remote=remote))
+    found = measure(system, session, Store(tmp_path))
+    assert (found.prefill, found.generate, found.train) == pytest.approx((100.0, written, trained))
+
+
 def test_what_other_runs_have_scored_makes_no_arm_cheaper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = write_task(tmp_path / "toy", train=900, test=20)
     settings = {"model": "fake:keyword", "recipe": "calibrate"}
@@ -1588,3 +1611,232 @@ def test_what_the_report_needs_is_checked_within_the_watch(tmp_path: Path) -> No
     with pytest.raises(MethodError, match="no tracker"):
         improve(write_task(tmp_path / "t"), report_to=["nope"], watch=Watching(), home=tmp_path / "h")
     assert closed == [1]
+
+
+def scored(*scores: float, **more: Any) -> Scorecard:
+    """A scorecard of rows 0, 1, … with such scores, and their mean."""
+    rows = tuple(Outcome(str(n), f"a{n}", score, "") for n, score in enumerate(scores))
+    return Scorecard(sum(scores) / len(scores), 0.0, 1.0, "accuracy", rows, 0.0, 0, Spent(), {}, **more)
+
+
+def tried(name: str, *scores: float, **more: Any) -> Trial:
+    """A finished trial with such scores."""
+    made = Trial(parse(name) if name else Recipe(), System(resolve("fake:constant")), 0, "done", "", len(scores),
+                 scored(*scores), Spent(), 0.0, {}, None)  # fmt: skip
+    return replace(made, **more)
+
+
+def test_the_verdict_holds_by_holm_over_two() -> None:
+    cards = {"base": scored(*[0] * 6, *[1] * 10), "chosen": scored(*[1] * 16)}
+    job: Any = SimpleNamespace(metric=get("accuracy"), wish=Wish())
+    alone = search._confirmed(job, cards, None)
+    assert alone["p_value"] == alone["p_adjusted"] == pytest.approx(2 / 2**6)
+    assert alone["improved"] and alone["low"] > 0 and "best_single" not in alone
+    single = tried("finetune", *[1] * 15, 0)
+    both = search._confirmed(job, {**cards, "single": scored(*[1] * 15, 0)}, single)
+    assert (both["p_value"], both["p_adjusted"]) == pytest.approx((2 / 2**6, 4 / 2**6))
+    assert not both["improved"] and both["low"] == alone["low"]
+    told = both["best_single"]
+    assert (told["name"], told["difference"], told["p_value"], told["p_adjusted"]) == ("finetune", 1 / 16, 1, 1)
+
+
+def test_beside_a_combination_stands_the_best_of_a_single_family() -> None:
+    both, one = tried("fewshot+finetune", 1, 1, 1, 1), tried("fewshot+calibrate", 1, 1, 0, 0)
+    best = tried("finetune", 1, 1, 1, 0)
+    trials = [tried("", 1, 1, 1, 0), one, replace(one, card=None), best, tried("rag", 1, 1, 1, 1, status="refused"),
+              tried("prompting", 1, 1), both]  # fmt: skip
+    job: Any = SimpleNamespace(race=SimpleNamespace(trials=trials, select=[0] * 4, merit=lambda t: t.card.score))
+    assert search._best_single(job, both) is best and search._best_single(job, one) is None
+    job.race.trials = [both]
+    assert search._best_single(job, both) is None
+
+
+def halved(
+    home: Path, wrong: dict[str, Callable[[int], bool]], ahead: Trial | None = None, stopped: str = ""
+) -> tuple[list[tuple[str, int, int]], dict[str, tuple[int, str, str]]]:
+    """Arms that are wrong on such of 240 rows, halved: which were entered at what rung, and where each ended."""
+    run, rows = Run(Store(home)), [Example(str(n), f"p{n}", "x") for n in range(240)]
+    one = Race("k", Learnable("t", "say", "accuracy"), rows, get("accuracy"), run.store, {}, 0, 60.0, Silent(), run)
+    entered: list[tuple[str, int, int]] = []
+
+    def enter(recipe: Recipe, _: System, *, rung: int, examples: int, label: str) -> Trial:
+        name = f"{recipe.name}{label}"
+        entered.append((name, rung, examples))
+        right = [float(not wrong[name](n)) for n in range(examples)]
+        return one.record(tried(recipe.name, *right, label=label, status="truncated" if name == stopped else "done"))
+
+    one.enter = enter  # type: ignore[assignment,method-assign]
+    if ahead and ahead.card:
+        one.scored[ahead.system.fingerprint] = ahead.card
+    cut = [name.partition(" ") for name in wrong]
+    one.halve([(parse(name), System(resolve("fake:constant")), f"{gap}{rest}") for name, gap, rest in cut], ahead)
+    return entered, {t.name: (t.examples, t.status, t.why) for t in one.trials}
+
+
+FOUR: dict[str, Callable[[int], bool]] = {
+    "fewshot": lambda n: n % 15 == 14, "calibrate": lambda n: n == 7, "rag": lambda n: n % 2 == 1,
+    "prompting": lambda n: n % 5 > 0,
+}  # fmt: skip
+
+
+def test_the_better_half_goes_on_less_what_is_known_to_be_behind(tmp_path: Path) -> None:
+    wrong: dict[str, Callable[[int], bool]] = {
+        "fewshot": lambda n: n % 10 == 9, "fewshot [m]": lambda n: n % 10 == 0,  # as good, by other rows
+        "calibrate": lambda n: n % 10 > 7,  # of the better half, and behind
+        "rag": lambda n: n % 2 == 1, "prompting": lambda n: n % 5 > 0, "finetune": lambda n: n % 3 > 0,
+    }  # fmt: skip
+    entered, ended = halved(tmp_path, wrong)
+    later = [("fewshot", 1, 120), ("fewshot [m]", 1, 120), ("fewshot", 2, 240)]
+    assert entered == [*((name, 0, 60) for name in wrong), *later]
+    assert ended == {
+        "fewshot": (240, "done", ""), "fewshot [m]": (120, "dropped", "no better than fewshot on 120 examples"),
+        "calibrate": (60, "dropped", "behind fewshot by 10.0 points on 60 examples"),
+        "rag": (60, "dropped", "behind fewshot by 40.0 points on 60 examples"),
+        "prompting": (60, "dropped", "behind fewshot by 70.0 points on 60 examples"),
+        "finetune": (60, "dropped", "behind fewshot by 56.7 points on 60 examples"),
+    }  # fmt: skip
+
+
+def test_arms_are_halved_against_the_one_that_is_ahead_of_them(tmp_path: Path) -> None:
+    entered, ended = halved(tmp_path / "alone", FOUR)
+    later = [("fewshot", 1, 120), ("calibrate", 1, 120), ("calibrate", 2, 240)]
+    assert entered == [*((name, 0, 60) for name in FOUR), *later]
+    assert ended["fewshot"] == (120, "dropped", "behind calibrate by 5.8 points on 120 examples")
+    assert ended["rag"] == (60, "dropped", "behind calibrate by 48.3 points on 60 examples")
+    entered, ended = halved(tmp_path / "ahead", FOUR, tried("finetune", *[1.0] * 240))
+    assert entered == [*((name, 0, 60) for name in FOUR), *later[1:]]
+    assert ended["fewshot"] == (60, "dropped", "behind finetune by 6.7 points on 60 examples")
+    assert ended["rag"] == (60, "dropped", "behind finetune by 50.0 points on 60 examples")
+    assert ended["calibrate"] == (240, "done", "")
+
+
+def test_where_the_clock_has_stopped_an_arm_none_is_dropped(tmp_path: Path) -> None:
+    entered, ended = halved(tmp_path, FOUR, stopped="rag")
+    assert entered == [(name, 0, 60) for name in FOUR]
+    assert ended == {name: (60, "truncated" if name == "rag" else "done", "") for name in FOUR}
+
+
+def test_what_goes_beyond_the_limits_is_told_in_their_unit() -> None:
+    card = scored(1, size_bytes=80_400_000, memory_bytes=1_234_000, latency_ms=61.6)
+    said = {Limits(size=50_000_000): "80.4 MB on disk, 50.0 allowed",
+            Limits(memory=900_000): "1234.0 KB of memory, 900.0 allowed",
+            Limits(latency=50.4): "62 ms an answer, 50 allowed"}  # fmt: skip
+    assert {limit: limits.beyond(limit, card) for limit in said} == said
+    assert limits.beyond(Limits(50_000_000, 900_000, 50.4), card) == ", ".join(said.values())
+    assert limits.beyond(Limits(80_400_000, 1_234_000, 61.6), card) == ""  # no more than is allowed
+    assert limits._excess(Limits(size=50_000_000), card) == limits._excess(Limits(50_000_000, 900_000, 50.4), card)
+    assert limits._excess(Limits(size=50_000_000), card) == pytest.approx(80.4 / 50)
+    assert limits._excess(Limits(50_000_000, 900_000, 30.8), card) == pytest.approx(2)
+    unknown = scored(1)
+    assert limits.beyond(Limits(1, 1, 1.0), unknown) == "" and limits._excess(Limits(1, 1, 1.0), unknown) == 0
+
+
+def test_whether_limits_are_met_is_not_known_where_what_is_used_is_not() -> None:
+    small, large = (scored(1, size_bytes=n * 10**6, latency_ms=n / 2) for n in (40, 60))
+    allowed = Limits(size=50_000_000, latency=25.0)
+    found = {"allowed": {"size": 50_000_000, "latency": 25.0}, "used": {"size": 40_000_000, "latency": 20.0},
+             "base": {"size": 60_000_000, "latency": 30.0}, "met": True}  # fmt: skip
+    assert limits.kept(allowed, small, large) == found
+    untimed = replace(small, latency_ms=None)
+    unknown: Any = {"used": {"size": 40_000_000, "latency": None}, "met": None}
+    assert limits.kept(allowed, untimed, large) == found | unknown
+    told = [limits.kept(one, card, large) for one, card in (
+        (allowed, replace(large, latency_ms=None)), (Limits(size=50_000_000), untimed), (Limits(forgetting=1.0), small)
+    )]  # fmt: skip
+    assert [one and one["met"] for one in told] == [False, True, None] and told[2] is None
+
+
+def test_the_budget_is_cut_into_a_reserve_of_half_at_most_and_the_search() -> None:
+    select, confirm = (tuple(Example(f"{part}{n}", f"{part} {n}", "x") for n in range(count))
+                       for part, count in (("s", 50), ("c", 100)))  # fmt: skip
+    splits = Splits(Learnable("t", "", "accuracy"), select, confirm)
+
+    def parts(budget: float, aside: float = 36.0, **more: float) -> tuple[float, float, tuple[str, ...]]:
+        made = apportion(splits, False, Wish(budget=budget), lambda rows: 0.1 * len(rows), 8.0, aside, **more)
+        assert made.confirm == confirm and set(made.select) == set(select)
+        return made.reserve, made.search, made.notes
+
+    needed = 2.2 * 10 + 8 + 30 + 0.04 * 600  # the sealed rows, the earlier tasks, what is fixed, an encoder
+    assert parts(600.0) == (pytest.approx(needed), pytest.approx(600 - needed - 36), ())
+    assert parts(600.0, passes=3.2)[:2] == pytest.approx((needed + 10, 600 - needed - 10 - 36))
+    assert parts(100.0) == (50, 14, ("confirming takes about 1:04, of which the budget holds 0:50: it will take longer "
+                                     "than the budget says",))  # fmt: skip
+    assert parts(100.0, aside=60.0)[:2] == (50, 0)
+
+
+@pytest.mark.parametrize("metric, sign", [("accuracy", 1), ("perplexity", -1)])
+def test_gains_and_shrinkage_have_the_sign_of_the_metric(metric: str, sign: int) -> None:
+    finalist, chosen = tried("finetune", 0.75, against_base=SimpleNamespace(difference=0.5)), {"chosen": scored(0.5)}
+    base, first, second = tried("", 20, 20), tried("fewshot", 16, 16), tried("fewshot+finetune", 15, 15)
+    handed = tried("fewshot+finetune+calibrate", 11, 11)
+    race = SimpleNamespace(base=base, trials=[base, first, second, handed])
+    job: Any = SimpleNamespace(metric=get(metric), race=race)
+    assert _selection(job, finalist, {"difference": 0.25}, chosen) == {
+        "select": 0.75, "confirm": 0.5, "shrinkage": sign * 0.25, "select_gain": 0.5, "confirm_gain": 0.25,
+    }  # fmt: skip
+    assert _selection(job, finalist, {}, {}) is _selection(job, None, {"difference": 0.25}, chosen) is None
+    last = {"method": "calibrate", "gain": sign * -4}
+    assert _gains(job, handed) == [{"method": "fewshot", "gain": sign * -4}, {"method": "finetune", "gain": sign * -1},
+                                   last]  # fmt: skip
+    # Fewer rows or another model say nothing of a step: it counts together with the next.
+    job.race.trials[1:2] = [tried("fewshot", 16), replace(first, label=" [m]")]
+    assert _gains(job, handed) == [{"method": "fewshot+finetune", "gain": sign * -5}, last]
+    assert _gains(job, None) == []
+
+
+def test_the_report_shows_what_base_and_chosen_answered_to_each_row() -> None:
+    def told(name: str, **scores: float) -> Scorecard:
+        return replace(scored(1), outcomes=tuple(Outcome(n, f"{name} {n}", s, "") for n, s in scores.items()))
+
+    def row(name: str, asked: str, *chosen: Any) -> dict[str, Any]:
+        return {"id": name, "prompt": asked, "reference": "x" if asked.endswith("?") else "", "base": f"base {name}",
+                "chosen": chosen[0], "base_score": 0.25, "chosen_score": chosen[1]}  # fmt: skip
+
+    rows = [Example("a", "first?", "x"), Example("b", "second?", "x"), Example("c", "", text="word " * 500),
+            Example("d", "not scored?", "x")]  # fmt: skip
+    base, handed = (replace(tried(made, 1), card=told(name, b=s)) for made, name, s in (
+        ("", "base", 0.25), ("rag", "handed", 1.0)
+    ))  # fmt: skip
+    job: Any = SimpleNamespace(splits=SimpleNamespace(confirm=rows), task=SimpleNamespace(labels=("x", "y")),
+                               race=SimpleNamespace(select=[Example("b", "of select?", "x")], base=base,
+                                                    trials=[base, handed]))  # fmt: skip
+    sealed = {"base": told("base", c=0.25, b=0.25, a=0.25), "chosen": told("chosen", b=0.5, a=0.75)}
+    found = {"curves": [], "labels": ["x", "y"], "curve_unit": "trained tokens"}
+    assert details(job, sealed, handed) == found | {"examples": [
+        row("a", "first?", "chosen a", 0.75), row("b", "second?", "chosen b", 0.5),
+    ]}  # fmt: skip
+    sealed.pop("chosen")
+    assert details(job, sealed, None)["examples"] == [
+        row("a", "first?", None, None), row("b", "second?", None, None), row("c", "word " * 400, None, None),
+    ]  # fmt: skip
+    assert details(job, {}, handed)["examples"] == [row("b", "of select?", "handed b", 1.0)]
+
+
+def test_baselines_are_scored_on_both_parts_and_compared_where_rows_are_sealed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, select = (Example("t", "p", "a"),), [Example("s0", "p", "a"), Example("s1", "p", "b")]
+    confirm, seen = tuple(Example(str(n), "p", said) for n, said in enumerate("aaab")), list[Any]()
+    job: Any = SimpleNamespace(
+        splits=SimpleNamespace(learnable=Learnable("t", "say", "accuracy", ("a", "b"), train), confirm=confirm),
+        race=SimpleNamespace(select=select), metric=get("accuracy"), watch=Silent(), store=Store(tmp_path), bases=[],
+        wish=Wish(), task=SimpleNamespace(labels=("a", "b")), notes=[],
+    )  # fmt: skip
+
+    def run(*args: object, **_: object) -> tuple[Baseline, ...]:
+        seen.append(args)
+        return (Baseline("nearest", tuple("abaaaa")),)
+
+    monkeypatch.setattr("whet.search.baselines.run", run)
+    [found] = search._run_baselines(job, scored(1, 0, 0, 0))
+    assert seen == [(train, [*select, *confirm], ("a", "b"))]
+    assert found.pop("low") < 0.5 < found.pop("high")
+    assert found == {"name": "nearest", "select": 1.0, "confirm": 0.75, "difference": 0.5, "p_value": 0.5}
+    assert search._run_baselines(job, None) == [{"name": "nearest", "select": 1.0, "confirm": 0.75}]
+
+    def fails(*_: object, **__: object) -> None:
+        raise ValueError("one class only")
+
+    monkeypatch.setattr("whet.search.baselines.run", fails)
+    assert search._run_baselines(job, None) == [] and not seen[2:]
+    assert job.notes == ["baselines could not be fitted: one class only"]

@@ -7,7 +7,7 @@ import tracemalloc
 
 import pytest
 
-from whet.splits import near_repeats, without
+from whet.splits import few, near_repeats, without
 from whet.task import Example
 
 CLOSING = {"(": ")", "[": "]", "{": "}"}
@@ -104,3 +104,15 @@ def test_vowel_signs_belong_to_their_words(text, other):
     assert not near_repeats([few[:-1]], [few])
     rows = [Example(str(n), f"{few}?", "x") for n in range(9)]
     assert dropped([Example("a", few, "x")], rows) == ["a"]
+
+
+def test_few_sealed_rows_are_told_by_what_they_can_show():
+    def rows(count: int, groups: int = 0) -> list[Example]:
+        return [Example(str(n), f"p{n}", "x", group=f"g{n % groups}" if groups else None) for n in range(count)]
+
+    said = "{} sealed: a gain of less than about {} points cannot be shown on so few; more in test.jsonl show less"
+    assert few(rows(23)) == said.format("23 rows are", 25)  # 2.8²/(2.8² + 23)
+    assert few(rows(4)) == few(rows(4, 4)) == said.format("4 rows are", 75)  # 3/4
+    assert few(rows(100, 8)) == few([*rows(20, 4), *rows(4)]) == said.format("rows of 8 groups are", 49)
+    assert few(rows(24)) == few(rows(100, 24)) == few([]) == ""
+    assert few([Example("t", "", text="a text")]) == ""  # scored otherwise

@@ -714,6 +714,19 @@ def test_near_repeats_finds_small_edits(seed, drop):
     assert near_repeats([*pool, " ".join(words)]) == [(40, chosen)]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_near_repeats_are_not_parted_between_train_and_select(seed):
+    rows = [example(n, "ab"[n % 2]) for n in range(60)]
+    rows = [replace(row, prompt=f"{row.prompt} {example(n + 500).prompt}") for n, row in enumerate(rows)]
+    edited = [replace(row, id=f"{row.id}e", prompt=f"{row.prompt[:50]}{'z' if row.prompt[50] == 'q' else 'q'}"
+                      f"{row.prompt[51:]}") for row in rows[:30]]  # fmt: skip
+    splits = task([*rows, *edited], ("a", "b")).split(seed)
+    train, select = ({row.id for row in part} for part in (splits.learnable.train, splits.select))
+    assert len(train) + len(select) == 90 and not train & select and 16 <= len(select) <= 20
+    assert any(row.id in select for row in edited)
+    assert all((row.id in select) == (f"{row.id}e" in select) for row in rows[:30])
+
+
 def test_near_repeats_is_fast():
     chance = random.Random(0)
     vocabulary = [f"w{n}x" for n in range(3000)]

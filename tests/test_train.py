@@ -350,6 +350,20 @@ def test_a_training_rate_that_cannot_be_measured_is_none(monkeypatch: pytest.Mon
     assert training_rate(session, 1) == 0.0
 
 
+def test_a_training_rate_does_not_count_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, took = [0.0], iter([(100.0, 10), (2.0, 30), (3.0, 50)])
+
+    def timed(*_: object) -> tuple[float, int]:
+        seconds, tokens = next(took)
+        now[0] += seconds
+        return 0.0, tokens
+
+    monkeypatch.setattr(loop, "_step", timed)
+    monkeypatch.setattr("whet.train.peak.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    session = TorchSession(make_model("llama").requires_grad_(False), make_tokenizer())
+    assert training_rate(session, 2) == (30 + 50) / (2.0 + 3.0)
+
+
 def test_an_adapter_that_cannot_stand_leaves_nothing_behind() -> None:
     config = MixtralConfig(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
                            num_attention_heads=4, num_key_value_heads=2, num_local_experts=2)  # fmt: skip
