@@ -367,6 +367,22 @@ def test_models_that_think_get_room_for_it(way, paid):
     assert [(c.prefilled_tokens, c.generated_tokens) for c in cost] == [(7 * paid, 3 * paid)] * 2
 
 
+def test_what_was_answered_is_paid_for_though_a_later_request_is_refused():
+    class Deep(Thinker):
+        def answer(self, path, payload, nth):
+            if "deep" in str(payload.get("messages")) and payload["max_tokens"] > 100:
+                return 400, {"error": {"message": "too much", "code": None}}, {}
+            return super().answer(path, payload, nth)
+
+    deep = (("user", "deep"),)
+    with session(Deep("empty")) as s:
+        before = s.spent
+        made = s.generate([USER, deep, USER], Sampling(max_tokens=5))
+        cost = s.spent - before
+    assert [m[0].text for m in made] == ["Positive.", "", "Positive."] and made[1][0].finish == "failed"
+    assert (cost.prefilled_tokens, cost.generated_tokens) == (35, 15)  # two requests for each, and the first of deep
+
+
 def test_a_stop_string_does_not_end_a_thought():
     with session(Thinker("block", "Positive.\n\nIndeed.")) as s:
         made = s.generate([USER], Sampling(max_tokens=5, stop=("\n\n",)))[0][0]

@@ -82,8 +82,6 @@ class Retry:
 class Refusal(RemoteError):
     """A status other than 200, kept with its body so that a caller may look into it."""
 
-    spent = Spent()
-
     def __init__(self, status: int, body: bytes, problem: str, *, expected: str, found: str, do: str) -> None:
         super().__init__(problem, expected=expected, found=found, do=do)
         self.status, self.body = status, body
@@ -92,24 +90,19 @@ class Refusal(RemoteError):
 class Late(RemoteError):
     """A request that no try got an answer to in time."""
 
-    spent = Spent()
-
 
 class Garbled(RemoteError):
     """A request that no try got a usable answer to, though the server answered."""
 
-    spent = Spent()
-
 
 class Unanswered(RemoteError):
-    """A choice that got an empty answer, and what asking has cost."""
+    """A choice that got an empty answer."""
 
-    def __init__(self, spent: Spent) -> None:
+    def __init__(self) -> None:
         super().__init__(
             "the model does not answer", expected="a choice", found="an empty answer",
             do=f"take a model that thinks less than {THOUGHT} tokens, or serve it with thinking switched off",
         )  # fmt: skip
-        self.spent = spent
 
 
 class _Again(Exception):
@@ -404,14 +397,14 @@ class RemoteSession(ByScores):
         """The reply to a request that a server may not support; None where it does not."""
         try:
             # 500 is not asked again: that is how some servers say that they do not support something.
-            settings = {"max_tokens": 1, "temperature": 0.0, **wish}
-            reply, spent = self._request(prompt, settings, RETRIED - {500})
+            settings, bill = {"max_tokens": 1, "temperature": 0.0, **wish}, list[Spent]()
+            reply = self._request(prompt, settings, bill, RETRIED - {500})
         except Refusal as error:
             # OpenAI says 403 of models that think; a key that may not use the model fails without the wish, too.
             if error.status in UNSUPPORTED or (error.status == 403 and "logprobs" in wish):
                 return None
             raise
-        self.spent += spent
+        self.spent = sum(bill, self.spent)
         return reply
 
     # --- requests -----------------------------------------------------------------------------------------------------
@@ -428,9 +421,11 @@ class RemoteSession(ByScores):
             )  # fmt: skip
 
     def _request(
-        self, prompt: Prompt, settings: dict[str, Any], retried: Iterable[int] = RETRIED
-    ) -> tuple[Reply, Spent]:
-        """One request and what it cost. Control markers in a chat's contents are broken up; raw text is sent as it is.
+        self, prompt: Prompt, settings: dict[str, Any], bill: list[Spent], retried: Iterable[int] = RETRIED
+    ) -> Reply:
+        """One request; its cost goes onto the bill, which stands whatever becomes of requests after it.
+
+        Control markers in a chat's contents are broken up; raw text is sent as it is.
 
         A setting that the model refuses by name is left out (`max_tokens` is renamed), from then on, and noted.
         """
@@ -454,31 +449,31 @@ class RemoteSession(ByScores):
                 self.protocol["dropped"] = ", ".join(sorted(self._dropped))
         said = sum(tokens(c.text) for c in reply.choices)
         asked = tokens(prompt if isinstance(prompt, str) else " ".join(text for _, text in prompt))
-        return reply, Spent(
+        bill.append(Spent(
             prefilled_tokens=asked if reply.prompt_tokens is None else reply.prompt_tokens,
             generated_tokens=said if reply.completion_tokens is None else reply.completion_tokens,
-        )
+        ))  # fmt: skip
+        return reply
 
-    def _answered(self, prompt: Prompt, settings: dict[str, Any]) -> tuple[Reply, Spent]:
+    def _answered(self, prompt: Prompt, settings: dict[str, Any], bill: list[Spent]) -> Reply:
         """One request, asked again with room for thought where the limit was reached before an answer began."""
         try:
-            reply, spent = self._request(prompt, settings)
+            reply = self._request(prompt, settings, bill)
         except Refusal as error:
             if b"output limit was reached" not in error.body:  # OpenAI's other way to say so
                 raise
-            reply, spent = Reply((Choice("", False),), None, None), Spent()
+            reply = Reply((Choice("", False),), None, None)
         limit = settings["max_tokens"]
         room = min(limit + THOUGHT, self.context - (reply.prompt_tokens or self.count([prompt])[0]))
         if room <= limit or all(c.text or c.ended for c in reply.choices):
-            return reply, spent
+            return reply
         # A stop string must not end the thought; answers are cut at theirs by the caller.
         wish = {k: v for k, v in settings.items() if k != "stop"}
-        reply, more = self._request(prompt, wish | {"max_tokens": room})
-        return reply, spent + more
+        return self._request(prompt, wish | {"max_tokens": room}, bill)
 
     def _map(
         self,
-        work: Callable[[Item], tuple[T, Spent]],
+        work: Callable[[Item, list[Spent]], T],
         items: Sequence[Item],
         unanswered: Callable[[Item], T],
         progress: Progress | None,
@@ -490,19 +485,18 @@ class RemoteSession(ByScores):
         """
         begun, results, failed = time.monotonic(), dict[int, T](), list[Refusal | Unanswered | Late | Garbled]()
         self.server.halt.clear()
-        pool = ThreadPoolExecutor(self.concurrency)
+        pool, bills = ThreadPoolExecutor(self.concurrency), [list[Spent]() for _ in items]
         try:
-            places = {pool.submit(work, item): n for n, item in enumerate(items)}
+            places = {pool.submit(work, item, bills[n]): n for n, item in enumerate(items)}
             for future in as_completed(places):
                 place = places[future]
                 try:
-                    results[place], spent = future.result()
+                    results[place] = future.result()
                 except (Refusal, Unanswered, Late, Garbled) as error:
                     if isinstance(error, Refusal) and error.status not in PARTICULAR:
                         raise
                     failed.append(error)
-                    results[place], spent = unanswered(items[place]), error.spent
-                self.spent += spent
+                    results[place] = unanswered(items[place])
                 telling = len(failed) > self.concurrency or len(results) == len(items)
                 if telling and 2 * len(failed) > len(results):
                     raise failed[0]
@@ -514,7 +508,7 @@ class RemoteSession(ByScores):
         finally:
             pool.shutdown(cancel_futures=True)
             self.failed += len(failed)
-            self.spent += Spent(seconds=time.monotonic() - begun)
+            self.spent += sum((cost for bill in bills for cost in bill), Spent(seconds=time.monotonic() - begun))
         return [results[n] for n in range(len(items))]
 
     # --- generation ---------------------------------------------------------------------------------------------------
@@ -530,11 +524,11 @@ class RemoteSession(ByScores):
         """
         self._fits(max(self.count(prompts), default=0) + sampling.max_tokens)
         none = (Generation("", 0, "failed"),) * sampling.n
-        return self._map(lambda prompt: self._answers(prompt, sampling), prompts, lambda _: none, progress)
+        return self._map(lambda prompt, bill: self._answers(prompt, sampling, bill), prompts, lambda _: none, progress)
 
-    def _answers(self, prompt: Prompt, sampling: Sampling) -> tuple[tuple[Generation, ...], Spent]:
+    def _answers(self, prompt: Prompt, sampling: Sampling, bill: list[Spent]) -> tuple[Generation, ...]:
         wanted = sampling.n if sampling.temperature > 0 else min(1, sampling.n)
-        made, spent = list[Generation](), Spent()
+        made = list[Generation]()
         settings: dict[str, Any] = {"max_tokens": sampling.max_tokens, "temperature": sampling.temperature}
         # Only what differs from the servers' own defaults is sent: some refuse what they do not know.
         settings |= {"top_p": sampling.top_p} if sampling.top_p < 1 else {}
@@ -542,11 +536,11 @@ class RemoteSession(ByScores):
         while len(made) < wanted:  # servers may give fewer than n
             more = {"n": wanted - len(made)} if wanted - len(made) > 1 else {}
             more |= {"seed": sampling.seed + len(made)} if sampling.temperature > 0 else {}
-            reply, cost = self._answered(prompt, settings | more)
-            spent += cost
-            each = cost.generated_tokens // len(reply.choices)
+            before = len(bill)
+            reply = self._answered(prompt, settings | more, bill)
+            each = sum(cost.generated_tokens for cost in bill[before:]) // len(reply.choices)
             made += [_finish(c, sampling.stop, each) for c in reply.choices[: wanted - len(made)]]
-        return tuple(made) if sampling.temperature > 0 else tuple(made * sampling.n), spent
+        return tuple(made) if sampling.temperature > 0 else tuple(made * sampling.n)
 
     # --- scoring ------------------------------------------------------------------------------------------------------
 
@@ -578,41 +572,38 @@ class RemoteSession(ByScores):
         self._fits(max(lengths, default=0))
         jobs = list(zip(prompts, continuations, ways, strict=True))
         none = Score(-math.inf if alone else UNANSWERED, 1)
-        return self._map(lambda job: self._scores(*job), jobs, lambda job: (none,) * len(job[1]), progress)
+        return self._map(lambda job, bill: self._scores(*job, bill), jobs, lambda job: (none,) * len(job[1]), progress)
 
-    def _scores(self, prompt: Prompt, texts: Sequence[str], way: str) -> tuple[tuple[Score, ...], Spent]:
+    def _scores(self, prompt: Prompt, texts: Sequence[str], way: str, bill: list[Spent]) -> tuple[Score, ...]:
         if way == "echo" and isinstance(prompt, str):
-            return self._echo(prompt, texts)
-        spent = Spent()
+            return self._echo(prompt, texts, bill)
         if way == "logprobs":
             chat = {"logprobs": True, "top_logprobs": self._alternatives}
             many = {"logprobs": 5} if isinstance(prompt, str) else chat
             # A token may be a single byte, but hardly all are: half is plenty to tell the continuations apart.
             limit = min(32, shared_beginning(texts) // 2 + 2)
-            reply, spent = self._request(prompt, {"max_tokens": limit, "temperature": 0.0, **many})
+            reply = self._request(prompt, {"max_tokens": limit, "temperature": 0.0, **many}, bill)
             first = reply.choices[0]
             # Without a text the tokens are those of a thought.
             values = by_beginning(first.steps, texts, first.ended) if first.text.strip() else []
             if values and decided(values):
-                return tuple(Score(v, 1) for v in values), spent
+                return tuple(Score(v, 1) for v in values)
         limit = max(24, 4 * max(map(tokens, texts), default=0) // 3 + 16)
-        reply, cost = self._answered(prompt, {"max_tokens": limit, "temperature": 0.0})
-        spent += cost
+        reply = self._answered(prompt, {"max_tokens": limit, "temperature": 0.0}, bill)
         if not reply.choices[0].text.strip():
-            raise Unanswered(spent)
+            raise Unanswered()
         values = by_text(reply.choices[0].text, texts)
-        return tuple(Score(v, 1) for v in values), spent
+        return tuple(Score(v, 1) for v in values)
 
-    def _echo(self, prompt: str, texts: Sequence[str]) -> tuple[tuple[Score, ...], Spent]:
+    def _echo(self, prompt: str, texts: Sequence[str], bill: list[Spent]) -> tuple[Score, ...]:
         """Scores out of the echo of prompt and continuation; one token is generated, as some servers need that."""
-        scores, spent = [], Spent()
+        scores = []
         for text in texts:
             wish = {"max_tokens": 1, "temperature": 0.0, "echo": True, "logprobs": 1}
-            reply, cost = self._request(prompt + text, wish)
-            spent += cost
+            reply = self._request(prompt + text, wish, bill)
             made = 1 if reply.completion_tokens is None else reply.completion_tokens
             scores.append(echoed(reply.choices[0].steps, text, made))
-        return tuple(scores), spent
+        return tuple(scores)
 
 
 def _finish(choice: Choice, stop: Sequence[str], tokens: int) -> Generation:
