@@ -5,7 +5,9 @@ import math
 import numpy as np
 import pytest
 
+from whet import embed as embedding
 from whet.baselines import bm25, run
+from whet.encoder import Encoder
 from whet.task import Example
 
 TOPICS = {"sport": "ball goal team match", "food": "bread soup rice cook salt", "sea": "whale wave ship salt tide"}
@@ -43,10 +45,6 @@ def test_a_closed_set_gets_four_baselines(topics):
 
 def test_without_embeddings_the_others_run(topics):
     assert list(answers(run(*topics, tuple(TOPICS), embed=None))) == ["majority", "tfidf_logistic"]
-
-
-def test_one_seed_gives_one_result(topics):
-    assert run(*topics, tuple(TOPICS), embed=embed, seed=3) == run(*topics, tuple(TOPICS), embed=embed, seed=3)
 
 
 def test_without_train_only_what_needs_none_runs(topics):
@@ -149,3 +147,37 @@ def test_many_rows_of_many_classes_are_told_apart():
     asked = [row(f"{words[i]} topic{i} t{i}", f"c{i}") for i in range(40)]
     found = answers(run(train, asked, tuple(f"c{i}" for i in range(40)), embed=None))
     assert np.mean([a == e.completion for a, e in zip(found["tfidf_logistic"], asked, strict=True)]) > 0.95
+
+
+def test_an_encoder_is_shown_the_closed_set_alone_and_answers_in_the_order_of_the_rows(topics):
+    train, asked = topics
+    shown = []
+
+    def encoder(texts, truth, wanted):
+        shown.append((texts, truth))
+        return tuple(f"it is {text}" for text in wanted)
+
+    known = [e for e in train if e.completion != "sea"]
+    found = answers(run(train, asked, ("sport", "food"), embed=embed, encoder=encoder))
+    assert list(found)[-1] == "encoder_finetuned"
+    assert found["encoder_finetuned"] == ("it is goal match ball", "it is rice soup bread", "it is ship tide wave")
+    assert shown == [([e.prompt for e in known], [e.completion for e in known])]
+    assert "encoder_finetuned" not in answers(run(train[:30], asked, tuple(TOPICS), embed=embed, encoder=encoder))
+
+
+@pytest.mark.embedder
+@pytest.mark.skipif(not embedding.available(), reason="the embedding model is not installed")
+def test_a_fine_tuned_encoder_answers_each_text_whatever_its_length_and_place():
+    draw = np.random.default_rng(0)
+
+    def text(topic, size):
+        return " ".join(draw.choice(TOPICS[topic].split(), size))
+
+    truth = ["sport", "food"] * 20
+    train = [text(t, draw.integers(2, 6)) for t in truth]
+    asked = [(t, text(t, size)) for size in draw.permutation(np.arange(1, 36)) for t in ("sport", "food")]
+    wanted = [said for _, said in asked]
+    encoder = Encoder(tokens=10**9)
+    found = encoder(train, truth, wanted)
+    assert np.mean([a == t for a, (t, _) in zip(found, asked, strict=True)]) >= 0.9
+    assert encoder(train, truth, wanted[::-1]) == found[::-1]

@@ -13,7 +13,9 @@ from test_search import write_task
 from whet.cli import main
 from whet.engine import Spent
 from whet.errors import printable
+from whet.metrics import Outcome
 from whet.progress import applied
+from whet.scorecard import Scorecard, lines
 
 
 @pytest.fixture(autouse=True)
@@ -438,6 +440,36 @@ def test_a_metric_that_fails_says_why(capsys: pytest.CaptureFixture[str], tmp_pa
     (folder / "m.py").write_text('def score(answer, example):\n    return "x"\n')
     code, out, _ = whet(capsys, "evaluate", "fake:echo", str(folder), "--trust")
     assert code == 0 and "10 examples could not be scored: " in out and "x" in out.split("could not be scored: ")[1]
+
+
+def test_a_scorecard_is_told_in_lines() -> None:
+    outcomes = [Outcome(str(n), "", 0.0, "", error=None if n > 1 else "no answer") for n in range(872)]
+    card = Scorecard(0.712, 0.68, 0.74, "accuracy", tuple(outcomes), 3.21, 1, Spent(), {}, 41.4, 268_600_000,
+                     1_234_500_000, 3)  # fmt: skip
+    assert lines(card) == [
+        "accuracy  71.2  [68.0, 74.0]  on 872 examples",
+        "3.2 s of answering, 41 ms each, one at a time",
+        "269 MB on disk, 1234 MB of memory at most",
+        "1 prompts were shortened",
+        "2 examples could not be scored: no answer",
+        "3 answers were cut (max_tokens)",
+    ]
+    plain = Scorecard(0.712, 0.68, 0.74, "pearson", tuple(outcomes[2:]), 3.21, 0, Spent(), {})
+    assert lines(plain) == ["pearson  0.71  [0.68, 0.74]  on 870 examples", "3.2 s of answering"]
+
+
+def test_a_comparison_is_told_in_lines(capsys: pytest.CaptureFixture[str], task: str) -> None:
+    asked = ("compare", "fake:keyword", "fake:echo", task)
+    body = json.loads(whet(capsys, *asked, "--json")[1])
+    code, out, _ = whet(capsys, *asked)
+    first, second = (body[one]["score"] for one in ("first", "second"))
+    gap, low, high = (100 * body[key] for key in ("difference", "low", "high"))
+    assert gap == pytest.approx(100 * (second - first)) != 0 and low < gap < high
+    assert code == 0 and out.splitlines() == [
+        f"fake:keyword: {100 * first:.1f}   fake:echo: {100 * second:.1f}   (accuracy, 40 examples)",
+        f"difference {gap:+.1f} points, 95 % [{low:+.1f}, {high:+.1f}], p = {body['p_value']:.2g} (mcnemar)",
+        f"the smallest difference this many examples could have shown: {100 * body['smallest_detectable']:.1f} points",
+    ]
 
 
 def test_prompts_of_plain_text(tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,7 @@ from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession
 from whet.errors import ArtifactError, MethodError, TaskError
 from whet.feedback import Judged, paired
-from whet.general import tasks
+from whet.general import ability, tasks
 from whet.memory import Known, as_task, at_hand, carried, for_task, known, made_up, remember
 from whet.methods import Run, lacking, make
 from whet.methods.continual import Continual, replayed_share
@@ -524,17 +525,22 @@ def test_osf_begins_as_it_was_and_leaves_the_greater_directions_alone() -> None:
     assert torch.equal(module.model.layers[0].mlp.down_proj.weight, weight)  # the given module is as it was
 
 
+def card(metric: Any, scores: Sequence[float]) -> Scorecard:
+    """A scorecard of rows that scored so."""
+    found = tuple(Outcome(str(n), "", score, "") for n, score in enumerate(scores))
+    return Scorecard(metric.aggregate(found), 0, 0, metric.name, found, 0, 0, Spent(), {})
+
+
+def right(count: int, of: int = 40) -> Scorecard:
+    return card(get("accuracy"), [float(n < count) for n in range(of)])
+
+
 def test_a_task_scored_from_0_to_100_loses_percent(tmp_path: Path) -> None:
     (tmp_path / "m.py").write_text("def f(answer, reference):\n    return float(answer)\n")
     metric = get("m.py:f", tmp_path, trusted=True)
-
-    def card(*scores: float) -> Scorecard:
-        found = tuple(Outcome(str(n), "", score, "") for n, score in enumerate(scores))
-        return Scorecard(fmean(scores), 0, 0, metric.name, found, 0, 0, Spent(), {})
-
-    lost = loss("t", card(*[70.0] * 200), card(*[69.65] * 200), metric, 1.0)
+    lost = loss("t", card(metric, [70.0] * 200), card(metric, [69.65] * 200), metric, 1.0)
     assert lost.ok and lost.lost == pytest.approx(0.5)
-    flawless = replace(card(*[0.0] * 9), metric="perplexity")  # of a metric whose best is nought
+    flawless = replace(card(metric, [0.0] * 9), metric="perplexity")  # of a metric whose best is nought
     assert loss("t", flawless, flawless, replace_lower(metric), 1.0).lost == 0
 
 
@@ -543,25 +549,69 @@ def replace_lower(metric: Any) -> Any:
     return SimpleNamespace(**{n: getattr(metric, n) for n in dir(metric) if n[0] != "_"} | {"higher_is_better": False})
 
 
+def test_what_a_task_lost_is_what_it_scored_before_less_what_it_scores_after() -> None:
+    found = loss("t", right(40), right(36), get("accuracy"), 1.0)
+    assert (found.before, found.after, found.n) == (1.0, 0.9, 40)
+    # Of the four rows 1 to 8 are in 95 % of draws of forty, and at most 7 in 95 % on that side alone.
+    assert (found.lost, found.low, found.high, found.bound) == pytest.approx((10, 2.5, 20, 17.5))
+    assert found.most == pytest.approx(1 + 100 * 2.8 * math.sqrt(0.1 * 0.9 / 39)) and not found.ok
+    gained = loss("t", right(36), right(40), get("accuracy"), 1.0)
+    assert (gained.lost, gained.low, gained.high, gained.bound) == pytest.approx((-10, -20, -2.5, -2.5)) and gained.ok
+    assert str(gained).startswith("t gains 10.0 points [2.5, 20.0] on 40 rows (90.0 to 100.0); 1 allowed")
+
+
+def test_of_a_perplexity_a_rise_is_lost_in_percent() -> None:
+    metric = get("perplexity")
+    before, *after = (card(metric, [math.log(value)] * 40) for value in (20, 21, 20.19, 19))
+    rise, little, fall = (loss("t", before, one, metric, 1.0) for one in after)
+    assert [one.lost for one in (rise, little, fall)] == pytest.approx([5, 0.95, -5])
+    assert (rise.low, rise.high, rise.bound, rise.most) == pytest.approx((5, 5, 5, 1 + 5 * 3 / 40))
+    assert [one.ok for one in (rise, little, fall)] == [False, True, True]
+    assert str(rise).startswith("t loses 5.0 points [5.0, 5.0] on 40 rows (20.00 to 21.00)")
+
+
 def test_short_answers_may_grow_by_a_few_words() -> None:
     assert _overdone((0.0, 1.0), None) == [] and _overdone((0.4, 0.9), None) == []
     assert _overdone((0.0, 9.0), None) and _overdone((20.0, 31.0), None) and not _overdone((20.0, 29.0), None)
 
 
+def test_what_judgements_overdid_is_told_in_words_and_in_nats() -> None:
+    assert _overdone((20.0, 30.0), 0.5) == _overdone((4.0, 7.0), 0.0) == []  # half as long again; three words more
+    assert _overdone((20.0, 30.6), 0.5) == ["answers grew from 20 to 31 words"]
+    assert _overdone((4.0, 7.1), 0.5) == ["answers grew from 4 to 7 words"]
+    assert _overdone((20.0, 30.0), 0.51) == ["answers drifted by 0.51 nats a token; 0.5 allowed"]
+    assert len(_overdone((20.0, 31.0), 0.6)) == 2
+
+
 def test_a_task_that_is_taught_must_not_fall_by_it(tmp_path: Path) -> None:
     task: Any = SimpleNamespace(name="sizes", limits=SimpleNamespace(forgetting=None))
 
-    def card(right: int) -> Scorecard:
-        found = tuple(Outcome(str(n), "", float(n < right), "") for n in range(40))
-        return Scorecard(right / 40, 0, 0, "accuracy", found, 0, 0, Spent(), {})
-
     def why(before: int, after: int, lost: tuple[Any, ...] = ()) -> list[str]:
-        return _refused((card(before), card(after)), lost, get("accuracy"), task, Run(Store(tmp_path)))
+        return _refused((right(before), right(after)), lost, get("accuracy"), task, Run(Store(tmp_path)))
 
     assert why(30, 16) == ["sizes itself fell from 75.0 to 40.0"]
     assert why(30, 29) == why(16, 30) == []
-    same = loss("sizes", card(30), card(16), get("accuracy"), 1.0)
+    same = loss("sizes", right(30), right(16), get("accuracy"), 1.0)
     assert len(why(30, 16, (same,))) == 1 and "sizes loses" in why(30, 16, (same,))[0]  # told once
+
+
+def test_general_ability_is_told_before_and_after(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = (System(models.resolve(f"fake:{kind}"), decoding=Decoding(normalise=way), home=run.home)
+                for kind, way in (("hash", "mean"), ("echo", "sum")))  # fmt: skip
+    figures, seen = {old.model: (20.0, 30), new.model: (25.0, 20)}, set[Any]()
+
+    def scored(system: System, rows: Sequence[Example], metric: Any, **more: Any) -> Scorecard:
+        text, count = figures[system.model]
+        seen.add((system.decoding.normalise, more["session"] is run.session(system.model)))
+        return card(metric, [math.log(text)] * len(rows)) if metric.name == "perplexity" else right(count, len(rows))
+
+    monkeypatch.setattr("whet.general.evaluate", scored)
+    made = ability(old, new, run)
+    assert made.perplexity == pytest.approx((20, 25)) and made.accuracy == (30 / 48, 20 / 48) and made.n == 48
+    assert made.low < -10 / 48 < made.high < 0
+    assert seen == {("sum", True)}  # both are read in one way, that of the System after
+    said = "general ability: perplexity of plain text 20.0 to 25.0, 48 common questions 62.5 to 41.7"
+    assert str(made) == f"{said} [{100 * made.low:+.1f}, {100 * made.high:+.1f}]"
 
 
 def test_untrained_osf_changes_no_weight_in_half_precision() -> None:
@@ -598,7 +648,6 @@ def test_rows_without_an_answer_merge_nothing(taught: Any, run: Run) -> None:
 
 
 def test_suspects_and_bits_count_under_every_strategy(taught: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    pytest.importorskip("bitsandbytes")
     bits, first = list[int](), taught[2][1].split().learnable.train[0]
     monkeypatch.setattr(lesson, "adapted", lambda module, a, seed: bits.append(a.bits) or adapted(module, a, seed))
     monkeypatch.setattr(Continual, "suspects", lambda *_: (Suspect(first.id, first.completion, "red", 0.9),))
@@ -873,6 +922,35 @@ def test_the_same_task_is_measured_against_the_system_as_given(taught: Any, monk
     task = replace(first, train=first.train[:40])
     made = update(replace(system, card={"task": "first", "memory": memory}), task, Run(run.store))
     assert [one.task for one in made.lost] == ["first, older rows,", "first"] and made.lost[0].n == 16
+
+
+def test_an_update_may_lower_a_perplexity_and_not_raise_it(
+    run: Run, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, flat = tmp_path / "texts", make_model("llama")
+    folder.mkdir()
+    (folder / "task.yaml").write_text("name: texts\nmetric: perplexity\n")
+    (folder / "test.jsonl").write_text("\n".join(json.dumps({"text": f"the {w} by the {v}"}) for w in WORDS
+                                                 for v in WORDS[:3]))  # fmt: skip
+    torch.nn.init.zeros_(flat.lm_head.weight)  # 300 tokens, all alike
+    for part in (flat, make_tokenizer()):
+        part.save_pretrained(tmp_path / "flat")
+    task, metric = load_task(folder), get("perplexity")
+    even, sure = (System(models.resolve(place), home=run.home) for place in (str(tmp_path / "flat"), model_folder))
+
+    def taught_as(before: System, after: System) -> updating.Update:
+        monkeypatch.setattr(Continual, "apply", lambda self, start, *_: replace(start, model=after.model))
+        return update(before, task, Run(run.store))
+
+    rise, fall = taught_as(even, sure), taught_as(sure, even)
+    worst = rise.after.score
+    assert (rise.before.score, fall.after.score) == pytest.approx((300, 300), rel=1e-4) and worst > 400
+    assert rise.refused == f"texts itself rose from 300.00 to {worst:.2f}" and fall.refused == ""
+    assert (rise.paired.difference, fall.paired.difference) == pytest.approx((300 - worst, worst - 300), rel=1e-4)
+    for made in (rise, fall):  # a perplexity is no share to average, nor to be ahead by
+        assert (made.stream.tasks, made.stream.average, made.stream.forward) == (("texts",), None, None)
+        assert made.system.card["scorecard"]["score"] == made.after.score
+    assert updating._ahead(even, fall.before, task.test, metric, run) is None
 
 
 def test_calibration_that_harms_is_left_out(taught: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,7 +159,7 @@ def test_csv_cells(tmp_path):
 
 
 def test_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     from pyarrow import parquet
 
     rows = [{"prompt": "a", "completion": True, "answers": ["b"]}, {"prompt": "c", "completion": None, "answers": None}]

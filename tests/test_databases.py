@@ -34,14 +34,13 @@ pytestmark = pytest.mark.skipif(not embed.available(), reason="the embedding mod
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """A store that is empty: a PostgreSQL server of its own, or Qdrant's own store on disk."""
     if request.param == "qdrant":
-        pytest.importorskip("qdrant_client")
         yield f"qdrant:{tmp_path}/qdrant"
         databases.opened.cache_clear()
         databases._qdrant.cache_clear()
         return
-    server = pytest.importorskip("pgserver", reason="pgserver brings PostgreSQL with pgvector")
-    pytest.importorskip("psycopg")
-    running: Any = server.get_server(tmp_path / "base", cleanup_mode="delete")
+    import pgserver
+
+    running: Any = pgserver.get_server(tmp_path / "base", cleanup_mode="delete")
     yield running.get_uri()
     databases.opened.cache_clear()
     running.cleanup()
@@ -196,7 +195,6 @@ def test_a_store_that_cannot_be_used_is_named(home: Path) -> None:
         ("postgresql://localhost:1/base", "cannot be used"),
         ("qdrant://localhost:1", "cannot be used"),
     ]:
-        pytest.importorskip("psycopg")
         with pytest.raises(MethodError, match=said):
             _ = databases.opened(url, made, home).version
     with pytest.raises(ArtifactError, match="have no name"):
@@ -204,6 +202,5 @@ def test_a_store_that_cannot_be_used_is_named(home: Path) -> None:
 
 
 def test_vowel_signs_are_part_of_words(home: Path) -> None:
-    pytest.importorskip("qdrant_client")
     store = databases.Qdrant(f"qdrant:{home}", "whet_0", embed.Embedder(home))
     assert len(store._sparse("हिन्दी, தமிழ்").indices) == 2

@@ -217,7 +217,6 @@ def test_layers_that_stand_in_become_ordinary_ones() -> None:
 
 @pytest.mark.parametrize("activations", [True, False])
 def test_vllm_gets_packed_layers_as_they_are(tmp_path: Path, activations: bool) -> None:
-    pytest.importorskip("compressed_tensors")
     module = make_model("llama", dtype=torch.bfloat16)
     for name in ("q_proj", "k_proj", "v_proj"):
         layer = module.get_submodule(f"model.layers.0.self_attn.{name}")
@@ -252,7 +251,6 @@ def test_vllm_gets_packed_layers_as_they_are(tmp_path: Path, activations: bool) 
 
 
 def test_rounded_inputs_are_no_fault_of_the_export(tmp_path: Path) -> None:
-    pytest.importorskip("compressed_tensors")
     module = make_model("llama", dtype=torch.bfloat16)
     for block in module.model.layers:
         block.input_layernorm.weight.data[3] = block.post_attention_layernorm.weight.data[5] = 20  # outliers
@@ -311,7 +309,6 @@ def test_gguf_types(tmp_path: Path) -> None:
 
 
 def test_vllm_gets_siblings_packed_alike_or_in_full() -> None:
-    pytest.importorskip("compressed_tensors")
     module = make_model("llama")
     for name, bits in (("gate_proj", 4), ("up_proj", 8), ("down_proj", 4)):
         layer = module.get_submodule(f"model.layers.0.mlp.{name}")
@@ -361,6 +358,20 @@ def test_gguf_of_a_smaller_vocabulary_and_of_llama_3s_positions(tmp_path: Path) 
     slowed, _ = ROPE_INIT_FUNCTIONS["llama3"](module.config, "cpu")
     plain = 1.0 / 5e5 ** (torch.arange(0, 8, 2) / 8)
     assert np.allclose(plain.numpy() / scale, slowed.numpy(), rtol=1e-5)
+
+
+def test_gguf_of_linear_positions_and_of_more_ends_than_it_names(tmp_path: Path) -> None:
+    module = make_model("llama")
+    plain, stretched = folders.dense(module, torch.float32), {"rope_type": "linear", "rope_theta": 5e4, "factor": 4.0}
+    assert write_gguf(plain, make_tokenizer(), tmp_path / "plain.gguf", "f32", [5, 2, 1], "m") == ()
+    assert not any("scaling" in name for name in ggml.GGUFReader(tmp_path / "plain.gguf").fields)
+    plain.config.rope_parameters = stretched
+    left = write_gguf(plain, make_tokenizer(), tmp_path / "m.gguf", "f32", [9, 5, 2, 7, 1], "m")
+    assert left == (("ends", "GGUF names three tokens that end a turn; ask for a stop at [7, 9], too"),)
+    fields = {name: one.contents() for name, one in ggml.GGUFReader(tmp_path / "m.gguf").fields.items()}
+    assert (fields["llama.rope.scaling.type"], fields["llama.rope.scaling.factor"]) == ("linear", 4.0)
+    assert fields["llama.rope.freq_base"] == 5e4
+    assert [fields[f"tokenizer.ggml.{end}_token_id"] for end in ("eos", "eot", "eom")] == [2, 1, 5]
 
 
 def byte_level(*before: Any, normalizer: Any = None, ignore: bool = False, last: bool = True) -> Any:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from models import TEXT
+from models import TEXT, reference
 from test_cli import whet
 
 from whet import feedback, metrics, scorecard, task
+from whet.engine import Sampling
 from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession
 from whet.errors import MethodError, TaskError
@@ -25,7 +28,7 @@ from whet.feedback import Judged, Versus, agreement, collect, divide, pairs, thu
 from whet.methods import Method, Run, make
 from whet.methods.continual import Continual
 from whet.methods.dpo import DPO, ahead, held_out
-from whet.methods.kto import KTO
+from whet.methods.kto import KTO, _other
 from whet.methods.reward import Reward, feedback_of, fit, judged_by, metric_of, render_pairs
 from whet.methods.rl import RL, ByMetric, _price, advantages, spread
 from whet.metrics import Outcome
@@ -107,7 +110,9 @@ def test_a_table_holds_pairs_thumbs_and_ratings(kind: str, tmp_path: Path) -> No
         lines = [columns, *(["" if c is None else str(c).lower() for c in row] for row in cells)]
         file.write_text("\n".join(map(",".join, lines)))
     else:
-        parquet, arrow = (pytest.importorskip(f"pyarrow{part}") for part in (".parquet", ""))
+        import pyarrow as arrow
+        from pyarrow import parquet
+
         parquet.write_table(arrow.Table.from_pylist([dict(zip(columns, row, strict=True)) for row in cells]), file)
     made, _ = feedback.load(tmp_path, file.name)
     assert [(j.prompt, j.chosen, j.rejected) for j in made] == [
@@ -395,9 +400,19 @@ def test_beside_a_win_rate_stands_how_often_its_judge_is_right(system: System) -
 
 
 def test_sealed_pairs_longer_than_the_window_are_compared(system: System) -> None:
-    rows = [Example("1", "tell me " * 400, "a film " * 400, rejected="great"), Example("2", "p", "x", rejected="great")]
-    found = feedback.prefers(system, rows, system.session)
-    assert len(found) == 2 and found[1:] == feedback.prefers(system, rows[1:], system.session)
+    """By what is left of them, per token, as one plain forward of each side scores it."""
+    session, texts = system.session, ("a film " * 400, "great", "was it " * 300, "no, it was not")
+    assert isinstance(session, TorchSession)
+    rows = [Example(f"{n}-{m}", "tell me " * 400 if n else "p", one, rejected=other)
+            for n in range(2) for m, (one, other) in enumerate(itertools.permutations(texts, 2))]  # fmt: skip
+    judged = [Judged(e.id, e.prompt, e.completion, e.rejected) for e in rows]
+    made, _ = render_pairs(system, judged, session)
+    sides = [[reference(session.module, row.prompt, side) for side in row.continuations] for row in made]
+    wanted, by_sum = ([float(of(a) > of(b)) for a, b in sides] for of in (fmean, sum))
+    found = feedback.prefers(system, rows, session)
+    assert found == wanted != by_sum
+    turned = [replace(e, completion=e.rejected, rejected=e.completion) for e in rows]
+    assert feedback.prefers(system, turned, session) == [1 - value for value in found]
 
 
 def test_a_pair_that_two_people_judged_is_not_learnt_by_both_sides() -> None:
@@ -604,6 +619,50 @@ def test_kto_balances_thumbs_and_estimates_its_kl_from_other_prompts(system: Sys
     rows = KTO().usable([*ups, Judged("9", "q", rejected="b")])
     assert [r.weight for r in rows] == [1, 1, 1, 3]
     assert [r.weight for r in KTO().usable(ups)] == [1, 1, 1]
+
+
+def test_kto_reads_a_prompt_with_the_answer_of_a_row_half_the_rows_away() -> None:
+    rows = [Judged("0", "p", chosen="a0"), Judged("1", "q", rejected="a1"), Judged("2", "r", chosen="a2"),
+            Judged("3", "s", rejected="a3")]  # fmt: skip
+
+    def others(*prompts: str) -> list[str | None]:
+        some = [replace(row, prompt=prompt) for row, prompt in zip(rows, prompts, strict=True)]
+        made = [_other(some, n) for n in range(4)]
+        assert [(one.prompt, one.rejected) for one in made] == [(prompt, None) for prompt in prompts]
+        return [one.chosen for one in made]
+
+    assert others("p", "q", "r", "s") == ["a2", "a3", "a0", "a1"]
+    assert others("p", "p", "p", "s") == ["a3", "a3", "a3", "a1"]  # the next that has another prompt
+    assert others("p", "p", "p", "p") == ["a2", "a3", "a0", "a1"]  # none has
+    turned = [replace(row, prompt="p", history=(("user", str(n % 2)),)) for n, row in enumerate(rows)]
+    assert [_other(turned, n).chosen for n in range(4)] == ["a3", "a0", "a1", "a2"]  # after another beginning
+
+
+@pytest.mark.parametrize(("gaps", "kl"), [((0.1, 0.5), 0.3), ((-0.5, -0.1), 0.0), ((-0.5, 0.7), 0.1)])
+def test_the_kl_of_a_step_is_the_mean_log_ratio_of_other_answers_and_never_below_0(
+    gaps: tuple[float, float], kl: float, system: System
+) -> None:
+    seen, rows = list[Row](), [replace(row, weight=n + 1.0) for n, row in enumerate(thumbs(judgements(4)))]
+    made, others = (render_pairs(system, some, system.session)[0]  # type: ignore[arg-type]
+                    for some in (rows, [_other(rows, n) for n in range(len(rows))]))  # fmt: skip
+
+    class Moved:
+        live = system.session
+
+        def reference(self, some: Sequence[Row]) -> list[tuple[float]]:
+            return [(-float(sum(row.continuations[0])),) for row in some]
+
+        def logprobs(self, some: Sequence[Row]) -> list[tuple[float]]:
+            seen.extend(some)
+            return [(value + gap,) for (value,), gap in zip(self.reference(some), gaps, strict=True)]
+
+    policy: Any = Moved()
+    source = KTO().source(system, rows, dict(enumerate(made)), lambda n: ([0, 3], [6, 1])[n], 2, policy)
+    found = source(1)
+    assert seen == [others[6], others[1]] and [replace(row, facts=()) for row in found] == [made[6], made[1]]
+    own = [value for (value,) in policy.reference([made[6], made[1]])]
+    assert [row.facts for row in found] == [((own[0], 1.0, 7.0, pytest.approx(kl)),),
+                                            ((own[1], 0.0, 2.0, pytest.approx(kl)),)]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", [DPO, KTO])
@@ -875,6 +934,32 @@ def test_judgements_are_kept_one_by_one(system: System, tmp_path: Path) -> None:
     assert [j.chosen for j in loaded] == [r["chosen"] for r in rows]
 
 
+def test_which_answer_is_shown_first_is_drawn_by_the_seed(tmp_path: Path) -> None:
+    one = System(resolve("fake:hash"), decoding=Decoding(max_tokens=8), home=tmp_path)
+    asked = [Example(str(n), f"tell me of number {n}") for n in range(40)]
+
+    def turned(name: str, seed: int) -> dict[str, bool]:
+        """By prompt, whether the answer that was drawn second was shown first."""
+        shown: dict[str, tuple[str, str]] = {}
+
+        def ask(example: Example, sides: tuple[str, str]) -> str:
+            shown[example.prompt] = sides
+            return "1" if sides[0] < sides[1] else "2"
+
+        collect(one, asked, tmp_path / name, ask, seed=seed)
+        drawn = one.session.generate(one.prompts(asked), Sampling(8, 0.8, n=2, seed=seed))
+        made = {e.prompt: tuple(g.text for g in pair) for e, pair in zip(asked, drawn, strict=True)}
+        for row in map(json.loads, (tmp_path / name).read_text().splitlines()):
+            sides = shown[row["prompt"]]
+            assert {*sides} == {*made[row["prompt"]]} and row["shown_first"] == (sides[0] < sides[1])
+            assert (row["chosen"], row["rejected"]) == (min(sides), max(sides))
+        return {prompt: sides == made[prompt][::-1] for prompt, sides in shown.items()}
+
+    first, again, other = (turned(f"{n}.jsonl", seed) for n, seed in enumerate((0, 0, 1)))
+    assert first == again and all(10 <= sum(found.values()) <= 30 <= len(found) for found in (first, other))
+    assert any(first[prompt] != other[prompt] for prompt in first.keys() & other)
+
+
 def test_a_file_of_judgements_is_never_spoilt(system: System, tmp_path: Path) -> None:
     row = '{"prompt": "p", "chosen": "ä", "rejected": "b"}'
     asked = [Example(t, f"tell me of the {t}") for t in THINGS[:2]]
@@ -974,7 +1059,7 @@ def test_the_loop_goes_twice_round_on_the_help_desk(tmp_path: Path) -> None:
     current = System(ref, decoding=Decoding(max_tokens=24), home=store.home)
     told = task.load(folder)
     prompts = [json.loads(line)["prompt"] for line in (folder / "feedback.jsonl").read_text().splitlines()]
-    seen = []
+    seen, judged = [], 0
     for turn in range(2):
         asked = [Example(str(n), text) for n, text in enumerate(prompts[16 * turn : 16 * (turn + 1)])]
         counts = collect(current, asked, file, lambda _, shown: "1" if len(shown[0]) <= len(shown[1]) else "2",
@@ -982,10 +1067,17 @@ def test_the_loop_goes_twice_round_on_the_help_desk(tmp_path: Path) -> None:
         assert counts["before"] == 0 and counts["judged"] + counts["same"] == 16
         made = update(current, told, Run(store, turn), {"epochs": 1.0, "batch": 4, "rank": 4}, file)
         assert made.system.fingerprint != current.fingerprint and len(made.system.model.transforms) == turn + 1
-        assert made.length[0] > 0 and made.drift >= 0 and 0 <= made.after.score <= 1
+        assert made.length[0] > 0 and made.drift >= 0
+        assert made.after.score == pytest.approx(fmean(o.score for o in made.after.outcomes))
+        assert [o.id for o in made.after.outcomes] == [e.id for e in told.test]
+        assert made.paired.difference == pytest.approx(made.after.score - made.before.score)
+        judged += counts["judged"]
+        assert 0 < made.notes["seen"] <= made.notes["judgements"] < judged  # some are the judge's, or held out
         assert [one["recipe"].split("(")[0] for one in made.system.card["taught"]] == ["dpo"] * (turn + 1)
         seen.append((counts["judged"], current.fingerprint[:16]))
         current = made.system
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     # Each judgement names the System that answered: the first round's and the second's differ.
     assert [r["system"] for r in rows] == [name for count, name in seen for _ in range(count)]
+    assert len({r["prompt"] for r in rows}) == len(rows) == judged
+    assert {(r["seed"], r["system"]) for r in rows} == set(enumerate(name for _, name in seen))

@@ -273,7 +273,7 @@ def test_public_shapes(tmp_path, shape, form):
             pytest.skip("objects are no cells")
         data = make_csv(tmp_path / "a.csv", ",".join(rows[0]), [list(row.values()) for row in rows])
     elif form == "parquet":
-        pyarrow = pytest.importorskip("pyarrow")
+        import pyarrow
         from pyarrow import parquet
 
         data = tmp_path / "a.parquet"
@@ -402,7 +402,7 @@ def test_named_columns(tmp_path):
 
 
 def test_names_in_the_head_of_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     from pyarrow import parquet
 
     head = {"info": {"features": {"label": {"names": ["neg", "pos"], "_type": "ClassLabel"}}}}

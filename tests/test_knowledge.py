@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyoxigraph as rdf
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -237,12 +238,10 @@ def test_an_iri_without_a_readable_end_is_called_by_the_whole_of_it() -> None:
 
 
 def test_what_an_answer_leaves_unbound_is_no_fact() -> None:
-    rdf = pytest.importorskip("pyoxigraph")
     assert list(triples.term_triples(rdf, rdf.NamedNode("http://a"), rdf.NamedNode("http://b"), None)) == []
 
 
 def test_literals_may_be_subjects_and_relations() -> None:
-    rdf = pytest.importorskip("pyoxigraph")
     said = [rdf.Literal(text, language="en") for text in ("Germany", "capital", "Berlin", "1984")]
     [one] = triples.term_triples(rdf, *said[:3])
     assert one == ("Germany", "capital", triples.text("Berlin", "en"))
@@ -355,9 +354,10 @@ def test_literals_are_written_as_people_do() -> None:
 @pytest.fixture
 def endpoint() -> Iterator[str]:
     """A real SPARQL server on this machine."""
-    rdflib = pytest.importorskip("rdflib", reason="rdflib is not installed")
-    served = pytest.importorskip("rdflib_endpoint", reason="rdflib-endpoint is not installed")
-    uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
+    import rdflib
+    import rdflib_endpoint as served
+    import uvicorn
+
     store = rdflib.Graph().parse(data=TURTLE, format="turtle")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -395,7 +395,6 @@ def test_an_endpoint_gives_the_same_facts_as_its_file(
 
 
 def test_a_page_that_came_back_short_is_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rdf = pytest.importorskip("pyoxigraph")
     rows = [(rdf.NamedNode(f"http://e/{n}"), rdf.NamedNode("http://e/r"), rdf.Literal(str(n))) for n in range(25)]
     monkeypatch.setattr(sparql, "PAGE", 10)
     asked: list[tuple[int, int]] = []
@@ -418,7 +417,6 @@ def test_a_page_that_came_back_short_is_not_the_last(tmp_path: Path, monkeypatch
 
 
 def test_an_endpoint_without_end_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    rdf = pytest.importorskip("pyoxigraph")
     numbers, clock = itertools.count(), itertools.count(0, 100)
     monkeypatch.setattr(sparql.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(sparql, "_rows", lambda *_: [(rdf.NamedNode("http://e/s"), rdf.NamedNode("http://e/r"),
@@ -428,7 +426,6 @@ def test_an_endpoint_without_end_is_left(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_blank_nodes_of_two_pages_are_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    rdf = pytest.importorskip("pyoxigraph")
     pages = iter([[(rdf.BlankNode("b0"), rdf.NamedNode("http://e/r"), rdf.Literal(name))] for name in "xy"])
     monkeypatch.setattr(sparql, "_rows", lambda *_: next(pages, []))
     assert len({s for s, _, _ in sparql._pages("", sparql.ALL)}) == 2

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from models import make_model, make_tokenizer, reference
 
 from whet.engine.prefix import Row
@@ -15,7 +16,6 @@ from whet.train.batches import packs
 from whet.train.head import headed
 from whet.train.loop import Schedule, Settings, _step, train
 
-trl = pytest.importorskip("trl")
 PAIRS = [
     {"prompt": "was the movie good?", "chosen": " it was great and funny", "rejected": " no"},
     {"prompt": "what is the film?", "chosen": " a story of the city", "rejected": " the question is not the answer"},

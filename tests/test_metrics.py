@@ -201,6 +201,14 @@ def test_macro_f1_counts_a_failed_example_as_a_miss_of_its_class_only():
     assert get("macro_f1").aggregate(rows) == pytest.approx((1 + 2 / 3) / 2)
 
 
+def test_macro_f1_counts_another_accepted_answer_as_a_hit_of_the_first():
+    accepted = [("a", "b"), ("b",), ("b", "a"), ("a",)]
+    scored = outcomes(get("macro_f1"), ["B.", "b", "c", "b"], accepted)
+    assert [o.score for o in scored] == [1, 1, 0, 0]
+    # a is wanted twice and answered once, b wanted twice and answered twice, c answered once: F1 2/3, 2/4 and 0.
+    assert get("macro_f1").aggregate(scored) == pytest.approx((2 / 3 + 2 / 4 + 0) / 3)
+
+
 # -- answers in words ---------------------------------------------------------------------------------------------
 
 
@@ -307,9 +315,8 @@ def test_scores_stay_within_0_and_1_and_a_reference_scores_1(accepted, answer):
 
 
 @given(st.text())
-def test_normalising_twice_changes_nothing_that_matters(text):
-    assert squad(squad(text)) in (squad(text), squad(squad(squad(text))))
-    assert plain(text) == plain(f"  {text} ")
+def test_spaces_around_a_text_do_not_matter(text):
+    assert squad(text) == squad(f"  {text} ") and plain(text) == plain(f"  {text} ")
 
 
 # -- likelihoods, rankings, preferences ---------------------------------------------------------------------------
@@ -376,10 +383,6 @@ def test_the_figure_is_finish_of_the_summed_statistics(name):
     figures = metric.finish(np.array([np.ones(5), np.full(5, 2.0), [0, 3, 0, 1, 0]]) @ table)
     draws = [scored, scored * 2, scored[1:2] * 3 + scored[3:4]]
     assert figures == pytest.approx([metric.aggregate(d) for d in draws])
-
-
-def test_metrics_keep_no_state():
-    assert metrics.Accuracy() == metrics.Accuracy() and metrics.Recall(5) != metrics.Recall(6)
 
 
 # -- numbers, sets and ranks --------------------------------------------------------------------------------------

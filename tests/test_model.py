@@ -215,6 +215,21 @@ def test_half_a_surrogate_pair_can_be_kept(tmp_path: Path) -> None:
     assert (tmp_path / "answers").read_text(encoding="utf-8") == "? 안녕"
 
 
+def test_what_is_kept_is_never_replaced(tmp_path: Path) -> None:
+    store, first, other = Store(tmp_path), (Outcome("1", "a", 1.0, "a"),), (Outcome("1", "b", 0.0, "a"),)
+    store.keep_outcomes("key", first, {"seconds": 1.0}, ("scores", {"row": (0.5, 0.25)}))
+    store.keep_outcomes("key", other, {"seconds": 2.0}, ("scores", {"row": (0.0, 0.0), "new": (1.0, 2.0)}))
+    assert Store(tmp_path).outcomes("key") == (first, {"seconds": 1.0})
+    assert store.scores("scores") == {"row": (0.5, 0.25), "new": (1.0, 2.0)}
+
+
+def test_a_file_that_is_no_store_is_named(tmp_path: Path) -> None:
+    (tmp_path / "whet.sqlite").write_bytes(b"no database " * 99)
+    with pytest.raises(StoreError, match="cannot use the store .* found file is not a database; set WHET_HOME"):
+        Store(tmp_path)
+    assert (tmp_path / "whet.sqlite").read_bytes() == b"no database " * 99
+
+
 def test_nothing_that_only_unix_has_is_needed_to_start() -> None:
     hidden = "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None"
     subprocess.run([sys.executable, "-c", f"{hidden}; import whet.cli, whet.probe, whet.retrieval"], check=True)

@@ -417,7 +417,6 @@ def stronger() -> Iterator[tuple[Play, str]]:
 
 
 def test_a_stronger_model_proposes_from_failures(base: System, stronger: tuple[Play, str]) -> None:
-    pytest.importorskip("gepa")
     play, url = stronger
     run = run_with(Reader("Secret word"), base)
     made = Prompting(pool=6, examples=32, proposer=url, proposals=4).apply(base, DATA, run)

@@ -853,7 +853,6 @@ def test_a_crash_while_documents_change_leaves_the_old_index(
 
 @needs_embedder
 def test_many_passages_are_searched_through_lists(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("faiss")
     pieces = [Passage(str(n), "", f"Part {n} is kept on shelf {n % 37}.", "x", 0) for n in range(400)]
     ask = [f"Where is part {n} kept?" for n in range(0, 400, 20)]
     exact = Index(home / "a" / build(pieces, home / "a", embed.Embedder(home)), embed.Embedder(home))
@@ -880,7 +879,6 @@ def test_the_best_by_words_are_those_of_bm25s_and_the_first_of_equal_ones(home: 
 
 def test_many_passages_are_compared_a_few_questions_at_a_time(tmp_path: Path) -> None:
     """A whole matrix of 200 questions by 20,000 passages takes 16 MB in float32, and 32 MB more as places."""
-    pytest.importorskip("faiss")
     vectors = np.random.default_rng(0).standard_normal((20_000, 8), np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     tracemalloc.start()

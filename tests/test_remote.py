@@ -6,6 +6,7 @@ import re
 import socket
 import threading
 import time
+import zlib
 from contextlib import contextmanager
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -260,7 +261,7 @@ def test_a_served_model_is_improved(tmp_path, monkeypatch):
             asked = payload["messages"][-1]["content"]
             return super().chat(payload, ("positive" if "good" in asked else "negative") if shown else "positive")
 
-    rows = [{"prompt": f"a {word} film, number {n} {hash(str(n)) % 97}", "completion": label}
+    rows = [{"prompt": f"a {word} film, number {n} {zlib.crc32(str(n).encode()) % 97}", "completion": label}
             for n in range(90) for word, label in (("good", "positive"), ("bad", "negative"))]  # fmt: skip
     folder = tmp_path / "toy"
     folder.mkdir()

@@ -498,7 +498,8 @@ def test_confusion_counts_and_puts_strange_answers_apart() -> None:
 
 def test_figures_are_valid_plotly() -> None:
     """Plotly's own schema accepts every figure, once colour names are what the page makes of them."""
-    go = pytest.importorskip("plotly.graph_objects")
+    import plotly.graph_objects as go
+
     result, details = rich(), found(labels=12)
     drawn, _ = report._figures(result, details, view.arms(result), view.Scale.of(result))
     assert set(drawn) == {"gains", "cost", "training", "confusion-base", "confusion-chosen"}

@@ -107,15 +107,23 @@ def test_the_whole_route(task: Path, tmp_path: Path) -> None:
     assert {t["name"] for t in result["trials"]} >= {"base", "calibrate", "fewshot", "fewshot+calibrate"}
     assert result["confirm"]["improved"] and result["confirm"]["low"] > 0 and result["confirm"]["n"] == 80
     assert result["confirm"]["chosen"]["score"] > result["confirm"]["base"]["score"]
-    assert result["selection"]["shrinkage"] == pytest.approx(
-        result["selection"]["select"] - result["selection"]["confirm"]
-    )
     assert {b["name"] for b in result["baselines"]} >= {"majority", "tfidf_logistic"}
     assert [t for t in result["left_out"] if t["method"] == "finetune"]  # a fake model has no weights to tune
     assert (tmp_path / "out" / "report.html").read_text().startswith("<!doctype html>")
     again = load(tmp_path / "out" / "system", tmp_path / "other")
     assert again.fingerprint == made.system.fingerprint
     assert again.answer("the film 9 was great, lovely") == "good"
+
+
+@pytest.mark.parametrize(("higher", "shrinkage"), [(True, 0.125), (False, -0.125)])
+def test_what_select_promised_stands_beside_what_sealed_rows_say(higher: bool, shrinkage: float) -> None:
+    job: Any = SimpleNamespace(metric=SimpleNamespace(higher_is_better=higher))
+    cards: Any = {"base": SimpleNamespace(score=0.25), "chosen": SimpleNamespace(score=0.75)}
+    best: Any = SimpleNamespace(card=SimpleNamespace(score=0.875), against_base=SimpleNamespace(difference=0.625))
+    assert _selection(job, best, {"difference": 0.5}, cards) == {
+        "select": 0.875, "confirm": 0.75, "shrinkage": shrinkage, "select_gain": 0.625, "confirm_gain": 0.5,
+    }  # fmt: skip
+    assert _selection(job, best, None, {}) is _selection(job, None, {"difference": 0.0}, cards) is None
 
 
 def test_one_seed_gives_one_result(task: Path, tmp_path: Path) -> None:
@@ -863,11 +871,17 @@ def test_free_text_and_own_choices(tmp_path: Path) -> None:
     folder = tmp_path / "choices"
     folder.mkdir()
     (folder / "task.yaml").write_text("metric: accuracy\ninstruction: Answer.\n")
-    row = {"prompt": "red or what", "completion": "red", "choices": ["red", "blue"]}
-    lines = [json.dumps({**row, "prompt": f"{row['prompt']} {n} {n * n}"}) for n in range(40)]
+    pairs = [("red", ("blue", "brown", "green")[n % 3]) for n in range(40)]  # else they would be the task's labels
+    lines = [json.dumps({"prompt": f"red or what {n} {n * n}", "completion": two[n % 4 == 0], "choices": two})
+             for n, two in enumerate(pairs)]  # fmt: skip
     (folder / "test.jsonl").write_text("\n".join(lines) + "\n")
     made = improve(folder, model="fake:keyword", budget="2m", out=tmp_path / "oc", home=tmp_path / "h")
     assert made.result["confirm"]["n"] == 40
+    # The model takes the choice that stands in the question, the baseline the longest one.
+    assert made.result["confirm"]["base"]["score"] == 0.75
+    [longest] = made.result["baselines"]
+    assert (longest["name"], longest["select"], longest["confirm"]) == ("longest_choice", None, 0.25)
+    assert longest["difference"] == -0.5
 
 
 def test_the_out_folder_of_another_run_is_refused(task: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from models import save_model
 from whet import model as models
 from whet import system as systems
 from whet.documents import Passage
-from whet.engine import Sampling, Session
+from whet.engine import Sampling, Session, Spent
 from whet.engine.fake import FakeSession
 from whet.engine.replies import UNANSWERED
 from whet.errors import ArtifactError, MethodError, ModelError, StoreError
@@ -744,6 +744,36 @@ def test_the_prior_decides(tiny: System, session: Session) -> None:
         assert system.answer(["a", "b"], session) == [label] * 2
 
 
+def test_a_calibrated_system_is_read_off_the_scores_that_are_kept(
+    tiny: System, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, store, asked = ("a", "movie 2", "the movie was great " * 400, "was it great?"), Store(tmp_path), list[str]()
+    rows = [Example(str(n), text, LABELS[n % 2]) for n, text in enumerate(texts)]
+    gaps = sorted(a - b for a, b in tiny.label_scores(rows, session)[0])
+    prior = ((gaps[1] + gaps[2]) / 2, 0.0)  # two of the four rows get either label
+    calibrated, answers = replace(tiny, decoding=replace(tiny.decoding, prior=prior)), System.answers
+
+    def watched(self: System, some: Any, *more: Any) -> Any:
+        asked.extend(e.id for e in some)
+        return answers(self, some, *more)
+
+    def card(system: System, some: list[Example], store: Store | None = None) -> Any:
+        return evaluate(system, some, get("accuracy"), session=session, store=store)
+
+    monkeypatch.setattr(System, "answers", watched)
+    assert card(tiny, rows, store).truncated == 1 and asked == ["0", "1", "2", "3"]
+    before = session.spent
+    kept = card(calibrated, rows, store)
+    assert session.spent == before and kept.spent == Spent()
+    again = card(calibrated, rows)
+    assert kept.outcomes == again.outcomes and kept.truncated == again.truncated == 1
+    assert sorted(o.answer for o in kept.outcomes) == ["negative"] * 2 + ["positive"] * 2
+    more = [Example("new", "a review of the film", LABELS[0]), *rows]
+    asked.clear()
+    found = card(calibrated, more, store)
+    assert asked == ["new"] and found.outcomes == card(calibrated, more).outcomes
+
+
 def test_rows_with_choices_of_their_own(tiny: System, session: Session) -> None:
     biased = replace(tiny, decoding=replace(tiny.decoding, prior=(-1e3, 0.0)))
     own = (("red", "green", "blue"), ("yes", "no"), ())
@@ -766,6 +796,16 @@ def test_perplexity_of_prompts_that_do_not_fit(tiny: System, session: Session) -
     assert card.truncated == 1 and card.failed == 0
     alone = session.score(tiny.prompts(rows[:1]), [["great film"]])[0][0]
     assert card.outcomes[0].score == pytest.approx(-alone.mean) and card.outcomes[0].weight == alone.tokens
+
+
+def test_a_text_whose_likelihood_is_no_number_costs_what_a_failed_row_does() -> None:
+    session, rows = FakeSession("echo"), [Example("1", "", text="one two"), Example("2", "", text="a bad text")]
+    session.rate = lambda _, text: -math.inf if "bad" in text else -1.5
+    card = evaluate(System(FAKE), rows, get("perplexity"), session=session)
+    assert [o.error for o in card.outcomes] == [None, "the log-probability is not finite"] and card.failed == 1
+    assert [o.weight for o in card.outcomes] == [2, 3] and card.outcomes[0].score == 0.75
+    assert card.score == pytest.approx(math.exp((1.5 + 3 * 18 * math.log(2)) / 5))
+    assert math.isfinite(card.low) and math.isfinite(card.high)
 
 
 def test_answers_that_are_cut_are_counted(tiny: System, session: Session, tmp_path: Path) -> None:

@@ -447,7 +447,9 @@ def test_what_would_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
     assert len(load(made).train) == 50
     monkeypatch.setattr("whet.rows.MOST_UNPACKED", 10_000)
     refused(made, "train.jsonl.gz is too large", "unpacked")
-    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    import pyarrow as arrow
+    from pyarrow import parquet
+
     made = folder(tmp_path, "metric: accuracy", "p", test=[ROW])
     parquet.write_table(arrow.table({"prompt": ["a"] * 30, "completion": ["b"] * 30}), made / "train.parquet")
     assert load(made).train

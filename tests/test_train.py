@@ -378,7 +378,6 @@ def test_an_adapter_that_cannot_stand_leaves_nothing_behind() -> None:
 
 @pytest.mark.parametrize(("bits", "kind"), [(8, "lora"), (4, "lora"), (4, "dora")])
 def test_a_frozen_base_in_few_bits(bits: int, kind: str) -> None:
-    pytest.importorskip("bitsandbytes")
     model = make_model("llama").requires_grad_(False)
     before = {n: p.clone() for n, p in model.named_parameters()}
     layer = "model.layers.0.mlp.up_proj"
@@ -395,7 +394,6 @@ def test_a_frozen_base_in_few_bits(bits: int, kind: str) -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_layers_in_few_bits_have_biases_of_their_own(bits: int) -> None:
-    pytest.importorskip("bitsandbytes")
     model, name = make_model("qwen2").requires_grad_(False), "model.layers.0.self_attn.q_proj"
     own = model.get_submodule(name).bias
     with frozen(model, bits):
@@ -405,7 +403,9 @@ def test_layers_in_few_bits_have_biases_of_their_own(bits: int) -> None:
 
 
 def test_a_model_is_whole_again_where_an_adapter_found_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    bnb, model = pytest.importorskip("bitsandbytes"), make_model("llama").requires_grad_(False)
+    import bitsandbytes as bnb
+
+    model = make_model("llama").requires_grad_(False)
     before, kinds = dict(model.named_parameters()), [type(m) for m in model.modules()]
     made = bnb.nn.Linear4bit
 
@@ -908,7 +908,7 @@ def of_two_processes(sharded: bool, out: Path, *more: str) -> Any:
     """What the first of two processes writes of its training, over gloo."""
     script = Path(__file__).parent / "distributed.py"
     run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517", str(script),
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script),
          str(out), *more],
         capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", **(FSDP if sharded else {})},
@@ -1597,7 +1597,6 @@ class Clashing(FineTune):
 
 
 def test_settings_are_drawn_by_a_sampler(system: System, data: Learnable, home: Path) -> None:
-    pytest.importorskip("optuna")
     said: list[str] = []
     small = Few(learning_rate=1e-2, epochs=2.0, batch=12, rank=4)
     best, ended = tune.sample(small, 4, system, data, Run(Store(home), seed=1), said.append)
@@ -1668,7 +1667,6 @@ def test_a_long_text_is_as_many_rows_as_it_has_windows(system: System, home: Pat
 
 
 def test_steps_are_reported_to_tensorboard(system: System, data: Learnable, home: Path) -> None:
-    pytest.importorskip("tensorboard")
     METHOD.apply(system, data, Run(Store(home), report_to=("tensorboard",)))
     assert list((home / "logs").rglob("events.out.tfevents.*"))
     with pytest.raises(MethodError, match="no tracker 'tensorbord'"):
@@ -1710,7 +1708,8 @@ def test_a_tracker_that_fails_costs_no_training(tmp_path: Path, monkeypatch: pyt
 
 
 def test_wandb_without_an_account_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wandb = pytest.importorskip("wandb")
+    import wandb
+
     wandb.teardown()
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
@@ -1726,7 +1725,6 @@ def test_wandb_without_an_account_is_told_before_the_work(tmp_path: Path, monkey
 def test_other_trackers_write_into_the_runs_folder(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip(name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     folder = tmp_path / "logs" / "0123456789abcdef0123"

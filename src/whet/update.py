@@ -300,7 +300,8 @@ def _refused(
     elif all(one.task != task.name for one in lost):  # what it is to be taught must not be lost by that
         paired = stats.compare(cards[0].outcomes, cards[1].outcomes, metric, run.seed)
         if paired.high < 0:
-            why.append(f"{task.name} itself fell from {figure(cards[0].score, metric.name)} to "
+            verb = "fell" if metric.higher_is_better else "rose"
+            why.append(f"{task.name} itself {verb} from {figure(cards[0].score, metric.name)} to "
                        f"{figure(cards[1].score, metric.name)}")  # fmt: skip
     return why
 
