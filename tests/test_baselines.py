@@ -181,3 +181,12 @@ def test_a_fine_tuned_encoder_answers_each_text_whatever_its_length_and_place():
     found = encoder(train, truth, wanted)
     assert np.mean([a == t for a, (t, _) in zip(found, asked, strict=True)]) >= 0.9
     assert encoder(train, truth, wanted[::-1]) == found[::-1]
+
+
+@pytest.mark.embedder
+@pytest.mark.skipif(not embedding.available(), reason="the embedding model is not installed")
+def test_an_encoder_is_not_trained_for_a_step_or_two(topics):
+    train, asked = topics
+    assert Encoder(tokens=500)(["goal match", "rice soup"] * 20, ["sport", "food"] * 20, ["goal"]) == ()
+    found = run(train, asked, ("sport", "food"), embed=None, encoder=lambda *_: ())
+    assert found and "encoder_finetuned" not in answers(found)

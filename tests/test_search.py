@@ -783,6 +783,25 @@ def test_costs_are_estimated_from_rows_of_the_whole_file(tmp_path: Path) -> None
     assert estimate(base, rows, run.session(base.model)).prefilled_tokens == pytest.approx(true, rel=0.25)
 
 
+def test_a_prompt_that_stands_several_times_is_answered_and_priced_once_unless_drawn(tmp_path: Path) -> None:
+    rows = [Example(str(n), f"name the {('lamp', 'chair', 'lamp', 'lamp')[n % 4]}", "x y") for n in range(40)]
+    base = System(resolve("fake:echo"), decoding=Decoding(max_tokens=8), home=tmp_path)
+    drawn = replace(base, decoding=replace(base.decoding, temperature=1.0))
+    session = Run(Store(tmp_path)).session(base.model)
+    assert estimate(base, rows, session).generated_tokens == 2 * 4
+    assert estimate(base, rows, session, written=3.0).generated_tokens == 2 * 3
+    assert estimate(base, rows, session, written=99.0).generated_tokens == 2 * 8
+    assert estimate(drawn, rows, session).generated_tokens == 40 * 4
+    asked: list[int] = []
+    plain = session.generate
+    session.generate = lambda prompts, *more: asked.append(len(prompts)) or plain(prompts, *more)  # type: ignore
+    said = [a.text for a in base.answers(rows, session)]
+    assert asked == [2] and said[0] == said[2] != said[1]
+    assert [a.text for a in base.answers(rows[:3], session)] == said[:3]
+    drawn.answers(rows, session)
+    assert asked == [2, 2, 40]
+
+
 def test_no_arm_is_dropped_twice_by_the_same_rows(
     task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,7 +56,7 @@ def run(
         if encoder is None or len(found) < 2:  # a single class needs no classifier
             return found
         answers = encoder([e.prompt for e in known], [e.completion for e in known], [e.prompt for e in examples])
-        return (*found, Baseline("encoder_finetuned", answers))
+        return (*found, Baseline("encoder_finetuned", answers)) if answers else found
     if all(e.choices for e in examples):
         return _choices(examples, embed)
     if ranked:

@@ -11,6 +11,7 @@ from whet.embed import model_folder
 BATCH = 32
 EPOCHS = 4.0
 LEARNING_RATE = 1e-4  # small encoders want more than the 2e-5 of BERT-base (Devlin et al. 2019)
+LEAST_STEPS = 20  # fewer leave the head nearly as it was drawn
 LONGEST = 128  # word pieces of a text that are read
 
 
@@ -22,7 +23,7 @@ class Encoder:
     seed: int = 0
 
     def __call__(self, texts: Sequence[str], truth: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
-        """Train on texts and their labels; returns a label for each wanted text."""
+        """Train on texts and their labels; returns a label for each wanted text, none where steps would be too few."""
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -32,7 +33,9 @@ class Encoder:
         tokenizer = quiet(AutoTokenizer.from_pretrained, model_folder())
         ids = tokenizer(list(texts), truncation=True, max_length=LONGEST)["input_ids"]
         size = sum(map(len, ids)) / len(ids)
-        steps = max(1, round(min(EPOCHS * len(ids), self.tokens / size) / BATCH))
+        steps = round(min(max(EPOCHS * len(ids), LEAST_STEPS * BATCH), self.tokens / size) / BATCH)
+        if steps < LEAST_STEPS:
+            return ()
         device = own_device()
         with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []):
             torch.manual_seed(self.seed)

@@ -434,7 +434,12 @@ class System:
         decoding = self.decoding
         prompts, kept, cut = self._fitted(examples, session, [decoding.max_tokens] * len(examples), blind, found)
         sampling = Sampling(decoding.max_tokens, decoding.temperature, n=decoding.votes, stop=decoding.stop)
-        made = session.generate(prompts, sampling, progress)
+        # What is written by the greatest probability is the same behind the same prompt.
+        asked = list(prompts) if decoding.temperature else list(dict.fromkeys(prompts))
+        made = session.generate(asked, sampling, progress)
+        if len(asked) < len(prompts):
+            said = dict(zip(asked, made, strict=True))
+            made = [said[prompt] for prompt in prompts]
         return [replace(_read(one, decoding), truncated=short, passages=shown)
                 for one, short, shown in zip(made, cut, kept, strict=True)]  # fmt: skip
 

@@ -7,6 +7,7 @@ import math
 import platform
 import random
 import re
+import sys
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -63,7 +64,8 @@ def measure(
     Long texts are read more slowly than chats: with `texts`, reading is measured on some that are as long as the one
     in which the middle of all of them lies. `say` is told before anything is measured.
     """
-    machine = [platform.machine(), platform.processor(), platform.node(), *sorted(session.protocol.items())]
+    threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else 0
+    machine = [platform.machine(), platform.processor(), platform.node(), threads, *sorted(session.protocol.items())]
     key = hashlib.sha256(repr([system.model.identity, machine, WRITTEN, "warm", "shared"]).encode()).hexdigest()
     kept = store.rates(key)
     if kept is None:
@@ -131,12 +133,12 @@ def affordable(rows: int, cost: float, most: float, least: int) -> int:
 
 def estimate(
     system: System, examples: Sequence[Example], session: Session, every: bool = False, sample: int = 48,
-    metric: str = "",
+    metric: str = "", written: float = 0.0,
 ) -> Spent:  # fmt: skip
     """What answering examples would cost, from a sample of them; beginnings that all share count once.
 
     With `every`, what scoring each choice would cost. By a `metric` of rankings nothing is asked of the model, and by
-    perplexity nothing is written.
+    perplexity nothing is written. `written` are the tokens of an answer; 0: half of what it may have.
     """
     if not examples or "@" in metric:
         return Spent()
@@ -153,5 +155,9 @@ def estimate(
     # Two points tell what is shared (once) from what every example adds.
     each = (whole - half) / max(1, len(few) - len(few) // 2)
     tokens = whole + each * (len(examples) - len(few))
-    made = 0 if closed or metric == "perplexity" else round(len(examples) * system.decoding.max_tokens * 0.5)
+    decoding = system.decoding
+    # A prompt that stands several times is answered once, unless answers are drawn.
+    count = len(examples) if decoding.temperature else len({(e.prompt, e.history) for e in examples})
+    written = min(written or 0.5 * decoding.max_tokens, decoding.max_tokens)
+    made = 0 if closed or metric == "perplexity" else round(count * written)
     return Spent(prefilled_tokens=round(tokens), generated_tokens=made)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 CONFIRMING = 2.2  # passes over the sealed rows: the base, the finalist, at times the best single-family arm
 FIXED = 30.0  # seconds for loading, baselines and measuring latency, which no token count tells
 LEAST_SELECTED, SELECTED = 100, 0.1  # rows of select; of the search's time, what scoring them once may take
-LEAST_CONFIRMED, CONFIRMED = 200, 1.0  # sealed rows; of the budget, what confirming may take: half of it is set aside
+LEAST_CONFIRMED, CONFIRMED = 200, 0.5  # sealed rows; of the budget, what confirming may take
 LEAST_TEXTS = 20  # of either, where rows are plain texts: each tells of hundreds of words
 BEGINNING = 3_000  # characters, some 500 words, that are read of each text where so many whole ones take too long
 CHEAP = 0.1  # of the search's time: what the first rungs of arms without training may take where there is training
@@ -113,6 +113,10 @@ def labels(job: _Job) -> list[str]:
 def planned(job: _Job) -> Tries:
     """What will be tried, for how long, and what is left out: the job's plan, before anything is spent."""
     race, data, local = job.race, job.splits.learnable, training.at_hand(job.bases)
+    looked = " (documents and facts are indexed for it, once)" if data.documents or data.knowledge else ""
+    job.watch.say(f"before the plan: estimating what each arm takes{looked}")
+    job.watch.arm("the plan", job.wish.budget)
+    begun = time.monotonic()
     alone = [training.scoring(job, Recipe(), base) for base in job.bases]  # seconds that each base takes on select
     tuned = training.first(job)
     if tuned is not None and race.select:
@@ -126,12 +130,8 @@ def planned(job: _Job) -> Tries:
             job.skipped += [{"method": name, "why": f"it would go on from {tuned.name}, which is left out"}
                             for name in training.behind(job, tuned)]  # fmt: skip
             tuned = None
-    looked = " (documents and facts are indexed for it, once)" if data.documents or data.knowledge else ""
-    job.watch.say(f"before the plan: estimating what each arm takes{looked}")
-    job.watch.arm("the plan", job.wish.budget)
     # Where training is possible it needs most of the budget; without it the cheap arms may have it.
     most = (CHEAP if tuned else 0.5) * race.seconds
-    begun = time.monotonic()
     arms, job.dear, missed = cheap_arms(job.wish, job.bases, labels(job), data, race.select, race.rates, job.run, most)
     # Indexes are kept: what making them takes is paid once, and not out of the budget.
     if (indexing := time.monotonic() - begun) > INDEXED * job.wish.budget:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 LEAST_TOKENS = 6_000  # a fine-tuning on fewer tokens (some eight steps of short rows) is not worth starting
 VALIDATED = 0.15  # of a fine-tuning's time, about, goes to its validations
 CALIBRATED_ROWS = 128
+SAID = 200  # completions of train, at most, that tell how much a trained model writes
 LOOKED_AT = 600  # train rows, at most, that are looked over for wrong labels
 SEVERAL = 0.2  # of the questions rest on several documents: from there on, trainings read several passages
 ASKED = 200  # train rows, at most, by which it is told how often the passages hold what is asked for
@@ -81,7 +82,10 @@ def scoring(job: _Job, one: Recipe, start: System) -> float:
         raise
     except WhetError:
         pass  # what it would read cannot be had: the arm says why
-    return speed.price(estimate(start, job.race.select, session, metric=job.metric.name))
+    # A trained model writes as train does, and not as much as it may.
+    told = [e.completion for e in job.race.data.train if e.completion][:SAID] if trains(one) else []
+    written = 1 + sum(session.count(told)) / len(told) if told else 0.0
+    return speed.price(estimate(start, job.race.select, session, metric=job.metric.name, written=written))
 
 
 def first(job: _Job) -> Recipe | None:
