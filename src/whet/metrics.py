@@ -651,7 +651,7 @@ def sound(metric: Metric, scored: Sequence[Outcome], examples: Sequence[Example]
         rights = [_score_one(metric, references(e)[0], e).error for e in known]
         if rights and all(rights):
             raise TaskError(f"the metric {metric.name} fails on every example, right answers included",
-                            expected="a number", found=str(rights[0]), do="mend it, or the rows it is given")  # fmt: skip
+                            expected="a number", found=str(rights[0]), do="mend it, or the rows")  # fmt: skip
     return tuple(scored)
 
 

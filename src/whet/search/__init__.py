@@ -498,7 +498,7 @@ def _run_baselines(job: _Job, handed: Scorecard | None) -> list[dict[str, Any]]:
         return (job.metric.aggregate(outcomes) if examples else None), outcomes
 
     if embedder and job.task.labels and len(found) > 1 and found[-1].name != "encoder_finetuned":
-        job.notes.append(f"no fine-tuned encoder among the baselines: {ENCODED:.0%} of the budget is too little for one")
+        job.notes.append(f"no fine-tuned encoder among the baselines: {ENCODED:.0%} of the budget is too little")
     cut, rows_of = len(select), []
     for one in found:
         sealed, outcomes = scored(one.answers[cut:], confirm)
