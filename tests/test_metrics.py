@@ -138,15 +138,19 @@ def test_an_example_on_which_a_metric_fails_is_data(tmp_path):
 def test_a_metric_that_fails_on_right_answers_too_is_broken(tmp_path):
     """Where it only cannot read what was said, every answer may be a miss: a base that never says a number."""
     write(tmp_path, "def f(answer, example):\n    return float(answer) == float(example.completion)\n"
-                    "def g(answer, example):\n    return answer.lowered()\n")
+                    "def g(answer, example):\n    return answer.lowered()\n"
+                    "def h(answer, example):\n    return {'two': 1}[answer]\n")
     rows = [example("2", id="a"), example("3", id="b")]
     numbers, broken = (get(f"metrics.py:{name}", tmp_path, trusted=True) for name in "fg")
     missed = score_all(numbers, ["two", "three"], rows)
-    assert [o.score for o in sound(numbers, missed, rows)] == [0, 0] and all(o.error for o in missed)
+    assert [o.score for o in missed] == [0, 0] and all(o.error for o in missed)
+    sound(numbers, missed, rows)
     with pytest.raises(TaskError, match="every example, right answers included.*lowered"):
         sound(broken, score_all(broken, ["2", "3"], rows), rows)
     unknown = [example("", id="a")]  # nothing is known to be right: a test that runs the answer, say
-    assert sound(broken, score_all(broken, ["2"], unknown), unknown)[0].error
+    sound(broken, score_all(broken, ["2"], unknown), unknown)
+    late = get("metrics.py:h", tmp_path, trusted=True)  # which knows the right answer of the last row alone
+    sound(late, score_all(late, ["x"] * 20, rows * 10), rows * 9 + [example("two"), rows[0]])
 
 
 def test_scoring_needs_one_answer_per_example():

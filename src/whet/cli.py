@@ -239,6 +239,7 @@ def evaluate(
 
     from whet import scorecard
     from whet.methods import Run
+    from whet.metrics import sound
     from whet.reading import lines as reading_lines
     from whet.reading import measure
     from whet.store import Store, place_for_file, write_text
@@ -257,13 +258,13 @@ def evaluate(
         card = scorecard.evaluate(opened, rows, metric, split=split, seed=seed,
                                    store=scorecard.lasting(run.store, opened),
                                    progress=lambda done, of: watch.tell("answering", done, of))  # fmt: skip
+        sound(metric, card.outcomes, rows)
         if not opened.model.remote:
             watch.tell("measuring latency and memory", 0, 1)
             card = scorecard.measure(card, opened, rows)
-        read = None
         if reading:
             watch.tell("reading with other passages", 0, 1)
-            read = measure(opened, rows, metric, opened.session)
+        read = measure(opened, rows, metric, opened.session) if reading else None
     if as_json:
         _print(card.record() | ({"reading": asdict(read)} if read else {}))
     else:

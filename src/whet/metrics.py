@@ -644,15 +644,14 @@ def score_all(metric: Metric, answers: Sequence[str], examples: Sequence[Example
     return tuple(_score_one(metric, a, e) for a, e in zip(answers, examples, strict=True))
 
 
-def sound(metric: Metric, scored: Sequence[Outcome], examples: Sequence[Example]) -> tuple[Outcome, ...]:
-    """The outcomes as they are. Raises TaskError for a metric that failed on all, and fails on right answers, too."""
+def sound(metric: Metric, scored: Sequence[Outcome], examples: Sequence[Example]) -> None:
+    """Raise TaskError for a metric that failed on all examples, and fails on all their right answers, too."""
     if scored and all(o.error for o in scored) and not hasattr(metric, "outcomes"):
-        known = [e for e in examples if references(e)[0]][:8]  # where nothing is known to be right, nothing is shown
-        rights = [_score_one(metric, references(e)[0], e).error for e in known]
-        if rights and all(rights):
+        known = [e for e in examples if references(e)[0]]  # where nothing is known to be right, nothing is shown
+        if known and all(_score_one(metric, references(e)[0], e).error for e in known):
+            found = str(_score_one(metric, references(known[0])[0], known[0]).error)
             raise TaskError(f"the metric {metric.name} fails on every example, right answers included",
-                            expected="a number", found=str(rights[0]), do="mend it, or the rows")  # fmt: skip
-    return tuple(scored)
+                            expected="a number", found=found, do="mend it, or the rows")  # fmt: skip
 
 
 def _score_one(metric: Metric, answer: str, example: Example) -> Outcome:

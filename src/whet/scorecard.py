@@ -214,7 +214,7 @@ def _outcomes(
     """Outcomes, how many prompts were `truncated` and answers left `unended`, and scores over the labels to be kept."""
     if ranks := re.fullmatch(r"(?:recall|ndcg|mrr)@(\d+)", metric.name):
         ranked = score_all(metric, system.ranked(examples, int(ranks[1])), examples)
-        return sound(metric, ranked, examples), {"truncated": 0, "unended": 0}, None
+        return ranked, {"truncated": 0, "unended": 0}, None
     if metric.name != "perplexity":
         from whet.feedback import Versus
 
@@ -225,7 +225,7 @@ def _outcomes(
             answers = system.answers(examples, session, progress)
         if isinstance(metric, Versus):
             metric.hear(system, examples, [a.text for a in answers])
-        outcomes = sound(metric, score_all(metric, [a.text for a in answers], examples), examples)
+        outcomes = score_all(metric, [a.text for a in answers], examples)
         # Chosen among, and none could be; or a server that refused the prompt or was too slow.
         silent = [(bool(a.scores) and not a.text) or a.finish == "failed" for a in answers]
         told = (replace(o, score=0.0, error="no answer") if s else o for o, s in zip(outcomes, silent, strict=True))
@@ -296,6 +296,7 @@ def compare(
         evaluate(s, rows, metric, split=split, seed=seed, store=lasting(store, s), progress=progress)
         for s in (first, second)
     ]
+    sound(metric, [o for card in cards for o in card.outcomes], rows)
     cards[1] = alike(cards[1], cards[0], metric, seed)
     return cards[0], cards[1], stats.compare(cards[0].outcomes, cards[1].outcomes, metric, seed)
 

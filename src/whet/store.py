@@ -171,7 +171,8 @@ class Store:
             with closing(self._open()) as base:
                 return base.execute(sql, values).fetchall()
         except sqlite3.Error as error:
-            raise StoreError(f"cannot read {self.file}", found=str(error), do="move it away, then run again") from error
+            do = "wait for the other run" if "locked" in str(error) else "move it away"
+            raise StoreError(f"cannot read {self.file}", found=str(error), do=f"{do}, then run again") from error
 
     def outcomes(self, key: str) -> tuple[tuple[Outcome, ...], dict[str, Any]] | None:
         """Per-example outcomes of one System on one set of rows under one protocol, with what they cost."""

@@ -436,7 +436,9 @@ class System:
         sampling = Sampling(decoding.max_tokens, decoding.temperature, n=decoding.votes, stop=decoding.stop)
         # What is written by the greatest probability is the same behind the same prompt.
         asked = list(prompts) if decoding.temperature else list(dict.fromkeys(prompts))
-        made = session.generate(asked, sampling, progress)
+        times = len(prompts) / max(1, len(asked))
+        tell: Progress | None = progress and (lambda done, _: progress(round(done * times), len(prompts)))
+        made = session.generate(asked, sampling, tell)
         if len(asked) < len(prompts):
             said = dict(zip(asked, made, strict=True))
             made = [said[prompt] for prompt in prompts]

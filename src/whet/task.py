@@ -236,7 +236,7 @@ class Task:
             train = tuple(row for i, row in enumerate(train) if i not in gone and row.id not in spoiled)
             judged, spoilt = without_held(judged, select)
             judging, theirs = without_held(judging, select)  # a judge would know the answers that it is to compare
-            leaks += () if alone else spoilt + theirs
+            leaks += theirs if alone else spoilt + theirs
         learnable = Learnable(
             name=self.name,
             instruction=self.instruction,

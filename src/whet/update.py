@@ -229,7 +229,7 @@ def update(
         raise MethodError("nothing to measure on", expected="test rows, or enough train rows", found="none")
     tasks = known(start, splits.learnable, run.session(start.model), split="test", seed=run.seed)
     method, unused = _method(settings, splits, tasks, feedback is not None, run)
-    metric = metric_of(task, given, run)
+    metric = metric_of(task, given, run, splits)
     after = _calibrated(given, method.apply(start, splits.learnable, run), splits, metric, run)
     cards = _cards(given, after, rows, metric, run)
     itself = metric.name != "win_rate" and (feedback is not None or own(system, task))

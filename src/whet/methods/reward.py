@@ -139,15 +139,19 @@ def judged_by(splits: Splits, base: System, run: Run, settings: Reward | None = 
     """
     if not pairs(splits.judging):
         raise TaskError("win_rate needs a judge", expected="feedback with pairs", found="none",
-                        do="add feedback.jsonl, or collect some: whet feedback SYSTEM PROMPTS")  # fmt: skip
+                        do="add feedback.jsonl, or collect some: whet feedback SYSTEM PROMPTS "
+                           "(on other prompts than those that are measured on)")  # fmt: skip
     return Versus(fit(splits.judging, base, run, settings or Reward()), base, run.session(base.model))
 
 
-def metric_of(task: Task, base: System, run: Run) -> Metric:
-    """A task's metric; where it is win_rate, one against `base`, by a judge that is trained where none is kept."""
+def metric_of(task: Task, base: System, run: Run, splits: Splits | None = None) -> Metric:
+    """A task's metric; where it is win_rate, one against `base`, by a judge that is trained where none is kept.
+
+    The judge learns from what `splits` sets aside for it; None: the task's, by the Run's seed.
+    """
     if task.metric != "win_rate":
         return get(task.metric, task.folder, task.trusted)
-    splits = task.split(run.seed)
+    splits = splits or task.split(run.seed)
     usable(task.judged, splits)
     return judged_by(splits, base, run)
 

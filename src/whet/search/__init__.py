@@ -23,7 +23,7 @@ from whet.general import ability
 from whet.memory import Known, known
 from whet.methods import Run, names, table
 from whet.methods.reward import metric_of
-from whet.metrics import Metric, Outcome, get, score_all
+from whet.metrics import Metric, Outcome, get, score_all, sound
 from whet.model import DEFAULT, ModelRef, loaded_before, resolve
 from whet.progress import Silent, Watch, clock
 from whet.retention import forgetting, moved_by, refused
@@ -315,6 +315,8 @@ def _race(job: _Job) -> None:
     for base, label in zip(job.bases, plan.labels(job), strict=True):
         trial = race.enter(Recipe(), base, label=label)
         race.base = race.base or trial
+    if race.base and race.base.card:
+        sound(job.metric, race.base.card.outcomes, race.select)
 
     def raced(best: Trial | None, arms: Sequence[Arm]) -> bool:
         if arms:

@@ -64,7 +64,8 @@ def measure(
     Long texts are read more slowly than chats: with `texts`, reading is measured on some that are as long as the one
     in which the middle of all of them lies. `say` is told before anything is measured.
     """
-    threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else 0
+    own = session.protocol.get("engine") == "torch"
+    threads = sys.modules["torch"].get_num_threads() if own else 0
     machine = [platform.machine(), platform.processor(), platform.node(), threads, *sorted(session.protocol.items())]
     key = hashlib.sha256(repr([system.model.identity, machine, WRITTEN, "warm", "shared"]).encode()).hexdigest()
     kept = store.rates(key)

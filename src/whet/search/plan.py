@@ -25,10 +25,12 @@ if TYPE_CHECKING:
 CONFIRMING = 2.2  # passes over the sealed rows: the base, the finalist, at times the best single-family arm
 FIXED = 30.0  # seconds for loading, baselines and measuring latency, which no token count tells
 LEAST_SELECTED, SELECTED = 100, 0.1  # rows of select; of the search's time, what scoring them once may take
-LEAST_CONFIRMED, CONFIRMED = 200, 0.5  # sealed rows; of the budget, what confirming may take
+LEAST_CONFIRMED, CONFIRMED = 200, 0.5  # sealed rows; of the budget, what confirming and baselines may take
 LEAST_TEXTS = 20  # of either, where rows are plain texts: each tells of hundreds of words
 BEGINNING = 3_000  # characters, some 500 words, that are read of each text where so many whole ones take too long
-CHEAP = 0.1  # of the search's time: what the first rungs of arms without training may take where there is training
+# Of the search's time: what the first rungs of arms without training may take where there is training; of the budget,
+# what confirming takes at no one's expense.
+CHEAP = 0.1
 REFINED = 0.5  # of what is left: what a round of settings next to those of the best arm may take
 INDEXED = 0.1  # of the budget: what indexing takes beyond it is told
 
@@ -57,14 +59,16 @@ def apportion(
     confirm, select = splits.confirm, tuple(shared_order(splits.select, closed, wish.seed))
     texts = any(e.text is not None for e in confirm or select)
     whole = passes * price(confirm)
-    sealed = affordable(len(confirm), whole, CONFIRMED * wish.budget, LEAST_TEXTS if texts else LEAST_CONFIRMED)
+    most = max(CHEAP * wish.budget, (CONFIRMED - ENCODED) * wish.budget - beside - FIXED)
+    sealed = affordable(len(confirm), whole, most, LEAST_TEXTS if texts else LEAST_CONFIRMED)
     if sealed < len(confirm):
+        enough = math.ceil(min(whole / CHEAP, (whole + beside + FIXED) / (CONFIRMED - ENCODED)) / 60)
         notes.append(f"confirmed on {sealed} of the {len(confirm)} sealed rows, drawn by seed: all of them would take "
-                     f"{clock(whole)}; --budget {math.ceil(whole / 60)}m takes them all")  # fmt: skip
+                     f"{clock(whole)}; --budget {enough}m takes them all")  # fmt: skip
         confirm = tuple(shared_order(confirm, closed, wish.seed)[:sealed])
     # Base and finalist, and a share of the best single-family arm; but the search always gets half.
     needed = passes * price(confirm) + beside + FIXED + ENCODED * wish.budget
-    reserve = min(needed, 0.5 * wish.budget)
+    reserve = min(needed, CONFIRMED * wish.budget)
     if needed > reserve:
         notes.append(f"confirming takes about {clock(needed)}, of which the budget holds {clock(reserve)}: "
                      "it will take longer than the budget says")  # fmt: skip

@@ -83,7 +83,8 @@ def scoring(job: _Job, one: Recipe, start: System) -> float:
     except WhetError:
         pass  # what it would read cannot be had: the arm says why
     # A trained model writes as train does, and not as much as it may.
-    told = [e.completion for e in job.race.data.train if e.completion][:SAID] if trains(one) else []
+    told = [e.completion for e in job.race.data.train if e.completion] if trains(one) else []
+    told = told[:: len(told) // SAID + 1]
     written = 1 + sum(session.count(told)) / len(told) if told else 0.0
     return speed.price(estimate(start, job.race.select, session, metric=job.metric.name, written=written))
 
