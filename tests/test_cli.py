@@ -437,9 +437,12 @@ def test_a_system_of_other_labels_is_told(capsys: pytest.CaptureFixture[str], ta
 
 def test_a_metric_that_fails_says_why(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     folder = write_task(tmp_path / "own", train=20, test=10, labels=None, metric="m.py:score")
-    (folder / "m.py").write_text('def score(answer, example):\n    return "x"\n')
+    (folder / "m.py").write_text('def score(answer, example):\n    return "x" if answer != example.completion else 1\n')
     code, out, _ = whet(capsys, "evaluate", "fake:echo", str(folder), "--trust")
     assert code == 0 and "10 examples could not be scored: " in out and "x" in out.split("could not be scored: ")[1]
+    (folder / "m.py").write_text('def score(answer, example):\n    return "x"\n')
+    code, _, err = whet(capsys, "evaluate", "fake:echo", str(folder), "--trust")
+    assert code == 2 and "fails on every example, right answers included" in err and "'x'" in err
 
 
 def test_a_scorecard_is_told_in_lines() -> None:

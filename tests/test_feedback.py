@@ -451,7 +451,7 @@ def test_an_update_whose_answers_win_less_is_refused(
 
     judge = Dislikes()
     judge.known = {a.text for a in system.answers(loaded.test)}
-    monkeypatch.setattr("whet.update.metric_of", lambda t, base, r: Versus(judge, base, r.session(base.model)))
+    monkeypatch.setattr("whet.update.metric_of", lambda t, base, r, s: Versus(judge, base, r.session(base.model)))
     changed = {"epochs": 6.0, "batch": 4, "rank": 4, "learning_rate": 2e-2}
     made = update(system, loaded, run(system.home), changed, file)
     assert made.after.score < 0.5 and "win rate fell from 50.0" in made.refused
