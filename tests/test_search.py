@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -314,6 +315,42 @@ def test_a_training_is_planned_with_what_its_own_prompts_take(
     monkeypatch.setattr(type(rag), "apply", reads)
     monkeypatch.setattr(Recipe, "lacks", lambda *_: "")
     assert training.scoring(job, Recipe((rag, *recipe("finetune").methods)), base) > plain + 0.5  # type: ignore[arg-type]
+
+
+def test_what_a_training_writes_is_priced_by_the_answers_of_train(tmp_path: Path) -> None:
+    base = System(resolve("fake:echo"), decoding=Decoding(max_tokens=100), home=tmp_path)
+    rows = tuple(Example(str(n), f"row {n}", "one two three" if n < 500 else "word " * 9) for n in range(1000))
+    race = SimpleNamespace(speed=lambda _: Rates(1e9, 1, 1), data=Learnable("toy", "", "rouge_l", train=rows),
+                           select=list(rows[:10]))  # fmt: skip
+    job: Any = SimpleNamespace(run=Run(Store(tmp_path)), race=race, metric=SimpleNamespace(name="rouge_l"))
+    each = job.run.session(base.model).count(["one two three", "word " * 9])  # half of train has either, in that order
+    assert training.scoring(job, Recipe(), base) == pytest.approx(10 * 50)
+    assert training.scoring(job, recipe("finetune"), base) == pytest.approx(10 * (1 + sum(each) / 2), abs=0.5)
+
+
+@pytest.mark.parametrize("price", [0.5, 3.0])
+def test_the_budget_that_is_said_to_take_all_sealed_rows_takes_them(price: float) -> None:
+    rows = tuple(Example(str(n), f"row {n}", "x") for n in range(600))
+    splits = Splits(Learnable("t", "", "accuracy"), rows[:50], rows)
+
+    def parts(minutes: int, each: float = price) -> Any:
+        return apportion(splits, False, Wish(budget=60.0 * minutes), lambda some: each * len(some), 5.0, 0.0)
+
+    said = re.search(r"--budget (\d+)m takes them all", " ".join(parts(1).notes))
+    assert said and len(parts(1).confirm) == 200 and len(parts(int(said[1])).confirm) == 600
+    assert len(parts(int(said[1]) - 1).confirm) < 600
+    assert len(parts(1, 0.001).confirm) == 600  # however little is left beside what is fixed
+
+
+def test_a_metric_that_is_broken_ends_the_search_at_its_base(tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "toy", train=60, test=20, labels=None, metric="m.py:f")
+    (folder / "m.py").write_text("def f(answer, example):\n    return answer.lowered()\n")
+    settings: Any = {"model": "fake:echo", "budget": "1m", "home": tmp_path / "home", "trust": True}
+    with pytest.raises(TaskError, match="fails on every example, right answers included.*lowered"):
+        improve(folder, out=tmp_path / "out", **settings)
+    (folder / "m.py").write_text("def f(answer, example):\n    return 1 / (answer == example.completion)\n")
+    found = improve(folder, out=tmp_path / "again", methods=("fewshot",), **settings)  # only wrong answers fail
+    assert found.result["confirm"]["base"]["score"] == 0
 
 
 def test_a_recipe_by_name_and_a_choice_of_methods(task: Path, tmp_path: Path) -> None:

@@ -237,11 +237,10 @@ def evaluate(
     """Score SYSTEM (a folder, model or endpoint) on TASK."""
     from dataclasses import asdict
 
+    from whet import reading as passages
     from whet import scorecard
     from whet.methods import Run
     from whet.metrics import sound
-    from whet.reading import lines as reading_lines
-    from whet.reading import measure
     from whet.store import Store, place_for_file, write_text
     from whet.task import load
 
@@ -264,11 +263,11 @@ def evaluate(
             card = scorecard.measure(card, opened, rows)
         if reading:
             watch.tell("reading with other passages", 0, 1)
-        read = measure(opened, rows, metric, opened.session) if reading else None
+        read = passages.measure(opened, rows, metric, opened.session) if reading else None
     if as_json:
         _print(card.record() | ({"reading": asdict(read)} if read else {}))
     else:
-        _say(*scorecard.lines(card), *(reading_lines(read, card.metric) if read else ()))
+        _say(*scorecard.lines(card), *(passages.lines(read, card.metric) if read else ()))
     if answers:
         write_text(answers, "".join(json.dumps(asdict(o), ensure_ascii=False) + "\n" for o in card.outcomes))
 
