@@ -211,13 +211,14 @@ def test_a_task_of_feedback_alone_learns_selects_and_is_judged_on_different_prom
 
 
 def test_a_judge_learns_from_no_prompt_that_answers_are_compared_on(tmp_path: Path) -> None:
-    train = [{"prompt": f"tell me of the {t}", "completion": "x"} for t in THINGS]
+    train = [{"prompt": j.prompt, "completion": "x"} for j in judgements(60)]
     rows = [{"id": str(n), "prompt": r["prompt"], "chosen": "x", "rejected": "y"} for n, r in enumerate(train)]
     folder = write(tmp_path / "t", rows)
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, train)))
     parts = task.load(folder).split()
     select = {e.prompt for e in parts.select}
-    assert select and parts.judging and not select & {j.prompt for j in (*parts.judging, *parts.learnable.judged)}
+    assert select & {j.prompt for j in feedback.divide(task.load(folder).judged)[1]}  # or nothing is shown here
+    assert parts.judging and not select & {j.prompt for j in (*parts.judging, *parts.learnable.judged)}
     assert {rows[int(name)]["prompt"] for name, _ in parts.dropped} == select
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -228,6 +229,11 @@ def test_a_file_that_is_no_store_is_named(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="cannot use the store .* found file is not a database; set WHET_HOME"):
         Store(tmp_path)
     assert (tmp_path / "whet.sqlite").read_bytes() == b"no database " * 99
+    store = Store(tmp_path / "other")
+    with sqlite3.connect(store.file) as base:
+        base.execute("drop table trials")
+    with pytest.raises(StoreError, match="cannot read .* no such table: trials; move it away"):
+        store.trial("run", "trial")
 
 
 def test_nothing_that_only_unix_has_is_needed_to_start() -> None:
