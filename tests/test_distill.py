@@ -39,7 +39,7 @@ from whet.system import Decoding, Demonstrations, System, load
 from whet.task import Example, Learnable, Task
 from whet.train import losses
 from whet.train.batches import packs, padded
-from whet.train.loop import _logits, _step
+from whet.train.loop import target_logits, _step
 from whet.train.matching import Match, partners
 from whet.train.teacher import Teacher
 
@@ -273,7 +273,7 @@ def test_the_distance_of_hidden_states_is_that_of_transformers_own(renumbered: b
     with torch.no_grad():
         [pack] = packs(rows, torch.float32, torch.device("cpu"))
         with using_tree(student):
-            _logits(student, pack)
+            target_logits(student, pack)
         assert float(match.distance(pack)) == pytest.approx(sum(parts) / len(parts), rel=1e-3)
     match.weight = 2.0
     student.zero_grad()
@@ -291,7 +291,7 @@ def test_what_rows_are_padded_with_counts_for_nothing() -> None:
     def distance(some: list[Row]) -> float:
         [pack] = padded(some, torch.device("cpu"), 1000)
         assert len(pack.ids) == sum(len(r.continuations) for r in some)
-        _logits(student, pack)
+        target_logits(student, pack)
         return float(match.distance(pack))
 
     with torch.no_grad():
@@ -325,7 +325,7 @@ def test_a_pruned_model_is_healed_by_its_teachers_states(tmp_path: Path) -> None
         with torch.no_grad():
             [pack] = packs([Row(p, ((0,),), ((1.0,),)) for p in asked], torch.float32, torch.device("cpu"))
             with using_tree(student.module):
-                _logits(student.module, pack)
+                target_logits(student.module, pack)
             agreed[hidden] = float(match.distance(pack))
     assert agreed[3.0] < 0.7 * agreed[0.0]
 

@@ -57,13 +57,16 @@ def test_what_a_demonstration_cannot_show_is_left_out(base: System, selection: s
         with pytest.raises(MethodError, match=f"nothing to show; .*found 0 of 40: 40 {why}"):
             method.apply(base, given, run(base))
     made = run(base)
+    made.notes["left_out"] = ["a document"]  # of a method before it
     noisy = (Example("x", films[0].prompt, "positive"), *mails, *films)
     shown = method.apply(base, replace(data(()), train=noisy), made).demonstrations.pool
     assert shown and {q for q, _ in shown} <= {e.prompt for e in films[1:]}
-    assert made.notes["left_out"] == (
+    FewShot(k=2).apply(base, replace(data(()), train=noisy), made)  # what was said is not said again
+    assert made.notes["left_out"] == [
+        "a document",
         "42 of 81 train rows are not shown: 40 with a system turn of their own, which differs from row to row, "
-        "2 with a prompt that has other answers elsewhere"
-    )
+        "2 with a prompt that has other answers elsewhere",
+    ]
     with pytest.raises(MethodError, match="no such demonstrations; expected .* whose prompt says all, found 0"):
         FewShot(selection="fixed", ids=("0", "1")).apply(base, replace(data(()), train=(noisy[0], *films)), run(base))
 

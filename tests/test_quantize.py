@@ -25,8 +25,8 @@ from torch import nn
 from whet import scorecard
 from whet.cli import main
 from whet.compress import folder as folders
+from whet.compress import harm, packed, rounding
 from whet.compress import moments as calibrate
-from whet.compress import packed, rounding
 from whet.compress.folder import compressed
 from whet.compress.structure import size
 from whet.engine import Spent
@@ -463,15 +463,54 @@ def test_what_is_kept_in_eight_bits_lowers_the_error_most_for_its_bytes() -> Non
         for n, layer in enumerate(module.model.layers):
             for name in ("self_attn.o_proj", "mlp.down_proj"):
                 linear = layer.get_submodule(name)
-                second = torch.eye(linear.in_features)
-                work.note(linear, linear.weight, rounding.pack8(linear.weight, False), second)
-                work.pack(linear, rounding.pack4(linear.weight, 16), second)
-                entry = next(e for e in work.report.values() if e["layer"] == f"model.layers.{n}.{name}")
-                entry["error"] = 0.4 if name == "mlp.down_proj" else 0.3  # of twice as many weights
-        room = HEADER * len(module.state_dict()) + 1100
-        spared = work.spared(module, size(module)["bytes"] + room)
+                work.pack(linear, rounding.pack4(linear.weight, 16), torch.eye(linear.in_features))
+        bad = {key: 0.4 if "down_proj" in one["layer"] else 0.3 for key, one in work.report.items()}
+        spared = work.spared(bad, 1100)  # down_proj has twice as many weights
         assert {work.report[key]["layer"] for key in spared} == {
             "model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj"}  # fmt: skip
+        grown = size(module)["bytes"]
+        for layer in module.model.layers:
+            linear = layer.self_attn.o_proj
+            layer.self_attn.o_proj = packed.PackedLinear(
+                rounding.pack8(linear.weight, False), (linear.in_features, linear.out_features), None
+            )
+        assert 0 < size(module)["bytes"] - grown <= 1100
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_harm_is_how_far_a_layer_in_few_bits_moves_what_the_model_says(
+    shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the divergence that is measured where one weight alone is rounded, by ratios and by their order."""
+    module = make_model("llama")
+    if not shared:
+        monkeypatch.setattr(harm, "shares", lambda *_: False)
+    layers = module.model.layers
+    with torch.no_grad():
+        layers[0].mlp.down_proj.weight.zero_()  # what is read by it bears on nothing
+    rows = [Row(tuple(range(5 + n, 17 + n)), ((7 + n, 8, 9 + n % 5),)) for n in range(64)]
+    names = [f"layers.{n}.{name}" for n in (0, 1) for name in ("self_attn.o_proj", "self_attn.v_proj", "mlp.up_proj")]
+    linear = [module.model.get_submodule(name) for name in (*names, "layers.1.mlp.down_proj")]
+    packs = {id(one.weight): rounding.pack4(one.weight.detach(), 16) for one in linear}
+    session = TorchSession(module, make_tokenizer())
+    found = harm.harms(session, rows, packs, seed=0)
+    assert session.spent.prefilled_tokens and all(p.grad is None for p in module.parameters())
+
+    def said() -> torch.Tensor:
+        made = [module(input_ids=torch.tensor([[*r.prompt, *r.continuations[0][:-1]]])).logits[0, -3:] for r in rows]
+        return torch.cat(made).detach().log_softmax(-1)
+
+    true, before = [], said()
+    for one in linear:
+        plain = one.weight.data
+        one.weight.data = packs[id(one.weight)].dense()
+        true.append(float((before.exp() * (before - said())).sum(-1).mean()))
+        one.weight.data = plain
+    told = [found[id(one.weight)] for one in linear]
+    assert told[2] == true[2] == 0 and rounding.output_error(layers[0].mlp.up_proj.weight.detach(), packs[
+        id(layers[0].mlp.up_proj.weight)], torch.eye(layers[0].mlp.up_proj.in_features)) > 0.03  # fmt: skip
+    ratios = [a / b for a, b in zip(told, true, strict=True) if b]
+    assert len(ratios) == 6 and all(0.4 < ratio < 2.5 for ratio in ratios)
 
 
 def test_rows_are_drawn_from_all_kinds_and_bounded_by_their_tokens(tmp_path: Path) -> None:

@@ -141,7 +141,8 @@ class FewShot:
                 expected="train rows whose prompt says all, with a completion and without earlier turns",
             )  # fmt: skip
         if left:
-            run.notes["left_out"] = f"{len(asked) - len(usable)} of {len(asked)} train rows are not shown{why}"
+            said = f"{len(asked) - len(usable)} of {len(asked)} train rows are not shown{why}"
+            run.notes["left_out"] = list(dict.fromkeys([*run.notes.get("left_out", ()), said]))
         start = replace(system.uncalibrated, demonstrations=Demonstrations())
         rows = self._bootstrapped(usable, start, data, run) if self.selection == "bootstrapped" else usable
         k = most = len(self.ids) or self.k

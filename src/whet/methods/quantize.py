@@ -38,8 +38,8 @@ class Quantize:
     for every `group` columns (0: the first of 32, 64, 128 that divides the width), and a `zero` if wanted, by
     `rounding`: nearest, hqq (Badri & Shaji 2023) or gptq (Frantar et al. 2022, on `rows` train rows; each layer makes
     good for half of what those before it got wrong: QEP, Arai & Ichikawa 2025). `embedding` bits, 0: 8. A layer whose
-    width no group divides stays in 8 bits; where the task's `limits.size` allows, so do those whose outputs suffer most
-    for their bytes, those that read the same input together.
+    width no group divides stays in 8 bits; where the task's `limits.size` allows, so do those that change what the
+    model says most for their bytes, those that read the same input together.
     """
 
     name: ClassVar[str] = "quantize"
@@ -145,21 +145,27 @@ class Quantize:
     def _spared(self, session: Any, rows: Any, most: int, run: Run) -> tuple[frozenset[int], int]:
         """The weights (ids) that stay in 8 bits within `most` bytes, and the bits of the embedding.
 
-        Told by a round to the nearest, before the real one: later layers make good for what earlier ones got wrong.
+        Told by weights rounded to the nearest; without rows, by how far these are off for their size.
         """
+        from whet.compress.harm import harms
         from whet.compress.structure import size
 
         quick, bits = replace(self, rounding="nearest"), self.embedding or 8
         with _swapping(session.module) as work:
-            quick._round(session, rows, work, None, run.progress("finding the layers that suffer most"))
+            quick._round(session, [], work, frozenset(), None)
             work.embedding(quick, bits)
             if not self.embedding and size(session.module)["bytes"] > most:
                 bits = 4
                 work.embedding(quick, bits)
-            return work.spared(session.module, most), bits
+            names = sum(1 for _ in session.module.state_dict())
+            room = most - size(session.module)["bytes"] - HEADER * names
+        harm = {key: entry["error"] for key, entry in work.report.items()}
+        if rows:
+            harm = harms(session, rows, work.packs, run.seed, run.progress("finding the layers that suffer most"))
+        return work.spared(harm, room), bits
 
-    def _round(self, session: Any, rows: Any, work: _Work, wide: frozenset[int] | None, progress: Any) -> None:
-        """Every linear layer packed, those over weights `wide` in 8 bits; None: what 8 bits would leave is noted."""
+    def _round(self, session: Any, rows: Any, work: _Work, wide: frozenset[int], progress: Any) -> None:
+        """Every linear layer packed, those over weights `wide` in 8 bits."""
         from whet.compress.moments import bare, follow, walk
         from whet.compress.rounding import compensated
 
@@ -185,9 +191,7 @@ class Quantize:
                 drifts = [m.drift for m in parts if m.drift is not None]
                 if drifts:
                     weight = compensated(weight, second, sum(drifts[1:], drifts[0]), tokens)
-                if wide is None:
-                    work.note(linear, weight, whole._packed(weight, second, tokens), second)
-                how = whole if wide and id(linear.weight) in wide else self
+                how = whole if id(linear.weight) in wide else self
                 work.pack(linear, how._packed(weight, second, tokens), second, weight)
 
         if not rows:
@@ -247,7 +251,7 @@ class _Work:
     scaled: list[tuple[Any, Tensor]] = field(default_factory=list)  # (parameter, its values)
     seen: dict[int, dict[int, Moments]] = field(default_factory=dict)  # weight → its inputs, each once
     report: dict[int, dict[str, Any]] = field(default_factory=dict)  # weight → what became of it
-    wide: dict[int, tuple[int, float]] = field(default_factory=dict)  # weight → bytes that 8 bits add, error they leave
+    packs: dict[int, Pack] = field(default_factory=dict)  # weight → what it was packed into
     smoothed: int = 0
 
     def uses(self) -> dict[int, int]:
@@ -270,12 +274,6 @@ class _Work:
         self.before.append((parent, leaf, getattr(parent, leaf)))
         setattr(parent, leaf, layer)
 
-    def note(self, linear: Any, plain: Tensor, pack: Pack, second: Tensor) -> None:
-        """What a weight would cost in 8 bits, and the error that would be left."""
-        from whet.compress.rounding import output_error
-
-        self.wide[id(linear.weight)] = pack.values.numel() // 2, output_error(plain, pack, second)
-
     def pack(self, linear: Any, pack: Pack, second: Tensor, plain: Tensor | None = None) -> None:
         """Every layer over this weight becomes one over the pack; its error is that against `plain`."""
         from whet.compress.packed import PackedLinear
@@ -287,6 +285,7 @@ class _Work:
         plain = weight.data.cpu() if plain is None else plain
         self.report[id(weight)] = {"layer": places[0], "bits": pack.bits, "error": output_error(plain, pack, second)}
         pack.to(weight.device)
+        self.packs[id(weight)] = pack
         for name in places:
             one = self.module.get_submodule(name)
             self.put(name, PackedLinear(pack, (one.in_features, one.out_features), one.bias))
@@ -372,13 +371,13 @@ class _Work:
                 return stood
         return layer
 
-    def spared(self, module: Any, most: int) -> frozenset[int]:
-        """The weights whose error 8 bits lower most for their bytes, as far as `most` bytes allow.
+    def spared(self, harm: Mapping[int, float], room: int) -> frozenset[int]:
+        """The weights that do most harm in 4 bits for their bytes, as far as there is room for 8.
 
-        Siblings go together: parted, they are no longer multiplied at once, here and in vLLM.
+        What harm is left in 8 bits does not count: their steps are a sixteenth, and errors are squared. Siblings go
+        together: parted, they are no longer multiplied at once, here and in vLLM.
         """
         from whet.compress.packed import SIBLINGS
-        from whet.compress.structure import size
 
         groups: dict[tuple[str, ...], list[int]] = {}
         for key, entry in self.report.items():
@@ -388,13 +387,12 @@ class _Work:
             groups.setdefault((owner, *next((s for s in SIBLINGS if leaf in s), (leaf,))), []).append(key)
 
         def cost(keys: list[int]) -> int:
-            return sum(self.wide[k][0] for k in keys)
+            return sum(self.packs[k].values.numel() for k in keys)  # two to a byte, then one
 
         def gain(keys: list[int]) -> float:
-            return sum(float(self.report[k]["error"]) - self.wide[k][1] for k in keys) / cost(keys)
+            return sum(harm[k] for k in keys) / cost(keys)
 
-        names = sum(1 for _ in module.state_dict())
-        room, found = most - size(module)["bytes"] - HEADER * names, list[int]()
+        found: list[int] = []
         for keys in sorted(groups.values(), key=gain, reverse=True):
             if cost(keys) <= room:
                 room, found = room - cost(keys), [*found, *keys]

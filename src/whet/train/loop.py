@@ -425,7 +425,7 @@ def _step(
         for n in range(passes):
             pack, real = (made[n], 1.0) if n < own else (made[0], 0.0)
             team.accumulating(wrapped, last=n == passes - 1)
-            part = loss(_logits(wrapped, pack), pack) * real / count
+            part = loss(target_logits(wrapped, pack), pack) * real / count
             (part * team.size).backward()  # gradients are averaged over the team
             total += part.detach().double()
             tokens += pack.tokens if real else 0
@@ -434,7 +434,7 @@ def _step(
     return float(total), tokens  # read once: a GPU goes on without the host until then
 
 
-def _logits(module: Any, pack: Pack) -> Tensor:
+def target_logits(module: Any, pack: Pack) -> Tensor:
     """Logits [P, vocabulary] of a pack's targets."""
     plan = {} if pack.plan is None else {"whet_plan": pack.plan}
     out = module(

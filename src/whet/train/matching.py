@@ -19,7 +19,7 @@ from whet.engine import Spent
 from whet.engine.prefix import Row
 from whet.engine.torch import TorchSession, using_tree
 from whet.train.batches import Pack
-from whet.train.loop import _logits
+from whet.train.loop import target_logits
 from whet.train.losses import Loss
 
 
@@ -82,7 +82,7 @@ class Match:
         read = pack if self.ids is None else replace(pack, ids=self.ids[pack.ids])
         theirs, hooks = _watch(module, set(self.pairs))
         with hooked(hooks), using_tree(module, shared=pack.plan is not None), torch.no_grad():
-            _logits(module, read)
+            target_logits(module, read)
         self.live.spent += Spent(prefilled_tokens=pack.tokens)
         total, real = torch.zeros((), device=pack.ids.device), _real(pack)
         for number, other in enumerate(self.pairs):

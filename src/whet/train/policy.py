@@ -16,7 +16,7 @@ from whet.engine.torch import TorchSession, no_gradients, using_tree
 from whet.errors import MethodError
 from whet.task import Example
 from whet.train.batches import PACK_TOKENS, Pack, batched, shares
-from whet.train.loop import _logits
+from whet.train.loop import target_logits
 from whet.train.losses import Loss, logprobs, per_sequence
 from whet.train.team import team
 
@@ -37,7 +37,7 @@ def passes(
     shared = shares(module, rows)
     for pack in batched(module, rows, shared, most):
         with using_tree(module, shared=shared), no_gradients(module):
-            logits = _logits(module, pack)
+            logits = target_logits(module, pack)
         session.spent += Spent(prefilled_tokens=pack.tokens)
         yield logits, pack
 

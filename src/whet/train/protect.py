@@ -18,7 +18,7 @@ from whet.errors import MethodError
 from whet.model import Transform, check_transform
 from whet.train.batches import batched, shares, steps
 from whet.train.lesson import even, weight
-from whet.train.loop import Source, _logits
+from whet.train.loop import Source, target_logits
 from whet.train.losses import NextToken
 
 Penalty = Callable[[], Tensor]
@@ -78,7 +78,7 @@ def fisher(module: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
             row = replace(row, facts=())
             [pack] = batched(module, [row], shared)
             with using_tree(module, train=True, shared=shared):
-                loss(_logits(module, pack), pack).backward()
+                loss(target_logits(module, pack), pack).backward()
         module.zero_grad(set_to_none=True)
     return {name: total / len(rows) for name, total in found.items()}
 
