@@ -346,7 +346,7 @@ def test_smoothing_leaves_layers_alone_whose_weights_are_shared() -> None:
     before = module(input_ids=ids).logits.log_softmax(-1)
     rows = [Row(tuple(range(5 + n, 25 + n)), ((7, 8),)) for n in range(8)]
     with torch.no_grad(), _swapping(module) as work:
-        Quantize()._round(TorchSession(module, make_tokenizer()), rows, work, None, None)
+        Quantize()._round(TorchSession(module, make_tokenizer()), rows, work, frozenset(), None)
         after = module(input_ids=ids).logits.log_softmax(-1)
     apart = (before.exp() * (before - after)).sum(-1).mean().item()
     assert apart < 0.01  # 0.4 where one layer of two was smoothed
