@@ -25,6 +25,7 @@ NORMED = {  # what a norm's output is read by, in families whose norm multiplies
 PLAIN_NORM = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 STRENGTH = 0.5  # SmoothQuant's alpha (Xiao et al. 2023)
 HEADER = 128  # bytes of a file that tell of a tensor
+RULES = 2  # of which layers stay in 8 bits; raised where the same settings come to other weights than before
 WORTH = 0.9  # of the error may be left after smoothing, or it is not done
 LEAST_LEFT = 0.02  # of the bytes before, in tables that stay as they are: where more, it is told
 
@@ -91,7 +92,7 @@ class Quantize:
         from whet.train.lesson import key
 
         system = system.uncalibrated
-        name = key("quantize", asdict(self), GROUPS, [PROPAGATED, DAMP, UNSEEN], moments.MOST_TOKENS, system.state,
+        name = key("quantize", RULES, asdict(self), GROUPS, [PROPAGATED, DAMP, UNSEEN], moments.MOST_TOKENS, system.state,
                    rows_hash(data.train), run.seed, data.limits.size)  # fmt: skip
         if finished(run, name):
             return _within(settled(system, run, name), data, run)
