@@ -92,8 +92,8 @@ class Quantize:
         from whet.train.lesson import key
 
         system = system.uncalibrated
-        name = key("quantize", RULES, asdict(self), GROUPS, [PROPAGATED, DAMP, UNSEEN], moments.MOST_TOKENS, system.state,
-                   rows_hash(data.train), run.seed, data.limits.size)  # fmt: skip
+        name = key("quantize", RULES, asdict(self), GROUPS, [PROPAGATED, DAMP, UNSEEN], moments.MOST_TOKENS,
+                   system.state, rows_hash(data.train), run.seed, data.limits.size)  # fmt: skip
         if finished(run, name):
             return _within(settled(system, run, name), data, run)
         session = run.local(system.model, "quantizing")
