@@ -39,7 +39,7 @@ from whet.system import Decoding, Demonstrations, System, load
 from whet.task import Example, Learnable, Task
 from whet.train import losses
 from whet.train.batches import packs, padded
-from whet.train.loop import target_logits, _step
+from whet.train.loop import _step, target_logits
 from whet.train.matching import Match, partners
 from whet.train.teacher import Teacher
 

@@ -36,7 +36,7 @@ from whet.engine.torch import TorchSession
 from whet.errors import ArtifactError, MethodError
 from whet.methods import Run, lacking, make
 from whet.methods.finetune import FineTune
-from whet.methods.quantize import HEADER, Quantize, _swapping
+from whet.methods.quantize import Quantize, _swapping
 from whet.metrics import Outcome, get
 from whet.model import ModelRef, load, resolve
 from whet.progress import Silent
@@ -460,7 +460,7 @@ def test_outliers_are_smoothed_where_the_model_is_rounded(tmp_path: Path, monkey
 def test_what_is_kept_in_eight_bits_lowers_the_error_most_for_its_bytes() -> None:
     module = make_model("llama")
     with torch.no_grad(), _swapping(module) as work:
-        for n, layer in enumerate(module.model.layers):
+        for layer in module.model.layers:
             for name in ("self_attn.o_proj", "mlp.down_proj"):
                 linear = layer.get_submodule(name)
                 work.pack(linear, rounding.pack4(linear.weight, 16), torch.eye(linear.in_features))
