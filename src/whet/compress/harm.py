@@ -43,7 +43,8 @@ def harms(
             off = linear.weight.detach().float() - packs[key].dense()
             total[key] += float((x @ off.to(x.dtype).T).float().mul_(gradient).square_().sum())
 
-        out.register_hook(back)
+        if out.requires_grad:  # what does not read the tokens is given no gradient
+            out.register_hook(back)
 
     first: list[Tensor] = []  # what the embedding makes: gradients are followed to there, weights get none
 
@@ -58,7 +59,7 @@ def harms(
             logits = target_logits(module, pack).float()
             chance = logits.detach().softmax(-1)
             drawn = torch.randn(chance.shape, generator=dice, device=chance.device).mul_(chance.sqrt())
-            torch.autograd.grad((logits * (drawn - chance * drawn.sum(-1, keepdim=True))).sum(), first)
+            torch.autograd.grad((logits * (drawn - chance * drawn.sum(-1, keepdim=True))).sum(), first, allow_unused=True)
             targets += len(logits)
             if progress:
                 progress(n + 1, len(passes))
