@@ -59,7 +59,8 @@ def harms(
             logits = target_logits(module, pack).float()
             chance = logits.detach().softmax(-1)
             drawn = torch.randn(chance.shape, generator=dice, device=chance.device).mul_(chance.sqrt())
-            torch.autograd.grad((logits * (drawn - chance * drawn.sum(-1, keepdim=True))).sum(), first, allow_unused=True)
+            along = (logits * (drawn - chance * drawn.sum(-1, keepdim=True))).sum()
+            torch.autograd.grad(along, first, allow_unused=True)
             targets += len(logits)
             if progress:
                 progress(n + 1, len(passes))
