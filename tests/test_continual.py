@@ -557,7 +557,7 @@ def test_what_a_task_lost_is_what_it_scored_before_less_what_it_scores_after() -
     assert found.most == pytest.approx(1 + 100 * 2.8 * math.sqrt(0.1 * 0.9 / 39)) and not found.ok
     gained = loss("t", right(36), right(40), get("accuracy"), 1.0)
     assert (gained.lost, gained.low, gained.high, gained.bound) == pytest.approx((-10, -20, -2.5, -2.5)) and gained.ok
-    assert str(gained).startswith("t gains 10.0 points [2.5, 20.0] on 40 rows (90.0 to 100.0); 1 allowed")
+    assert str(gained).startswith("t gains 10.0 points [2.5, 20.0] on 40 rows (90.0 to 100.0); 1 may be lost")
 
 
 def test_of_a_perplexity_a_rise_is_lost_in_percent() -> None:
@@ -567,7 +567,7 @@ def test_of_a_perplexity_a_rise_is_lost_in_percent() -> None:
     assert [one.lost for one in (rise, little, fall)] == pytest.approx([5, 0.95, -5])
     assert (rise.low, rise.high, rise.bound, rise.most) == pytest.approx((5, 5, 5, 1 + 5 * 3 / 40))
     assert [one.ok for one in (rise, little, fall)] == [False, True, True]
-    assert str(rise).startswith("t loses 5.0 points [5.0, 5.0] on 40 rows (20.00 to 21.00)")
+    assert str(rise).startswith("t loses 5.0 percent [5.0, 5.0] on 40 rows (20.00 to 21.00)")
 
 
 def test_short_answers_may_grow_by_a_few_words() -> None:

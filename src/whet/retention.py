@@ -105,7 +105,7 @@ def stream(
 
 @dataclass(frozen=True)
 class Lost:
-    """What one earlier task lost, in points (hundredths; of a metric that is no share, percent); negative: it gained.
+    """What one earlier task lost, in `unit`: points (hundredths), of a metric that is no share percent; < 0: it gained.
 
     `low`..`high` is the paired 95 % interval. `ok` by `stats.not_worse`: the loss is within `allowed`, and its
     one-sided 95 % `bound` within `most`: that plus what so many rows can show.
@@ -123,13 +123,15 @@ class Lost:
     most: float
     ok: bool
     metric: str = ""
+    unit: str = "points"
 
     def __str__(self) -> str:
         verb, sign = ("gains", -1) if self.lost < 0 else ("loses", 1)
         low, high = sorted((sign * self.low, sign * self.high))
-        return (f"{self.task} {verb} {sign * self.lost:z.1f} points [{low:z.1f}, {high:z.1f}] on {self.n} rows "
-                f"({figure(self.before, self.metric)} to {figure(self.after, self.metric)}); {self.allowed:g} allowed, "
-                f"one-sided bound {self.bound:z.1f} of {self.most:.1f}")  # fmt: skip
+        return (f"{self.task} {verb} {sign * self.lost:z.1f} {self.unit} [{low:z.1f}, {high:z.1f}] on {self.n} rows "
+                f"({figure(self.before, self.metric)} to {figure(self.after, self.metric)}); {self.allowed:g} may "
+                f"be lost, with 95 % confidence at most {self.bound:z.1f} is (limit on so many rows: {self.most:.1f})"
+                )  # fmt: skip
 
 
 def loss(name: str, before: Scorecard, after: Scorecard, metric: Metric, allowed: float, seed: int = 0) -> Lost:
@@ -140,7 +142,8 @@ def loss(name: str, before: Scorecard, after: Scorecard, metric: Metric, allowed
     paired = stats.compare(before.outcomes, after.outcomes, metric, seed)
     kept = stats.not_worse(before.outcomes, after.outcomes, metric, allowed / unit, seed)
     return Lost(name, paired.n, before.score, after.score, -unit * paired.difference, -unit * paired.high,
-                -unit * paired.low, allowed, unit * kept.bound, unit * kept.allowed, kept.ok, metric.name)  # fmt: skip
+                -unit * paired.low, allowed, unit * kept.bound, unit * kept.allowed, kept.ok, metric.name,
+                "points" if shares else "percent")  # fmt: skip
 
 
 def forgetting(
