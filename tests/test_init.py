@@ -881,3 +881,40 @@ def test_earlier_turns_of_alpaca_and_calls_beside_text_stay(tmp_path):
     call = {"role": "assistant", "content": "Let me check.", "tool_calls": [{"name": "look"}]}
     assert turns([{"role": "user", "content": "a"}, call], "row 1", "messages")[1] == (
         "assistant", 'Let me check.\n[{"name": "look"}]')  # fmt: skip
+
+
+def test_a_column_that_names_labels_has_one_name_for_each(tmp_path):
+    rows = [{"text": text, "label": n % 2, "source": ("web", "book")[n // 2 % 2]}
+            for n, (text, _) in enumerate(REVIEWS)]  # fmt: skip
+    guess, task = made(tmp_path, rows)
+    assert guess.columns == Columns(("text",), "label") and task.labels == ("0", "1"), guess.lines
+
+
+def test_the_place_of_a_right_option_tells_nothing(tmp_path):
+    rows = [{"question": f"What does {who} say?", "correct_answer": f"{'azm'[n % 3]} {who}",
+             **{f"distractor{k}": f"{'dnw'[k]} {who}" for k in range(1, 3)}, "distractor0": f"d {who}"}
+            for n, who in enumerate(WHO)]  # fmt: skip
+    _, task = made(tmp_path, rows)
+    assert {e.choices.index(e.completion) for e in every(task)} == {0, 1, 3}
+    assert all(list(e.choices) == sorted(e.choices) for e in every(task))
+
+
+@pytest.mark.parametrize("said", ["({})", "{}.", "{}"])
+def test_letters_of_options_are_read_as_people_write_them(tmp_path, said):
+    rows = [choice(n, "answer", lambda n: said.format("abcd"[n % 4]), choices=FOUR[n]) for n in range(20)]
+    guess, task = made(tmp_path, [rows[0] | {"answer": "e"}, *rows[1:]])  # one of 20 is none of them
+    assert guess.columns.reading == "its letter" and guess.rows == 19, guess.lines
+    assert {e.completion.split()[-1] for e in every(task) if WHO[3] in e.prompt} == {"never"}
+
+
+def test_a_number_below_the_names_of_parquet_is_no_label(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    head = {"info": {"features": {"label": {"names": ["neg", "pos"], "_type": "ClassLabel"}}}}
+    cells = [{"text": text, "label": n % 2 if n % 10 else -1} for n, (text, _) in enumerate(REVIEWS)]
+    table = pyarrow.Table.from_pylist(cells).replace_schema_metadata({"huggingface": json.dumps(head)})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    guess = init(tmp_path / "a.parquet", tmp_path / "t")
+    assert guess.rows == 54 and any(line.startswith("6 of 60 rows skipped") for line in guess.lines)
+    assert {(e.prompt, e.completion) for e in every(load(tmp_path / "t"))} < set(REVIEWS)

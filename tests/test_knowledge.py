@@ -1146,3 +1146,42 @@ def test_what_was_taught_is_still_known_after_improve_and_after_an_update(
     for card in (made.card, updated.card):
         with pytest.raises(MethodError, match="nothing new to teach"):
             method.apply(replace(tiny, card=card), data, Run(Store(home)))
+
+
+def test_wikidata_says_which_claims_and_names_come_first(tmp_path: Path) -> None:
+    def claim(kind: str, value: Any, rank: str = "normal") -> dict[str, Any]:
+        return {"mainsnak": {"datavalue": {"type": kind, "value": value}}, "rank": rank}
+
+    one = {"id": "Q1", "labels": {"de": {"value": "Kasachstan"}, "mul": {"value": "Kazakhstan"}},
+           "claims": {"P36": [claim("string", "Almaty"), claim("string", "Astana", "preferred")],
+                      "P1448": [claim("monolingualtext", {"text": "Қазақстан", "language": "kk"})]}}  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps([one]))
+    facts, _ = load(tmp_path / "a.json", tmp_path)
+    assert told(facts) == {("Kazakhstan", "P36", "Astana"), ("Kazakhstan", "P1448", "Қазақстан")}
+
+
+def test_steps_back_are_told_by_the_inverse_relation() -> None:
+    rows = [("<e/childOf>", "<http://www.w3.org/2002/07/owl#inverseOf>", "<e/parentOf>"),
+            ("Ann", "<e/childOf>", "Bo"), ("Ann", "<e/parentOf>", "Cy")]  # fmt: skip
+    graph = Graph.of(gather(rows))
+    ann, bo, cy = range(3)
+    assert graph.sentence(bo, (~0,), [ann]) == "Bo is the parent of Ann."
+    assert graph.sentence(cy, (~1,), [ann]) == "Cy is the child of Ann."
+    assert graph.sentence(bo, (~0, 1), [cy]) == "what Bo is the parent of is the parent of Cy."
+
+
+def test_other_numbers_are_no_misspelt_names() -> None:
+    linker = Linker(in_memory(Graph.of(gather([*ROWS, ("Orla kettle 3000", "colour", "blue")]))), Words())  # type: ignore[arg-type]
+    found = linker.mentions(Query("Is the Orla kettle 3100 sold in Garrow?"))
+    assert [linker.graph.nodes[m.nodes[0]][0] for m in found] == ["Orla kettle", "Garrow"]
+
+
+def test_names_in_many_languages_are_not_counted_as_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triples, "MOST_TRIPLES", 2)
+    names = "".join(f'<http://e/a> {RDFS_LABEL} "name {n}" .\n' for n in range(9))
+    facts = [f'<http://e/a> <http://e/r> "{n}" .\n' for n in range(3)]
+    (tmp_path / "a.nt").write_text(names + "".join(facts[:2]))
+    assert len(load(tmp_path / "a.nt", tmp_path)[0].triples) == 2
+    (tmp_path / "a.nt").write_text("".join(facts))
+    with pytest.raises(TaskError, match="a.nt: too many triples"):
+        load(tmp_path / "a.nt", tmp_path)

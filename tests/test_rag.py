@@ -1233,3 +1233,18 @@ def test_a_frame_needs_its_line() -> None:
         from_text("Answer.\n--\n{question}\n")
     assert from_text("Answer.\n---  \nQ: {question}\n") == ("Answer.", "Q: {question}", {})
     assert from_text(to_text("a\n--- \nb")) == ("a\n--- \nb", "{question}", {})
+
+
+def test_overlaps_are_whole_sentences_within_what_is_read() -> None:
+    made = passages(Document("d", "T", "a. b. c d. e f g h. i j k.", "f"), words=6, overlap=5)
+    assert [(p.text, p.start) for p in made] == [("a. b. c d.", 0), ("c d. e f g h.", 2), ("i j k.", 8)]
+    made = passages(Document("d", " ".join(["Kettles"] * 60), "internationalization matters. " * 200, "f"))
+    read = [documents._pieces([*p.title.split(), *p.text.split()]) for p in made]
+    assert max(read) <= documents.PIECES  # the title among them
+
+
+def test_a_fence_ends_with_marks_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("# A\n\n````\n```\n\nno head\n-------\n# nor this\n```\n````\n\nPart\n----\ntext\n")
+    [found] = documents.load(tmp_path / "a.md")[0]
+    assert [(p.title, p.text) for p in passages(found)] == [
+        ("A", "```` ``` no head ------- # nor this ``` ````"), ("A / Part", "text")]  # fmt: skip
