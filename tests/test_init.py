@@ -14,6 +14,7 @@ from files import refused, write
 
 from whet.columns import NONE, Columns
 from whet.convert import turns
+from whet.errors import TaskError
 from whet.init import Guess, init
 from whet.task import Example, Task, load
 
@@ -335,6 +336,28 @@ def test_thumbs(tmp_path, answer, thumb):
     assert guess.kind == "columns" and len(task.labels) == 2 and "gone" in every(task)[0].prompt + every(task)[1].prompt
 
 
+def test_judged_numbers_and_labels_are_written_in_one_way(tmp_path):
+    rows = [{"prompt": f"What is {n} and a half?", "completion": f"{n},{5 + n % 2}", "label": n % 2 == 0}
+            for n in range(40)]  # fmt: skip
+    guess, task = made(tmp_path, rows)
+    assert guess.metric == "number" and any("decimal points, and written so" in line for line in guess.lines)
+    said = [*(e.completion for e in every(task)), *(j.chosen or j.rejected for j in task.judged)]
+    assert any(j.rejected for j in task.judged) and not any("," in answer for answer in said)
+    (tmp_path / "labels").mkdir()
+    spelt = [{"prompt": text, "completion": (said.title(), said)[n % 5 < 4], "label": n % 3 > 0}
+             for n, (text, said) in enumerate(REVIEWS)]  # fmt: skip
+    _, task = made(tmp_path / "labels", spelt)
+    assert task.labels == ("neg", "pos") == tuple(sorted({j.chosen or j.rejected for j in task.judged}))
+
+
+@pytest.mark.parametrize("said", [{"label": False}, {"rating": 3}])
+def test_no_good_answer_is_no_task(tmp_path, said):
+    rows = [{"prompt": f"Who is {who}?", "completion": f"{who} is gone"} | said for who in WHO]
+    with pytest.raises(TaskError, match="a.jsonl holds no answer that was judged good") as told:
+        made(tmp_path, rows)
+    assert f"--completion {next(iter(said))}" in str(told.value) and not (tmp_path / "t").exists()
+
+
 def test_ratings(tmp_path):
     rows = [{"prompt": f"Who is {who}?", "completion": f"answer {n}", "rating": n % 5} for n, who in enumerate(WHO)]
     guess, task = made(tmp_path, rows)
@@ -590,6 +613,18 @@ def test_translations(tmp_path):
     rows = [(f"{who} buys {n} books for a friend", f"{who}는 책 {n}권을 샀다") for n, who in enumerate(WHO)]
     guess = init(make_csv(tmp_path / "a.csv", "en,ko", rows), tmp_path / "t")
     assert guess.metric == "chrf" and load(tmp_path / "t").instruction == "Translate from English to Korean."
+    guess = init(make_csv(tmp_path / "b.csv", "English,Korean", rows), tmp_path / "u")
+    assert guess.metric == "chrf" and load(tmp_path / "u").instruction == "Translate from English to Korean."
+
+
+def test_indonesian_is_no_id(tmp_path):
+    rows = [(f"{who} buys {n} books for a friend", f"{who} membeli {n} buku untuk teman") for n, who in enumerate(WHO)]
+    guess, task = made(tmp_path, [{"id": n, "translation": dict(zip(("en", "id"), r, strict=True))}
+                                  for n, r in enumerate(rows)])  # fmt: skip
+    assert guess.metric == "chrf" and task.instruction == "Translate from English to Indonesian."
+    assert {(e.prompt, e.completion) for e in every(task)} == set(rows)
+    guess = init(make_csv(tmp_path / "c.csv", "id,en,de", [(n, *row) for n, row in enumerate(rows)]), tmp_path / "v")
+    assert guess.columns == Columns(("en",), "de")
 
 
 def test_code_is_scored_with_its_signs(tmp_path):

@@ -876,6 +876,8 @@ def test_several_ends_are_told_together_and_the_others_counted() -> None:
     assert graph.sentence(at["Team A"], (members,), (team * 20)[:MOST_ENDS], 5).endswith("Ed (and more).")
     made = [at["Orla kettle"], at["Luma lamp"]]
     assert graph.sentence(at["Ann"], (~designed,), made) == "Orla kettle and Luma lamp are designed by Ann."
+    written = Graph.of(gather([(name, "thesis on", "bees") for name in names[:2]]))
+    assert written.sentence(1, (~0,), [0, 2]) == "Ann and Bob thesis on bees."
     assert graph.sentence(at["대한민국"], (capital,), [at["서울"]]) == "대한민국 · 수도: 서울"
     assert graph.sentence(at["대한민국"], (city,), [at["부산"], at["서울"]]) == "대한민국 · 도시: 부산, 서울"
     assert graph.sentence(at["서울"], (~capital, city), [at["부산"]]) == "? · 수도: 서울 · 도시: 부산"
@@ -1185,3 +1187,13 @@ def test_names_in_many_languages_are_not_counted_as_facts(tmp_path: Path, monkey
     (tmp_path / "a.nt").write_text("".join(facts))
     with pytest.raises(TaskError, match="a.nt: too many triples"):
         load(tmp_path / "a.nt", tmp_path)
+
+
+def test_a_json_of_entities_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = json.dumps([{"id": "Q1", "labels": {"en": {"value": "Ann"}}, "descriptions": {"en": {"value": "a bee"}}}])
+    (tmp_path / "a.json").write_text(body)
+    monkeypatch.setattr(triples, "MOST_BYTES", len(body))
+    load(tmp_path / "a.json", tmp_path)
+    (tmp_path / "a.json").write_text(body + " ")
+    with pytest.raises(TaskError, match="a.json is too large"):
+        load(tmp_path / "a.json", tmp_path)

@@ -423,6 +423,17 @@ def test_pages_say_their_encoding_and_the_unknown_is_left_out(tmp_path: Path) ->
     assert (made.id, made.title, made.text) == ("http://a", "http://a", "für")
 
 
+def test_plain_text_is_read_by_the_ending_of_its_url() -> None:
+    page = b"# Bees\n\nThey *fly*.\n\n## Wings\n\nThey have four."
+    for kind in ("text/plain", "text/plain; charset=utf-8", "", "text/markdown"):
+        [first, second] = passages(documents._document("http://a/b.md", kind, page))
+        assert (first.title, second.title) == ("Bees", "Bees / Wings"), kind
+    assert {p.title for p in passages(documents._document("http://a/b", "text/plain", page))} == {"http://a/b"}
+    assert documents._document("http://a/b.md", "text/html", b"<p># Bees").text.strip() == "# Bees"
+    with pytest.raises(TaskError, match="is a table"):
+        documents._document("http://a/b.csv", "text/plain", b"a,b")
+
+
 def test_what_cannot_be_written_is_no_part_of_a_document(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"id": "a\\ud800", "text": "x\\u0000y \\ud83d"}')
     [found], _ = documents.load(tmp_path / "a.jsonl")

@@ -64,7 +64,7 @@ TESTS = ("test", "tests", "test_list", "entry_point")
 CODE = re.compile(r"(?m)\w[(\[]|[<>=]|[;{}]\s*$|"
                   r"^\s*(return|def|class|import|select|with|SELECT|INSERT|UPDATE|DELETE|WITH)\b")  # fmt: skip
 FORMULA = re.compile(r"\$|\\[a-z(\[]")  # TeX, in worked solutions
-LANGUAGES = dict(re.findall(
+CODES = dict(re.findall(
     r"(\w+):(\w+)",
     "ar:Arabic bg:Bulgarian bn:Bengali ca:Catalan cs:Czech da:Danish de:German el:Greek en:English es:Spanish "
     "et:Estonian eu:Basque fa:Persian fi:Finnish fr:French ga:Irish gl:Galician gu:Gujarati he:Hebrew hi:Hindi "
@@ -73,6 +73,7 @@ LANGUAGES = dict(re.findall(
     "ro:Romanian ru:Russian sk:Slovak sl:Slovenian sq:Albanian sr:Serbian sv:Swedish sw:Swahili ta:Tamil te:Telugu "
     "th:Thai tr:Turkish uk:Ukrainian ur:Urdu uz:Uzbek vi:Vietnamese zh:Chinese",
 ))  # fmt: skip
+LANGUAGES = CODES | {name.lower(): name for name in CODES.values()}
 NUMBER = re.compile(r"-?\$?(\d[\d,]*(\.\d+)?|\d{1,3}(\.\d{3})+,\d+)%?")
 
 

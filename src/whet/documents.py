@@ -267,8 +267,9 @@ def _query(source: str, folder: Path, trusted: bool) -> Iterator[Document]:
             plain = connection.execution_options(no_parameters=True)  # a colon or a % of the query is one
             rows = [dict(row) for row in plain.exec_driver_sql(query).mappings()]
     except Exception as error:  # drivers raise their own kinds
-        raise TaskError("the database refuses the query", expected="rows with a text column",
-                        found=str(error).splitlines()[0][:160], do="try the query by hand") from error  # fmt: skip
+        said = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise TaskError("the database refuses the query", expected="rows with a text column", found=said,
+                        do="try the query by hand") from error  # fmt: skip
     for number, values in enumerate(rows, 1):
         made = _row(values, f"{table}:{number}", f"{short(query)} row {number}")
         if made.text.strip():
@@ -316,10 +317,11 @@ def _fetched(url: str, client: Any) -> tuple[str, bytes]:
 def _ending(url: str, kind: str) -> str:
     """The ending of a file of a kind; where the kind says nothing, that of the URL. TaskError for a table of rows."""
     named = Path(urlsplit(url).path).suffix.lower()
-    if kind in ROWS or (kind in VAGUE and named in TABLES):
+    if kind in ROWS or (kind in (*VAGUE, "text/plain") and named in TABLES):
         raise TaskError(f"{url} is a table", expected="a page, a text, a PDF or a DOCX", found=kind or named,
                         do="save it as a file: each of its rows is a document")  # fmt: skip
-    return ENDINGS.get(kind) or (named if kind in VAGUE and named in READERS else ".html")
+    told = named if kind in (*VAGUE, "text/plain") and named in READERS else ""  # as raw files are sent
+    return told or ENDINGS.get(kind, ".html")
 
 
 def _document(url: str, kind: str, body: bytes) -> Document:

@@ -125,7 +125,7 @@ def _said(subjects: Sequence[str], relation: str, objects: Sequence[str], over: 
         return f"{', '.join(subjects)}{left} · {relation}: {', '.join(objects)}{right}"
     verb, subject, object_ = _verb(relation), _listed(subjects) + left, _listed(objects) + right
     if verb:
-        return f"{subject} {verb.replace('is ', 'are ', 1) if len(subjects) > 1 else verb} {object_}."
+        return f"{subject} {re.sub('^is ', 'are ', verb) if len(subjects) > 1 else verb} {object_}."
     return f"The {relation} of {subject} {'are' if len(objects) > 1 else 'is'} {object_}."
 
 

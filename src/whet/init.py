@@ -17,6 +17,7 @@ from whet.columns import (
     ASIDE,
     CLASSES,
     CODED,
+    CODES,
     COMPLETIONS,
     CONTEXTS,
     KEPT,
@@ -126,7 +127,7 @@ def init(
     read_ = read(data, broken, notes)
     if not read_:
         raise broken[0][1]
-    found = _evidence_apart(unfolded(data, read_), {*prompt, completion, group})
+    found = _texts_apart(unfolded(data, read_), {*prompt, completion, group})
     if group:
         found = _grouped(data, found, group, (*prompt, completion))
         notes.append(f"column {group!r} read as the group")
@@ -155,17 +156,22 @@ def init(
     return guess
 
 
-def _evidence_apart(rows: list[Row], asked: set[str | None]) -> list[Row]:
-    """Rows whose `evidence`, where it is running text, is a context of the question; in whet's rows it names documents.
+def _texts_apart(rows: list[Row], asked: set[str | None]) -> list[Row]:
+    """Rows whose `evidence` and `id`, where they are running text, are called by what they hold: names are none.
 
-    The name is kept but for its first letter, and whole where it is `asked` for.
+    Evidence is then a context of the question (in whet's rows it names documents), an `id` beside another language is
+    Indonesian. What is `asked` for keeps its name.
     """
-    if "evidence" in asked:
+    table = _table(rows)
+    named = {"evidence": "Evidence"} if "evidence" in table else {}
+    if any(key.rsplit(".", 1)[-1].lower() in CODES.keys() - {"id"} for key in table):
+        named |= {key: f"{key[:-2]}Indonesian" for key in table if key.lower() == "id" or key.lower().endswith(".id")}
+    for key in list(named):
+        said = texts(cell for cell in table[key] if not isinstance(cell, (list, dict)))
+        if key in asked or not said or statistics.median(map(count_words, said)) < RUNNING:
+            del named[key]
+    if not named:
         return rows
-    said = texts(row.values.get("evidence") for row in rows if not isinstance(row.values.get("evidence"), (list, dict)))
-    if not said or statistics.median(map(count_words, said)) < RUNNING:
-        return rows
-    named = {"evidence": "Evidence"}
     return [replace(row, values={named.get(key, key): cell for key, cell in row.values.items()}) for row in rows]
 
 
@@ -206,10 +212,15 @@ def _owner(table: Mapping[str, list[Any]], left: Iterable[str], lines: list[str]
 
 
 def _good(part: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The answers of a part that were judged good (of ratings: above the mean of all rows), without the judgement."""
-    middle = statistics.fmean(row.get("rating", 0) for row in rows)
-    good = (row for row in part if row.get("label", row.get("rating", 0) > middle))
+    """The answers of a part that were judged good, without the judgement."""
+    good = (row for row, fine in zip(part, _judged(part, rows), strict=True) if fine)
     return [{key: value for key, value in row.items() if key not in ("label", "rating")} for row in good]
+
+
+def _judged(part: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[bool]:
+    """Whether each answer of a part is good, as it was judged; of ratings: above the mean of all rows."""
+    middle = statistics.fmean(row.get("rating", 0) for row in rows)
+    return [bool(row.get("label", row.get("rating", 0) > middle)) for row in part]
 
 
 def _guess(
@@ -253,7 +264,12 @@ def _guess(
     if kind not in ("text", "columns"):
         lines.insert(0, f"rows read as {kind}")
     plain, places = _plain_rows(data, rows, kind, columns, judging, more, broken, lines)
-    metric, labels = _metric(kind, columns, many, _good(plain, plain) if kind == "thumbs" else plain, lines)
+    fine = _judged(plain, plain) if kind == "thumbs" else [True] * len(plain)
+    if not any(fine):
+        raise TaskError(f"{data.name} holds no answer that was judged good", expected="some: they alone are imitated",
+                        do=f"name another column: --completion {judging or 'label'}")  # fmt: skip
+    good, bad = ([row for row, is_ in zip(plain, fine, strict=True) if is_ == side] for side in (True, False))
+    metric, labels = _metric(kind, columns, many, good, bad, lines)
     _doubts(kind, labels, plain, places, lines)
     return Guess(kind, columns, labels, len(plain), metric, tuple(lines), out), plain
 
@@ -396,11 +412,12 @@ def _written(values: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _metric(
-    kind: str, columns: Columns | None, many: bool, rows: list[dict[str, Any]], lines: list[str]
-) -> tuple[str, tuple[str, ...]]:
+    kind: str, columns: Columns | None, many: bool, rows: list[dict[str, Any]], bad: Sequence[dict[str, Any]],
+    lines: list[str],
+) -> tuple[str, tuple[str, ...]]:  # fmt: skip
     """The metric and the closed set; rows' labels that differ in case or spaces alone are spelt in one way.
 
-    `many` says that answers are lists.
+    `many` says that answers are lists; `bad` rows, whose answers were judged so, are written as the others are.
     """
     if kind in ("text", "pairs"):
         metric = "perplexity" if kind == "text" else "win_rate"
@@ -426,12 +443,12 @@ def _metric(
             row["completion"] = answer
         lines.append(f"metric set_f1: several labels a row, parted by {mark!r}" + ", now by commas" * (mark != ","))
         return "set_f1", ()
-    if labels := _labels(rows, lines, name in (*LABELS, *CLASSES)):
+    if labels := _labels(rows, bad, lines, name in (*LABELS, *CLASSES)):
         return "accuracy", labels
     if all(NUMBER.fullmatch(answer.strip()) or WORKED.search(answer) for answer in answers):
         comma = any(re.fullmatch(r"-?(\d+,\d{1,2}|0,\d+)", answer.strip()) for answer in answers)
         if comma and not any("." in answer for answer in answers):
-            for row in rows:  # 3,125 beside 4,75 is no three thousand
+            for row in (*rows, *bad):  # 3,125 beside 4,75 is no three thousand
                 row |= {key: [_pointed(a) for a in row[key]] if key == "answers" else _pointed(row[key])
                         for key in ("completion", "answers") if key in row}  # fmt: skip
             lines.append("commas in numbers read as decimal points, and written so")
@@ -453,7 +470,9 @@ def _pointed(answer: str) -> str:
     return answer.replace(",", ".") if NUMBER.fullmatch(answer.strip()) else answer
 
 
-def _labels(rows: list[dict[str, Any]], lines: list[str], named: bool) -> tuple[str, ...]:
+def _labels(
+    rows: list[dict[str, Any]], bad: Sequence[dict[str, Any]], lines: list[str], named: bool
+) -> tuple[str, ...]:
     """The closed set of rows' answers, () where they are none; rows' labels are then spelt in one way."""
     from whet.metrics import plain
 
@@ -471,6 +490,8 @@ def _labels(rows: list[dict[str, Any]], lines: list[str], named: bool) -> tuple[
         strange += sum(other not in spelt for other in others)
         if len(kept) > 1:
             row["answers"] = list(kept)
+    for row in bad:
+        row["completion"] = spelt.get(plain(row["completion"]), row["completion"])
     if strange:
         lines.append(f"{strange} accepted answers left out: they are no label")
     labels = tuple(sorted(set(alike), key=lambda label: label.zfill(9) if label.isdigit() else label))

@@ -361,7 +361,10 @@ def literal(value: str, datatype: str, language: str = "") -> str:
 
 def _wikidata(name: str, stream: IO[bytes]) -> Iterator[Triple]:
     """Wikidata's JSON: a dump (an array, one entity a line) or what its API answers ({"entities": {…}})."""
-    body = stream.read(MOST_BYTES)
+    body = stream.read(MOST_BYTES + 1)
+    if len(body) > MOST_BYTES:
+        raise TaskError(f"{name} is too large", expected=f"at most {MOST_BYTES / 1e6:.0f} MB of JSON",
+                        do="keep the entities that the task is about")  # fmt: skip
     try:
         read = json.loads(body)
         listed = read if isinstance(read, list) else [*read["entities"].values()]
