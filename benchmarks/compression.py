@@ -110,18 +110,32 @@ class Bench(common.Bench):
         return max(found, key=lambda f: f[0])[1:]
 
     def divergence(self, system: Any, session: Any = None) -> str:
-        """Mean KL divergence in nats of what a System gives the labels from what the tuned one does, on test rows.
+        """Mean KL divergence in nats of what a System gives the labels from what the tuned one, computed in fp32, does.
 
         Accuracy sees only what crosses the border between labels; this sees how far all rows were moved.
         """
-        import torch
-
         if not self.tuned.decoding.labels:
             return "-"
-        rows = self.test[:CHOSEN_ON]
-        asked = (self.tuned, self.run.session(self.tuned.model)), (system, session or self.run.session(system.model))
-        given = [torch.tensor(s.label_scores(rows, by, None, blind=True)[0]).log_softmax(-1) for s, by in asked]
-        return f"{float((given[0].exp() * (given[0] - given[1])).sum(-1).mean()):.4f}"
+        given = self.given(system, session or self.run.session(system.model))
+        return f"{float((self.exact.exp() * (self.exact - given)).sum(-1).mean()):.4f}"
+
+    def given(self, system: Any, session: Any) -> Any:
+        """Log-probabilities of the labels on the test rows [rows, labels]."""
+        import torch
+
+        scores = system.label_scores(self.test, session, None, blind=True)[0]
+        return torch.tensor(scores).log_softmax(-1)
+
+    @cached_property
+    def exact(self) -> Any:
+        """What the tuned System gives the labels, computed in fp32: 16 bits are themselves off by something."""
+        import torch
+
+        from whet import model as models
+        from whet.engine.torch import TorchSession
+
+        module, tokenizer = models.load(self.tuned.model, self.tuned.home, dtype=torch.float32)
+        return self.given(self.tuned, TorchSession(module, tokenizer))
 
     def lost(self, card: Any, than: Any = None) -> tuple[str, str]:
         """The observed loss in points with its interval, and the one-sided bound."""
@@ -309,7 +323,7 @@ def composed(bench: Bench) -> dict[str, Any]:
 
 
 # llama.cpp's numbers of file types, and whet's kind in as many bits.
-LLAMA = {"Q8_0": (7, "quantize"), "Q4_0": (2, "quantize(bits=4)"), "Q4_K_M": (15, "quantize(bits=4)")}
+LLAMA = {"Q8_0": (7, "quantize(activations=false)"), "Q4_0": (2, "quantize(bits=4)"), "Q4_K_M": (15, "quantize(bits=4)")}
 
 
 def peers(bench: Bench) -> dict[str, Any]:
@@ -340,11 +354,14 @@ def peers(bench: Bench) -> dict[str, Any]:
             if llama_cpp.llama_model_quantize(str(source).encode(), str(file).encode(), ctypes.byref(settings)):
                 raise SystemExit(f"llama.cpp could not quantize to {kind}")
         sessions[kind] = LlamaSession(file, tokenizer, threads=torch.get_num_threads())
+    files["llama.cpp, 16 bits"] = source
+    sessions["llama.cpp, 16 bits"] = LlamaSession(source, tokenizer, threads=torch.get_num_threads())
     own, rival = {}, {}  # where 4 bits may take more, whet keeps the layers that suffer most in 8
     for kind, (_, recipe) in LLAMA.items():
         most = int(MORE * files[kind].stat().st_size) if "bits=4" in recipe else None
         rival[kind] = name = f"{recipe}, {most / 1e6:.0f} MB" if most else recipe
         own[name] = bench.made(recipe, bench.tuned, size=most)[0]
+    own["quantize"] = bench.made("quantize", bench.tuned)[0]
     systems = {"tuned, 16 bits": bench.tuned, **own}
     cards = {name: bench.tested(system) for name, system in systems.items()}
     cards |= {k: evaluate(bench.tuned, bench.test, bench.metric, session=s) for k, s in sessions.items()}

@@ -523,7 +523,11 @@ def test_a_reward_model_learns_and_is_found_again(system: System, home: Path, tm
     assert other.name == model.name  # the same seed gives the same weights
     answers = ("yes send the lamp", "no it was bad", "yes send the lamp")
     scores = model([(judgements()[0].example, text) for text in answers])
-    assert scores[0] == pytest.approx(scores[2], abs=1e-4) and scores[0] > scores[1] + 1
+    assert scores[0] == scores[2] > scores[1] + 1
+    before, another = model.session.spent, replace(judgements()[0].example, id="another", group="another")
+    assert model([(another, text) for text in answers[1:]]) == scores[1:] and model.session.spent == before
+    model([(replace(another, history=(("user", "hello"), ("assistant", "hello"))), answers[0])])
+    assert model.session.spent != before
     # Later training and demonstrations do not move it; the annotator left out does.
     assert method.model(replace(system, decoding=Decoding(max_tokens=3)), learnable(), run(home)).name == model.name
     assert replace(method, weights=("cy=0",)).model(system, learnable(), run(home)).name != model.name

@@ -181,6 +181,38 @@ def test_whole_numbers_have_a_kernel_and_no_plain_loop(monkeypatch: pytest.Monke
     packed.whole_numbers.cache_clear()
 
 
+@pytest.mark.parametrize("kernels", ["own", "seven", "none"])
+def test_what_rounding_leaves_is_multiplied_too(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernels == "seven" and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("torch multiplies whole numbers by kernels for x86")
+    if kernels != "own":
+        monkeypatch.setattr(packed, "whole_numbers", lambda: packed.SEVEN if kernels == "seven" else None)
+    x, off = weights(40, 192, 1), {}
+    for twice in (False, True):
+        pack = rounding.pack8(weights(48, 192), True, twice=twice)
+        wanted = x @ pack.dense().T
+        pack.assemble()
+        off[twice] = float((pack.times(x) - wanted).norm() / wanted.norm())
+        assert packed.empty(48, 192, **packed.settings_of(pack)).twice is twice
+        assert bool(pack.ready) is (kernels != "none" and packed.whole_numbers() is not None)
+    assert off[True] < 0.02 * off[False] < 0.0004
+    again = packed.Bundle([rounding.pack8(weights(n, 192), True, twice=True) for n in (48, 32)])
+    assert again.joint.twice
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_the_output_reads_is_rounded_twice(bits: int, tmp_path: Path) -> None:
+    base = system(tmp_path / "model", tmp_path / "home")
+    run = Run(Store(tmp_path / "home"))
+    made = Quantize(bits=bits, group=16 if bits == 4 else 0).apply(base, task(), run)
+    session = run.local(made.model, "reading")
+    packs = {n: m.pack for n, m in session.module.named_modules() if isinstance(m, packed.PackedLinear)}
+    assert {n for n, p in packs.items() if p.twice} == {"lm_head"} < packs.keys()
+    plain = Quantize(bits=bits, group=16 if bits == 4 else 0, activations=False).apply(base, task(), run)
+    output: Any = run.local(plain.model, "reading").module.lm_head
+    assert not output.pack.twice and not output.pack.activations
+
+
 def test_siblings_are_multiplied_at_once_and_give_the_same() -> None:
     for kind in (lambda w: rounding.pack8(w, True), lambda w: rounding.pack4(w, 32),
                  lambda w: rounding.pack4(w, 32, zero=True)):  # fmt: skip
@@ -399,8 +431,8 @@ def test_limits_keep_the_worst_layers_in_eight_bits(tmp_path: Path, monkeypatch:
     four = {r["layer"]: r["error"] for r in run.notes["quantized"]["layers"]}
     given: list[bool] = []
     plain = rounding.pack8
-    monkeypatch.setattr(rounding, "pack8", lambda w, a, *by: (given.append(bool(by and by[0] is not None)),
-                                                              plain(w, a, *by))[1])  # fmt: skip
+    monkeypatch.setattr(rounding, "pack8", lambda w, a, *by, **how: (given.append(bool(by and by[0] is not None)),
+                                                                     plain(w, a, *by, **how))[1])  # fmt: skip
     made = Quantize(bits=4, group=16).apply(base, task(limits=Limits(size=least + 9000)), run)
     notes = run.notes["quantized"]
     assert notes["met"] and notes["kept_in_8"] > 0 and least < notes["bytes"] <= least + 9000

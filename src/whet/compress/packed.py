@@ -36,7 +36,7 @@ class Pack(nn.Module):
     bits: int
     group: int  # columns that share a step; 0: all of a row
     zero = False
-    activations = False
+    activations = twice = False
     values: Tensor
 
     def __init__(self) -> None:
@@ -78,15 +78,16 @@ class Pack(nn.Module):
 class Int8(Pack):
     """One step per row, symmetric. With `activations`, what is multiplied is rounded row by row, too: to 8 bits, or 7.
 
-    A few rows are multiplied as they are: reading the weights is what takes the time then.
+    `twice` rounds what that leaves, too, and multiplies both: 16 bits, at twice the time. A few rows are multiplied as
+    they are: reading the weights is what takes the time then.
     """
 
     bits, group = 8, 0
     scale: Tensor
 
-    def __init__(self, values: Tensor, scale: Tensor, activations: bool) -> None:
+    def __init__(self, values: Tensor, scale: Tensor, activations: bool, twice: bool = False) -> None:
         super().__init__()
-        self.activations = activations
+        self.activations, self.twice = activations, twice
         self.register_buffer("values", values)  # int8 [out, in]
         self.register_buffer("scale", scale)  # fp32 [out]
         self.few = FEW_ROUNDED if activations else FEW
@@ -94,15 +95,16 @@ class Int8(Pack):
         self.narrow: Tensor | None = None  # the scale as the kernel for few rows reads it
 
     @classmethod
-    def blank(cls, out: int, size: int, activations: bool) -> Int8:
+    def blank(cls, out: int, size: int, activations: bool, twice: bool) -> Int8:
         """Empty weights, to be read."""
         values = torch.empty(out, size, dtype=torch.int8, device="meta")
-        return cls(values, torch.empty(out, device="meta"), activations)
+        return cls(values, torch.empty(out, device="meta"), activations, twice)
 
     @classmethod
     def joined(cls, packs: Sequence[Any]) -> Int8:
         """The rows of several in one, which from here on hold views of it."""
-        made = cls(torch.cat([p.values for p in packs]), torch.cat([p.scale for p in packs]), packs[0].activations)
+        values, scale = torch.cat([p.values for p in packs]), torch.cat([p.scale for p in packs])
+        made = cls(values, scale, packs[0].activations, packs[0].twice)
         for pack, values in zip(packs, made.values.split([len(p.scale) for p in packs]), strict=True):
             pack.values = values
         return made
@@ -140,21 +142,25 @@ class Int8(Pack):
         if not self.activations:
             return linear(x, self.values.to(x.dtype)).mul_(self.scale.to(x.dtype))
         if self.ready:
-            return self._whole(x, self.ready)
-        values, step = rounded(x)
+            most, zero = whole_numbers() or EIGHT
+            values, step = rounded(x.unflatten(1, (len(self.ready), -1)), most)
+            left = (x.float() - (values.float() * step.float()).flatten(1)).to(x.dtype) if self.twice else None
+            made = self._whole(values, step, zero, x.dtype)
+            if left is not None:
+                made += self._whole(*rounded(left.unflatten(1, (len(self.ready), -1)), most), zero, x.dtype)
+            return made
+        values, step = (x, torch.ones_like(x[:, :1])) if self.twice else rounded(x)
         # Whole numbers up to 127 are exact in bf16, too; in fp16 their sums would be out of range.
         wide = x.dtype if x.dtype == torch.bfloat16 else torch.float32
         made = linear(values.to(wide), self.values.to(wide))
         return (made.float() * step * self.scale).to(x.dtype)
 
-    def _whole(self, x: Tensor, ready: list[Tensor]) -> Tensor:
-        """The product of whole numbers, part by part of the columns."""
-        most, zero = whole_numbers() or EIGHT
-        values, step = rounded(x.unflatten(1, (len(ready), -1)), most)
+    def _whole(self, values: Tensor, step: Tensor, zero: int, dtype: torch.dtype) -> Tensor:
+        """The product of whole numbers [rows, parts, columns], part by part; takes their place."""
         whole = values.add_(zero).to(torch.uint8) if zero else values.to(torch.int8)
-        made = _int8_product(whole[:, 0], zero, ready[0], self.scale, x.dtype).mul_(step[:, 0])
-        for n, part in enumerate(ready[1:], 1):
-            made.addcmul_(_int8_product(whole[:, n], zero, part, self.scale, x.dtype), step[:, n])
+        made = _int8_product(whole[:, 0], zero, self.ready[0], self.scale, dtype).mul_(step[:, 0])
+        for n, part in enumerate(self.ready[1:], 1):
+            made.addcmul_(_int8_product(whole[:, n], zero, part, self.scale, dtype), step[:, n])
         return made
 
 
@@ -468,14 +474,15 @@ class PackedEmbedding(nn.Embedding):
 
 def settings_of(pack: Pack) -> dict[str, Any]:
     """A pack's kind as plain data, which `empty` takes back."""
-    return {"bits": pack.bits, "group": pack.group, "zero": pack.zero, "activations": pack.activations}
+    twice = {"twice": True} if pack.twice else {}
+    return {"bits": pack.bits, "group": pack.group, "zero": pack.zero, "activations": pack.activations, **twice}
 
 
-def empty(out: int, size: int, *, bits: int, group: int, zero: bool, activations: bool) -> Pack:
+def empty(out: int, size: int, *, bits: int, group: int, zero: bool, activations: bool, twice: bool = False) -> Pack:
     """An empty pack of that kind. Raises ValueError for one that there is not."""
     if bits == 8 and not group and not zero:
-        return Int8.blank(out, size, activations)
-    if bits == 4 and group > 0 and size % group == 0 and not activations:
+        return Int8.blank(out, size, activations, twice)
+    if bits == 4 and group > 0 and size % group == 0 and not activations and not twice:
         return Int4.blank(out, size, group, zero)
     raise ValueError(f"no weights of {bits} bits in groups of {group}")
 
@@ -490,7 +497,7 @@ def assemble(module: nn.Module) -> None:
         for names in SIBLINGS:
             found = [getattr(parent, n, None) for n in names]
             packs = [f.pack for f in found if isinstance(f, PackedLinear)]
-            like = {(type(p), p.group, p.zero, p.activations) for p in packs}
+            like = {(type(p), p.group, p.zero, p.activations, p.twice) for p in packs}
             if len(packs) == len(names) and len(like) == 1 and not any(p.bundle for p in packs):
                 Bundle(packs)
     for pack in same.values():

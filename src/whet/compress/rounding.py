@@ -17,15 +17,20 @@ NARROWED = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # shares of a step that are tried
 SHRINK = (0.7, 10.0, 1.01, 20)  # HQQ: norm, beta, its growth, rounds (Badri & Shaji 2023)
 
 
-def pack8(weight: Tensor, activations: bool, hessian: Tensor | None = None, tokens: float = math.inf) -> Int8:
-    """Weights [out, in] in 8 bits, one step per row; with the second moments [in, in] of `tokens` inputs, by GPTQ."""
+def pack8(
+    weight: Tensor, activations: bool, hessian: Tensor | None = None, tokens: float = math.inf, twice: bool = False
+) -> Int8:
+    """Weights [out, in] in 8 bits, one step per row; with the second moments [in, in] of `tokens` inputs, by GPTQ.
+
+    `activations` and `twice` say how what they multiply is rounded, see Int8.
+    """
     weight = weight.float()
     scale = weight.abs().amax(1).clamp_min(1e-12) / 127
     if hessian is None:
         values = (weight / scale[:, None]).round()
     else:
         values = gptq(weight, hessian, scale[:, None], torch.zeros_like(scale)[:, None], -127, 127, tokens)
-    return Int8(values.to(torch.int8), scale, activations)
+    return Int8(values.to(torch.int8), scale, activations, twice)
 
 
 def pack4(

@@ -25,7 +25,7 @@ NORMED = {  # what a norm's output is read by, in families whose norm multiplies
 PLAIN_NORM = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 STRENGTH = 0.5  # SmoothQuant's alpha (Xiao et al. 2023)
 HEADER = 128  # bytes of a file that tell of a tensor
-RULES = 2  # of which layers stay in 8 bits; raised where the same settings come to other weights than before
+RULES = 3  # of what is rounded how; raised where the same settings come to other weights than before
 WORTH = 0.9  # of the error may be left after smoothing, or it is not done
 LEAST_LEFT = 0.02  # of the bytes before, in tables that stay as they are: where more, it is told
 
@@ -357,7 +357,7 @@ class _Work:
                     columns = method.columns(weight.shape[1])
                 plain = weight.data.cpu()
                 packs[id(weight)] = (pack4(plain, columns, how, None, method.zero) if columns
-                                     else pack8(plain, method.activations))  # fmt: skip
+                                     else pack8(plain, method.activations, twice=method.activations))  # fmt: skip
                 packs[id(weight)].to(weight.device)
             pack, sizes = packs[id(weight)], (weight.shape[1], weight.shape[0])
             current = self.module.get_input_embeddings() if layer is lookup else self.module.get_output_embeddings()

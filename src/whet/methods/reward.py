@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -61,9 +61,13 @@ def render_pairs(
 
 @dataclass(frozen=True)
 class RewardModel:
-    """Scores answers to examples; higher is better. Its System is the base whose last transform carries the head."""
+    """Scores answers to examples; higher is better. Its System is the base whose last transform carries the head.
+
+    Equal answers to equal prompts are read once: those of a base stand beside those of every System.
+    """
 
     system: System
+    known: dict[tuple[Any, ...], float] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -87,9 +91,12 @@ class RewardModel:
         """One reward for each (example, answer)."""
         from whet.train.head import score_rows
 
-        rows = [Judged(e.id, e.prompt, answer, history=e.history) for e, answer in asked]
-        found = score_rows(self.session, render_pairs(self.system, rows, self.session, head=True)[0])
-        return [values[0] for values in found]
+        read = [(e.history, e.prompt, answer) for e, answer in asked]
+        if new := [one for one in dict.fromkeys(read) if one not in self.known]:
+            rows = [Judged("", prompt, answer, history=history) for history, prompt, answer in new]
+            found = score_rows(self.session, render_pairs(self.system, rows, self.session, head=True)[0])
+            self.known.update(zip(new, (value for [value] in found), strict=True))
+        return [self.known[one] for one in read]
 
 
 def fit(rows: Sequence[Judged], system: System, run: Run, settings: Reward) -> RewardModel:
