@@ -144,8 +144,8 @@ class Bench(common.Bench):
         old = (than or self.card).outcomes
         paired = stats.compare(old, card.outcomes, self.metric, self.options.seed)
         kept = stats.not_worse(old, card.outcomes, self.metric, 0.01, self.options.seed)
-        return (f"{0.0 - 100 * paired.difference:+.1f} [{-100 * paired.high:.1f}, {-100 * paired.low:.1f}]",
-                f"{100 * kept.bound:.1f}")  # fmt: skip
+        return (f"{0.0 - 100 * paired.difference:+.1f} [{0.0 - 100 * paired.high:.1f}, {0.0 - 100 * paired.low:.1f}]",
+                f"{0.0 + 100 * kept.bound:.1f}")  # fmt: skip
 
 
     def asked(self, bits: int, share: float, card: Any, faster: float, read: float) -> str:
@@ -323,7 +323,8 @@ def composed(bench: Bench) -> dict[str, Any]:
 
 
 # llama.cpp's numbers of file types, and whet's kind in as many bits.
-LLAMA = {"Q8_0": (7, "quantize(activations=false)"), "Q4_0": (2, "quantize(bits=4)"), "Q4_K_M": (15, "quantize(bits=4)")}
+LLAMA = {"Q8_0": (7, "quantize(activations=false)"), "Q4_0": (2, "quantize(bits=4)"),
+         "Q4_K_M": (15, "quantize(bits=4)")}  # fmt: skip
 
 
 def peers(bench: Bench) -> dict[str, Any]:

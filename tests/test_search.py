@@ -829,6 +829,9 @@ def test_a_prompt_that_stands_several_times_is_answered_and_priced_once_unless_d
     assert estimate(base, rows, session, written=3.0).generated_tokens == 2 * 3
     assert estimate(base, rows, session, written=99.0).generated_tokens == 2 * 8
     assert estimate(drawn, rows, session).generated_tokens == 40 * 4
+    told, judged = estimate(base, rows, session), estimate(base, rows, session, metric="win_rate")
+    assert judged.generated_tokens == told.generated_tokens
+    assert 2 * 4 < judged.prefilled_tokens - told.prefilled_tokens < told.prefilled_tokens + 2 * 4
     asked: list[int] = []
     plain = session.generate
     session.generate = lambda prompts, *more: asked.append(len(prompts)) or plain(prompts, *more)  # type: ignore

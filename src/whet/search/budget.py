@@ -139,7 +139,8 @@ def estimate(
     """What answering examples would cost, from a sample of them; beginnings that all share count once.
 
     With `every`, what scoring each choice would cost. By a `metric` of rankings nothing is asked of the model, and by
-    perplexity nothing is written. `written` are the tokens of an answer; 0: half of what it may have.
+    perplexity nothing is written. `written` are the tokens of an answer; 0: half of what it may have. The judge of a
+    win rate reads each of the answers with its prompt.
     """
     if not examples or "@" in metric:
         return Spent()
@@ -161,4 +162,5 @@ def estimate(
     count = len(examples) if decoding.temperature else len({(e.prompt, e.history) for e in examples})
     written = min(written or 0.5 * decoding.max_tokens, decoding.max_tokens)
     made = 0 if closed or metric == "perplexity" else round(count * written)
+    tokens += count * (each + written) if metric == "win_rate" else 0
     return Spent(prefilled_tokens=round(tokens), generated_tokens=made)
