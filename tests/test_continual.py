@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -330,6 +331,16 @@ def test_a_system_carries_tasks_through_its_folder(
     broken = replace(again, card={"memory": [{"name": "first"}]})
     with pytest.raises(ArtifactError, match="memory cannot be read"):
         carried(broken)
+
+
+def test_earlier_tasks_of_one_name_are_refused(run: Run, model_folder: str, stream: Any, tmp_path: Path) -> None:
+    first, _ = stream
+    write(tmp_path / "copy", "Name the shade.", False)
+    shutil.copy(tmp_path / "first" / "task.yaml", tmp_path / "copy" / "task.yaml")
+    both = load_task(write(tmp_path / "third", "Say it.", True, earlier=["../first", "../copy"])).split().learnable
+    system = base_of(model_folder, first, run)
+    with pytest.raises(TaskError, match="two earlier tasks are called first.*copy"):
+        known(system, both, run.session(system.model))
 
 
 def test_rows_that_new_ones_contradict_are_not_learnt_again(run: Run, model_folder: str, stream: Any) -> None:
@@ -1031,6 +1042,10 @@ def test_each_task_is_told_in_its_metrics_scale() -> None:
     *_, start, first, last = updating.told(made)  # type: ignore[arg-type]
     assert start.split() == ["start", "90.0", "–"] and first.split() == ["update", "1", "80.0", "0.40"]
     assert last.startswith("average 60.0; of the earlier tasks, 10.0 points lost")
+    # A perplexity stands in no figure, nor does it change how the others are read.
+    made.stream = updates([({"a": 0.9, "c": 30.0}, {"a": 0.8, "b": 0.4, "c": 20.0})], lower=["c"])
+    made.metrics["c"] = "perplexity"
+    assert updating.told(made)[-1] == last  # type: ignore[arg-type]
     for metric, shown in (("accuracy", "(90.0 to 80.0)"), ("pearson", "(0.90 to 0.80)")):
         assert shown in str(Lost("a", 40, 0.9, 0.8, 10.0, 5.0, 15.0, 1.0, 14.0, 9.0, False, metric))
 

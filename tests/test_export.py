@@ -576,6 +576,12 @@ def test_llama_cpp_scores_and_generates_like_torch(tmp_path: Path, cpp: None, fp
     for sampling in (Sampling(20), Sampling(20, stop=("e",))):
         said = [[g[0].text for g in one.generate(prompts, sampling)] for one in (cpp_, torch_)]
         assert said[0] == said[1] and any(said[0])
+    drawn = Sampling(12, temperature=1.0, top_p=0.9, n=2, seed=3)
+    texts = [[tuple(g.text for g in some) for some in one.generate([*prompts, prompts[0]], drawn)]
+             for one in (cpp_, torch_)]  # fmt: skip
+    flat = [[one[:2] for some in made for one in some] for made in texts]  # near an edge a draw falls either way
+    assert sum(a == b for a, b in zip(*flat, strict=True)) >= 5 and len({*texts[0][0], *texts[0][3]}) == 4
+    assert texts[0] == [tuple(g.text for g in some) for some in cpp_.generate([*prompts, prompts[0]], drawn)]
     cpp_.close()
 
 
@@ -822,6 +828,22 @@ def test_a_sorted_tasks_classes_are_all_looked_at(tmp_path: Path, monkeypatch: p
     assert [len(set(some[:8])) for some in seen] == [2, 2]
 
 
+def test_an_export_is_scored_on_rows_that_the_system_did_not_learn_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, asked, score = write_task(tmp_path / "toy", train=60, test=5), list[Any](), checks.score
+    (folder / "test.jsonl").unlink()
+    task = load(folder)
+    monkeypatch.setattr(checks, "score", lambda *a: (asked.append({e.id for e in a[4]}), score(*a))[1])
+    plain = system(tmp_path, decoding=Decoding(("good", "bad")))
+    for seed, one in ((0, plain), (3, plain.split_by("toy", 3))):
+        assert export(one, "hf", tmp_path / "out", task=task).check.scores.n == 12
+        assert asked.pop() == {e.id for e in task.split(seed).select}
+    (folder / "train.jsonl").write_text((folder / "train.jsonl").read_text().splitlines()[0])
+    made = export(plain, "hf", tmp_path / "out", task=load(folder))
+    assert made.check.scores is None and made.check.unscored == "toy has no held-out rows" and not asked
+
+
 def test_scores_show_what_is_lost(tmp_path: Path) -> None:
     task = load(write_task(tmp_path / "toy", train=20, test=40))
     labels = Decoding(("good", "bad"), closed=True, prior=(-50.0, 50.0))
@@ -945,6 +967,9 @@ def test_command(
     code, out, _ = whet(capsys, "export", "s", "--to", "hf")
     assert code == 0 and "scores   not compared: no task was named (--task)\n" in out
     assert (tmp_path / "there" / REQUEST).exists()
+    system(tmp_path, decoding=Decoding(("good", "worse"), closed=True)).save(tmp_path / "more" / "s")
+    code, out, err = whet(capsys, "export", "more/s", "--to", "hf")
+    assert code == 2 and "s-hf holds the export of another System" in one_line(err) and "--out" in err
     run = {"folder": str((tmp_path / "toy").resolve())}  # as improve leaves beside the System that it made
     (tmp_path / "run.json").write_text(json.dumps(run))
     code, out, _ = whet(capsys, "export", "s", "--to", "hf", "--json")

@@ -926,6 +926,23 @@ def test_documents_and_facts_stand_side_by_side(data: Learnable, home: Path, tmp
     assert told == ["The Luma lamp flickers.", "The colour of Luma lamp is cream."]
     again = system.load(made.save(tmp_path / "system"), home)
     assert again.fingerprint == made.fingerprint and again.found(question) == made.found(question)
+    assert run.notes["left_out"] == []
+    run.corpora.clear()
+    (tmp_path / "documents").mkdir()
+    for name in ("d.txt", "e.xyz"):
+        (tmp_path / "documents" / name).write_text("The Luma lamp flickers.")
+    (tmp_path / "documents" / "s.pdf").write_bytes(b"no pdf")
+    (tmp_path / "documents" / ".new-1").mkdir()
+    Rag(k=1).apply(base, replace(data, documents=tmp_path / "documents"), run)
+    before = list(run.notes["left_out"])
+    Knowledge(k=1).apply(base, data, run)
+    assert any("s.pdf" in one for one in before) and run.notes["left_out"] == before
+    # What a kill left in the index does not travel.
+    [source] = [s for s in made.sources if s.kind == "documents"]
+    assert source.folder is not None
+    (source.folder / ".index-1").mkdir()
+    made.save(tmp_path / "clean")
+    assert not [*(tmp_path / "clean").rglob(".index-1")]
 
 
 @needs_embedder

@@ -346,6 +346,8 @@ def test_recall_counts_each_document_once():
     assert get("recall@2").score("a\nz\nb", row) == 0.5
     assert get("recall@3").score("a\nz\nb", row) == 1
     assert get("recall@3").score("a\na\na", row) == 0.5
+    odd = Example("2", "p", "", evidence=(("doc 1 ", 1.0), ("x\u2028y", 1.0)))
+    assert get("recall@2").score("doc 1 \nx\u2028y", odd) == get("mrr").score("\n doc\ndoc 1 ", odd) * 2 == 1
     assert get("recall@3").score("c", row) == 0
 
 
@@ -402,6 +404,7 @@ def test_the_figure_is_finish_of_the_summed_statistics(name):
     ("3,1415", 3.1415), ("1.234.567", 1234567), ("7 1/2", 7.5), ("85 100 92", 92), ("CO2 400 ppm", 400),
     ("Q3 450", 450), ("(1000,2000)", 2000), ("In 2019,2020", 2020), ("B2 1/2", 0.5), ("2020 1/2", 0.5),
     ("9" * 400 + " 1/2", 0.5), ("1 " + "9" * 400 + "/2", None),
+    ("Rs.500", 500), ("Rs.1,200", 1200), ("No.7", 7), ("so ...18", 18), ("(.25)", 0.25), ("$.99", 0.99), ("=-.5", -0.5),
 ])  # fmt: skip
 def test_the_number_a_text_ends_in(text, value):
     assert number(text) == (value if value is None else pytest.approx(value))

@@ -207,6 +207,17 @@ def test_an_older_folder_is_put_back_where_the_new_one_cannot_take_its_place(
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "mark").read_text() == "old"
 
 
+def test_where_one_stands_cannot_be_renamed_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in (".", str(tmp_path / "here")):
+        with pytest.raises(StoreError, match="cannot be put in place whole"), anew(Path(name), "mark"):
+            pass
+    with anew(Path("within"), "mark") as work:
+        (work / "mark").write_text("x")
+    assert [p.name for p in (tmp_path / "here").iterdir()] == ["within"]
+
+
 def test_half_a_surrogate_pair_can_be_kept(tmp_path: Path) -> None:
     store, outcomes = Store(tmp_path), (Outcome("1", "\ud83d", 0.0, "안녕"),)
     store.keep_outcomes("key", outcomes, {})

@@ -507,6 +507,8 @@ def test_an_answer_in_parts_is_read_without_its_thoughts():
     parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "yes"}]
     body = {"choices": [{"message": {"role": "assistant", "content": parts}, "finish_reason": "stop"}]}
     assert read_reply(body).choices[0].text == "yes"
+    body = {"choices": [{"message": {"role": "assistant", "content": "so \ud83d"}, "finish_reason": "length"}]}
+    assert read_reply(body).choices[0].text == "so ?"  # an answer that was cut within a character
 
 
 def test_tokens_of_a_thought_are_no_answer():

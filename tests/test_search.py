@@ -374,6 +374,14 @@ def test_nothing_that_helps_hands_over_the_base(tmp_path: Path) -> None:
     assert "No candidate beat the base model on the select split" in verdict(made.result)
 
 
+def test_a_setting_of_several_values_is_read_as_it_is_named() -> None:
+    found = parse("fewshot(selection=fixed,ids=a, b,order=grouped)+calibrate")
+    assert found.methods[0].ids == ("a", "b")  # type: ignore[attr-defined]
+    assert parse(found.name) == found
+    with pytest.raises(MethodError, match="cannot read 'a'"):
+        parse("fewshot(a,k=2)")
+
+
 @pytest.mark.parametrize("asked, trained", [("finetune", True), ("quantize", False)])
 def test_a_recipe_that_changes_weights_is_planned_and_bounded(
     asked: str, trained: bool, task: Path, tmp_path: Path, model_folder: str, monkeypatch: pytest.MonkeyPatch

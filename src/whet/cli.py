@@ -176,15 +176,16 @@ def improve(
 
 
 def _made(name: str, task: Any, trust: bool) -> System | None:
-    """A System from a folder; None where the name is that of a model or server."""
+    """A System from a folder, as it is asked for a task (or None); None where the name is that of a model or server."""
     from whet.memory import for_task
     from whet.system import load
 
     is_system = (Path(name) / "system.json").exists()
     if is_system or (Path(name).is_dir() and not (Path(name) / "config.json").exists()):
         # Raises where the folder is no System, saying what one holds.
-        made = for_task(load(name, trust=trust), task)
-        if task.labels and made.decoding.labels and not {*task.labels} & {*made.decoding.labels}:
+        made = load(name, trust=trust)
+        made = for_task(made, task) if task else made
+        if task and task.labels and made.decoding.labels and not {*task.labels} & {*made.decoding.labels}:
             label = printable(repr(made.decoding.labels[0]))
             print(f"note: {name} answers {label} and the like, never what {task.name} asks for", file=sys.stderr)
         return made
@@ -513,14 +514,13 @@ def export(
     from whet.model import resolve
     from whet.search.out import made_for
     from whet.store import home_folder
-    from whet.system import System, load
+    from whet.system import System
     from whet.task import load as load_task
 
-    made = (Path(system) / "system.json").exists()
-    opened = load(system, trust=trust) if made else System(resolve(system), home=home_folder())
-    folder = out or Path(f"{Path(system).name}-{target}")
     with _watched(as_json, f"export to {target}") as watch:
         loaded = load_task(task, trust=trust) if task else made_for(Path(system), trust)
+        opened = _made(system, loaded, trust) or System(resolve(system), home=home_folder())
+        folder = out or exporting.place(opened, Path(f"{Path(system).name}-{target}"))
         done = exporting.export(opened, target, folder, kind=kind, task=loaded, check=check, watch=watch)
     if as_json:
         _print(done.record())

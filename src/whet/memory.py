@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from whet.engine import Sampling, Session
-from whet.errors import ArtifactError
+from whet.errors import ArtifactError, TaskError
 from whet.sources import Source
 from whet.splits import without
 from whet.store import write_text
@@ -134,9 +134,12 @@ def known(
     repeat (the same question, or one of the same group) are left out of both, and nothing is learnt from rows that the
     new task is measured on.
     """
-    found = {one.name: one for one in carried(system)}
+    found, read = {one.name: one for one in carried(system)}, dict[str, Path]()
     for folder in data.earlier:
         task = load(folder, trust=data.trusted)
+        if read.setdefault(task.name, folder) != folder:
+            raise TaskError(f"two earlier tasks are called {task.name}", expected="a name for each, in its task.yaml",
+                            found=f"{read[task.name]} and {folder}", do="rename one")  # fmt: skip
         splits = task.split(system.split_seeds.get(task.name, seed))  # select by another seed is what it learnt from
         held = (splits.confirm if split == "test" else ()) or splits.select
         asked = found[task.name].asked if task.name in found else as_task(system, task, session)

@@ -545,7 +545,7 @@ class Mrr(Share):
 
 def _ranked(answer: str) -> list[str]:
     """The ids of a ranking, each once: naming a document twice must not count twice."""
-    return list(dict.fromkeys(line.strip() for line in answer.splitlines() if line.strip()))
+    return list(dict.fromkeys(line for line in answer.split("\n") if line.strip()))
 
 
 @dataclass(frozen=True)

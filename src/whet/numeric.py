@@ -15,9 +15,11 @@ from whet.metrics import Additive, Outcome, Share, plain, references
 if TYPE_CHECKING:
     from whet.task import Example
 
-# A number, and behind a slash what it is a share of; a hyphen is a sign only where no word stands before it.
+# A number, and behind a slash what it is a share of; a hyphen is a sign only where no word stands before it, and a full
+# stop no point: Rs.500.
 _NUMBER = re.compile(
-    r"((?:(?<![\w.])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?)(?:/(\d+(?:\.\d+)?))?"
+    r"((?:(?<![\w.])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE][+-]?\d+)?)"
+    r"(?:/(\d+(?:\.\d+)?))?"
 )
 _CONTINENTAL = re.compile(r"(?<![\w.,])\d{1,3}(?:\.\d{3})+,\d+(?![\d.,]\d|\d)")  # 1.234,56
 _DECIMAL_COMMA = re.compile(r"(?<![\d,.])(\d+,\d{1,2}|\d{1,3},\d{4,}|0,\d+)(?![\d,.]\d|\d)")

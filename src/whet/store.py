@@ -86,6 +86,10 @@ def place_for(folder: Path, mark: str) -> None:
     ours = folder.is_dir() and ((folder / mark).exists() or not any(folder.iterdir()))
     if folder.exists() and not ours:
         raise StoreError(f"{folder} holds something else", expected="an empty or new folder", do="name another")
+    if folder.is_dir() and (folder.is_mount() or folder.samefile(Path.cwd())):  # neither can be renamed away
+        found = "a mount" if folder.is_mount() else "where you are"
+        raise StoreError(f"{folder} cannot be put in place whole", expected="a folder that can be renamed", found=found,
+                         do="name one within it")  # fmt: skip
     above = next(p for p in folder.absolute().parents if p.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise StoreError(f"cannot write {folder}", found=f"{above}, which nothing can be put into", do="choose --out")

@@ -487,7 +487,7 @@ class System:
                 continue
             if source.folder is None or not source.folder.is_dir():
                 raise ArtifactError(f"the index {source.fingerprint[:12]} is not at hand")
-            shutil.copytree(source.folder, place)
+            shutil.copytree(source.folder, place, ignore=shutil.ignore_patterns(".*"))  # what a kill left aside
         if self_contained:
             shutil.copytree(local_folder(self.model, self.home), work / "base")
             body["base_hash"] = hash_files([p for p in (work / "base").iterdir() if p.is_file()])

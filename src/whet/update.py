@@ -118,7 +118,9 @@ def told(made: Update) -> list[str]:
         when = f"update {n}" if n else "start"
         cells = (figure(score, made.metrics.get(t, "")) for t, score in zip(found.tasks, row, strict=True))
         lines.append("".join(f"{cell:>{width}}" for cell in (when, *cells)))
-    shares = all(abs(score) <= 1 for row in found.matrix for score in row if score is not None)
+    # Perplexities stand in no figure.
+    counted = [n for n, t in enumerate(found.tasks) if made.metrics.get(t) != "perplexity"]
+    shares = all(abs(row[n] or 0.0) <= 1 for row in found.matrix for n in counted)
     unit, points = (100.0, " points") if shares else (1.0, "")
     forward = "" if found.forward is None else f", forward {unit * found.forward:+.1f}"
     lost = f"{unit * found.forgetting:.1f}{points} lost"

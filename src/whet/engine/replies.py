@@ -101,7 +101,8 @@ def read_reply(body: Any) -> Reply:
             text = "".join(part["text"] for part in text if part.get("type") in ("text", "output_text"))
         if text is not None and not isinstance(text, str):
             raise TypeError("text expected")
-        said = unescape(without_thought(text or ""), ASIDES) if chat else text or ""
+        text = (text or "").encode("utf-8", "replace").decode()  # cut within a pair, half a character is none
+        said = unescape(without_thought(text), ASIDES) if chat else text
         ended = item.get("finish_reason") != "length" and bool(said or not text)  # a stop string may end a thought
         choices.append(Choice(said, ended, _steps(item.get("logprobs"))))
     if not choices:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from whet.engine import Progress
     from whet.export.check import Check
     from whet.progress import Watch
-    from whet.task import Task
+    from whet.task import Example, Task
 
 Left = tuple[str, str]  # (what is left out, what that means and what to do)
 
@@ -270,6 +270,18 @@ def lines(done: Exported, target: str) -> list[str]:
     return [*said, *(f"left out {what}: {why}" for what, why in done.left_out)]
 
 
+def place(system: System, folder: Path) -> Path:
+    """A folder that nobody has named, for a System. Raises ArtifactError where it holds the export of another one."""
+    try:
+        held = json.loads((folder / MARK).read_text(encoding="utf-8")).get("system")
+    except (OSError, ValueError, AttributeError):
+        return folder
+    if held != system.fingerprint:
+        raise ArtifactError(f"{folder} holds the export of another System", expected="the same one, or none",
+                            found=str(held)[:16], do="name a folder: --out")  # fmt: skip
+    return folder
+
+
 def export(
     system: System, target: str, out: str | Path, *, kind: str = "bf16", task: Task | None = None, check: bool = True,
     watch: Watch | None = None,
@@ -320,16 +332,19 @@ def _check(
     """
     from whet.export import check as checks
     from whet.metrics import get
-    from whet.scorecard import rows_of
+    from whet.scorecard import split_seed
 
-    rows = shared_order(rows_of(task, "test" if task.test else "select"), task.closed, 0) if task else []
+    rows: Sequence[Example] = ()
+    if task:  # select by another seed is what the System learnt from
+        rows = shared_order(task.test or task.split(split_seed(task, 0, system)).select, task.closed, 0)
+    why = checks.unscored(task) or ("" if rows else f"{task.name if task else ''} has no held-out rows")
     examples = [*(e for e in rows if e.text is None), *checks.NEUTRAL][: checks.PROMPTS]
     bound = bool(biases(system, tokenizer, target))
     asked = askable(system, bound)
     with tempfile.TemporaryDirectory() as home:
         told = checks.told(asked, examples, rounded)
         file = FILE if target in ("gguf", "ollama") else None
-        scored = task is not None and file is not None and not checks.unscored(task)
+        scored = file is not None and not why
         context = checks.needed(asked, rows, system.session) if scored else checks.CONTEXT
         other = checks.reopen(work, file, tokenizer, Path(home), context)
         if other is None:
@@ -346,8 +361,8 @@ def _check(
                       f"({found.by})",
                 do="--no-check writes it all the same",
             )  # fmt: skip
-        found = replace(found, unscored=checks.unscored(task))
-        if task and not found.unscored:
+        found = replace(found, unscored=why)
+        if task and not why:
             metric = get(task.metric, task.folder, task.trusted)
             made = checks.score(system, asked, bound, task.name, rows, metric, other, _progress(watch, "scoring"))
             found = replace(found, scores=made)

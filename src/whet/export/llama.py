@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -55,6 +56,10 @@ class LlamaSession(ByScores):
         told.n_ctx, told.n_batch, told.n_ubatch = self.context + AT_ONCE * 64, BATCH, BATCH
         told.n_seq_max, told.kv_unified, told.n_threads, told.n_threads_batch = AT_ONCE + 1, True, threads, threads
         self.ctx = cpp.llama_init_from_model(self.model, told)
+        if not self.ctx:
+            cpp.llama_model_free(self.model)
+            raise ArtifactError(f"llama.cpp has no memory for {self.context:,} tokens of {file.name}",
+                                do="free some, or leave the check out: --no-check")  # fmt: skip
         self.memory = cpp.llama_get_memory(self.ctx)
         # A thread of its own: llama.cpp sets up a processor's tile registers once a thread, and torch resets them.
         self.thread = ThreadPoolExecutor(1)
@@ -181,27 +186,38 @@ class LlamaSession(ByScores):
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None
     ) -> list[tuple[Generation, ...]]:
-        """Answers, greedy alone: the check of an export asks for nothing else."""
-        begun, made = time.monotonic(), []
+        """Answers, drawn as `TorchSession` draws them."""
+        begun, made = time.monotonic(), list[tuple[Generation, ...]]()
+        before = Counter[Tokens]()  # answers to the same prompt: no two of them are drawn alike
         for n, prompt in enumerate(self.encode(prompts)):
-            answer = self._answer(prompt, sampling)
-            over = bool(answer) and self._ends(answer[-1])
-            said, cut = until_stop(self.text(answer[:-1] if over else answer), sampling.stop)
-            made.append((Generation(said, len(answer), "stop" if over or cut else "length"),) * sampling.n)
+            drawn = list[Generation]()
+            for _ in range(sampling.n if sampling.temperature > 0 else 1):
+                answer = self._answer(prompt, sampling, before[prompt])
+                before[prompt] += 1
+                over = bool(answer) and self._ends(answer[-1])
+                said, cut = until_stop(self.text(answer[:-1] if over else answer), sampling.stop)
+                drawn.append(Generation(said, len(answer), "stop" if over or cut else "length"))
+                self.spent += Spent(generated_tokens=len(answer))
+            made.append(tuple(drawn) * (sampling.n // len(drawn)))
             if progress:
                 progress(n + 1, len(prompts))
-        self.spent += Spent(seconds=time.monotonic() - begun, generated_tokens=sum(g[0].tokens for g in made))
+        self.spent += Spent(seconds=time.monotonic() - begun)
         return made
 
     def _ends(self, token: int) -> bool:
         return bool(self.cpp.llama_vocab_is_eog(self.vocab, token))
 
-    def _answer(self, prompt: Tokens, sampling: Sampling) -> Tokens:
-        """The likeliest tokens behind a prompt, one by one, the end of turn included."""
+    def _answer(self, prompt: Tokens, sampling: Sampling, copy: int) -> Tokens:
+        """The likeliest tokens behind a prompt, or drawn ones, one by one, the end of turn included."""
+        import torch
+
+        from whet.engine.sampling import sampler
+
         self._hold(prompt)
+        pick = sampler(sampling, [(prompt, copy, 0)])
         answer: list[int] = []
         while len(answer) < sampling.max_tokens:
-            answer.append(int(self.last.argmax()))
+            answer += pick(torch.from_numpy(self.last)[None], [0])
             if self._ends(answer[-1]) or any(s in self.text(answer) for s in sampling.stop):
                 break
             at = len(self.held)

@@ -68,6 +68,10 @@ class Run:
             raise MethodError(f"{what} needs the weights", expected="a local model", found=ref.base)
         return cast("TorchSession", self.session(ref))
 
+    def leave_out(self, *said: str) -> None:
+        """Note what was left out, and why, beside what other methods of a recipe have left out."""
+        self.notes["left_out"] = list(dict.fromkeys([*self.notes.get("left_out", ()), *said]))
+
     def documents(self, data: Learnable) -> tuple[list[Document], tuple[str, ...]]:
         """The task's documents, and notes on what was left out; read once, so that all see the same pages and rows.
 

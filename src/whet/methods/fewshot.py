@@ -141,8 +141,7 @@ class FewShot:
                 expected="train rows whose prompt says all, with a completion and without earlier turns",
             )  # fmt: skip
         if left:
-            said = f"{len(asked) - len(usable)} of {len(asked)} train rows are not shown{why}"
-            run.notes["left_out"] = list(dict.fromkeys([*run.notes.get("left_out", ()), said]))
+            run.leave_out(f"{len(asked) - len(usable)} of {len(asked)} train rows are not shown{why}")
         start = replace(system.uncalibrated, demonstrations=Demonstrations())
         rows = self._bootstrapped(usable, start, data, run) if self.selection == "bootstrapped" else usable
         k = most = len(self.ids) or self.k

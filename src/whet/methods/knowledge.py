@@ -89,7 +89,8 @@ class Knowledge:
         """The System with the graph as one more source, or with its facts in the weights."""
         facts, notes = run.facts(data)
         graph = Graph.of(facts)
-        run.notes.update(facts=len(facts.triples), left_out=notes)
+        run.notes.update(facts=len(facts.triples))
+        run.leave_out(*notes)
         return self._taught(graph, system, data, run) if self.mode == "train" else self._shown(graph, system, data, run)
 
     def _shown(self, graph: Graph, system: System, data: Learnable, run: Run) -> System:

@@ -67,7 +67,8 @@ class Rag:
         if gone := [*(named.keys() - {text.id for text in texts})]:
             notes = (*notes, f"evidence of train names {len(gone)} documents that are not there (of {len(named)}): "
                              f"{', '.join(sorted(gone)[:3])}")  # fmt: skip
-        run.notes.update(documents=len(texts), passages=len(pieces), left_out=list(notes))
+        run.notes.update(documents=len(texts), passages=len(pieces))
+        run.leave_out(*notes)
         source = Source(self.k, self.mix, self.threshold, self.chunk, self.reranker, self.store, self.tokens, place,
                         folder)  # fmt: skip
         others = tuple(s for s in system.sources if s.kind != source.kind)

@@ -120,6 +120,7 @@ def _label(method: Method) -> str:
         if f.default is not MISSING and value != f.default:
             said = f"{value:g}" if isinstance(value, float) else value
             said = said if not isinstance(value, bool) else str(value).lower()
+            said = said if not isinstance(value, tuple) else ",".join(map(str, value))
             changed.append(f"{f.name}={said}")
     return method.name + (f"({','.join(changed)})" if changed else "")
 
@@ -134,14 +135,17 @@ def parse(text: str) -> Recipe:
     made: list[Method] = []
     for part in _split(text):
         name, _, rest = part.strip().partition("(")
-        settings: dict[str, str] = {}
+        settings, key = dict[str, str](), ""
         if rest and not rest.endswith(")"):
             raise MethodError(f"cannot read {part!r}", expected="name or name(key=value,key=value)", do="close it")
         for pair in filter(None, rest.removesuffix(")").split(",")):
-            key, sign, value = pair.partition("=")
-            if not sign:
+            before, sign, value = pair.partition("=")
+            if not sign and not key:
                 raise MethodError(f"cannot read {pair!r} in {part!r}", expected="key=value", do="correct it")
-            settings[key.strip()] = value.strip()
+            if sign:
+                key, settings[before.strip()] = before.strip(), value.strip()
+            else:  # one more of several: ids=a,b
+                settings[key] += f",{pair.strip()}"
         made.append(make(name.strip(), settings))
     result = Recipe(tuple(made))
     result.check()
