@@ -568,7 +568,8 @@ def test_what_a_task_lost_is_what_it_scored_before_less_what_it_scores_after() -
     assert found.most == pytest.approx(1 + 100 * 2.8 * math.sqrt(0.1 * 0.9 / 39)) and not found.ok
     gained = loss("t", right(36), right(40), get("accuracy"), 1.0)
     assert (gained.lost, gained.low, gained.high, gained.bound) == pytest.approx((-10, -20, -2.5, -2.5)) and gained.ok
-    assert str(gained).startswith("t gains 10.0 points [2.5, 20.0] on 40 rows (90.0 to 100.0); 1 may be lost")
+    assert str(gained).startswith("t gains 10.0 points [2.5, 20.0] on 40 rows (90.0 to 100.0); with 95 % confidence")
+    assert "it gains at least 2.5 (1 may be lost; on so many rows a bound of " in str(gained)
 
 
 def test_of_a_perplexity_a_rise_is_lost_in_percent() -> None:
