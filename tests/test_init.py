@@ -356,6 +356,9 @@ def test_no_good_answer_is_no_task(tmp_path, said):
     with pytest.raises(TaskError, match="a.jsonl holds no answer that was judged good") as told:
         made(tmp_path, rows)
     assert f"--completion {next(iter(said))}" in str(told.value) and not (tmp_path / "t").exists()
+    key, good = next(iter(said)), {"label": True, "rating": 5}
+    guess, task = made(tmp_path, [*rows[:-1], rows[-1] | {key: good[key]}])
+    assert len(every(task)) == 1 and ("no row is sealed" in " ".join(guess.lines)) is (not task.test)
 
 
 def test_ratings(tmp_path):

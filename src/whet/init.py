@@ -592,7 +592,8 @@ def _hints(guess: Guess, instruction: str, test: Sequence[dict[str, Any]]) -> li
     within = guess.columns is not None and any(key_of(key) in CONTEXTS for key in guess.columns.prompt)
     free = guess.metric in ("exact_match", "token_f1", "rouge_l") and instruction in ASKED["question"]
     hints = ["if the answers stand in documents: copy their folder in, and write documents: FOLDER in task.yaml"]
-    return [*(hints if free and not within else ()), *filter(None, [few(_examples(list(test)))])]
+    sealed = few(_examples(list(test))) if test else "no row is sealed: no gain can be confirmed without a test.jsonl"
+    return [*(hints if free and not within else ()), *filter(None, [sealed])]
 
 
 def _parts(rows: list[dict[str, Any]], closed: bool) -> list[list[dict[str, Any]]]:

@@ -130,8 +130,9 @@ class Lost:
         low, high = sorted((sign * self.low, sign * self.high))
         sure = f"gains at least {-self.bound:.1f}" if self.bound < 0 else f"loses at most {self.bound:z.1f}"
         return (f"{self.task} {verb} {sign * self.lost:z.1f} {self.unit} [{low:z.1f}, {high:z.1f}] on {self.n} rows "
-                f"({figure(self.before, self.metric)} to {figure(self.after, self.metric)}); with 95 % confidence it "
-                f"{sure} ({self.allowed:g} may be lost; on so many rows a bound of {self.most:.1f} passes)")  # fmt: skip
+                f"({figure(self.before, self.metric)} to {figure(self.after, self.metric)}); with 95 % confidence "
+                f"it {sure} ({self.allowed:g} may be lost; on so many rows a bound of {self.most:.1f} passes)"
+                )  # fmt: skip
 
 
 def loss(name: str, before: Scorecard, after: Scorecard, metric: Metric, allowed: float, seed: int = 0) -> Lost:
