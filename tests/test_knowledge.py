@@ -933,8 +933,10 @@ def test_documents_and_facts_stand_side_by_side(data: Learnable, home: Path, tmp
         (tmp_path / "documents" / name).write_text("The Luma lamp flickers.")
     (tmp_path / "documents" / "s.pdf").write_bytes(b"no pdf")
     (tmp_path / "documents" / ".new-1").mkdir()
+    run.notes["left_out"] = ["a triple"]  # of a method before it
     Rag(k=1).apply(base, replace(data, documents=tmp_path / "documents"), run)
     before = list(run.notes["left_out"])
+    assert before[0] == "a triple"
     Knowledge(k=1).apply(base, data, run)
     assert any("s.pdf" in one for one in before) and run.notes["left_out"] == before
     # What a kill left in the index does not travel.
