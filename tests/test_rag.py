@@ -1239,6 +1239,19 @@ def test_the_protocol_says_how_answers_are_drawn(home: Path) -> None:
     assert said == ["greedy generation", "sampling, temperature 0.7, votes 5"]
 
 
+def test_a_reranker_that_was_trained_again_is_another(data: Learnable, home: Path, tmp_path: Path) -> None:
+    base = Rag(k=1).apply(System(resolve("fake:hash"), home=home), data, Run(Store(home)))
+    metric, found = metrics.get("exact_match"), list[dict[str, str]]()
+    (tmp_path / "ranker").mkdir()
+    own = str(tmp_path / "ranker")
+    for reranker, weights in (("", b""), ("ranker-on-the-hub", b""), (own, b"1"), (own, b"2")):
+        (tmp_path / "ranker" / "model.safetensors").write_bytes(weights)
+        made = replace(base, sources=(replace(base.sources[0], reranker=reranker),))
+        found.append(protocol(made, [], metric, made.session, "test"))
+    assert ["reranker" in one for one in found] == [False, False, True, True]
+    assert found[2]["reranker"] != found[3]["reranker"]
+
+
 def test_a_frame_needs_its_line() -> None:
     with pytest.raises(ValueError, match="no line ---"):
         from_text("Answer.\n--\n{question}\n")

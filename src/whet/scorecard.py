@@ -20,7 +20,7 @@ from whet import __version__, stats
 from whet.engine import Progress, Session, Spent
 from whet.errors import TaskError
 from whet.metrics import Metric, Outcome, get, score_all, sound
-from whet.model import local_folder, shards
+from whet.model import hash_files, local_folder, shards
 from whet.rows import short_line
 from whet.splits import shared_order
 from whet.store import Scores, Store, code
@@ -68,6 +68,9 @@ def protocol(
     """What a score depends on beside the System: data, metric, engine and versions."""
     how = system.decoding
     drawn = f"sampling, temperature {how.temperature:g}, votes {how.votes}" if how.temperature else "greedy generation"
+    # A folder of one's own may be trained again where it lies; what the Hub holds is called by its name.
+    rankers = [Path(r) for s in system.sources if (r := getattr(s, "reranker", "")) and Path(r).is_dir()]
+    read = [p for folder in rankers for p in folder.iterdir() if p.is_file()]
     return {
         "data": rows_hash(examples)[:16],
         "split": split,
@@ -76,6 +79,7 @@ def protocol(
         "whet": __version__,
         "python": platform.python_version(),
         **({"corpus": "/".join(s.version[:16] for s in system.sources)} if system.sources else {}),
+        **({"reranker": hash_files(read)[:16]} if read else {}),
         **getattr(metric, "rules", {}),
         **session.protocol,
     }
