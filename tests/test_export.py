@@ -38,6 +38,7 @@ from whet.export.gguf import PRE_TOKENIZERS, permute, vocabulary
 from whet.export.gguf import write as write_gguf
 from whet.export.ollama import JOINER, altered, go_text, modelfile, template, turns
 from whet.export.vllm import packs, serve
+from whet.memory import Known
 from whet.methods import Run, make
 from whet.metrics import Outcome, get
 from whet.prompt import messages, render
@@ -978,6 +979,22 @@ def test_command(
     (tmp_path / "toy" / "task.yaml").write_text("metric: [")
     code, out, _ = whet(capsys, "export", "s", "--to", "hf")
     assert code == 0 and "no task was named" in out
+
+
+def test_an_earlier_task_is_exported_as_it_is_asked(
+    tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    task = load(write_task(tmp_path / "toy", train=20, test=20))
+    new = system(tmp_path, decoding=Decoding(("worse", "better"), closed=True))
+    old = replace(new, instruction="As it was.", decoding=Decoding(("good", "bad"), closed=True))
+    entry = Known("toy", "accuracy", old, task.train, task.test).entry()
+    replace(new, card={"task": "new", "memory": [entry]}).save(tmp_path / "s")
+    for named, instruction in (([], new.instruction), (["--task", "toy"], "As it was.")):
+        code, out, err = whet(capsys, "export", "s", "--to", "hf", "--out", "out", "--json", *named)
+        asked = json.loads((tmp_path / "out" / REQUEST).read_text())
+        assert instruction in json.dumps(asked) and json.loads(out)["folder"] == "out", err
+    assert json.loads(out)["check"]["scores"]["choosing"] is not None  # among the labels of that task
 
 
 def test_what_apply_made_is_scored_on_its_task(
