@@ -502,11 +502,13 @@ def plain_gradients(model: Any, rows: list[Row]) -> tuple[float, list[torch.Tens
     return total, [p.grad.clone() for p in model.parameters()]
 
 
+@pytest.mark.parametrize("near", [False, True])  # short trunks stand before their units; else all parts are merged
 @pytest.mark.parametrize("math_path", [False, True])
 @pytest.mark.parametrize("family", SHARED)
-def test_gradients_of_a_tree(family: str, math_path: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_a_tree(family: str, math_path: bool, near: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "FEW_KEYS", attention.FEW_KEYS if near else 0)
     if math_path:
-        monkeypatch.setattr(attention, "_has_kernel", lambda q, train: False)
+        monkeypatch.setattr(attention, "_has_kernel", lambda q, k, train: False)
         monkeypatch.setattr(attention, "BLOCK_QUERIES", 2)
         monkeypatch.setattr(attention, "BLOCK_CELLS", 32)
     model = make_model(family)
@@ -526,10 +528,47 @@ def test_the_math_path_equals_the_kernel(
     session = TorchSession(models[family], tokenizer, batch_tokens=48)
     scores, answers = session.score_rows(ROWS), session.generate(CHATS, Sampling(max_tokens=8))
     asked: list[int] = []
-    monkeypatch.setattr(attention, "_has_kernel", lambda q, train: bool(asked.append(1)))
+    monkeypatch.setattr(attention, "_has_kernel", lambda q, k, train: bool(asked.append(1)))
     close(session.score_rows(ROWS), scores)
     assert session.generate(CHATS, Sampling(max_tokens=8)) == answers
     assert asked
+
+
+def test_short_trunks_stand_before_their_units() -> None:
+    """Where all that read a trunk fit with it; others are merged, and so are trunks that are kept for later."""
+    short, one = tuple(range(20)), [Row((*range(20), 100 + n)) for n in range(3)]
+    long = [Row((*range(50, 70), *range(120 + n, 250))) for n in range(2)]
+    nested = [Row((*range(80, 100), *range(200, 220), 30 + n)) for n in range(2)] + [Row((*range(80, 100), 40))]
+    forest = prefix.arrange([*one, *long, *nested], least=1)
+    [batch] = prefix.batches(forest, 10**6, keep=False)
+    made = attention.plan(forest, batch, torch.float32, torch.device("cpu"))
+    tokens = attention.packed(forest, batch, torch.device("cpu"))[0][0].tolist()
+    above = [bucket for bucket in made.buckets if bucket.above]
+    assert [(len(b.index), tuple(tokens[b.above])) for b in above if b.above] == [(3, short)]
+    assert above[0].mask is not None and above[0].mask.shape[-2:] == (1, 21)
+    assert len(made.reads) == 3  # of the long rows, and of both trunks above the nested ones
+    kept = attention.plan(forest, batch, torch.float32, torch.device("cpu"), {}, keep=True)
+    assert not any(b.above for b in kept.buckets) and len(kept.reads) == 4
+
+
+@pytest.mark.parametrize("near", [False, True])
+def test_a_tree_in_bf16(near: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs and gradients of bf16 are those of fp32 up to rounding, by the kernel and merged by blocks."""
+    monkeypatch.setattr(attention, "FEW_KEYS", 16 if near else 5)
+    forest = prefix.arrange([Row((1, 2, 3, 4, 5, *range(6 + n, 12))) for n in range(4)], least=1)
+    [batch] = prefix.batches(forest, keep=False)
+    torch.manual_seed(0)
+    given = [torch.randn(1, heads, batch.length, 16).bfloat16() for heads in (4, 2, 2, 4)]
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        plan = attention.plan(forest, batch, dtype, torch.device("cpu"))
+        assert any(b.above for b in plan.buckets) == near and bool(plan.reads) != near
+        q, k, v = (x.to(dtype, copy=True).requires_grad_() for x in given[:3])
+        out = attention._TreeAttention.apply(q, k, v, plan, 0, 0.25)
+        found.append([out.detach(), *torch.autograd.grad(out, (q, k, v), given[3].to(dtype))])
+    for rough, exact in zip(*found, strict=True):
+        assert rough.dtype == torch.bfloat16
+        assert float((rough.float() - exact).norm() / exact.norm()) < (0.004 if near else 0.02)
 
 
 def test_part_gradients_of_kernel_and_math(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -546,7 +585,7 @@ def test_part_gradients_of_kernel_and_math(monkeypatch: pytest.MonkeyPatch) -> N
         out = scores.softmax(-1) @ v.repeat_interleave(2, 1)
         wanted = torch.autograd.grad(out, (q, k, v), grad)
         for kernel in (True, False):
-            monkeypatch.setattr(attention, "_has_kernel", lambda q, train, kernel=kernel: kernel)
+            monkeypatch.setattr(attention, "_has_kernel", lambda q, k, train, kernel=kernel: kernel)
             monkeypatch.setattr(attention, "BLOCK_QUERIES", 2)
             monkeypatch.setattr(attention, "BLOCK_CELLS", 4 * 2 * 5)
             with torch.no_grad():
@@ -562,7 +601,7 @@ def test_part_gradients_of_kernel_and_math(monkeypatch: pytest.MonkeyPatch) -> N
 def test_padding_gives_no_gradients_however_far_it_lies_from_what_it_repeats(
     kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_has_kernel", lambda q, train: kernel)
+    monkeypatch.setattr(attention, "_has_kernel", lambda q, k, train: kernel)
     forest = prefix.arrange([Row((1, 2, 3, 4, 5)), Row((6, 7, 8, 9))])
     [batch] = prefix.batches(forest)
     plan = attention.plan(forest, batch, torch.float32, torch.device("cpu"))

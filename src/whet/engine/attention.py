@@ -26,6 +26,7 @@ NAME = "whet_tree"
 KeysValues = tuple[Tensor, Tensor]
 BLOCK_QUERIES = 128  # queries of one block on a processor
 BLOCK_CELLS = 2**20  # weights of one block there, to stay in its cache
+FEW_KEYS = 128  # up to which a processor trains bf16 by its kernel for fp32
 LONG_UNIT = 128  # tokens from which on a unit is not padded to the length of another
 DEVICE_CELLS = 2**27  # weights of one block elsewhere, to fit in memory
 
@@ -36,8 +37,9 @@ class Bucket:
 
     index: Tensor
     keep: Tensor | None  # flat positions of the real entries in [n * L]; None: no padding
-    mask: Tensor | None  # additive [n, 1, L, L]; None: causal
+    mask: Tensor | None  # additive [n, 1, L, keys]; None: causal
     start: int | None = None  # the entries stand one behind the other from here on; None: they do not
+    above: slice | None = None  # a trunk of this batch whose keys stand before the units' own
 
     @property
     def here(self) -> slice:
@@ -89,12 +91,17 @@ class Decode:
         return int(self.at[0])
 
 
-def _has_kernel(q: Tensor, train: bool) -> bool:
+def _has_kernel(q: Tensor, k: Tensor, train: bool) -> bool:
     """Whether torch has a kernel that returns the log-sum-exp on this device and is the faster way.
 
-    Its backward pass in bf16 takes 2 to 7 times what matrix products by blocks take.
+    Its backward pass in bf16 takes 2 to 7 times what matrix products by blocks take; in fp32, where keys are few, less.
     """
-    return q.device.type == "cpu" and not (train and q.dtype == torch.bfloat16)
+    return q.device.type == "cpu" and (k.shape[2] <= FEW_KEYS or not (train and q.dtype == torch.bfloat16))
+
+
+def _for_kernel(train: bool, *given: Tensor | None) -> list[Any]:
+    """What the kernel is given; where it trains, in fp32, which is faster there than bf16."""
+    return [x.float() if x is not None and train and x.dtype == torch.bfloat16 else x for x in given]
 
 
 def _flashes(q: Tensor, mask: Tensor | None) -> bool:
@@ -124,9 +131,10 @@ def _attend(
 
     `alone`: nothing is to be merged with it, and its log-sum-exp may be left out.
     """
-    if _has_kernel(q, train):
+    if _has_kernel(q, k, train):
+        *some, wide = _for_kernel(train, q, k, v, mask)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+            *some, 0.0, causal, attn_mask=wide, scale=scale
         )
         return out, lse
     if _flashes(q, mask):
@@ -154,13 +162,13 @@ def _attend_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one part, given the merged output and log-sum-exp, and its `own` where it was merged."""
-    if _has_kernel(q, train=True):
-        return cast(
-            tuple[Tensor, Tensor, Tensor],
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
-            ),
+    if _has_kernel(q, k, train=True):
+        *some, wide = _for_kernel(True, grad, q, k, v, out, mask)
+        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *some, lse, 0.0, causal, attn_mask=wide, scale=scale
         )
+        to_q, to_k, to_v = (part.to(q.dtype) for part in parts)
+        return to_q, to_k, to_v
     if _flashes(q, mask):
         none = torch.zeros(2, dtype=torch.uint64, device=q.device)  # where its dropout would begin
         return cast(
@@ -215,8 +223,10 @@ def _by_group(x: Tensor, block: _Block) -> Tensor:
 def _blocks(q: Tensor, k: Tensor, causal: bool) -> Iterator[_Block]:
     """Cut into blocks whose weights stay in a processor's cache; causal queries leave out the keys behind them."""
     length, heads, on_cpu = q.shape[2], q.shape[1], q.device.type == "cpu"
-    step = min(length, BLOCK_QUERIES if on_cpu else max(1, DEVICE_CELLS // (heads * k.shape[2])))
-    rows = max(1, (BLOCK_CELLS if on_cpu else DEVICE_CELLS) // (heads * step * k.shape[2]))
+    cells = BLOCK_CELLS if on_cpu else DEVICE_CELLS
+    least = BLOCK_QUERIES if on_cpu else 1
+    step = min(length, least if on_cpu and causal else max(least, cells // (heads * k.shape[2])))
+    rows = max(1, cells // (heads * step * k.shape[2]))
     for row in range(0, q.shape[0], rows):
         for first in range(0, length, step):
             last = min(first + step, length)
@@ -248,6 +258,32 @@ def _take(x: Tensor, bucket: Bucket) -> Tensor:
     n, length = bucket.index.shape
     flat = x[0].index_select(1, bucket.index.reshape(-1)) if bucket.start is None else x[0, :, bucket.here]
     return cast(Tensor, flat.unflatten(1, (n, length))).transpose(0, 1)
+
+
+def _take_keys(x: Tensor, bucket: Bucket) -> Tensor:
+    """Keys or values [n, groups, above and own, size] that a bucket's entries read."""
+    own = _take(x, bucket)
+    if bucket.above is None:
+        return own
+    return torch.cat([x[:, :, bucket.above].expand(len(own), -1, -1, -1), own], dim=2)
+
+
+def _add(into: Tensor, block: Tensor, bucket: Bucket) -> None:
+    """Add gradients of a bucket's block [n, heads, L, size] to their places in the packed [1, heads, T, size]."""
+    flat = block.transpose(0, 1).flatten(1, 2)
+    if bucket.start is None:
+        into[0].index_add_(1, bucket.index.reshape(-1), flat)
+    else:
+        into[0, :, bucket.here] += flat
+
+
+def _add_keys(into: Tensor, block: Tensor, bucket: Bucket) -> None:
+    """As `_add`, of keys or values: what the trunk above gets is summed over its readers."""
+    if bucket.above is not None:
+        size = bucket.above.stop - bucket.above.start
+        into[0, :, bucket.above] += block[:, :, :size].sum(0)
+        block = block[:, :, size:]
+    _add(into, block, bucket)
 
 
 def _put(into: Tensor, block: Tensor, bucket: Bucket) -> None:
@@ -288,9 +324,9 @@ class _TreeAttention(torch.autograd.Function):
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         own = []  # the log-sum-exp of each part by itself
         for bucket in plan.buckets:
-            some = [_take(x, bucket) for x in (q, k, v)]
+            asked, keys, values = _take(q, bucket), _take_keys(k, bucket), _take_keys(v, bucket)
             causal = bucket.mask is None
-            part, part_lse = _attend(some[0], some[1], some[2], causal, bucket.mask, scale, train, alone)
+            part, part_lse = _attend(asked, keys, values, causal, bucket.mask, scale, train, alone)
             _put(out, part, bucket)
             _put(lse[..., None], part_lse[..., None], bucket)
             own += [] if alone else [part_lse]
@@ -312,7 +348,7 @@ class _TreeAttention(torch.autograd.Function):
         grad = grads[0].contiguous()
         to_q, to_k, to_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for n, bucket in enumerate(plan.buckets):
-            some = [_take(x, bucket) for x in (q, k, v, out)]
+            asked, keys, values = _take(q, bucket), _take_keys(k, bucket), _take_keys(v, bucket)
             block_lse = _take(lse[..., None], bucket)[..., 0].contiguous()
             block_grad = _take(grad, bucket)
             if bucket.keep is not None:  # padding repeats a real token: it must not be counted again
@@ -323,15 +359,12 @@ class _TreeAttention(torch.autograd.Function):
                 # Nor is it weighed by what it repeats: e to the difference may be more than a number can be.
                 block_lse = block_lse.masked_fill(real.view(rows, 1, length) == 0, math.inf)
             causal, part_lse = bucket.mask is None, own[n] if own else None
-            parts = _attend_backward(
-                block_grad, some[0], some[1], some[2], some[3], block_lse, part_lse, causal, bucket.mask, ctx.scale
+            part_q, part_k, part_v = _attend_backward(
+                block_grad, asked, keys, values, _take(out, bucket), block_lse, part_lse, causal, bucket.mask, ctx.scale
             )
-            for into, part in zip((to_q, to_k, to_v), parts, strict=True):
-                flat = part.transpose(0, 1).flatten(1, 2)
-                if bucket.start is None:
-                    into[0].index_add_(1, bucket.index.reshape(-1), flat)
-                else:
-                    into[0, :, bucket.here] += flat
+            _add(to_q, part_q, bucket)
+            _add_keys(to_k, part_k, bucket)
+            _add_keys(to_v, part_v, bucket)
         for reads, part_lse in zip(plan.reads, own[len(plan.buckets) :], strict=True):
             keys, values = _read_keys(reads, ctx.layer, k, v, plan.kept)
             here = slice(reads.start, reads.stop)
@@ -415,8 +448,10 @@ def _tree_mask(parents: Sequence[int], length: int) -> Tensor:
     return sees
 
 
-def _bucket(batch: Batch, members: Sequence[int], dtype: torch.dtype, device: torch.device) -> Bucket:
-    """One block out of units of like length."""
+def _bucket(
+    batch: Batch, members: Sequence[int], dtype: torch.dtype, device: torch.device, above: slice | None = None
+) -> Bucket:
+    """One block out of units of like length, which read the trunk `above` along with their own."""
     units = [batch.units[i] for i in members]
     length = max(len(u.tokens) for u in units)
     index = torch.zeros(len(units), length, dtype=torch.long)
@@ -427,17 +462,19 @@ def _bucket(batch: Batch, members: Sequence[int], dtype: torch.dtype, device: to
         index[n, :size] += torch.arange(size)
         real[n, :size] = True
     mask = None
-    if not all(u.plain for u in units):
+    if above or not all(u.plain for u in units):
         masks: dict[tuple[int, ...], Tensor] = {}
         for unit in units:
             if unit.parents not in masks:
                 sees = _tree_mask(unit.parents, length)
-                masks[unit.parents] = torch.zeros(length, length, dtype=dtype).masked_fill_(~sees, float("-inf"))
+                own = torch.zeros(length, length, dtype=dtype).masked_fill_(~sees, float("-inf"))
+                before = above.stop - above.start if above else 0
+                masks[unit.parents] = torch.nn.functional.pad(own, (before, 0))
         mask = torch.stack([masks[u.parents] for u in units])[:, None].to(device)
     keep = None if bool(real.all()) else real.reshape(-1).nonzero()[:, 0].to(device)
     start = int(index[0, 0])
     row = keep is None and bool((index.reshape(-1) == torch.arange(start, start + index.numel())).all())
-    return Bucket(index.to(device), keep, mask, start if row else None)
+    return Bucket(index.to(device), keep, mask, start if row else None, above)
 
 
 def _most_beside(size: int, device: torch.device) -> float:
@@ -450,6 +487,17 @@ def _most_beside(size: int, device: torch.device) -> float:
     return 1.3 * size + 3 if size < LONG_UNIT else size
 
 
+def _near(forest: Forest, batch: Batch) -> set[int]:
+    """Trunks of a batch that are short enough to stand before each of their units: cheaper than merging two parts."""
+    readers: dict[int, list[int]] = {}
+    chains = {u.trunk: forest.chain(u.trunk) for u in batch.units}
+    for unit in batch.units:
+        for trunk in chains[unit.trunk]:
+            readers.setdefault(trunk, []).append(len(unit.tokens) if len(chains[unit.trunk]) == 1 else FEW_KEYS)
+    return {t for t, sizes in readers.items() if t in batch.trunk_at
+            and len(forest.trunks[t].tokens) + max(sizes) <= FEW_KEYS}  # fmt: skip
+
+
 def plan(
     forest: Forest,
     batch: Batch,
@@ -460,20 +508,22 @@ def plan(
     keep: bool = False,
 ) -> Plan:
     """The attention plan of a batch; with `keep` its trunks' keys and values are stored in `kept` for later batches."""
-    order = sorted(range(len(batch.units)), key=lambda i: (not batch.units[i].plain, len(batch.units[i].tokens), i))
+    slices = {t: slice(at, at + len(forest.trunks[t].tokens)) for t, at in batch.trunk_at.items()}
+    near = set() if keep or device.type != "cpu" else _near(forest, batch)
+    kinds = [(u.trunk if u.trunk in near else -1, u.plain) for u in batch.units]
+    order = sorted(range(len(batch.units)), key=lambda i: (not kinds[i][1], kinds[i][0], len(batch.units[i].tokens), i))
     groups: list[list[int]] = []
     for i in order:
-        unit, size = batch.units[i], len(batch.units[i].tokens)
-        first = batch.units[groups[-1][0]] if groups else None
-        if first is not None and first.plain == unit.plain and size <= _most_beside(len(first.tokens), device):
+        first, size = groups[-1][0] if groups else i, len(batch.units[i].tokens)
+        if groups and kinds[first] == kinds[i] and size <= _most_beside(len(batch.units[first].tokens), device):
             groups[-1].append(i)
         else:
             groups.append([i])
-    buckets = [_bucket(batch, group, dtype, device) for group in groups]
-    slices = {t: slice(at, at + len(forest.trunks[t].tokens)) for t, at in batch.trunk_at.items()}
+    buckets = [_bucket(batch, group, dtype, device, slices[t] if (t := kinds[group[0]][0]) in near else None)
+               for group in groups]  # fmt: skip
     for here in slices.values():
         buckets.append(Bucket(torch.arange(here.start, here.stop, device=device)[None], None, None, here.start))
-    reads = tuple(Reads(s.start, s.stop, s.trunk, slices.get(s.trunk)) for s in batch.spans)
+    reads = tuple(Reads(s.start, s.stop, s.trunk, slices.get(s.trunk)) for s in batch.spans if s.trunk not in near)
     keep_trunks = tuple(slices.items()) if keep else ()
     return Plan(tuple(buckets), reads, {} if kept is None else kept, keep_trunks)
 

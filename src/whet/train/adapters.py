@@ -217,7 +217,7 @@ class _AdaptedLinear(torch.autograd.Function):
         grad, inputs = grads[0].flatten(0, -2), x.flatten(0, -2)
         to_narrow = (grad @ b) * ctx.scale
         to_x = (grad @ weight).addmm_(to_narrow, a).view_as(x) if ctx.needs_input_grad[0] else None
-        return to_x, None, None, to_narrow.T @ inputs, grad.T @ narrow, None
+        return to_x, None, None, to_narrow.T @ inputs, (narrow.T @ grad).T, None
 
 
 def _plain_lora(layer: Any) -> bool:
