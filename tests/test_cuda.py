@@ -60,11 +60,12 @@ def test_the_flash_kernel_equals_the_blocks(
     assert attention._flashes(q, None)
 
     def both(*xs: torch.Tensor) -> list[torch.Tensor]:
-        out, lse = attention._attend(xs[0], xs[1], xs[2], causal, None, 0.125, True)
+        kept: list[torch.Tensor] = []
+        out, lse = attention._attend(xs[0], xs[1], xs[2], causal, None, 0.125, kept)
         # As where a part is merged with another, which takes half of the weight.
         merged = lse + 0.7
         back = attention._attend_backward(
-            xs[3], xs[0], xs[1], xs[2], out, merged.contiguous(), lse, causal, None, 0.125
+            xs[3], xs[0], xs[1], xs[2], out, merged.contiguous(), lse, causal, None, 0.125, iter(kept)
         )
         return [out, lse, *back]
 

@@ -584,13 +584,17 @@ def test_part_gradients_of_kernel_and_math(monkeypatch: pytest.MonkeyPatch) -> N
         scores = scores if bias is None else scores + bias
         out = scores.softmax(-1) @ v.repeat_interleave(2, 1)
         wanted = torch.autograd.grad(out, (q, k, v), grad)
-        for kernel in (True, False):
+        for kernel, cells in ((True, 25), (False, 25), (False, 0)):
             monkeypatch.setattr(attention, "_has_kernel", lambda q, k, train, kernel=kernel: kernel)
+            monkeypatch.setattr(attention, "KEPT_CELLS", cells)
             monkeypatch.setattr(attention, "BLOCK_QUERIES", 2)
             monkeypatch.setattr(attention, "BLOCK_CELLS", 4 * 2 * 5)
             with torch.no_grad():
-                found, lse = attention._attend(q, k, v, causal, bias, 0.3)
-                back = attention._attend_backward(grad, q, k, v, found, lse, lse.clone(), causal, bias, 0.3)
+                kept: list[torch.Tensor] = []
+                found, lse = attention._attend(q, k, v, causal, bias, 0.3, kept)
+                left = iter(kept)
+                back = attention._attend_backward(grad, q, k, v, found, lse, lse.clone(), causal, bias, 0.3, left)
+            assert bool(kept) == (cells > 0 and not kernel) and not list(left)
             assert torch.allclose(found, out, atol=1e-5)
             assert torch.allclose(lse, scores.logsumexp(-1), atol=1e-5)
             for mine, theirs in zip(back, wanted, strict=True):

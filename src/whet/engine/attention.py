@@ -28,6 +28,7 @@ BLOCK_QUERIES = 128  # queries of one block on a processor
 BLOCK_CELLS = 2**20  # weights of one block there, to stay in its cache
 FEW_KEYS = 128  # up to which a processor trains bf16 by its kernel for fp32
 LONG_UNIT = 128  # tokens from which on a unit is not padded to the length of another
+KEPT_CELLS = 2**20  # queries times keys up to which softmax is not computed again in the backward pass
 DEVICE_CELLS = 2**27  # weights of one block elsewhere, to fit in memory
 
 
@@ -124,13 +125,15 @@ def _attend(
     causal: bool,
     mask: Tensor | None,
     scale: float,
-    train: bool = False,
+    kept: list[Tensor] | None = None,
     alone: bool = False,
 ) -> KeysValues:
     """Output [n, heads, queries, size] and log-sum-exp [n, heads, queries]; keys may have fewer (grouped) heads.
 
-    `alone`: nothing is to be merged with it, and its log-sum-exp may be left out.
+    `kept`: it is trained, and this gets what the backward pass reads again. `alone`: nothing is to be merged with it,
+    and its log-sum-exp may be left out.
     """
+    train = kept is not None
     if _has_kernel(q, k, train):
         *some, wide = _for_kernel(train, q, k, v, mask)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -141,8 +144,9 @@ def _attend(
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
         return out, lse
     out, lse = torch.empty_like(q), torch.zeros(q.shape[:3], dtype=torch.float32, device=q.device)
-    for block in _blocks(q, k, causal):
-        scores, weights = _weights(block, q, k, causal, mask, scale)
+    for block, scores, weights in _weights(q * scale, k, causal, mask):
+        if kept is not None and _keeps(q, k):
+            kept.append(weights)
         out[block.rows, :, block.queries] = _by_group(weights @ block.keyed(v), block)
         if not alone:
             lse[block.rows, :, block.queries] = _by_group(_log_sum(scores, weights), block)[..., 0]
@@ -160,8 +164,11 @@ def _attend_backward(
     causal: bool,
     mask: Tensor | None,
     scale: float,
+    kept: Iterator[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one part, given the merged output and log-sum-exp, and its `own` where it was merged."""
+    """Gradients of one part, given the merged output and log-sum-exp, its `own` where it was merged, and what `_attend`
+    has kept.
+    """
     if _has_kernel(q, k, train=True):
         *some, wide = _for_kernel(True, grad, q, k, v, out, mask)
         parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -183,14 +190,14 @@ def _attend_backward(
         share = torch.exp(own - lse)[..., None]
         grad, delta = grad * share.to(grad.dtype), delta * share
     delta = delta.to(q.dtype)
-    for block in _blocks(q, k, causal):
-        _, weights = _weights(block, q, k, causal, mask, scale)
-        here, asked, keys, values = block.asked(grad), block.asked(q), block.keyed(k), block.keyed(v)
+    q, scaled = q * scale, k * scale
+    again = ((b, w) for b, _, w in _weights(q, k, causal, mask))
+    # The block is asked for first, so that the end of this part takes nothing of the next one.
+    for block, weights in zip(_blocks(q, k, causal), kept, strict=False) if _keeps(q, k) else again:
+        here, asked, keys, values = block.asked(grad), block.asked(q), block.keyed(scaled), block.keyed(v)
         to_scores = (here @ values.transpose(1, 2)).sub_(block.asked(delta)).mul_(weights)
-        to_q[block.rows, :, block.queries] = _by_group(to_scores @ keys, block) * scale
-        to_k[block.rows, :, : block.keys] += ((to_scores.transpose(1, 2) @ asked) * scale).unflatten(
-            0, (-1, k.shape[1])
-        )
+        to_q[block.rows, :, block.queries] = _by_group(to_scores @ keys, block)
+        to_k[block.rows, :, : block.keys] += (to_scores.transpose(1, 2) @ asked).unflatten(0, (-1, k.shape[1]))
         to_v[block.rows, :, : block.keys] += (weights.transpose(1, 2) @ here).unflatten(0, (-1, v.shape[1]))
     return to_q, to_k, to_v
 
@@ -234,18 +241,27 @@ def _blocks(q: Tensor, k: Tensor, causal: bool) -> Iterator[_Block]:
 
 
 def _weights(
-    block: _Block, q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Scores of a block and their softmax, each [rows · groups, heads a group · queries, keys]."""
-    scores = (block.asked(q) * scale) @ block.keyed(k).transpose(1, 2)
-    size = block.queries.stop - block.queries.start
-    each = scores.unflatten(1, (-1, size))  # [rows · groups, heads a group, queries, keys]
-    if causal:
-        diagonal = each[..., block.queries]
-        diagonal += torch.full((size, size), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
-    if mask is not None:
-        each += mask[block.rows, :, block.queries].repeat_interleave(block.groups, dim=0)
-    return scores, torch.softmax(scores, -1)
+    scaled: Tensor, k: Tensor, causal: bool, mask: Tensor | None
+) -> Iterator[tuple[_Block, Tensor, Tensor]]:
+    """Blocks, their scores and the softmax of these, each [rows · groups, heads a group · queries, keys]."""
+    behind = scaled.new_empty(0, 0)
+    for block in _blocks(scaled, k, causal):
+        scores = block.asked(scaled) @ block.keyed(k).transpose(1, 2)
+        size = block.queries.stop - block.queries.start
+        each = scores.unflatten(1, (-1, size))  # [rows · groups, heads a group, queries, keys]
+        if causal:
+            if len(behind) < size:  # the first block is the largest
+                behind = scaled.new_full((size, size), float("-inf")).triu_(1)
+            diagonal = each[..., block.queries]
+            diagonal += behind[:size, :size]
+        if mask is not None:
+            each += mask[block.rows, :, block.queries].repeat_interleave(block.groups, dim=0)
+        yield block, scores, torch.softmax(scores, -1)
+
+
+def _keeps(q: Tensor, k: Tensor) -> bool:
+    """Whether a part is so small that its weights wait for the backward pass rather than being computed again."""
+    return q.shape[2] * k.shape[2] <= KEPT_CELLS
 
 
 def _log_sum(scores: Tensor, weights: Tensor) -> Tensor:
@@ -322,28 +338,30 @@ class _TreeAttention(torch.autograd.Function):
         # Parts are merged in fp32: the weights of a merge span many orders of magnitude.
         out = torch.empty_like(q, dtype=q.dtype if alone else torch.float32)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        own = []  # the log-sum-exp of each part by itself
+        own, kept = [], list[Tensor]() if train else None  # the log-sum-exp of each part by itself, and its weights
         for bucket in plan.buckets:
             asked, keys, values = _take(q, bucket), _take_keys(k, bucket), _take_keys(v, bucket)
             causal = bucket.mask is None
-            part, part_lse = _attend(asked, keys, values, causal, bucket.mask, scale, train, alone)
+            part, part_lse = _attend(asked, keys, values, causal, bucket.mask, scale, kept, alone)
             _put(out, part, bucket)
             _put(lse[..., None], part_lse[..., None], bucket)
             own += [] if alone else [part_lse]
         for reads in plan.reads:
             keys, values = _read_keys(reads, layer, k, v, plan.kept)
             here = slice(reads.start, reads.stop)
-            part, part_lse = _attend(q[:, :, here], keys, values, False, None, scale, train)
+            part, part_lse = _attend(q[:, :, here], keys, values, False, None, scale, kept)
             _merge(out[:, :, here], lse[:, :, here], part, part_lse)
             own.append(part_lse)
         result = out.to(q.dtype)
-        if train:
-            ctx.save_for_backward(q, k, v, result, lse, *own)
+        if kept is not None:
+            ctx.parts = len(own)
+            ctx.save_for_backward(q, k, v, result, lse, *own, *kept)
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *own = ctx.saved_tensors
+        q, k, v, out, lse, *rest = ctx.saved_tensors
+        own, kept = rest[: ctx.parts], iter(rest[ctx.parts :])
         plan: Plan = ctx.plan
         grad = grads[0].contiguous()
         to_q, to_k, to_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -360,8 +378,9 @@ class _TreeAttention(torch.autograd.Function):
                 block_lse = block_lse.masked_fill(real.view(rows, 1, length) == 0, math.inf)
             causal, part_lse = bucket.mask is None, own[n] if own else None
             part_q, part_k, part_v = _attend_backward(
-                block_grad, asked, keys, values, _take(out, bucket), block_lse, part_lse, causal, bucket.mask, ctx.scale
-            )
+                block_grad, asked, keys, values, _take(out, bucket), block_lse, part_lse, causal, bucket.mask,
+                ctx.scale, kept,
+            )  # fmt: skip
             _add(to_q, part_q, bucket)
             _add_keys(to_k, part_k, bucket)
             _add_keys(to_v, part_v, bucket)
@@ -370,7 +389,7 @@ class _TreeAttention(torch.autograd.Function):
             here = slice(reads.start, reads.stop)
             part_q, part_k, part_v = _attend_backward(
                 grad[:, :, here], q[:, :, here], keys, values, out[:, :, here], lse[:, :, here].contiguous(), part_lse,
-                False, None, ctx.scale,
+                False, None, ctx.scale, kept,
             )  # fmt: skip
             to_q[:, :, here] += part_q
             if reads.own is not None:
