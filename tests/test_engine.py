@@ -512,9 +512,14 @@ def test_gradients_of_a_tree(family: str, math_path: bool, near: bool, monkeypat
         monkeypatch.setattr(attention, "BLOCK_QUERIES", 2)
         monkeypatch.setattr(attention, "BLOCK_CELLS", 32)
     model = make_model(family)
-    wanted, gradients = plain_gradients(model, ROWS)
+    ends = (((6, 5),), ((8, 9, 1), (7, 4, 1)), ((3, 1, 4), (2, 1)), ((3, 7),))
+    rows = [*ROWS, *(Row((*range(40, 52), *range(100 + 20 * n, 113 + 21 * n)), end) for n, end in enumerate(ends))]
+    for batch in prefix.batches(prefix.arrange(rows[len(ROWS) :]), keep=False):
+        buckets = attention.plan(prefix.arrange(rows[len(ROWS) :]), batch, model.dtype, model.device).buckets
+        assert sum(b.above is not None for b in buckets) == 2 * near  # chains, and trees
+    wanted, gradients = plain_gradients(model, rows)
     for most in (64, 4096):
-        value, found = tree_gradients(model, ROWS, most)
+        value, found = tree_gradients(model, rows, most)
         assert value == pytest.approx(wanted, abs=1e-3)
         for (name, _), mine, theirs in zip(model.named_parameters(), found, gradients, strict=True):
             assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max())), name
@@ -535,27 +540,29 @@ def test_the_math_path_equals_the_kernel(
 
 
 def test_short_trunks_stand_before_their_units() -> None:
-    """Where all that read a trunk fit with it; others are merged, and so are trunks that are kept for later."""
-    short, one = tuple(range(20)), [Row((*range(20), 100 + n)) for n in range(3)]
+    """Where all that read a trunk fit with it and are no shorter; others are merged, and what is kept for later."""
+    short, one = tuple(range(20)), [Row((*range(20), *range(100 + n, 120))) for n in range(3)]
+    one += [Row((*range(20), *range(130, 154)))]
+    brief = [Row((*range(160, 180), n)) for n in range(3)]
     long = [Row((*range(50, 70), *range(120 + n, 250))) for n in range(2)]
     nested = [Row((*range(80, 100), *range(200, 220), 30 + n)) for n in range(2)] + [Row((*range(80, 100), 40))]
-    forest = prefix.arrange([*one, *long, *nested], least=1)
+    forest = prefix.arrange([*one, *brief, *long, *nested], least=1)
     [batch] = prefix.batches(forest, 10**6, keep=False)
     made = attention.plan(forest, batch, torch.float32, torch.device("cpu"))
     tokens = attention.packed(forest, batch, torch.device("cpu"))[0][0].tolist()
     above = [bucket for bucket in made.buckets if bucket.above]
-    assert [(len(b.index), tuple(tokens[b.above])) for b in above if b.above] == [(3, short)]
-    assert above[0].mask is not None and above[0].mask.shape[-2:] == (1, 21)
-    assert len(made.reads) == 3  # of the long rows, and of both trunks above the nested ones
+    assert [(len(b.index), tuple(tokens[b.above])) for b in above if b.above] == [(4, short)]
+    assert above[0].mask is not None and above[0].mask.shape[-2:] == (24, 44)
+    assert len(made.reads) == 4  # of brief and long rows, and of both trunks above the nested ones
     kept = attention.plan(forest, batch, torch.float32, torch.device("cpu"), {}, keep=True)
-    assert not any(b.above for b in kept.buckets) and len(kept.reads) == 4
+    assert not any(b.above for b in kept.buckets) and len(kept.reads) == 5
 
 
 @pytest.mark.parametrize("near", [False, True])
 def test_a_tree_in_bf16(near: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs and gradients of bf16 are those of fp32 up to rounding, by the kernel and merged by blocks."""
     monkeypatch.setattr(attention, "FEW_KEYS", 16 if near else 5)
-    forest = prefix.arrange([Row((1, 2, 3, 4, 5, *range(6 + n, 12))) for n in range(4)], least=1)
+    forest = prefix.arrange([Row((1, 2, 3, 4, 5, *range(6 + n, 14))) for n in range(4)], least=1)
     [batch] = prefix.batches(forest, keep=False)
     torch.manual_seed(0)
     given = [torch.randn(1, heads, batch.length, 16).bfloat16() for heads in (4, 2, 2, 4)]
@@ -584,7 +591,7 @@ def test_part_gradients_of_kernel_and_math(monkeypatch: pytest.MonkeyPatch) -> N
         scores = scores if bias is None else scores + bias
         out = scores.softmax(-1) @ v.repeat_interleave(2, 1)
         wanted = torch.autograd.grad(out, (q, k, v), grad)
-        for kernel, cells in ((True, 25), (False, 25), (False, 0)):
+        for kernel, cells in ((True, 50), (False, 50), (False, 0)):
             monkeypatch.setattr(attention, "_has_kernel", lambda q, k, train, kernel=kernel: kernel)
             monkeypatch.setattr(attention, "KEPT_CELLS", cells)
             monkeypatch.setattr(attention, "BLOCK_QUERIES", 2)

@@ -2,7 +2,7 @@
 
 One function, registered with transformers' AttentionInterface, serves scoring, generation and training. Each query
 attends to its own unit (causally, or under the mask of a tree of continuations) and to every trunk above it; the parts
-are merged by their log-sum-exp. In the backward pass each part gets the *merged* output and log-sum-exp, which makes
+are merged by their log-sum-exp, but for short trunks, which stand before their units where a processor trains. In the backward pass each part gets the *merged* output and log-sum-exp, which makes
 its gradients exact without recomputing the merge (as in ring attention, Liu et al. 2023).
 """
 
@@ -28,7 +28,7 @@ BLOCK_QUERIES = 128  # queries of one block on a processor
 BLOCK_CELLS = 2**20  # weights of one block there, to stay in its cache
 FEW_KEYS = 128  # up to which a processor trains bf16 by its kernel for fp32
 LONG_UNIT = 128  # tokens from which on a unit is not padded to the length of another
-KEPT_CELLS = 2**20  # queries times keys up to which softmax is not computed again in the backward pass
+KEPT_CELLS = 2**20  # rows x queries x keys of a part up to which softmax is not computed again in the backward pass
 DEVICE_CELLS = 2**27  # weights of one block elsewhere, to fit in memory
 
 
@@ -192,8 +192,7 @@ def _attend_backward(
     delta = delta.to(q.dtype)
     q, scaled = q * scale, k * scale
     again = ((b, w) for b, _, w in _weights(q, k, causal, mask))
-    # The block is asked for first, so that the end of this part takes nothing of the next one.
-    for block, weights in zip(_blocks(q, k, causal), kept, strict=False) if _keeps(q, k) else again:
+    for block, weights in ((b, next(kept)) for b in _blocks(q, k, causal)) if _keeps(q, k) else again:
         here, asked, keys, values = block.asked(grad), block.asked(q), block.keyed(scaled), block.keyed(v)
         to_scores = (here @ values.transpose(1, 2)).sub_(block.asked(delta)).mul_(weights)
         to_q[block.rows, :, block.queries] = _by_group(to_scores @ keys, block)
@@ -261,7 +260,7 @@ def _weights(
 
 def _keeps(q: Tensor, k: Tensor) -> bool:
     """Whether a part is so small that its weights wait for the backward pass rather than being computed again."""
-    return q.shape[2] * k.shape[2] <= KEPT_CELLS
+    return q.shape[0] * q.shape[2] * k.shape[2] <= KEPT_CELLS
 
 
 def _log_sum(scores: Tensor, weights: Tensor) -> Tensor:
@@ -507,14 +506,18 @@ def _most_beside(size: int, device: torch.device) -> float:
 
 
 def _near(forest: Forest, batch: Batch) -> set[int]:
-    """Trunks of a batch that are short enough to stand before each of their units: cheaper than merging two parts."""
+    """Trunks of a batch that are short enough to stand before each of their units: cheaper than merging two parts.
+
+    Longer than their units on average they are not: to copy them for each costs more.
+    """
     readers: dict[int, list[int]] = {}
     chains = {u.trunk: forest.chain(u.trunk) for u in batch.units}
     for unit in batch.units:
         for trunk in chains[unit.trunk]:
             readers.setdefault(trunk, []).append(len(unit.tokens) if len(chains[unit.trunk]) == 1 else FEW_KEYS)
-    return {t for t, sizes in readers.items() if t in batch.trunk_at
-            and len(forest.trunks[t].tokens) + max(sizes) <= FEW_KEYS}  # fmt: skip
+    lengths = {t: len(forest.trunks[t].tokens) for t in readers if t in batch.trunk_at}
+    return {t for t, size in lengths.items() if size + max(readers[t]) <= FEW_KEYS
+            and size * len(readers[t]) <= sum(readers[t])}  # fmt: skip
 
 
 def plan(
