@@ -410,6 +410,10 @@ def test_what_is_made_by_hand_has_a_card_of_its_own(capsys: pytest.CaptureFixtur
     code, _, err = whet(capsys, *more, "run/system")
     assert code == 2 and "what improve handed over" in one_line(err)
     assert json.loads(Path("run/system/system.json").read_text()) == handed
+    # What a calibration held for is another System now, and that is said.
+    asked = ("apply", "fewshot", task, "--set", "k=2", "--system")
+    assert "calibration, which held for the System before" in whet(capsys, *asked, "made", "--out", "plain")[1]
+    assert "calibration, which" not in whet(capsys, *asked, "shown", "--out", "again")[1]
 
 
 def test_settings_that_cannot_be_meant(capsys: pytest.CaptureFixture[str], task: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from models import make_model, make_tokenizer
 from safetensors.torch import load_file
 
@@ -94,6 +95,8 @@ def test_a_stream_of_updates_by_hand() -> None:
     assert found.matrix == ((0.9, None, None), (0.8, 0.6, None), (0.85, 0.5, 0.4))
     assert found.average == pytest.approx((0.85 + 0.5 + 0.4) / 3)
     assert found.forgetting == pytest.approx((0.05 + 0.1) / 2) and found.backward == pytest.approx(-(0.05 + 0.1) / 2)
+    better = updates([({"a": 0.5}, {"a": 0.8, "b": 0.7})])  # what gains has lost nothing
+    assert better.forgetting == 0 and better.backward == pytest.approx(0.3)
     lower = updates([({"a": 20.0}, {"a": 30.0, "b": 0.5})], {"a"})  # a perplexity is no share to average
     assert lower.matrix == ((20.0, None), (30.0, 0.5)) and (lower.average, lower.forgetting) == (0.5, None)
     ahead = updates([one, one, one], ahead=[None, 0.2, -0.1])  # what is taught first has nothing to be ahead of
@@ -880,6 +883,15 @@ def test_the_task_that_improve_made_the_system_for_is_an_earlier_one(taught: Any
     found, said = updating.with_made(alone, made, tmp_path / "system")
     assert found.earlier == (first.folder,) and said.startswith(f"first ({first.folder})")
     assert updating.with_made(second, made, tmp_path / "system") == (second, "")  # what task.yaml says wins
+    # What that task was not to lose is not to be lost now, either; the task itself is no earlier one.
+    again = shutil.copytree(first.folder, tmp_path / "again")
+    older, newer = (write(tmp_path / name, "Say which it is not.", True) for name in ("older", "newer"))
+    body = yaml.safe_load((again / "task.yaml").read_text()) | {"earlier": ["../older", "../newer"]}
+    (again / "task.yaml").write_text(yaml.safe_dump(body))
+    (tmp_path / "run.json").write_text(json.dumps({"folder": str(again)}))
+    found, said = updating.with_made(replace(alone, folder=newer), made, tmp_path / "system")
+    assert found.earlier == (again, older) and "so is what that kept: older" in said
+    (tmp_path / "run.json").write_text(json.dumps({"folder": str(first.folder)}))
     other = replace(system, card={"task": "other"})
     for task, one in ((alone, other), (replace(first, name="new"), made)):  # of another name; of the task's own folder
         assert updating.with_made(task, one, tmp_path / "system") == (task, "")

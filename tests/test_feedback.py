@@ -483,6 +483,27 @@ def test_the_judge_of_an_update_has_the_tasks_own_judgements(system: System, tmp
     assert not learnt & {j.prompt for j in splits.judging}
 
 
+def test_an_annotator_of_the_task_alone_can_be_left_out(system: System, tmp_path: Path) -> None:
+    rows = [{"prompt": j.prompt, "chosen": j.chosen, "rejected": j.rejected, "annotator": ("ann", "kit")[n % 2]}
+            for n, j in enumerate(judgements(60))]  # fmt: skip
+    loaded, file = task.load(write(tmp_path / "t", rows)), tmp_path / "mine.jsonl"
+    again = [{**r, "prompt": f"{r['prompt']} again", "annotator": "ann"} for r in rows]
+    file.write_text("".join(json.dumps(r) + "\n" for r in again))
+    wider, splits = _told(loaded, file, {"weights": ("kit=0",)}, 0, run(system.home))
+    assert {j.annotator for j in splits.judging} == {"ann"} == {j.annotator for j in wider.judged}
+    with pytest.raises(MethodError, match="no judgement is by 'cy'"):
+        _told(loaded, file, {"weights": ("cy=0",)}, 0, run(system.home))
+
+
+def test_judgements_that_all_fall_to_the_judge_are_named(system: System, tmp_path: Path) -> None:
+    rows = [{"prompt": j.prompt, "chosen": j.chosen, "rejected": j.rejected} for j in judgements(60)]
+    loaded, file = task.load(write(tmp_path / "t", rows)), tmp_path / "mine.jsonl"
+    theirs = next(j for j in loaded.split().judging)
+    file.write_text(json.dumps({"prompt": theirs.prompt, "chosen": "yes, of course", "rejected": "no"}) + "\n")
+    with pytest.raises(TaskError, match=r"all 1 judgements of mine.jsonl fall to the judge.*judge answers to other"):
+        _told(loaded, file, {}, 0, run(system.home))
+
+
 def test_judgements_of_held_out_prompts_alone_are_refused_and_named(system: System, tmp_path: Path) -> None:
     rows = [{"prompt": j.prompt, "chosen": j.chosen, "rejected": j.rejected} for j in judgements(20)]
     asked = [{"prompt": f"my {t} is gone", "chosen": "yes", "rejected": "no"} for t in THINGS]

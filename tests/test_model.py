@@ -89,6 +89,14 @@ def test_code_of_a_model_is_never_run(folder: Path, tmp_path: Path, monkeypatch:
     assert not marker.exists()
 
 
+def test_weights_that_were_quantized_elsewhere_say_what_they_need(folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="cannot load .*ImportError.*take the model in 16 bits"):
+        load(resolve(str(folder)), tmp_path / "home")
+
+
 def test_names_that_lead_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelError, match="cannot find the model 'no/such-model'"):

@@ -788,6 +788,33 @@ def test_an_embedding_that_is_scaled_is_packed(family: str, tmp_path: Path) -> N
         assert (again(ids).logits - module(ids).logits).norm() < 0.05 * module(ids).logits.norm()
 
 
+def test_what_is_only_looked_up_gets_no_layout_to_multiply_by() -> None:
+    module = make_model("llama")  # its embeddings are not tied
+    ids = torch.tensor([[5, 9, 40, 7, 120, 33]])
+    with torch.no_grad(), _swapping(module) as work:
+        work.embedding(Quantize(), 8)
+        lookup, output = module.get_input_embeddings(), module.get_output_embeddings()
+        assert lookup.pack is not output.pack
+        before, asked = lookup(ids), list[object]()
+        for layer in (lookup, output):
+            layer.pack.assemble = lambda layer=layer: asked.append(layer)
+        packed.assemble(module)
+        assert asked == [output] and torch.equal(lookup(ids), before)
+
+
+def test_without_rows_weights_are_rounded_to_the_nearest(tmp_path: Path) -> None:
+    empty = replace(task(), train=())
+    for bits in (8, 4):
+        made = {}
+        for how in ("gptq", "nearest"):
+            base, run = system(tmp_path / f"model{bits}{how}", tmp_path / "home"), Run(Store(tmp_path / "home"))
+            found = Quantize(bits=bits, rounding=how).apply(base, empty, run)
+            module = run.session(found.model).module  # type: ignore[attr-defined]
+            made[how] = module.state_dict()
+        for name, value in made["gptq"].items():
+            assert torch.equal(value, made["nearest"][name]), name
+
+
 def test_experts_are_refused_by_the_familys_name() -> None:
     with pytest.raises(MethodError, match="no rule for gpt_oss"):
         calibrate.linear_layers(make_model("gpt_oss"))

@@ -350,7 +350,7 @@ def apply(
     from whet.scorecard import split_seed
     from whet.search import tune
     from whet.search.budget import seconds
-    from whet.search.out import changed, leave, unclaimed
+    from whet.search.out import changed, cleared, leave, unclaimed
     from whet.search.recipe import Recipe
     from whet.store import Store
     from whet.task import load
@@ -384,7 +384,7 @@ def apply(
     if not crew.first:
         return
     spent = run.spent + session.spent
-    notes = {k: v for k, v in run.notes.items() if k != "curves"}
+    notes = {k: v for k, v in run.notes.items() if k != "curves"} | cleared(start, new)
     body = {"system": str(out), "fingerprint": new.fingerprint, "spent": asdict(spent), "notes": notes}
     if as_json:
         _print(body)

@@ -352,12 +352,13 @@ def load(
         else:
             model = quiet(AutoModelForCausalLM.from_pretrained, folder, dtype=dtype, use_safetensors=True,
                           trust_remote_code=False)  # fmt: skip
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
+        needs = isinstance(error, ImportError)  # of weights that were quantized elsewhere
         raise ModelError(
             f"cannot load {ref.base}",
             expected="a causal language model that transformers knows",
-            found=f"{type(error).__name__}: {str(error).splitlines()[0][:160]}",
-            do="check the folder",
+            found=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}",
+            do="install what it needs, or take the model in 16 bits" if needs else "check the folder",
         ) from error
     if not tokenizer.chat_template:
         raise ModelError(

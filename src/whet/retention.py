@@ -97,7 +97,7 @@ def stream(
     ended = [(end, seen) for t, end in last.items() if (seen := [r[t] for r in rows[:-1] if t in r])]
     return Stream(
         tasks, tuple(tuple(row.get(t) for t in tasks) for row in rows), fmean(last.values()) if last else None,
-        fmean(max(seen) - end for end, seen in ended) if ended else None,
+        fmean(max(*seen, end) - end for end, seen in ended) if ended else None,
         fmean(end - seen[0] for end, seen in ended) if ended else None,
         fmean(early) if (early := [a for a in ahead if a is not None]) else None,
     )  # fmt: skip

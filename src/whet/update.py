@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from whet import stats
-from whet.errors import MethodError
+from whet.errors import MethodError, TaskError
 from whet.feedback import UNCHECKED, Agreement, Versus, agreed, controlled, paired, usable, weighted, words
 from whet.feedback import load as load_feedback
 from whet.general import Ability, ability
@@ -163,15 +163,19 @@ def check(method: Method, system: System, task: Task, splits: Splits | None = No
 
 
 def with_made(task: Task, system: System, folder: Path) -> tuple[Task, str]:
-    """The task with the one that the System in a folder was made for as an earlier one, and a line that says so.
+    """The task with the one that the System in a folder was made for, and that one's earlier ones, as earlier ones; and
+    a line that says so.
 
     As it is, and "", where it names earlier tasks itself, no such task lies there any more, or it is that task.
     """
     made = None if task.earlier else made_for(folder, task.trusted)
-    if made is None or made.name != system.card.get("task") or made.folder.resolve() == task.folder.resolve():
+    here = task.folder.resolve()
+    if made is None or made.name != system.card.get("task") or made.folder.resolve() == here:
         return task, ""
+    before = tuple(folder for folder in made.earlier if folder.resolve() != here)
     said = f"{made.name} ({made.folder}), which the System was made for, is an earlier task of {task.name}"
-    return replace(task, earlier=(made.folder,)), f"{said}; to say otherwise: earlier: in task.yaml"
+    said += f"; so is what that kept: {', '.join(folder.name for folder in before)}" if before else ""
+    return replace(task, earlier=(made.folder, *before)), f"{said}; to say otherwise: earlier: in task.yaml"
 
 
 def begin(system: System, task: Task, run: Run) -> System:
@@ -274,7 +278,8 @@ def _told(task: Task, feedback: Path, settings: dict[str, Any], seed: int, run: 
     """
     weights = vars(make("kto", {"weights": settings.pop("weights", ())}))["weights"]
     given, said = load_feedback(feedback.parent, feedback.name)
-    mine, known = weighted(given, weights), {replace(one, id="") for one in given}
+    mine = weighted(given, weights, [one.annotator for one in task.judged])
+    known = {replace(one, id="") for one in given}
     own = [one for one in task.judged if replace(one, id="") not in known]
     task = replace(task, judged=(*weighted(own, weights, [one.annotator for one in given]), *mine))
     run.notes |= {"weights": list(weights)} if weights else {}
@@ -282,6 +287,12 @@ def _told(task: Task, feedback: Path, settings: dict[str, Any], seed: int, run: 
     splits, learnt = task.split(seed), set(mine)
     usable(mine, splits)
     told = tuple(one for one in splits.learnable.judged if one in learnt)
+    if not told and learnt & {*splits.judging}:
+        raise TaskError(
+            f"all {len(mine)} judgements of {feedback.name} fall to the judge, which must not have seen what is learnt",
+            expected="judgements on more prompts", found="none that is left to learn from",
+            do="judge answers to other prompts too: about one prompt in three is the judge's",
+        )  # fmt: skip
     return task, replace(splits, learnable=replace(splits.learnable, judged=told))
 
 

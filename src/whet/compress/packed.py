@@ -500,8 +500,10 @@ def assemble(module: nn.Module) -> None:
             like = {(type(p), p.group, p.zero, p.activations, p.twice) for p in packs}
             if len(packs) == len(names) and len(like) == 1 and not any(p.bundle for p in packs):
                 Bundle(packs)
+    # What is only looked up in, as embeddings that are not tied, is multiplied by nothing.
+    multiplied = {id(layer.pack) for layer in layers if isinstance(layer, PackedLinear)}
     for pack in same.values():
-        if not pack.bundle:
+        if not pack.bundle and id(pack) in multiplied:
             pack.assemble()
 
 

@@ -2,8 +2,9 @@
 
 One function, registered with transformers' AttentionInterface, serves scoring, generation and training. Each query
 attends to its own unit (causally, or under the mask of a tree of continuations) and to every trunk above it; the parts
-are merged by their log-sum-exp, but for short trunks, which stand before their units where a processor trains. In the backward pass each part gets the *merged* output and log-sum-exp, which makes
-its gradients exact without recomputing the merge (as in ring attention, Liu et al. 2023).
+are merged by their log-sum-exp, but for short trunks, which stand before their units where a processor trains. In the
+backward pass each part gets the *merged* output and log-sum-exp, which makes its gradients exact without recomputing
+the merge (as in ring attention, Liu et al. 2023).
 """
 
 from __future__ import annotations

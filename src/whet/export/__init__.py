@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -167,7 +168,7 @@ def _hf(system: System, module: Any, tokenizer: Any, folder: Path) -> None:
         max_new_tokens=decoding.max_tokens, **drawn,
     )  # fmt: skip
     module.config._name_or_path = ""
-    models.quiet(module.save_pretrained, folder)
+    models.quiet(module.save_pretrained, folder, max_shard_size="1TB")  # one file, which packed layers are put into
     tokenizer.save_pretrained(folder)
 
 
@@ -237,7 +238,7 @@ def _write(system: System, target: str, kind: str, work: Path) -> tuple[tuple[Le
     if target == "ollama":
         stops = [str(tokenizer.convert_ids_to_tokens(i)) for i in ends]
         text, carried = ollama.modelfile(asked, tokenizer, FILE, stops, context)
-        (work / "Modelfile").write_text(text, encoding="utf-8")
+        (work / "Modelfile").write_text(text, encoding="utf-8", newline="\n")
         if ollama.altered(asked):
             left += (("some characters", "a Modelfile holds no joiners and no spaces of other widths: prompts differ "
                       "by them"),)  # fmt: skip
@@ -341,7 +342,7 @@ def _check(
     examples = [*(e for e in rows if e.text is None), *checks.NEUTRAL][: checks.PROMPTS]
     bound = bool(biases(system, tokenizer, target))
     asked = askable(system, bound)
-    with tempfile.TemporaryDirectory() as home:
+    with tempfile.TemporaryDirectory() as home, ExitStack() as after:
         told = checks.told(asked, examples, rounded)
         file = FILE if target in ("gguf", "ollama") else None
         scored = file is not None and not why
@@ -349,6 +350,7 @@ def _check(
         other = checks.reopen(work, file, tokenizer, Path(home), context)
         if other is None:
             return None
+        after.callback(other.session.close)
         if target != "ollama":
             checks.requested(asked, json.loads((work / REQUEST).read_text(encoding="utf-8")), other)
         found = checks.compare(told, other, _progress(watch, "comparing answers"))
@@ -366,7 +368,6 @@ def _check(
             metric = get(task.metric, task.folder, task.trusted)
             made = checks.score(system, asked, bound, task.name, rows, metric, other, _progress(watch, "scoring"))
             found = replace(found, scores=made)
-        other.session.close()
     return found
 
 

@@ -21,7 +21,7 @@ from whet.errors import ArtifactError, EngineError
 from whet.prompt import end_of_turn, escape, render, specials_of, takes_system
 
 Tokens = tuple[int, ...]
-AT_ONCE = 32  # continuations that are computed beside each other
+AT_ONCE, EACH = 32, 64  # continuations that are computed beside each other; tokens that there is room for in each
 BATCH = 512  # tokens at a time
 
 
@@ -53,7 +53,7 @@ class LlamaSession(ByScores):
         self.size: int = cpp.llama_vocab_n_tokens(self.vocab)
         self.context = min(context, cpp.llama_model_n_ctx_train(self.model))
         told = cpp.llama_context_default_params()
-        told.n_ctx, told.n_batch, told.n_ubatch = self.context + AT_ONCE * 64, BATCH, BATCH
+        told.n_ctx, told.n_batch, told.n_ubatch = self.context + AT_ONCE * EACH, BATCH, BATCH
         told.n_seq_max, told.kv_unified, told.n_threads, told.n_threads_batch = AT_ONCE + 1, True, threads, threads
         self.ctx = cpp.llama_init_from_model(self.model, told)
         if not self.ctx:
@@ -146,8 +146,10 @@ class LlamaSession(ByScores):
     def follow(self, prompt: Tokens, answers: Sequence[Tokens]) -> Iterator[np.ndarray[Any, Any]]:
         """For each answer, the logits in front of each of its tokens [tokens, vocabulary]."""
         self._hold(prompt)
-        for at in range(0, len(answers), AT_ONCE):
-            part = answers[at : at + AT_ONCE]
+        longest = max(map(len, answers), default=1)
+        most = max(1, min(AT_ONCE, AT_ONCE * EACH // max(1, longest)))
+        for at in range(0, len(answers), most):
+            part = answers[at : at + most]
             rows = []
             for n, answer in enumerate(part, 1):
                 self.cpp.llama_memory_seq_cp(self.memory, 0, n, -1, -1)

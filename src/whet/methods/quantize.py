@@ -203,7 +203,7 @@ class Quantize:
     def _packed(self, weight: Tensor, second: Tensor, tokens: int) -> Pack:
         from whet.compress.rounding import pack4, pack8
 
-        given = second if self.rounding == "gptq" else None
+        given = second if self.rounding == "gptq" and tokens else None
         if self.bits == 8:
             return pack8(weight, self.activations, given, tokens)
         if columns := self.columns(weight.shape[1]):

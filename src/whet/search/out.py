@@ -70,6 +70,12 @@ def changed(start: System, made: System, name: str) -> System:
     return replace(made, card=card | {"recipe": name if before == "base" else f"{before}+{name}"})
 
 
+def cleared(start: System, made: System) -> dict[str, str]:
+    """A note where a System was calibrated, and what was made of it is no longer."""
+    gone = start.decoding.prior and not made.decoding.prior
+    return {"cleared": "its calibration, which held for the System before: apply calibrate to it anew"} if gone else {}
+
+
 def leave(system: System, folder: Path, task: Task) -> None:
     """Save a System that was made by hand and, where it answers the task, within its folder what `made_for` reads.
 

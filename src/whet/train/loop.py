@@ -217,7 +217,7 @@ def train(
     if log is not None:
         log[:], state.log = state.log, log
     if validate and not state.checks:
-        state.checks.append((state.tokens, validate()))
+        state.checks.append((state.tokens, _agreed(validate, team)))
     failed: float | None = None
     with in_mode(module, train=True), _repeatable(module.device):
         before, begun, clock = state.seconds, time.monotonic(), _Clock()
@@ -241,7 +241,7 @@ def train(
                 past = state.tokens_before, state.seconds_before
                 beat(Beat(state.step, schedule.steps, value, rate, state.tokens, state.seconds, share, past))
             if validate and state.step in due:
-                state.checks.append((state.tokens, validate()))
+                state.checks.append((state.tokens, _agreed(validate, team)))
                 if state.checks[-1][1] <= min(c for _, c in state.checks):
                     best, state.best_at, state.kept = masters.snapshot(), len(state.checks) - 1, state.step
             late = keep is not None and clock.late()
@@ -310,6 +310,12 @@ def _repeatable(device: torch.device) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warns)
         memory.fill_uninitialized_memory = fills
+
+
+def _agreed(validate: Callable[[], float], team: Alone) -> float:
+    """The first process's validation loss, in all of them: rounded otherwise elsewhere, it would end one alone."""
+    value = validate()
+    return team.sum(value if team.first else 0.0)
 
 
 def _tired(state: _State, settings: Settings) -> bool:
