@@ -1094,6 +1094,9 @@ def test_the_loop_goes_twice_round_on_the_help_desk(tmp_path: Path) -> None:
         made = update(current, told, Run(store, turn), {"epochs": 1.0, "batch": 4, "rank": 4}, file)
         assert made.system.fingerprint != current.fingerprint and len(made.system.model.transforms) == turn + 1
         assert made.length[0] > 0 and made.drift >= 0
+        # The gate: a person would stop where it refuses, which this round goes on from to see it twice.
+        said = {"drifted by": made.drift > 0.5, "words": made.length[1] > max(1.5 * made.length[0], made.length[0] + 3)}
+        assert {why: why in made.refused for why in said} == said
         assert made.after.score == pytest.approx(fmean(o.score for o in made.after.outcomes))
         assert [o.id for o in made.after.outcomes] == [e.id for e in told.test]
         assert made.paired.difference == pytest.approx(made.after.score - made.before.score)

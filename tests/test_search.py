@@ -42,7 +42,7 @@ from whet.report.findings import sentences
 from whet.retention import Lost
 from whet.scorecard import Scorecard, alike
 from whet.search import Wish, base_system, limits, plan, race, training
-from whet.search.arms import Arm, cheap_arms, combined, halving, neighbours, prompting_recipes
+from whet.search.arms import Arm, cheap_arms, combined, halving, left_out, neighbours, prompting_recipes
 from whet.search.budget import Rates, affordable, estimate, measure, seconds
 from whet.search.out import _gains, _selection, _trained, details
 from whet.search.plan import apportion
@@ -1205,6 +1205,11 @@ def test_judgements_and_rewards_go_on_from_a_training(model_folder: str) -> None
     assert training.behind(asked(model_folder, data), tuned) == ["rl"]  # a metric is a reward, too
     assert training.behind(asked(model_folder, replace(data, judged=pair)), tuned) == ["dpo", "rl"]
     assert training.behind(asked(model_folder, replace(data, judged=pair + thumbs)), tuned) == ["kto", "rl"]
+    for judged, out, why in ((pair, "kto", "dpo .* make pairs"), (pair + thumbs, "dpo", "kto .* one answer alone")):
+        base = asked(model_folder, data).bases[0]
+        [left] = [d for d in left_out(Wish(), base, replace(data, judged=judged)) if d["method"] in ("dpo", "kto")]
+        assert left["method"] == out and re.match(why, left["why"])
+    assert not [d for d in left_out(Wish(methods=("kto",)), base, replace(data, judged=pair)) if d["method"] == "kto"]
     assert training.behind(asked(model_folder, replace(data, judged=pair), "finetune", "dpo"), tuned) == ["dpo"]
     assert training.behind(asked(model_folder, replace(data, judged=pair)), recipe("dpo")) == []
     assert training.behind(asked(model_folder, replace(data, metric="perplexity")), tuned) == []

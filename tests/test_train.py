@@ -7,10 +7,12 @@ import json
 import math
 import os
 import random
+import signal
 import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -700,6 +702,45 @@ def test_a_killed_training_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch
         assert same(model.parameters(), whole.parameters())
         assert (curves.train, curves.validation, curves.best) == (wanted.train, wanted.validation, wanted.best)
         assert [p.name for p in tmp_path.glob(f".at{last}*")] == []
+
+
+def test_kill_9_of_apply_finetune_costs_no_step_that_was_kept(tmp_path: Path, model_folder: str) -> None:
+    """The same command goes on where the killed one was, and ends with the weights of one that was never killed."""
+    folder = write_task(tmp_path / "toy", train=160, test=20)
+    counting = """if True:
+        import math, os
+        from whet.cli import main
+        from whet.train import loop
+
+        loop.KEEP_EVERY, loop.WRITING_SHARE, step = 0.0, math.inf, loop._update
+        steps = open(os.environ["WHET_HOME"] + "/steps", "ab", buffering=0)
+        loop._update = lambda *given: (steps.write(b"."), step(*given))
+        main()
+    """
+    words = ["apply", "finetune", str(folder), "--system", model_folder, "--set", "epochs=8", "batch=8", "rank=4"]
+    command = [sys.executable, "-c", counting, *words, "--json", "--out"]
+
+    def begun(home: str) -> subprocess.Popen[str]:
+        environment, out = {**os.environ, "WHET_HOME": str(tmp_path / home)}, str(tmp_path / f"{home}-out")
+        (tmp_path / home).mkdir(exist_ok=True)
+        pipe = subprocess.PIPE
+        return subprocess.Popen([*command, out], text=True, stdout=pipe, stderr=pipe, env=environment)
+
+    first = begun("killed")
+    deadline = time.monotonic() + 120
+    while not (kept := [*(tmp_path / "killed" / "checkpoints").glob("[!.]*")]) and first.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert first.returncode == -signal.SIGKILL and kept and not (tmp_path / "killed-out").exists()
+    ended = [json.loads(begun(home).communicate()[0]) for home in ("killed", "whole")]
+    assert ended[0]["fingerprint"] == ended[1]["fingerprint"]
+    one, other = (sorted((tmp_path / f"{home}-out").rglob("*.safetensors")) for home in ("killed", "whole"))
+    assert one and [file.read_bytes() for file in one] == [file.read_bytes() for file in other]
+    assert not [*(tmp_path / "killed" / "checkpoints").iterdir()]
+    again, steps = ((tmp_path / home / "steps").stat().st_size for home in ("killed", "whole"))
+    assert steps <= again <= steps + 1  # the one that was under way
 
 
 def test_what_a_killed_training_had_spent_on_validations_counts(

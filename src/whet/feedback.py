@@ -339,6 +339,12 @@ def paired(rows: Sequence[Judged]) -> tuple[tuple[Judged, ...], tuple[Judged, ..
     )
 
 
+def learner(rows: Sequence[Judged]) -> str:
+    """The method that learns from judgements: kto where more are of one answer alone than make pairs, else dpo."""
+    found, single = paired(rows)
+    return "dpo" if found and len(found) >= len(single) else "kto"
+
+
 def agreement(judge: Judge, rows: Sequence[Judged], seed: int = 0) -> Agreement:
     """Accuracy and calibration of a judge on pairs that it did not learn from. Raises MethodError without pairs."""
     found = pairs(rows)

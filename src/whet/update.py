@@ -9,7 +9,7 @@ from typing import Any
 
 from whet import stats
 from whet.errors import MethodError, TaskError
-from whet.feedback import UNCHECKED, Agreement, Versus, agreed, controlled, paired, usable, weighted, words
+from whet.feedback import UNCHECKED, Agreement, Versus, agreed, controlled, learner, paired, usable, weighted, words
 from whet.feedback import load as load_feedback
 from whet.general import Ability, ability
 from whet.memory import Known, as_task, at_hand, carried, known, remember
@@ -336,13 +336,12 @@ def _method(
 
     Newer data for a task that nothing else is known beside, and no rows are kept of, is trained on as it is.
     """
-    found, single = paired(splits.learnable.judged)
-    by = "continual" if not judged else "dpo" if found and len(found) >= len(single) else "kto"
+    by = learner(splits.learnable.judged) if judged else "continual"
     method = make(by, settings)
     if isinstance(method, Continual) and method.strategy in BY_ROWS and not tasks:
         run.notes["unprotected"] = [splits.learnable.name]
         method = replace(method, strategy="sequential")
-    return method, tuple(r.id for r in single if by == "dpo")
+    return method, tuple(r.id for r in paired(splits.learnable.judged)[1] if by == "dpo")
 
 
 def _calibrated(given: System, taught: System, splits: Splits, metric: Metric, run: Run) -> System:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from whet import embed
 from whet.errors import StoreError, WhetError
+from whet.feedback import learner
 from whet.methods import Method, Run, lacking, table
 from whet.methods.calibrate import Calibrate
 from whet.methods.fewshot import FewShot
@@ -264,4 +265,7 @@ def left_out(wish: Wish, base: System, data: Learnable, asked: Recipe | None = N
             found.append({"method": name, "why": f"needs {why}"})
         elif kind.family == "compression" and not limited(data.limits):
             found.append({"method": name, "why": "no limit of size, memory or latency in task.yaml asks for it"})
+        elif name in ("dpo", "kto") and (by := learner(data.judged)) != name and by in (wish.methods or (by,)):
+            found.append({"method": name, "why": f"{by} learns from these judgements: more of them "
+                          f"{'make pairs' if by == 'dpo' else 'are of one answer alone'}"})  # fmt: skip
     return found

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from whet import embed, reading, suspects
 from whet.engine import Spent
 from whet.errors import StoreError, WhetError
-from whet.feedback import paired
+from whet.feedback import learner, paired
 from whet.methods import Method, make
 from whet.methods.continual import Continual
 from whet.methods.finetune import FineTune, each_once
@@ -344,16 +344,14 @@ def _disputed(job: _Job) -> bool:
 def behind(job: _Job, tuned: Recipe | None = None) -> list[str]:
     """The methods that go on from a training with what people prefer, or with a reward, where the task has any.
 
-    Thumbs are learnt from as such where they outnumber the pairs that judgements make, or where only that was asked
-    for.
+    Which of dpo and kto, says `learner`, unless only the other one was asked for.
     """
     data = job.splits.learnable
     if tuned is not None and tuned.families & {"human feedback"}:
         return []
-    found, single = paired(data.judged)
-    ways = [n for n in ("dpo", "kto") if n in job.wish.methods] or ["dpo", "kto"]
-    names: list[str] = [ways[0 if found and len(found) >= len(single) else -1]] if data.judged else []
-    if found or job.metric.name not in ("perplexity", "win_rate"):
+    by, asked = learner(data.judged), [n for n in ("dpo", "kto") if n in job.wish.methods]
+    names = [by if by in asked or not asked else asked[0]] if data.judged else []
+    if paired(data.judged)[0] or job.metric.name not in ("perplexity", "win_rate"):
         names.append("rl")
     names = [n for n in names if not job.wish.methods or n in job.wish.methods]
     return [n for n in names if not recipe(n).lacks(at_hand(job.bases), data)]
