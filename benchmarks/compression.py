@@ -327,6 +327,13 @@ LLAMA = {"Q8_0": (7, "quantize(activations=false)"), "Q4_0": (2, "quantize(bits=
          "Q4_K_M": (15, "quantize(bits=4)")}  # fmt: skip
 
 
+def weights(file: Path) -> int:
+    """Bytes of a GGUF's weights: its vocabulary, which whet's files of weights do not hold either, left out."""
+    from gguf import GGUFReader
+
+    return sum(int(tensor.n_bytes) for tensor in GGUFReader(file).tensors)
+
+
 def peers(bench: Bench) -> dict[str, Any]:
     """llama.cpp's own quantizations of the tuned model, embedding included, asked as the System is; whet's as large."""
     import torch
@@ -359,7 +366,7 @@ def peers(bench: Bench) -> dict[str, Any]:
     sessions["llama.cpp, 16 bits"] = LlamaSession(source, tokenizer, threads=torch.get_num_threads())
     own, rival = {}, {}  # where 4 bits may take more, whet keeps the layers that suffer most in 8
     for kind, (_, recipe) in LLAMA.items():
-        most = int(MORE * files[kind].stat().st_size) if "bits=4" in recipe else None
+        most = int(MORE * weights(files[kind])) if "bits=4" in recipe else None
         rival[kind] = name = f"{recipe}, {most / 1e6:.0f} MB" if most else recipe
         own[name] = bench.made(recipe, bench.tuned, size=most)[0]
     own["quantize"] = bench.made("quantize", bench.tuned)[0]
@@ -368,8 +375,8 @@ def peers(bench: Bench) -> dict[str, Any]:
     cards |= {k: evaluate(bench.tuned, bench.test, bench.metric, session=s) for k, s in sessions.items()}
     apart = {name: bench.divergence(system) for name, system in systems.items()}
     apart |= {kind: bench.divergence(bench.tuned, session) for kind, session in sessions.items()}
-    size = {name: size_bytes(system) for name, system in own.items()} | {k: f.stat().st_size for k, f in files.items()}
-    size["tuned, 16 bits"] = source.stat().st_size
+    size = {name: size_bytes(system) for name, system in own.items()} | {k: weights(f) for k, f in files.items()}
+    size["tuned, 16 bits"] = weights(source)
     fast, rows = speeds(bench, systems, sessions), []  # from here on sessions do not end an answer
     old = fast["tuned, 16 bits"]
     for name, card in cards.items():
