@@ -1075,6 +1075,18 @@ def test_what_processes_kept_at_different_steps_is_not_gone_on_from(
             assert not loop._held(tmp_path / "kept", Other())
 
 
+def test_the_first_process_s_validation_decides_for_all() -> None:
+    class Second(Alone):
+        """Beside a first process whose validation loss is 7."""
+
+        first = False
+
+        def sum(self, value: float) -> float:
+            return 7.0 + value
+
+    assert loop._agreed(lambda: 3.0, Second()) == 7.0 and loop._agreed(lambda: 3.0, Alone()) == 3.0
+
+
 def test_all_processes_train_by_the_rate_of_the_first(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, home: Path, model_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

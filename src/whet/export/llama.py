@@ -146,8 +146,7 @@ class LlamaSession(ByScores):
     def follow(self, prompt: Tokens, answers: Sequence[Tokens]) -> Iterator[np.ndarray[Any, Any]]:
         """For each answer, the logits in front of each of its tokens [tokens, vocabulary]."""
         self._hold(prompt)
-        longest = max(map(len, answers), default=1)
-        most = max(1, min(AT_ONCE, AT_ONCE * EACH // max(1, longest)))
+        most = max(1, min(AT_ONCE, AT_ONCE * EACH // max([1, *map(len, answers)])))
         for at in range(0, len(answers), most):
             part = answers[at : at + most]
             rows = []
