@@ -7,11 +7,13 @@ are TRL's SFTTrainer as it comes (batch 8, gradient checkpointing), with as many
 packing as it comes (8 sequences of 1,024 tokens a step), and with one of them a step, which suits a CPU better: its
 attention is over all of a step at once where there is no kernel for sequences of their own. All sides use the same
 weights, rows, dtype, threads and LoRA (rank 16 on all linear layers). The first step of every side is not timed. Steps
-differ in size, which the table says: on a GPU that a small step leaves idle, that alone makes tokens faster.
+differ in size, which the table says: on a GPU that a small step leaves idle, that alone makes tokens faster. The sides
+take --repeat turns, one after the other, and medians of the turns are printed, as machines differ from minute to
+minute; TRL with 8 sequences of 1,024 tokens a step, which takes a CPU longer than all others, has one turn.
 
 Also: the share of the operations limit (4·N a token for LoRA, 6·N for full training) against the matmul peak measured
-in the same run, on long rows with nothing shared; and the peak memory of one step of 4,096 tokens, each side in a
-process of its own.
+just before, on long rows with nothing shared; and the peak memory of one step of 4,096 tokens, each side in a process
+of its own.
 
     .venv/bin/python benchmarks/training.py [--steps 6] [--dtype float32] [--skip memory,full]
 """
@@ -23,12 +25,13 @@ import io
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -36,6 +39,7 @@ import common
 
 ASKED = {"short, TRL": 5.0, "short, TRL packed": 3.0, "short, TRL packed singly": 3.0, "long, TRL packed": 2.0,
          "long, TRL packed singly": 2.0}  # fmt: skip
+LIMIT = {"long, whet, nothing shared": 4, "full, whet, nothing shared": 6}  # operations a weight and token, at least
 LEAST_SHARE = 0.4
 LONG = 400  # tokens that a long row has at least
 PACKS, PACK = 8, 1024  # sequences of a step, and tokens of each, where TRL packs as it comes
@@ -88,13 +92,17 @@ def _rows(tokenizer: Any, parts: Sequence[tuple[str, str, str]]) -> list[Row]:
 
 @dataclass(frozen=True)
 class Ran:
-    """What a side did: real tokens and seconds of its timed steps, computed tokens, and the first step's loss."""
+    """What a side did: real tokens and seconds of its timed steps, computed tokens, and the first step's loss.
+
+    Where a share of the limit is asked for, `peak` are the operations a second of products, measured just before.
+    """
 
     tokens: int
     seconds: float
     computed: int
     loss: float
     steps: int = 1
+    peak: float = 0.0
 
     @property
     def rate(self) -> float:
@@ -173,6 +181,12 @@ def trl_side(options: Any, rows: Sequence[Row], batch: int, steps: int, packing:
     return Ran(real, marks[-1] - marks[0], real, loss, steps)
 
 
+def spread(values: Sequence[float], form: str) -> str:
+    """The median, with the least and the most where there are several."""
+    middle = format(statistics.median(values), form)
+    return middle if len(values) == 1 else f"{middle} [{format(min(values), form)}, {format(max(values), form)}]"
+
+
 # --- memory, each side in a process of its own ----------------------------------------------------------------------
 
 
@@ -237,55 +251,66 @@ def main() -> None:
     dtype = str(module.dtype).removeprefix("torch.")
     weights = sum(m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear))
     weights -= module.lm_head.weight.numel() if module.config.tie_word_embeddings else 0
-    peak, where = common.matmul_peak(module.dtype, module.device), common.machine(dtype, torch.get_num_threads())
+    where = common.machine(dtype, torch.get_num_threads())
+    kind, device = module.dtype, module.device
     del module
     few = max(2, options.steps // 2)
     fill = 2 * PACKS * PACK * (few + 1)  # what the packed steps take of short rows, as they have 40 tokens and more
     short = short_rows(common.load_task(options.tasks, "sst2"), tokenizer, max(32 * (options.steps + 1), fill // 40))
     lengthy = long_rows(common.load_task(options.tasks, "xquad_en"), tokenizer, 2 * PACKS * PACK * (few + 1) // LONG)
-    found: dict[str, Ran] = {}
-
-    def take(name: str, run: Callable[[], Ran]) -> None:
-        if set(name.split(", ")) & set(options.skip.split(",")):
-            return
-        found[name] = run()
-        print(f"  {name}: {found[name].rate:.0f} real tokens/s", file=sys.stderr, flush=True)
-
-    take("short, whet", lambda: whet_side(options, short, 32, options.steps))
-    take("short, TRL", lambda: trl_side(options, short, 8, options.steps))
-    take("short, TRL, 32 rows", lambda: trl_side(options, short, 32, few))
-    take("short, TRL packed", lambda: trl_side(options, short, PACKS, few, packing=True))
-    take("short, TRL packed singly", lambda: trl_side(options, short, 1, options.steps, packing=True))
-    take("long, whet", lambda: whet_side(options, lengthy, 8, few))
-    take("long, TRL packed", lambda: trl_side(options, lengthy, PACKS, few, packing=True))
-    take("long, TRL packed singly", lambda: trl_side(options, lengthy, 1, options.steps, packing=True))
-    take("long, whet, nothing shared", lambda: whet_side(options, lengthy, 8, few, shared=False))
-    take("full, whet, nothing shared", lambda: whet_side(options, lengthy, 4, few, kind="full", shared=False))
+    packed = partial(trl_side, packing=True)
+    sides: dict[str, Callable[[], Ran]] = {
+        "short, whet": lambda: whet_side(options, short, 32, options.steps),
+        "short, TRL": lambda: trl_side(options, short, 8, options.steps),
+        "short, TRL, 32 rows": lambda: trl_side(options, short, 32, few),
+        "short, TRL packed": lambda: packed(options, short, PACKS, few),
+        "short, TRL packed singly": lambda: packed(options, short, 1, options.steps),
+        "long, whet": lambda: whet_side(options, lengthy, 8, few),
+        "long, TRL packed": lambda: packed(options, lengthy, PACKS, few),
+        "long, TRL packed singly": lambda: packed(options, lengthy, 1, options.steps),
+        "long, whet, nothing shared": lambda: whet_side(options, lengthy, 8, few, shared=False),
+        "full, whet, nothing shared": lambda: whet_side(options, lengthy, 4, few, kind="full", shared=False),
+    }
+    skipped = set(options.skip.split(","))
+    turns: list[dict[str, Ran]] = []
+    for turn in range(options.repeat):
+        turns.append({})
+        for name, run in sides.items():
+            if skipped & set(name.split(", ")) or (turn and name.endswith("TRL packed")):
+                continue
+            peak = common.matmul_peak(kind, device) if name in LIMIT else 0.0
+            turns[-1][name] = replace(run(), peak=peak)
+            print(f"  turn {turn + 1} of {options.repeat}, {name}: {turns[-1][name].rate:.0f} real tokens/s",
+                  file=sys.stderr, flush=True)  # fmt: skip
     mine, theirs = agreement(options, short)
     memory = {} if "memory" in options.skip else {side: peak_memory(options, side) for side in ("whet", "trl")}
-    report(options, where, found, peak, weights, (mine, theirs), memory)
+    report(options, where, turns, weights, (mine, theirs), memory)
 
 
 def report(
-    options: Any, where: Any, found: dict[str, Ran], peak: float, weights: int, losses: tuple[float, float],
+    options: Any, where: Any, turns: Sequence[dict[str, Ran]], weights: int, losses: tuple[float, float],
     memory: dict[str, float],
 ) -> None:  # fmt: skip
     """Print the table, the shares and the check."""
-    rivals = [name for name in found if "TRL" in name]
-    ratios = {name: found[f"{name.split(',')[0]}, whet"].rate / found[name].rate for name in rivals}
-    print(f"training: LoRA of rank 16 on all linear layers; {options.steps} timed steps, half as many on long rows")
+    first, middle = turns[0], statistics.median
+    rates = {name: [t[name].rate for t in turns if name in t] for name in first}
+    ratios = {name: [t[f"{name.split(',')[0]}, whet"].rate / t[name].rate for t in turns if name in t]
+              for name in first if "TRL" in name}  # fmt: skip
+    print(f"training: LoRA of rank 16 on all linear layers; {options.steps} timed steps, half as many on long rows; "
+          f"medians of {len(turns)} turns, [least, most]")  # fmt: skip
     print(common.machine_line(where) + "\n")
     print(common.table(["side", "tokens a step", "seconds", "real tokens/s", "whet is x faster", "asked"], [
-        [name, round(r.tokens / r.steps), f"{r.seconds:.1f}", f"{r.rate:.0f}",
-         f"{ratios[name]:.1f}" if name in ratios else None,
-         common.verdict(ratios[name], ASKED[name]) if name in ASKED else None] for name, r in found.items()
+        [name, round(r.tokens / r.steps), f"{r.seconds:.1f}", spread(rates[name], ".0f"),
+         spread(ratios[name], ".1f") if name in ratios else None,
+         common.verdict(middle(ratios[name]), ASKED[name]) if name in ASKED else None] for name, r in first.items()
     ]) + "\n")  # fmt: skip
     shares = {}
-    for name, per in (("long, whet, nothing shared", 4), ("full, whet, nothing shared", 6)):
-        if name in found:
-            shares[name] = per * weights * found[name].computed / found[name].seconds / peak
-            print(f"ceiling, {name}: {shares[name]:.0%} of {per}·N at the matmul peak of {peak / 1e9:.0f} G/s "
-                  f"({common.verdict(shares[name], LEAST_SHARE)})")  # fmt: skip
+    for name, per in LIMIT.items():
+        if name in first:
+            shares[name] = [per * weights * t[name].computed / t[name].seconds / t[name].peak for t in turns]
+            print(f"ceiling, {name}: {spread(shares[name], '.0%')} of {per}·N at the matmul peak of "
+                  f"{spread([t[name].peak / 1e9 for t in turns], '.0f')} G/s "
+                  f"({common.verdict(middle(shares[name]), LEAST_SHARE)})")  # fmt: skip
     if memory:
         print(f"peak memory, LoRA, a step of {MEMORY_TOKENS} tokens: whet {memory['whet']:.0f} MB, TRL "
               f"{memory['trl']:.0f} MB ({'yes' if memory['whet'] <= memory['trl'] else 'NO'})")  # fmt: skip
@@ -293,8 +318,9 @@ def report(
     print(f"check: loss of the first step on the same 8 rows: whet {losses[0]:.4f}, TRL {losses[1]:.4f}")
     print("the sides computed the same thing" if agree else "THE SIDES DISAGREE: the times mean nothing")
     common.finish("training", {
-        "machine": where, "model": options.model, "rates": {n: r.rate for n, r in found.items()}, "ratios": ratios,
-        "asked": ASKED, "shares": shares, "peak": peak, "memory_mb": memory, "losses": losses, "agree": agree,
+        "machine": where, "model": options.model, "rates": rates, "ratios": ratios,
+        "asked": ASKED, "shares": shares, "peaks": {name: [t[name].peak for t in turns] for name in shares},
+        "memory_mb": memory, "losses": losses, "agree": agree,
     })  # fmt: skip
     raise SystemExit(0 if agree else 1)
 

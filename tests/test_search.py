@@ -1348,6 +1348,21 @@ def test_a_training_that_diverges_is_begun_again_at_the_rate_that_its_error_name
     assert training.race(job, parse("rag(k=1)+finetune"))
     assert entered == ["rag(k=1)+finetune", "rag(k=1)+finetune(learning_rate=0.00025)"]
 
+    # So is what goes on from it.
+    monkeypatch.setattr(training, "behind", lambda *_: ["dpo"])
+    entered.clear()
+    fails = iter((False, True, False))
+
+    def sometimes(_: Any, one: Recipe, *__: Any) -> Any:
+        entered.append(one.name)
+        notes: Any = {"allowed": 1} | ({"slower": 5e-5} if next(fails) else {})
+        return SimpleNamespace(recipe=one, cost=60.0, notes=notes, card=True, status="done")
+
+    monkeypatch.setattr(training, "enter", sometimes)
+    job.race.enter = lambda one, *_, **__: sometimes(None, one)
+    assert training.race(job, parse("finetune"))
+    assert entered == ["finetune", "finetune+dpo", "finetune+dpo(learning_rate=5e-05)"]
+
 
 def test_labels_that_are_not_alike_frequent_are_calibrated_by_their_prior() -> None:
     def data(counts: tuple[int, ...], metric: str = "accuracy") -> Learnable:

@@ -142,8 +142,7 @@ def race(job: _Job, tuned: Recipe) -> bool:
     share = min(part(job, tuned), 0.5 if told else 1.0)
     one = enter(job, tuned, start, share)
     if one is not None and "slower" in one.notes:  # it diverged: once more, as the error says
-        last: Any = tuned.methods[-1]
-        tuned = Recipe((*tuned.methods[:-1], replace(last, learning_rate=one.notes["slower"])))
+        tuned = _slower(tuned, one)
         one = enter(job, tuned, start, share)
     if one is not None and one.status == "failed" and len(tuned.methods) > 1:  # what it reads cannot be had
         tuned = Recipe(tuned.methods[-1:])
@@ -152,8 +151,12 @@ def race(job: _Job, tuned: Recipe) -> bool:
         return False
     more, usual = [Recipe((*tuned.methods, make(name))) for name in judged], calibration(job.splits.learnable)
     more += [Recipe((*tuned.methods, make("calibrate", usual)))] if _calibrates(job) else []
+    allowed = one.notes["allowed"]
     for other in more:  # with the same bound, which is part of what a training is known by
-        job.race.enter(other, start, tokens=one.notes["allowed"]).notes["allowed"] = one.notes["allowed"]
+        trial = job.race.enter(other, start, tokens=allowed)
+        if "slower" in trial.notes:
+            trial = job.race.enter(_slower(other, trial), start, tokens=allowed)
+        trial.notes["allowed"] = allowed
     if told:
         enter(job, Recipe((*told, tuned.methods[-1])), start)
     rewarded = "rl" in behind(job, tuned)
@@ -176,6 +179,12 @@ def race(job: _Job, tuned: Recipe) -> bool:
     return True
 
 
+def _slower(one: Recipe, trial: Trial) -> Recipe:
+    """The recipe of a training that diverged, at the learning rate that its error names."""
+    last: Any = one.methods[-1]
+    return Recipe((*one.methods[:-1], replace(last, learning_rate=trial.notes["slower"])))
+
+
 def _calibrate_best(job: _Job, start: System) -> None:
     """Calibrate the best training, too, if that is another than the first and there is time."""
     best = max((t for t in job.race.trials if t.card and trains(t.recipe)), key=job.race.merit)
@@ -193,15 +202,17 @@ def _rivals(
     """
     last = tuned.methods[-1]
     for name in judged:
-        done = next((t for t in job.race.trials if t.recipe == Recipe((*tuned.methods, make(name)))), None)
-        if done is None or done.card is None or not isinstance(last, FineTune):
+        done = next((t for t in job.race.trials if t.card and t.recipe.methods[:-1] == tuned.methods
+                     and t.recipe.methods[-1].name == name), None)  # fmt: skip
+        if done is None or not isinstance(last, FineTune):
             continue
         first, both = (sum(cost["trained_tokens"] for cost in t.notes["trainings"].values()) for t in (one, done))
         longer = replace(last, epochs=round(last.epochs * both / max(1, first), 1))
         yield Recipe((*tuned.methods[:-1], longer)), both, one.cost + done.cost
         rates = make(name).space()["learning_rate"]
         others = [make(name, {"learning_rate": rate}) for rate in rates]
-        yield from ((Recipe((*tuned.methods, m)), one.notes["allowed"], done.cost) for m in others if m != make(name))
+        made = done.recipe.methods[-1]
+        yield from ((Recipe((*tuned.methods, m)), one.notes["allowed"], done.cost) for m in others if m != made)
 
 
 def _taught(job: _Job) -> Recipe | None:
