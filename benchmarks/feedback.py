@@ -295,7 +295,7 @@ def arguments() -> Any:
     options.add_argument("--epochs", type=float, default=2.0, help="of reward model, judge and DPO")
     options.add_argument("--sft", type=float, default=2.0, help="epochs of the SFT starts")
     options.add_argument("--rate", type=float, default=2e-4, help="learning rate of DPO")
-    options.add_argument("--beta", type=float, default=0.1, help="of DPO")
+    options.add_argument("--beta", type=float, default=0.05, help="of DPO")
     options.add_argument("--task", default="trec", help="shared task of rl (default: %(default)s)")
     options.add_argument("--sft-rows", type=int, default=200, help="train rows of the start of rl")
     options.add_argument("--rl-rows", type=int, default=1000, help="train rows that rl may ask")

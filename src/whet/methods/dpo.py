@@ -209,13 +209,15 @@ def held_out(
 class DPO(Preference):
     """Direct preference optimisation on pairs, with the given System as the reference.
 
-    Defaults: beta 0.1 (Rafailov et al. 2023). `normalise` compares log-ratios per token, so that long answers gain
-    nothing by their length (Lambert et al. 2024 use beta 5 with it). `sft` adds the likelihood of the chosen answers,
-    which else falls with that of the rejected ones (Pang et al. 2024, whose weight it is).
+    Defaults: beta is half of Rafailov et al.'s (2023), as `sft` holds the chosen answers, too. `normalise` compares
+    log-ratios per token, so that long answers gain nothing by their length (Lambert et al. 2024 use beta 5 with it).
+    `sft` adds the likelihood of the chosen answers, which else falls with that of the rejected ones (Pang et al. 2024,
+    whose weight it is).
     """
 
     name: ClassVar[str] = "dpo"
 
+    beta: float = 0.05
     normalise: bool = False
     sft: float = 1.0
 
