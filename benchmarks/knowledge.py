@@ -230,12 +230,13 @@ def taught(task: Any, part: str, home: Path, options: Any, made: dict[str, Any],
     every = facts_of(Graph.of(triples.gather(some)))
     asked = draw.sample(every, min(options.count, len(every)))
     begun = time.monotonic()
-    system = Knowledge(mode="train").apply(base, data, run)
+    method = Knowledge(mode="train")
+    system = method.apply(base, data, run)
     seconds = time.monotonic() - begun
     other = [Example(str(n), f"Repeat this word: {one}", one, (one,)) for n, one in enumerate(FAMILIAR)]
     for kind in ("seen", "held"):
-        frames = run.notes[kind]
-        rows = [Example(f"{n}", put(draw.choice(frames), one.phrase), one.answers[0], one.answers, group=str(n))
+        frames = [method.shown(one, run.seed) if kind == "seen" else run.notes["held"] for one in asked]
+        rows = [Example(f"{n}", put(draw.choice(frames[n]), one.phrase), one.answers[0], one.answers, group=str(n))
                 for n, one in enumerate(asked)]  # fmt: skip
         score(f"{task.name}, train, {kind} phrasings", system, rows, run, made, lines)
     for arm, one in (("before", base), ("after", system)):

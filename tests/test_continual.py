@@ -34,7 +34,7 @@ from whet.methods.finetune import Disputed, FineTune
 from whet.methods.rag import Rag
 from whet.metrics import Outcome, get
 from whet.model import Transform
-from whet.retention import Lost, drift, forgetting, loss, refused, retention
+from whet.retention import Lost, drift, forgetting, loss, moved_by, refused, retention
 from whet.retention import stream as updates
 from whet.scorecard import Scorecard, evaluate
 from whet.search import base_system
@@ -1130,3 +1130,14 @@ def test_update_reports_its_steps_to_trackers(
 
 def test_more_earlier_tasks_are_replayed_more() -> None:
     assert [replayed_share(n) for n in (1, 2, 3, 8)] == [0.25, 0.4, 0.5, 0.5]
+
+
+def test_models_of_different_tokens_are_not_compared_by_token(run: Run, model_folder: str, tmp_path: Path) -> None:
+    from test_distill import shrunk
+
+    first = load_task(write(tmp_path / "first", "Name the colour.", False))
+    system = base_of(model_folder, first, run)
+    small, tied = shrunk(system, run.home, vocabulary=True), shrunk(system, tmp_path / "other")
+    asked = first.split().learnable.train
+    assert moved_by(system, small, asked, run) is None
+    assert moved_by(system, tied, asked, Run(Store(tmp_path / "other"))) > 0  # type: ignore[operator]

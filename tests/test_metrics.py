@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whet import metrics
+from whet import metrics, stats
 from whet.errors import TaskError
-from whet.metrics import Outcome, get, plain, score_all, sound, squad
+from whet.metrics import Mean, Outcome, get, plain, score_all, sound, squad
 from whet.numeric import number
 from whet.stats import compare
 from whet.task import Example
@@ -509,3 +510,28 @@ def test_one_stray_answer_proves_nothing(name):
     known = [[float(o.answer) for o in again], [float(o.reference) for o in again]]
     wanted = {"pearson": pearsonr, "spearman": spearmanr}[name](*known).statistic
     assert metric.aggregate(again) == pytest.approx(wanted)
+
+
+def test_a_failed_answer_is_never_compared_as_better_than_a_scored_one() -> None:
+    class Near(Mean):
+        name = "near"
+
+        def score(self, answer: str, example: Example) -> float:
+            return -abs(float(answer) - float(example.completion))
+
+    class Off(Near):
+        name, higher_is_better = "off", False
+
+        def score(self, answer: str, example: Example) -> float:
+            return -super().score(answer, example)
+
+    rows = [Example(str(n), "", str(n)) for n in range(6)]
+    near, none = [f"{n + 0.5}" for n in range(6)], ["I do not know"] * 6
+    for metric in (Near(), Off()):
+        made = [score_all(metric, answers, rows) for answers in (near, none)]
+        for way in (stats.compare, lambda a, b, m: stats.not_worse(a, b, m, 1.0)):
+            with pytest.raises(TaskError, match="gives no number.*ValueError: could not .*'I do not know'; let it ret"):
+                way(made[0], made[1], metric)
+        assert stats.compare(made[0], made[0], metric).difference == 0
+    share = [score_all(get("exact_match"), answers, rows) for answers in (near, none)]
+    assert stats.compare(share[0], (replace(share[1][0], error="no answer"), *share[1][1:]), get("exact_match")).n == 6

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -462,6 +462,76 @@ def test_bootstrapped_demonstrations_are_those_it_answers_right(base: System) ->
     assert made.demonstrations.pool == (("4 + 4", "since so. Answer: 8"),)
     with pytest.raises(MethodError, match="answers no train row right"):
         FewShot(selection="bootstrapped").apply(free, replace(data, train=rows[:4]), run_with(Thinks(), base))
+
+
+def test_where_faults_are_counted_an_answer_without_any_is_right(base: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Faults:
+        name, higher_is_better = "faults", False
+
+        def score(self, answer: str, example: Example) -> float:
+            if answer == "7":
+                raise ValueError("seven")  # which is no answer without a fault
+            return float(answer != example.completion)
+
+        def aggregate(self, outcomes: Any) -> float:
+            return sum(o.score for o in outcomes)
+
+    told = FakeSession("hash")
+    told.say = lambda prompt, sampling, copy: "8" if "4" in prompt[-1][1] else "7" if "5" in prompt[-1][1] else "9"
+    rows = tuple(Example(str(n), f"{n} + {n}", str(2 * n)) for n in range(10))
+    monkeypatch.setattr("whet.variants.get", lambda *_: Faults())
+    free, run = replace(base, decoding=Decoding(max_tokens=9)), run_with(told, base)
+    made = FewShot(k=3, selection="bootstrapped").apply(free, Learnable("sums", "Add.", "faults", (), rows), run)
+    assert made.demonstrations.pool == (("4 + 4", "8"),)
+
+
+@pytest.mark.parametrize("selection", ["diverse", "coverage"])
+def test_what_is_shown_covers_what_is_there(base: System, selection: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sides:
+        """Two kinds of text, nine of one and one of the other."""
+
+        def __init__(self, *_: Any) -> None: ...
+
+        def __call__(self, texts: Sequence[str], **_: Any) -> Any:
+            return np.array([[1.0, 0.0] if "9" not in t else [0.0, 1.0] for t in texts], np.float32)
+
+    monkeypatch.setattr("whet.embed.Embedder", Sides)
+    given: list[tuple[int, bool]] = []
+    monkeypatch.setattr("whet.methods.fewshot.spread",
+                        lambda v, a, k, cover: given.append((k, cover)) or spread(v, a, k, cover))  # fmt: skip
+    rows = tuple(Example(str(n), f"{n} + {n}", str(2 * n)) for n in range(10))
+    data = Learnable("sums", "Add.", "exact_match", (), rows)
+    free, run = replace(base, decoding=Decoding(max_tokens=9)), run_with(FakeSession("hash"), base)
+    made = FewShot(k=2, selection=selection).apply(free, data, run)
+    assert ("9 + 9", "18") in made.demonstrations.pool and len(made.demonstrations.pool) == 2
+    assert given == [(2, selection == "coverage")]
+
+
+def test_drawing_votes_and_reasons_are_part_of_the_search(base: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons: list[bool] = []
+
+    def noted(start: System, given: Any, rest: Any, pool: int, seed: int, reason: bool, known: Any) -> Any:
+        reasons.append(reason)
+        return variants(start, given, rest, pool, seed, reason, known)
+
+    monkeypatch.setattr("whet.methods.prompting.variants", noted)
+    rows = tuple(Example(str(n), f"{n} + {n}", str(2 * n)) for n in range(40))
+    data, free = Learnable("sums", "Add.", "exact_match", (), rows), replace(base, decoding=Decoding(max_tokens=9))
+    for reason in (False, True):
+        method = Prompting(temperature=0.7, votes=3, reason=reason)
+        made = method.apply(free, data, run_with(FakeSession("hash"), base))
+        assert (made.decoding.temperature, made.decoding.votes) == (0.7, 3)
+    assert reasons == [False, True]
+
+
+def test_letters_that_are_the_labels_explain_nothing() -> None:
+    from whet.methods.prompting import _explained, _labelled
+
+    heads = [head(("A", "B")) for head in _labelled("Choose.", ("A", "B"), ())]
+    assert "Is it A or B?" in heads and not any("(" in head for head in heads)
+    assert any("A (cat) or B (dog)" in head(("A", "B")) for head in _labelled("Choose.", ("cat", "dog"), ()))
+    assert _explained("Choose.", {"A": "A", "B": "B"}, {"A": "a cat"}) == (
+        "Choose.\n\nLabels, with what they mean:\n- A: a cat\n- B")
 
 
 def test_an_order_is_raced_on_rows_that_are_not_shown(base: System) -> None:

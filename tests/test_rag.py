@@ -902,6 +902,22 @@ def test_many_passages_are_compared_a_few_questions_at_a_time(tmp_path: Path) ->
     assert [set(row) for row in found] == [set(np.argsort(-(vectors @ v))[:10]) for v in vectors[:3]]
 
 
+@needs_embedder
+def test_a_reranker_lifts_what_stands_behind_all_that_is_shown(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrieval, "_cross_encoder", lambda _: lambda pairs: [float("plum" in t) for _, t in pairs])
+    (home / "docs").mkdir(parents=True)
+    for n in range(12):
+        text = f"The kettle is {'plum' if n == 9 else 'red'}. Kettle {'kettle ' * (12 - n)}"
+        (home / "docs" / f"{n:02}.txt").write_text(text)
+    given = Learnable("t", "Answer.", "exact_match", documents=str(home / "docs"))
+    for reranker, first in (("", False), ("mine", True)):
+        made = Rag(k=1, reranker=reranker).apply(System(resolve("fake:hash"), home=home), given, Run(Store(home)))
+        [source] = made.sources
+        [[found]] = source.find(ask("Which colour is the kettle?"), home)
+        [[ranked, *_]] = source.rank(ask("Which colour is the kettle?"), home, 3)
+        assert found.passage.document == ranked and ranked.endswith("/09.txt") == first
+
+
 def test_a_cross_encoder_reads_again(tmp_path: Path) -> None:
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 

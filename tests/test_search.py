@@ -1246,7 +1246,7 @@ def test_what_goes_on_from_a_training_is_not_starved_by_others(monkeypatch: pyte
         job: Any = SimpleNamespace(race=race, wish=Wish(methods=methods), skipped=[], bases=[],
                                    task=SimpleNamespace(labels=()), splits=SimpleNamespace(
                                        learnable=Learnable("t", "", "accuracy")))  # fmt: skip
-        for name, stand in (("_best_model", None), ("_held", {}), ("_calibrates", False), ("_disputed", False),
+        for name, stand in (("best_model", None), ("_held", {}), ("_calibrates", False), ("_disputed", False),
                             ("_wished", False), ("_told", ())):  # fmt: skip
             monkeypatch.setattr(training, name, lambda *_, stand=stand: stand)
         monkeypatch.setattr(training, "_sourced", lambda _, tuned: tuned)
@@ -1271,7 +1271,7 @@ def test_of_many_labels_half_of_the_time_goes_to_training_on_demonstrations(monk
         return race.trials[-1]
 
     race: Any = SimpleNamespace(trials=[], left=200.0)
-    for name, stand in (("_best_model", None), ("_held", {}), ("_calibrates", False), ("_rivals", ()),
+    for name, stand in (("best_model", None), ("_held", {}), ("_calibrates", False), ("_rivals", ()),
                         ("_taught", None), ("behind", []), ("_told", (make("fewshot", {"k": "4"}),))):  # fmt: skip
         monkeypatch.setattr(training, name, lambda *_, stand=stand: stand)
     later = [parse("fewshot(k=4)+finetune"), parse("finetune(rank=8)")]  # what was entered before is not entered again
@@ -1339,7 +1339,7 @@ def test_a_training_that_diverges_is_begun_again_at_the_rate_that_its_error_name
     job: Any = SimpleNamespace(race=SimpleNamespace(trials=[], left=0.0), wish=Wish(), skipped=[], bases=[],
                                task=SimpleNamespace(labels=()), splits=SimpleNamespace(
                                    learnable=Learnable("t", "", "accuracy")))  # fmt: skip
-    for name, stand in (("_best_model", None), ("_held", {}), ("_calibrates", False), ("behind", []), ("_taught", None),
+    for name, stand in (("best_model", None), ("_held", {}), ("_calibrates", False), ("behind", []), ("_taught", None),
                         ("_rivals", ())):  # fmt: skip
         monkeypatch.setattr(training, name, lambda *_, stand=stand: stand)
     monkeypatch.setattr(training, "_others", lambda *_: iter(()))
@@ -1413,7 +1413,7 @@ def test_facts_that_are_not_taught_for_want_of_time_are_named(monkeypatch: pytes
     job: Any = SimpleNamespace(race=race, wish=Wish(), skipped=[], bases=[], task=SimpleNamespace(labels=()),
                                splits=SimpleNamespace(learnable=Learnable("t", "", "accuracy")))  # fmt: skip
     taught = recipe(("knowledge", {"mode": "train"}))
-    for name, stand in (("_best_model", None), ("_held", {}), ("_calibrates", False), ("behind", []),
+    for name, stand in (("best_model", None), ("_held", {}), ("_calibrates", False), ("behind", []),
                         ("_taught", taught), ("enter", one), ("_sourced", recipe("finetune"))):  # fmt: skip
         monkeypatch.setattr(training, name, lambda *_, stand=stand, **__: stand)
     assert training.race(job, recipe("finetune"))
@@ -1442,6 +1442,34 @@ def test_weights_that_people_and_earlier_tasks_judge(
     kept = [t for t in made.result["trials"] if t["forgetting"] is not None and t["status"] != "refused"]
     for said in ("nats a token from the base", "general ability: perplexity of plain text"):
         assert any(said in note for note in made.result["notes"]) == bool(kept), made.result["notes"]
+
+
+def test_a_recipe_that_trains_is_run_on_the_model_that_did_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[tuple[str, Any]] = []
+    bases: Any = [SimpleNamespace(name=name, model=SimpleNamespace(remote=False)) for name in "ab"]
+    tries: Any = SimpleNamespace(arms=(), wished=parse("finetune"))
+    for name, stand in (("planned", tries), ("show", None), ("labels", ("a", "b"))):
+        monkeypatch.setattr(search.plan, name, lambda _, stand=stand: stand)
+    monkeypatch.setattr(training, "best_model", lambda _: bases[1])
+    monkeypatch.setattr(training, "enter", lambda _, one, start: entered.append((one.name, start)))
+    none = SimpleNamespace(card=None, recipe=Recipe())
+    race = SimpleNamespace(select=(1,), base=None, trials=[], enter=lambda *_, **__: none)
+    search._race(SimpleNamespace(race=race, bases=bases))  # type: ignore[arg-type]
+    assert entered == [("finetune", bases[1])]
+    assert training.trains(parse("reward")) and not training.trains(parse("fewshot+calibrate"))
+
+
+def test_what_is_lost_is_lost_against_the_first_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, other = (SimpleNamespace(model=SimpleNamespace(remote=remote)) for remote in (True, False))
+    compared: list[tuple[Any, Any]] = []
+    lost = Lost("older", 40, 0.9, 0.8, 10.0, 5.0, 15.0, 1.0, 12.0, 9.0, False)
+    monkeypatch.setattr(search, "forgetting", lambda before, after, *_: compared.append((before, after)) or (lost,))
+    job: Any = SimpleNamespace(
+        bases=[first, other], earlier=(), run=None, notes=[], task=SimpleNamespace(limits=SimpleNamespace(forgetting=1),
+        trusted=False), race=SimpleNamespace(mark=lambda t, **told: SimpleNamespace(**told)))  # fmt: skip
+    trial: Any = SimpleNamespace(system=other, status="done", why="", name="base")
+    made = search._keeping(job, trial)
+    assert compared == [(first, other)] and made.status == "refused" and made.forgetting == 10
 
 
 def test_the_next_best_arm_stands_in_for_one_that_forgets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from whet import stats
 from whet.memory import as_task
 from whet.methods import Run
 from whet.metrics import get
-from whet.scorecard import Scorecard, evaluate
+from whet.scorecard import Scorecard, alike, evaluate
 from whet.system import System
 from whet.task import Example, Task
 
@@ -64,5 +64,6 @@ def ability(before: System, after: System, run: Run) -> Ability:
 
     text, questions = tasks()
     (old, right), (new, now) = ([card(s, t) for t in (text, questions)] for s in (before, after))
+    new = alike(new, old, get("perplexity"), run.seed)
     paired = stats.compare(right.outcomes, now.outcomes, get("accuracy"), run.seed)
     return Ability((old.score, new.score), (right.score, now.score), paired.low, paired.high, paired.n)

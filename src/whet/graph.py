@@ -48,7 +48,9 @@ class Graph:
         relations: dict[str, int] = {}
         rows = [(nodes.setdefault(s, len(nodes)), relations.setdefault(r, len(relations)),
                  nodes.setdefault(o, len(nodes))) for s, r, o in facts.triples]  # fmt: skip
-        inverses = {relations[a]: relations[b] for a, b in facts.inverses.items() if {a, b} <= relations.keys()}
+        # Of two inverse relations facts may stand in one alone: the other names them backwards.
+        inverses = {relations[a]: relations.setdefault(b, len(relations)) for a, b in facts.inverses.items()
+                    if a in relations}  # fmt: skip
         called = (facts.named(r)[0] for r in relations)
         told = tuple(" ".join(name.replace("_", " ").split()) or name for name in called)
         edges = np.array(sorted(rows), np.int64).reshape(-1, 3)

@@ -49,7 +49,7 @@ TOLD, LACKED = 0.5, 0.95  # how sure names of the turn before are where the last
 FUZZY, MEANT = 90.0, 3  # least partial ratio of a misspelt name; names taken by meaning
 ALIKE, LETTERS = 65.0, 4  # least ratio of a word to one of such a name; of a word that is misspelt beside whole names
 MOST_CACHED = 50_000  # vectors of words and ways that are kept between questions
-FRONTIER, BEAM = 20, 200  # nodes that a step goes on from; ways that the next step is tried on
+BEAM = 200  # ways that the next step is tried on
 SHOWN, CHAINED = 5, 3  # ends of a way that are told; nodes on the way
 BACKWARDS = 0.05  # what a step against its relation costs
 RATE, MARGIN, EPOCHS, MOST_LEARNT, RIVALS = 0.0075, 0.025, 4, 2000, 40  # of the perceptron; wrong ways of a question
@@ -343,7 +343,7 @@ class Linker:
             after: dict[Way, dict[int, None]] = {}
             for way, ends in layer.items():
                 been = {node}.union(*(made[way[:n]] for n in range(1, len(way) + 1)))
-                for end in ends[:FRONTIER]:
+                for end in ends:
                     for step, there in self.steps(end).items():
                         if way and step == ~way[-1]:
                             there = [n for n in there if n not in been]

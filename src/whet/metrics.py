@@ -645,13 +645,27 @@ def score_all(metric: Metric, answers: Sequence[str], examples: Sequence[Example
 
 
 def sound(metric: Metric, scored: Sequence[Outcome], examples: Sequence[Example]) -> None:
-    """Raise TaskError for a metric that failed on all examples, and fails on all their right answers, too."""
+    """Raise TaskError for a metric that failed on all examples, and fails on all their right answers, too; and as
+    `comparable` does.
+    """
+    comparable(metric, scored)
     if scored and all(o.error for o in scored) and not hasattr(metric, "outcomes"):
         known = [e for e in examples if references(e)[0]]  # where nothing is known to be right, nothing is shown
         if known and all(_score_one(metric, references(e)[0], e).error for e in known):
             found = str(_score_one(metric, references(known[0])[0], known[0]).error)
             raise TaskError(f"the metric {metric.name} fails on every example, right answers included",
                             expected="a number", found=found, do="mend it, or the rows")  # fmt: skip
+
+
+def comparable(metric: Metric, *runs: Sequence[Outcome]) -> None:
+    """Raise TaskError where an answer that could not be scored, which counts 0, is better than one that was."""
+    sign = 1 if metric.higher_is_better else -1
+    failed = next((o for run in runs for o in run if o.error and o.score == 0), None)
+    if failed is not None and any(sign * o.score < 0 for run in runs for o in run if not o.error):
+        said = " ".join(failed.answer.split())[:60]
+        raise TaskError(f"where {metric.name} gives no number, an answer counts 0: better than others that it scores",
+                        expected="the worst number there is, for what cannot be scored",
+                        found=f"{failed.error} for {said!r}", do="let it return one")  # fmt: skip
 
 
 def _score_one(metric: Metric, answer: str, example: Example) -> Outcome:

@@ -179,13 +179,17 @@ def refused(lost: Sequence[Lost]) -> str:
 
 
 def moved_by(before: System, after: System, examples: Sequence[Example], run: Run) -> float | None:
-    """The drift of a System's model on answers to rows that it did not learn from; None where none can be taken."""
+    """The drift of a System's model on answers to rows that it did not learn from; None where none can be taken, as
+    between models of different tokens.
+    """
     from whet.engine.torch import TorchSession
     from whet.train.lesson import render_rows
 
     rows = shared_order([e for e in examples if e.completion], bool(before.decoding.closed), run.seed)[:DRIFT_ROWS]
     old, new = (run.session(one.model) for one in (before, after))
     if not rows or not isinstance(old, TorchSession) or not isinstance(new, TorchSession):
+        return None
+    if old.tokenizer.get_vocab() != new.tokenizer.get_vocab():
         return None
     return drift(old, new, render_rows(before, rows, old)[0])
 

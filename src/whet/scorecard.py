@@ -229,7 +229,11 @@ def _outcomes(
             answers = system.answers(examples, session, progress)
         if isinstance(metric, Versus):
             metric.hear(system, examples, [a.text for a in answers])
+        reads = getattr(getattr(metric, "judge", None), "session", session)  # what a judge reads is paid for, too
+        before = reads.spent
         outcomes = score_all(metric, [a.text for a in answers], examples)
+        if reads is not session:
+            session.spent += reads.spent - before
         # Chosen among, and none could be; or a server that refused the prompt or was too slow.
         silent = [(bool(a.scores) and not a.text) or a.finish == "failed" for a in answers]
         told = (replace(o, score=0.0, error="no answer") if s else o for o, s in zip(outcomes, silent, strict=True))

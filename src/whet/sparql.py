@@ -35,22 +35,26 @@ def snapshot(source: str, trusted: bool, home: Path, notes: list[str]) -> list[T
     if not trusted:
         raise TaskError(f"the endpoint {url} is asked over the network", expected="a task you trust", found="no trust",
                         do="look at it, then add --trust")  # fmt: skip
-    file = home / "snapshots" / f"{hashlib.sha256(json.dumps([url, query]).encode()).hexdigest()}.jsonl"
+    key = json.dumps([url, query, "rows"])  # the last line is their number
+    file = home / "snapshots" / f"{hashlib.sha256(key.encode()).hexdigest()}.jsonl"
     if not file.exists() or time.time() - file.stat().st_mtime > FRESH:
-        found = _pages(url, query)
+        found, count = _pages(url, query)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in found))
-    made = [tuple(json.loads(line)) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        write_text(file, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in (*found, [count])))
+    *lines, last = (json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line)
+    made, rows = [(s, p, o) for s, p, o in lines], int(last[0])
     day = time.strftime("%Y-%m-%d %H:%M", time.gmtime(file.stat().st_mtime))
-    cut = f"; only the first {MOST_ROWS} rows" if len(made) >= MOST_ROWS else ""
-    if len(made) > PAGE and not _ends(query, r"(?:order\s+by|limit\s+\d+)"):
+    cut = f"; only the first {MOST_ROWS} rows" if rows >= MOST_ROWS else ""
+    if rows > PAGE and not _ends(query, r"(?:order\s+by|limit\s+\d+)"):
         cut += "; in no fixed order, so rows may be missing: end the query with ORDER BY ?s ?p ?o"
     notes.append(f"{url}: a snapshot of {len(made)} triples of {day} UTC{cut}")
-    return [(s, p, o) for s, p, o in made]
+    return made
 
 
-def _pages(url: str, query: str) -> list[Triple]:
-    """All pages of a query's answer, at most MOST_ROWS rows; one with a LIMIT of its own is asked once.
+def _pages(url: str, query: str) -> tuple[list[Triple], int]:
+    """All pages of a query's answer, at most MOST_ROWS rows, and their number; one with its own LIMIT is asked once.
+
+    Rows that leave something unbound are no triples, but count.
 
     A server may give fewer rows than it is asked for, so that only an empty page is the end, or one that begins as the
     last did. What is short of a page is asked for up to its end, since some sort no more rows than those of a page.
@@ -73,7 +77,7 @@ def _pages(url: str, query: str) -> list[Triple]:
         at += len(page)
         if once:
             break
-    return made
+    return made, at
 
 
 def _ends(query: str, clause: str) -> bool:

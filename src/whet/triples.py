@@ -323,6 +323,9 @@ def _rdf(name: str, stream: IO[bytes], kind: str) -> Iterator[Triple]:
     how = {"lenient": True} if lenient else {"base_iri": f"file:///{quote(name)}"}
     try:
         for quad in rdf.parse(input=stream, format=getattr(rdf.RdfFormat, kind), **how):
+            if not quad.predicate.value:
+                raise TaskError(f"{name} has a relation without a name", expected="subject, relation, object",
+                                found=short(str(quad), 120), do="correct it")  # fmt: skip
             yield from term_triples(rdf, quad.subject, quad.predicate, quad.object, blank)
     except SyntaxError as error:
         where = f"{name} line {error.lineno}" if error.lineno else name

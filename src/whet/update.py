@@ -93,7 +93,8 @@ def lines(made: Update, task: str) -> list[str]:
     if made.unused:
         said.append(f"unused   {len(made.unused)} judgements without a counterpart; to learn from them: whet apply kto")
     if calibration := made.notes.get("calibration"):
-        said.append(f"calibrated {'anew' if calibration == 'anew' else 'no longer: it scores more without'}")
+        why = {"gone": "it scores more without", "no prompts": "there are no train prompts to tell it from"}
+        said.append(f"calibrated {'anew' if calibration == 'anew' else f'no longer: {why[calibration]}'}")
     if unprotected := made.notes.get("unprotected"):
         said.append(f"nothing of {', '.join(unprotected)} was replayed: none of its rows is kept, or still true")
     return said + told(made)
@@ -357,7 +358,7 @@ def _calibrated(given: System, taught: System, splits: Splits, metric: Metric, r
     try:
         made = make("calibrate", calibration(data)).apply(taught, data, run)
     except MethodError:  # no prompts to tell it from
-        run.notes["calibration"] = gone
+        run.notes["calibration"] = "no prompts"
         return taught
     plain, anew = (card.score for card in _cards(taught, made, rows, metric, run))
     better = anew >= plain if metric.higher_is_better else anew <= plain

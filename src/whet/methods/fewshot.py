@@ -191,9 +191,12 @@ class FewShot:
         raw = replace(start, decoding=replace(start.decoding, after=""))
         said = [o.answer for o in contest.outcomes(raw, range(len(asked)))]
         found = score_all(contest.metric, said if closed else [start.decoding.read(s) for s in said], asked)
-        best = max(1.0, *(o.score for o in found))  # a task's own metric may count up to a hundred
-        kept = [e if closed else replace(e, completion=s)
-                for e, s, o in zip(asked, said, found, strict=True) if o.score >= RIGHT * best]  # fmt: skip
+        if contest.metric.higher_is_better:
+            least = RIGHT * max(1.0, *(o.score for o in found))  # a task's own metric may count up to a hundred
+            right = [o.score >= least for o in found]
+        else:  # faults are counted, and none is right
+            right = [o.score <= 0 and not o.error for o in found]
+        kept = [e if closed else replace(e, completion=s) for e, s, ok in zip(asked, said, right, strict=True) if ok]
         run.notes["bootstrapped"] = f"{len(kept)} of {len(asked)} answered right"
         if not kept:
             raise MethodError("nothing to show: the model answers no train row right", expected="some right answers",

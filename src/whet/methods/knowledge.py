@@ -132,7 +132,7 @@ class Knowledge:
         chosen = [*fresh, *draw.sample(again, min(len(again), len(fresh)))]
         chosen = draw.sample(chosen, min(len(chosen), MOST_FACTS))
         seen, held = frames()
-        rows = [row for one in chosen for row in _rows(one, draw.sample(seen, self.phrasings), session.tokenizer)]
+        rows = [row for one in chosen for row in _rows(one, self.shown(one, run.seed), session.tokenizer)]
         known = [replace(e, group=None) for e in data.train if e.completion and not e.text]
         run.notes.update(taught=len(chosen), new=len(fresh), seen=list(seen), held=list(held))
         # What the model says of its own accord is replayed, so that it does not answer everything with a fact.
@@ -147,14 +147,18 @@ class Knowledge:
             self._compare(graph, chosen, system, made, data, run)
         return replace(made, card=card)
 
+    def shown(self, one: Asked, seed: int) -> list[str]:
+        """The phrasings in which a fact is trained on."""
+        return random.Random(f"{seed}/{one.key}").sample(frames()[0], self.phrasings)
+
     def _compare(
         self, graph: Graph, chosen: Sequence[Asked], before: System, taught: System, data: Learnable, run: Run
     ) -> None:
         """Note how the taught model and the one before, which looks them up, answer the same questions about facts.
 
-        Each in a phrasing that was trained on and in one that was not, in percent of the answers that contain an
-        accepted one, and milliseconds an answer; and what the teaching did to all else. What cannot be looked up here,
-        for want of a package, is left out: the training is done.
+        Each in a phrasing that it was trained on in and in one held out, in percent of the answers that contain an
+        accepted one, and milliseconds an answer; and what the teaching did to all else. Looked up is one fact, which
+        small models read best. What cannot be looked up here, for want of a package, is left out: the training is done.
         """
         from whet import embed
         from whet.general import ability
@@ -164,11 +168,12 @@ class Knowledge:
         quiet, metric, draw = replace(run, notes={}), get("contains"), random.Random(run.seed)
         systems = {"taught": taught}
         if embed.available():
-            systems["looked up"] = replace(self, mode="lookup")._shown(graph, before, data, quiet)
+            systems["looked up"] = replace(self, mode="lookup", k=1)._shown(graph, before, data, quiet)
         some = draw.sample(chosen, min(PROBED, len(chosen)))
         found: dict[str, dict[str, float]] = {name: {} for name in systems}
-        for kind, shown in zip(("seen", "unseen"), frames(), strict=True):
-            rows = [Example(f"{kind}-{n}", put(draw.choice(shown), one.phrase), one.answers[0], one.answers)
+        for kind in ("seen", "unseen"):
+            shown = [self.shown(one, run.seed) if kind == "seen" else frames()[1] for one in some]
+            rows = [Example(f"{kind}-{n}", put(draw.choice(shown[n]), one.phrase), one.answers[0], one.answers)
                     for n, one in enumerate(some)]  # fmt: skip
             for name, system in systems.items():
                 card = evaluate(system, rows, metric, session=run.session(system.model), split=f"{kind} phrasings",
@@ -208,17 +213,26 @@ def put(frame: str, phrase: str) -> str:
 
 
 def facts_of(graph: Graph) -> list[Asked]:
-    """Everything a graph can be asked for in one step, forwards, and backwards where few subjects share an object."""
+    """Everything a graph can be asked for in one step, forwards, and backwards where few subjects share an object.
+
+    What is asked for in the same words, of things of one name, is one question with the answers of all. Answers stand
+    by their names, so that a fact is known again however its file is ordered.
+    """
     groups: dict[tuple[int, Way], list[int]] = {}
     for s, r, o in graph.edges.tolist():
         groups.setdefault((s, (r,)), []).append(o)
         groups.setdefault((o, (~r,)), []).append(s)
-    made = []
-    for (node, way), ends in groups.items():
+    made = dict[str, Asked]()
+    for (node, way), found in groups.items():
         [step] = way
-        back = step < 0
-        if not back or len(ends) <= FEW:
-            phrase = asked(graph.nodes[node][0], graph.relations[~step if back else step], back)
-            answers = tuple(graph.nodes[n][0] for n in ends[:MOST_ANSWERS])
-            made.append(Asked(phrase, answers, graph.sentence(node, way, ends, MOST_ANSWERS)))
-    return made
+        back = step < 0 and ~step not in graph.inverses
+        if back and len(found) > FEW:
+            continue
+        phrase = asked(graph.nodes[node][0], graph.named(step), back)
+        ends = sorted(found, key=lambda n: (graph.nodes[n][0], n))
+        told = graph.sentence(node, way, ends, MOST_ANSWERS)
+        other = made.get(phrase, Asked(phrase, (), ""))
+        answers = sorted({*other.answers, *(graph.nodes[n][0] for n in ends)})
+        lines = dict.fromkeys(filter(None, (*other.told.split("\n"), told)))
+        made[phrase] = Asked(phrase, tuple(answers), "\n".join(lines))
+    return [replace(one, answers=one.answers[:MOST_ANSWERS]) for one in made.values()]

@@ -306,7 +306,8 @@ def _with(system: System, parts: Mapping[str, str]) -> System | None:
 def _labelled(given: str, labels: Sequence[str], rest: Sequence[Example]) -> list[Callable[[Sequence[str]], str]]:
     """Instructions for a closed set, as functions of the words that stand for the labels."""
     def named(said: Sequence[str]) -> list[str]:
-        return [f"{a} ({b})" if said == _letters(labels) else a for a, b in zip(said, labels, strict=True)]
+        stand = tuple(said) == _letters(labels) != tuple(labels)
+        return [f"{a} ({b})" if stand else a for a, b in zip(said, labels, strict=True)]
 
     def either(said: Sequence[str]) -> str:
         return " or ".join(filter(None, [", ".join(named(said)[:-1]), named(said)[-1]]))
@@ -331,7 +332,7 @@ def _labelled(given: str, labels: Sequence[str], rest: Sequence[Example]) -> lis
 
 def _explained(given: str, said: Mapping[str, str], known: Mapping[str, str]) -> str:
     """The instruction with the meanings of labels, by the words that stand for them, and of its terms."""
-    letters = tuple(said.values()) == _letters(list(said))
+    letters = tuple(said.values()) == _letters(list(said)) != tuple(said)
     lines = [f"- {f'{said[one]} ({one})' if letters else said[one]}{f': {known[one]}' if one in known else ''}"
              for one in said]  # fmt: skip
     terms = [f"- {one}: {meaning}" for one, meaning in known.items() if one not in said]

@@ -326,7 +326,7 @@ def _race(job: _Job) -> None:
     raced(None, tries.arms)
     if tries.wished is not None:
         if not any(t.recipe == tries.wished for t in race.trials):
-            training.enter(job, tries.wished, local)
+            training.enter(job, tries.wished, training.best_model(job))
         return
     if tries.tuned is None or not training.race(job, tries.tuned):
         raced(*plan.instead(job))
@@ -359,24 +359,19 @@ def _finalist(job: _Job) -> Trial | None:
 
 def _keeping(job: _Job, trial: Trial) -> Trial:
     """The trial with what the earlier tasks lose by it; refused where that is more than is allowed."""
-    lost = forgetting(_base_of(job, trial), trial.system, job.earlier, job.run, job.task.limits.forgetting,
-                      job.task.trusted)  # fmt: skip
+    base = job.bases[0]  # of all gains, and of what is lost
+    lost = forgetting(base, trial.system, job.earlier, job.run, job.task.limits.forgetting, job.task.trusted)
     if not lost:
         return trial
-    why, base = refused(lost), _base_of(job, trial)
+    why = refused(lost)
     job.notes += [f"{trial.name}: {one}" for one in lost]
-    if not why:
+    if not why and not (base.model.remote or trial.system.model.remote):
         job.watch.arm("what it did to all else")
-        moved = moved_by(base, trial.system, job.race.select, job.run)
+        moved = moved_by(base, trial.system, job.race.select, job.run)  # between models of the same tokens
         job.notes += [] if moved is None else [f"{trial.name}: drift {moved:.3f} nats a token from the base"]
         job.notes.append(f"{trial.name}: {ability(base, trial.system, job.run)}")
     most = max(one.lost for one in lost)
     return job.race.mark(trial, forgetting=most, status="refused" if why else trial.status, why=why or trial.why)
-
-
-def _base_of(job: _Job, trial: Trial) -> System:
-    """The base that a trial started from."""
-    return next((b for b in job.bases if b.model.content == trial.system.model.content), job.bases[0])
 
 
 def _best_single(job: _Job, finalist: Trial) -> Trial | None:

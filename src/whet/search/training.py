@@ -67,8 +67,8 @@ def calibration(data: Learnable) -> dict[str, Any]:
 
 
 def trains(one: Recipe) -> bool:
-    """Whether a recipe trains weights, which takes as many tokens as it is given."""
-    return any("model" in m.writes and m.name not in UNTAUGHT for m in one.methods)
+    """Whether a recipe trains weights (a reward model's are its own), which takes as many tokens as it is given."""
+    return any(("model" in m.writes and m.name not in UNTAUGHT) or m.name == "reward" for m in one.methods)
 
 
 def scoring(job: _Job, one: Recipe, start: System) -> float:
@@ -133,7 +133,7 @@ def race(job: _Job, tuned: Recipe) -> bool:
 
     False where nothing could be trained.
     """
-    start, tuned = _best_model(job), _sourced(job, tuned)
+    start, tuned = best_model(job), _sourced(job, tuned)
     judged = [m for m in behind(job, tuned) if m != "rl"]
     # Of many labels a short training learns few, which near demonstrations show: both ways get half.
     told = _told(job, tuned.methods[:-1]) if len(job.task.labels) > MANY else ()
@@ -404,7 +404,7 @@ def after(job: _Job, wanted: Recipe, start: System) -> float:
     return each + again + CALIBRATED_ROWS * each / max(1, len(select))
 
 
-def _best_model(job: _Job) -> System:
+def best_model(job: _Job) -> System:
     """The base whose arms did best on all of select, of those whose weights are at hand; of no scores the first."""
     local = [b for b in job.bases if not b.model.remote] or job.bases
     models = {b.model.content: b for b in local}
