@@ -970,6 +970,11 @@ def test_what_looking_ahead_costs_is_the_races(tmp_path: Path) -> None:
     start: Any = SimpleNamespace(system=base)
     assert limits._expected(job, start, parse("prune(width=0.5,vocabulary=false)+distill").methods, 1.0) > 0
     assert race.beside.prefilled_tokens > 0 and race.left < 60.0 and not race.trials
+    # A run that goes on after a kill finds what was made, and has as much left.
+    again = replace(race, run=Run(store), trials=[], beside=Spent(), costs=0.0)
+    job.race = again
+    limits._expected(job, start, parse("prune(width=0.5,vocabulary=false)+distill").methods, 1.0)
+    assert again.left == race.left and again.beside == race.beside
 
 
 def test_a_model_that_was_trained_whole_is_counted_once(tmp_path: Path) -> None:

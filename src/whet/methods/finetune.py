@@ -125,7 +125,7 @@ class FineTune:
         method = FineTune(epochs=CROSS_EPOCHS, recompute=self.recompute, absent=self.absent, bits=self.bits)
         most = None if run.trained_tokens is None else run.trained_tokens // 4
 
-        taken: list[int] = []
+        taken: list[Spent] = []
 
         def judge(fit: Sequence[Example], held: Sequence[Example]) -> list[tuple[float, ...]]:
             """Log-probabilities of the labels of `held`, by the model trained on `fit`."""
@@ -136,23 +136,28 @@ class FineTune:
                 raise MethodError(f"suspects cannot be looked for: {error.problem}", found=error.found,
                                   do="leave clean out") from error  # fmt: skip
             progress = run.progress("looking for suspects")
-            scores, _ = taught.label_scores(held, run.session(taught.model), progress, blind=True)
+            session = run.session(taught.model)
+            scores, _ = taught.label_scores(held, session, progress, blind=True)
             run.sessions.pop(taught.model)
-            run.spent += within.spent
-            taken.append(within.spent.trained_tokens)
+            taken.append(within.spent + session.spent)
             return scores
 
         # The System may answer in another order than the task lists its labels in.
         order = system.decoding.labels or data.labels
-        made = run.store.artifact(key("disputed", asdict(method), system.state, rows_hash(rows), run.seed, most))
+        name = key("disputed", asdict(method), system.state, rows_hash(rows), run.seed, most, "spent")
+        made = run.store.artifact(name)
         if not made.exists():
             found = suspects.find(rows, Embedder(run.home), run.seed, judge, order)
             with aside(made) as work:
-                body = {"suspects": [asdict(s) for s in found], "trained_tokens": sum(taken)}
+                body = {"suspects": [asdict(s) for s in found], "spent": asdict(sum(taken, Spent()))}
                 (work / "suspects.json").write_text(json.dumps(body), encoding="utf-8")
         body = json.loads((made / "suspects.json").read_text(encoding="utf-8"))
         disputed = Disputed(suspects.Suspect(**s) for s in body["suspects"])
-        disputed.tokens = body["trained_tokens"]
+        # As with a training, what is found in the store is charged, and a race leaves out what it has paid before: a
+        # run that goes on where it was killed has as much left.
+        run.spent += Spent(**body["spent"])
+        run.notes["trainings"] = {**run.notes.get("trainings", {}), name: body["spent"]}
+        disputed.tokens = body["spent"]["trained_tokens"]
         return disputed
 
     def _lesson(

@@ -294,7 +294,7 @@ def _expected(job: _Job, start: Trial, wished: tuple[Method, ...], packed: float
     if job.task.limits.size is None or len(cut) == len(wished) or not any(m.name == "distill" for m in wished):
         return 0.0
     try:  # the cut is kept, so that the arm finds it done
-        with job.race.aside_of_trials(start.system) as run:
+        with job.race.aside_of_trials(start.system, Recipe(cut).name) as run:
             made = Recipe(cut).run(start.system, job.race.data, run)
     except WhetError:
         return 0.0  # the arm says why

@@ -116,14 +116,20 @@ class Race:
         return self.seconds - self.spent
 
     @contextmanager
-    def aside_of_trials(self, system: System) -> Iterator[Run]:
-        """A Run of its own, whose cost is the race's without being a trial's."""
+    def aside_of_trials(self, system: System, name: str) -> Iterator[Run]:
+        """A Run of its own, whose cost is the race's without being a trial's.
+
+        The cost is kept by `name`: a run that goes on finds what was made, and has as much left as the one before it.
+        """
         run = replace(self.run, spent=Spent(), notes={})
-        before = _opened(run)
+        before, key = _opened(run), f"aside {name} {system.fingerprint}"
+        kept = self.store.trial(self.key, key)
         try:
             yield run
+            kept = kept or asdict(_since(run, before) + run.spent)
+            self.store.keep_trial(self.key, key, kept)
         finally:
-            spent = _since(run, before) + run.spent
+            spent = Spent(**kept) if kept else _since(run, before) + run.spent
             self.beside, self.costs = self.beside + spent, self.costs + self.speed(system).price(spent)
 
     def speed(self, system: System) -> Rates:

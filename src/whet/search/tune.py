@@ -259,13 +259,16 @@ def _drawn(method: Method, trial: Any) -> Method:
 
 
 def _trained(method: Method, fidelity: float, previous: str | None, system: System, data: Learnable, run: Run) -> Rung:
-    """One rung; what it spent and noted goes to the run."""
+    """One rung; what it spent and noted goes to the run, and what an earlier one paid for (suspects) once."""
+    before = run.notes.get("trainings", {})
     part = replace(run, fidelity=fidelity, previous=previous, spent=Spent(), notes={})
     try:
         made = Recipe((method,)).run(system, data, part)  # which says what is lacking
     finally:
+        trained = part.notes.get("trainings", {})
+        part.spent -= sum((Spent(**cost) for name, cost in trained.items() if name in before), Spent())
         run.spent += part.spent
-        run.notes |= part.notes
+        run.notes |= part.notes | {"trainings": {**before, **trained}}
     # Without rows to validate on, a training can be run and not compared.
     losses = [value for _, value in part.notes.get("curves", {"validation": ()})["validation"][1:]]
     return Rung(made, min(losses, default=math.inf), part.notes, part.spent)
