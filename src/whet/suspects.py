@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # (rows to learn from, rows to judge) -> scores of the labels [rows to judge, labels], as log-probabilities
 Judge = Callable[[Sequence["Example"], Sequence["Example"]], Sequence[Sequence[float]]]
-HALVES, FOLDS = 2, 5  # parts of the rows, by turns judged by what was trained on the others: with a judge, and without
+PARTS, FOLDS = 3, 5  # parts of the rows, by turns judged by what was trained on the others: with a judge, and without
 LEAST_ROWS = 50
 SURE = 0.85  # how likely a label must be wrong for its row to be named
 CONFIDENT = 0.1  # share of rows, those the classifier is surest about, that tell how much noise there is
@@ -39,10 +39,10 @@ def find(
 ) -> tuple[Suspect, ...]:
     """Rows of a closed set whose label is probably wrong, the surest first, among those `examined`.
 
-    Each is judged by `judge`, trained on one half of the rows, which gives scores of the labels, in the order of
-    `order_of`, for the other; without it by logistic regressions on embeddings and on words that have not seen the row.
+    Each is judged by `judge`, trained on two thirds of the rows, which gives scores of the labels, in the order of
+    `order_of`, for the others; without it by logistic regressions on embeddings and on words that have not seen the row.
     """
-    rows = examined(rows, HALVES if judge else FOLDS)
+    rows = examined(rows, PARTS if judge else FOLDS)
     if not rows:
         return ()
     labels = sorted({r.completion for r in rows})
@@ -50,7 +50,7 @@ def find(
     if judge is None:
         chances = _unseen(rows, given, embed, seed)
     else:  # classifiers beside it only blur what it is sure of: measured in LOG.md
-        chances = _halves(rows, given, judge, [order_of.index(x) for x in labels], seed)
+        chances = _judged(rows, given, judge, [order_of.index(x) for x in labels], seed)
     wrong, rather = wrong_chances(chances, given)
     order = np.argsort(-wrong, kind="stable")
     named = [i for i in order if wrong[i] >= SURE]
@@ -63,7 +63,7 @@ def labelled(rows: Sequence[Example], labels: Sequence[str]) -> list[Example]:
     return [replace(e, choices=()) for e in known]
 
 
-def examined(rows: Sequence[Example], parts: int = HALVES) -> list[Example]:
+def examined(rows: Sequence[Example], parts: int = PARTS) -> list[Example]:
     """Rows whose label is there for each of so many parts: others are neither judged nor learnt from.
 
     None where they are too few, or all of one label.
@@ -73,15 +73,15 @@ def examined(rows: Sequence[Example], parts: int = HALVES) -> list[Example]:
     return found if len(found) >= LEAST_ROWS and len({r.completion for r in found}) > 1 else []
 
 
-def _halves(
+def _judged(
     rows: Sequence[Example], given: NDArray[Any], judge: Judge, columns: Sequence[int], seed: int
 ) -> NDArray[np.float64]:
-    """Probabilities [rows, labels], each row's by what was trained on the other half."""
+    """Probabilities [rows, labels], each row's by what was trained on the parts that it is not in."""
     from scipy.special import softmax
     from sklearn.model_selection import StratifiedKFold
 
     made = np.empty((len(rows), len(columns)))
-    for fit, held in StratifiedKFold(HALVES, shuffle=True, random_state=seed).split(given, given):
+    for fit, held in StratifiedKFold(PARTS, shuffle=True, random_state=seed).split(given, given):
         made[held] = np.array(judge([rows[i] for i in fit], [rows[i] for i in held]))[:, columns]
     return np.asarray(softmax(made, axis=1), dtype=np.float64)
 

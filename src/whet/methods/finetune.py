@@ -107,7 +107,7 @@ class FineTune:
         return FineTune(**{f.name: getattr(self, f.name) for f in fields(FineTune)})
 
     def suspects(self, system: System, data: Learnable, run: Run) -> Disputed:
-        """Rows whose label is probably wrong, by the model itself, trained on the other half of the rows.
+        """Rows whose label is probably wrong, by the model itself, trained on the other two thirds of the rows.
 
         Trained by the defaults at full length, whatever the settings: trainings that are compared, or that go on from
         one another, leave out the same rows. The same search again finds them in the store. No row is judged with rows
@@ -123,7 +123,7 @@ class FineTune:
             raise MethodError("clean needs a closed set", expected="labels in task.yaml", found="none")
         rows = suspects.labelled(each_once(data.train)[0], data.labels)
         method = FineTune(epochs=CROSS_EPOCHS, recompute=self.recompute, absent=self.absent, bits=self.bits)
-        most = None if run.trained_tokens is None else run.trained_tokens // 4
+        most = None if run.trained_tokens is None else run.trained_tokens // (2 * suspects.PARTS)
 
         taken: list[Spent] = []
 
