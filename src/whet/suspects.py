@@ -40,7 +40,7 @@ def find(
     """Rows of a closed set whose label is probably wrong, the surest first, among those `examined`.
 
     Each is judged by `judge`, trained on two thirds of the rows, which gives scores of the labels, in the order of
-    `order_of`, for the others; without it by logistic regressions on embeddings and on words that have not seen the row.
+    `order_of`, for the others; without it by logistic regressions on embeddings and words that have not seen the row.
     """
     rows = examined(rows, PARTS if judge else FOLDS)
     if not rows:

@@ -96,8 +96,7 @@ class FineTune:
         name = key(asdict(self), system.state, rows_hash(data.train), run.seed, run.fidelity, run.trained_tokens,
                    run.previous)  # fmt: skip
         adapter = Adapter(self.adapter, self.rank, 2 * self.rank, bits=self.bits)
-        finished = (run.store.artifact(name) / "done.json").exists()
-        wrong = self.suspects(system, data, run) if self.clean and not finished else Disputed()
+        wrong = self.suspects(system, data, run) if self.clean else Disputed()
         taught = teach(system, run, name, adapter, lambda live: self._lesson(system, data, run, live, wrong))
         return replace(taught, decoding=replace(system.decoding, prior=(), normalise="sum"))
 
@@ -107,7 +106,7 @@ class FineTune:
         return FineTune(**{f.name: getattr(self, f.name) for f in fields(FineTune)})
 
     def suspects(self, system: System, data: Learnable, run: Run) -> Disputed:
-        """Rows whose label is probably wrong, by the model itself, trained on the other two thirds of the rows.
+        """Rows whose label is probably wrong, by the model itself, trained on two thirds of the rows without them.
 
         Trained by the defaults at full length, whatever the settings: trainings that are compared, or that go on from
         one another, leave out the same rows. The same search again finds them in the store. No row is judged with rows
