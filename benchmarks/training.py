@@ -300,7 +300,8 @@ def report(
           f"medians of {len(turns)} turns, [least, most]")  # fmt: skip
     print(common.machine_line(where) + "\n")
     print(common.table(["side", "tokens a step", "seconds", "real tokens/s", "whet is x faster", "asked"], [
-        [name, round(r.tokens / r.steps), f"{r.seconds:.1f}", spread(rates[name], ".0f"),
+        [name, round(r.tokens / r.steps), f"{middle(t[name].seconds for t in turns if name in t):.1f}",
+         spread(rates[name], ".0f"),
          spread(ratios[name], ".1f") if name in ratios else None,
          common.verdict(middle(ratios[name]), ASKED[name]) if name in ASKED else None] for name, r in first.items()
     ]) + "\n")  # fmt: skip

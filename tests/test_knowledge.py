@@ -509,7 +509,7 @@ def test_a_proxy_is_given_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("query", ["SELECT ?s ?p ?o\nWHERE { ?s ?p ?o }", "\n  SELECT ?s ?p ?o WHERE { ?s ?p ?o }", ""])
 def test_a_query_may_have_several_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, query: str) -> None:
     asked: list[tuple[str, str]] = []
-    monkeypatch.setattr(sparql, "_pages", lambda *one: asked.append(one) or [])
+    monkeypatch.setattr(sparql, "_pages", lambda *one: asked.append(one) or ([], 0))
     sparql.snapshot(f"sparql:http://localhost/q {query}", True, tmp_path, [])
     assert asked == [("http://localhost/q", query.strip() or sparql.ALL)]
 

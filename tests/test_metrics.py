@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from whet import metrics, stats
 from whet.errors import TaskError
-from whet.metrics import Mean, Outcome, get, plain, score_all, sound, squad
+from whet.metrics import Mean, Outcome, comparable, get, plain, score_all, sound, squad
 from whet.numeric import number
 from whet.stats import compare
 from whet.task import Example
@@ -529,9 +529,15 @@ def test_a_failed_answer_is_never_compared_as_better_than_a_scored_one() -> None
     near, none = [f"{n + 0.5}" for n in range(6)], ["I do not know"] * 6
     for metric in (Near(), Off()):
         made = [score_all(metric, answers, rows) for answers in (near, none)]
-        for way in (stats.compare, lambda a, b, m: stats.not_worse(a, b, m, 1.0)):
-            with pytest.raises(TaskError, match="gives no number.*ValueError: could not .*'I do not know'; let it ret"):
-                way(made[0], made[1], metric)
-        assert stats.compare(made[0], made[0], metric).difference == 0
+        with pytest.raises(TaskError, match="gives no number.*ValueError: could not .*'I do not know'; let it ret"):
+            comparable(metric, made[0], made[1])
+        comparable(metric, made[0])
+        mixed = (*made[0][:5], made[1][5])
+        with pytest.raises(TaskError, match="gives no number"):
+            sound(metric, mixed, rows)
+        far = score_all(metric, ["9.5", *near[1:]], rows)  # by 9.5, which is the worst
+        assert stats.compare(far, made[1], metric).difference == pytest.approx(-9.5 + 2)
+        assert stats.compare(made[0], made[1], metric).difference == 0
+        assert stats.not_worse(far, made[1], metric, 1.0).loss == pytest.approx(9.5 - 2)
     share = [score_all(get("exact_match"), answers, rows) for answers in (near, none)]
     assert stats.compare(share[0], (replace(share[1][0], error="no answer"), *share[1][1:]), get("exact_match")).n == 6

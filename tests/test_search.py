@@ -1460,7 +1460,7 @@ def test_a_recipe_that_trains_is_run_on_the_model_that_did_best(monkeypatch: pyt
 
 
 def test_what_is_lost_is_lost_against_the_first_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, other = (SimpleNamespace(model=SimpleNamespace(remote=remote)) for remote in (True, False))
+    first, other = (SimpleNamespace(model=SimpleNamespace(remote=False, content=name)) for name in "ab")
     compared: list[tuple[Any, Any]] = []
     lost = Lost("older", 40, 0.9, 0.8, 10.0, 5.0, 15.0, 1.0, 12.0, 9.0, False)
     monkeypatch.setattr(search, "forgetting", lambda before, after, *_: compared.append((before, after)) or (lost,))
@@ -1470,6 +1470,9 @@ def test_what_is_lost_is_lost_against_the_first_model(monkeypatch: pytest.Monkey
     trial: Any = SimpleNamespace(system=other, status="done", why="", name="base")
     made = search._keeping(job, trial)
     assert compared == [(first, other)] and made.status == "refused" and made.forgetting == 10
+    first.model.remote = True
+    search._keeping(job, trial)
+    assert compared[-1] == (other, other)
 
 
 def test_the_next_best_arm_stands_in_for_one_that_forgets(monkeypatch: pytest.MonkeyPatch) -> None:

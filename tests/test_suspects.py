@@ -114,7 +114,7 @@ def test_labels_that_a_classifier_cannot_tell_are_left_alone() -> None:
     assert suspects.find(disputed, embed) == ()
 
 
-def test_a_judge_sees_only_the_other_parts() -> None:
+def test_a_judge_sees_only_the_other_half() -> None:
     noisy, wrong = flipped(rows(300), 0.2)
     truth, order = {e.id: e.completion for e in rows(300)}, sorted(TOPICS, reverse=True)
     seen: list[tuple[set[str], set[str]]] = []
@@ -124,15 +124,14 @@ def test_a_judge_sees_only_the_other_parts() -> None:
         return [[0.0 if label == truth[e.id] else -4.0 for label in order] for e in held]
 
     found = suspects.find(noisy, embed, 0, judge, order)
-    assert len(seen) == 3 and all(not fit & held and len(fit) == 200 for fit, held in seen)
-    assert set.union(*(held for _, held in seen)) == set(truth)
+    assert len(seen) == 2 and all(not fit & held for fit, held in seen) and seen[0][1] | seen[1][1] == set(truth)
     assert {s.id for s in found} == wrong and all(s.rather == truth[s.id] for s in found)
 
 
 def test_rare_labels_are_left_alone_and_the_others_judged() -> None:
     noisy, wrong = flipped(rows(400), 0.2)
     rare = Example("rare", "a word of its own", "law")
-    for parts, more in ((3, [rare, replace(rare, id="other")]), (5, [replace(rare, id=f"rare{n}") for n in range(4)])):
+    for parts, more in ((2, [rare]), (5, [replace(rare, id=f"rare{n}") for n in range(4)])):
         assert suspects.examined([*noisy, *more], parts) == noisy
     assert suspects.find([*noisy, rare], embed) == suspects.find(noisy, embed) != ()
     assert suspects.examined(noisy[:49]) == [] and len(suspects.examined(noisy[:50])) == 50

@@ -18,7 +18,7 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -655,6 +655,13 @@ def sound(metric: Metric, scored: Sequence[Outcome], examples: Sequence[Example]
             found = str(_score_one(metric, references(known[0])[0], known[0]).error)
             raise TaskError(f"the metric {metric.name} fails on every example, right answers included",
                             expected="a number", found=found, do="mend it, or the rows")  # fmt: skip
+
+
+def floored(metric: Metric, *runs: Sequence[Outcome]) -> list[tuple[Outcome, ...]]:
+    """The runs, where no answer that could not be scored, which counts 0, is better than the worst of all that were."""
+    scores = [o.score for run in runs for o in run if not o.error]
+    worst = min((0.0, *scores)) if metric.higher_is_better else max((0.0, *scores))
+    return [tuple(replace(o, score=worst) if o.error and o.score == 0 else o for o in run) for run in runs]
 
 
 def comparable(metric: Metric, *runs: Sequence[Outcome]) -> None:

@@ -189,7 +189,7 @@ def moved_by(before: System, after: System, examples: Sequence[Example], run: Ru
     old, new = (run.session(one.model) for one in (before, after))
     if not rows or not isinstance(old, TorchSession) or not isinstance(new, TorchSession):
         return None
-    if old.tokenizer.get_vocab() != new.tokenizer.get_vocab():
+    if before.model.content != after.model.content or old.tokenizer.get_vocab() != new.tokenizer.get_vocab():
         return None
     return drift(old, new, render_rows(before, rows, old)[0])
 

@@ -19,7 +19,7 @@ from typing import Any
 from whet import __version__, stats
 from whet.engine import Progress, Session, Spent
 from whet.errors import TaskError
-from whet.metrics import Metric, Outcome, get, score_all, sound
+from whet.metrics import Metric, Outcome, floored, get, score_all, sound
 from whet.model import hash_files, local_folder, shards
 from whet.rows import short_line
 from whet.splits import shared_order
@@ -236,9 +236,10 @@ def _outcomes(
             session.spent += reads.spent - before
         # Chosen among, and none could be; or a server that refused the prompt or was too slow.
         silent = [(bool(a.scores) and not a.text) or a.finish == "failed" for a in answers]
-        told = (replace(o, score=0.0, error="no answer") if s else o for o, s in zip(outcomes, silent, strict=True))
+        told = [replace(o, score=0.0, error="no answer") if s else o for o, s in zip(outcomes, silent, strict=True)]
+        outcomes = floored(metric, told)[0] if any(silent) else outcomes
         cut = {"truncated": sum(a.truncated for a in answers), "unended": sum(a.finish == "length" for a in answers)}
-        return tuple(told), cut, scores
+        return outcomes, cut, scores
     outcomes, shortened = perplexed(system, examples, session, progress)
     return outcomes, {"truncated": shortened, "unended": 0}, None
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from whet.metrics import Mean, Metric, Outcome, comparable
+from whet.metrics import Mean, Metric, Outcome, floored
 
 Array = NDArray[np.float64]
 
@@ -87,9 +87,9 @@ def compare(
     Interval: paired percentile bootstrap over groups; of a single one, all that the difference may be (see `_extent`);
     where all differences are the same, and not 0, see `_unvaried`.
     Test: exact McNemar for scores of 0 and 1 without groups, else a permutation that swaps A and B within groups, on
-    the metric's own figure. Raises ValueError if the ids differ, TaskError where answers without a score would be best.
+    the metric's own figure. What could not be scored is no better than the worst. Raises ValueError if the ids differ.
     """
-    comparable(metric, a, b)
+    a, b = floored(metric, a, b)
     pair = _Pair.of(a, b, metric)
     difference = pair.difference()
     low, high = _unvaried(a, b, metric, pair.clusters) or pair.percentiles(seed, draws, 2.5, 97.5)
@@ -109,7 +109,7 @@ def not_worse(
     """
     if margin < 0:
         raise ValueError(f"a margin is at least 0, not {margin}")
-    comparable(metric, a, b)
+    a, b = floored(metric, a, b)
     pair = _Pair.of(a, b, metric)
     loss = -pair.difference()
     bound = -pair.percentiles(seed, draws, 5)[0]

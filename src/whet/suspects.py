@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # (rows to learn from, rows to judge) -> scores of the labels [rows to judge, labels], as log-probabilities
 Judge = Callable[[Sequence["Example"], Sequence["Example"]], Sequence[Sequence[float]]]
-PARTS, FOLDS = 3, 5  # parts of the rows, by turns judged by what was trained on the others: with a judge, and without
+PARTS, FOLDS = 2, 5  # parts of the rows, by turns judged by what was trained on the others: with a judge, and without
 LEAST_ROWS = 50
 SURE = 0.85  # how likely a label must be wrong for its row to be named
 CONFIDENT = 0.1  # share of rows, those the classifier is surest about, that tell how much noise there is
@@ -39,8 +39,8 @@ def find(
 ) -> tuple[Suspect, ...]:
     """Rows of a closed set whose label is probably wrong, the surest first, among those `examined`.
 
-    Each is judged by `judge`, trained on two thirds of the rows, which gives scores of the labels, in the order of
-    `order_of`, for the others; without it by logistic regressions on embeddings and words that have not seen the row.
+    Each is judged by `judge`, trained on one half of the rows, which gives scores of the labels, in the order of
+    `order_of`, for the other; without it by logistic regressions on embeddings and words that have not seen the row.
     """
     rows = examined(rows, PARTS if judge else FOLDS)
     if not rows:
@@ -48,10 +48,12 @@ def find(
     labels = sorted({r.completion for r in rows})
     given = np.array([labels.index(r.completion) for r in rows])
     if judge is None:
-        chances = _unseen(rows, given, embed, seed)
+        wrong, rather = wrong_chances(_unseen(rows, given, embed, seed), given)
     else:  # classifiers beside it only blur what it is sure of: measured in LOG.md
         chances = _judged(rows, given, judge, [order_of.index(x) for x in labels], seed)
-    wrong, rather = wrong_chances(chances, given)
+        # Trained on few rows it is surer than it is right, and by that alone labels would seem wrong.
+        fitted = np.sort(_tempered(np.log(np.clip(chances, 1e-12, 1.0)), given).max(axis=1))
+        wrong, rather = wrong_chances(chances, given, float(1 - fitted[-_surest(len(rows)) :].mean()))
     order = np.argsort(-wrong, kind="stable")
     named = [i for i in order if wrong[i] >= SURE]
     return tuple(Suspect(rows[i].id, labels[given[i]], labels[rather[i]], round(float(wrong[i]), 3)) for i in named)
@@ -121,20 +123,28 @@ def _tempered(logs: NDArray[Any], given: NDArray[Any]) -> NDArray[np.float64]:
     return np.asarray(np.exp(log_softmax(power * logs, axis=1)), dtype=np.float64)
 
 
-def wrong_chances(chances: NDArray[np.float64], given: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[Any]]:
+def _surest(count: int) -> int:
+    """Of so many rows, how many the classifier is surest about."""
+    return max(20, round(CONFIDENT * count))
+
+
+def wrong_chances(
+    chances: NDArray[np.float64], given: NDArray[Any], most: float = 1.0
+) -> tuple[NDArray[np.float64], NDArray[Any]]:
     """(chance [n] that each given label is wrong, the likeliest other label [n]), from unseen probabilities [n, K].
 
     The classifier is nearly always right where it is surest: how often it disagrees there is the share e of wrong
-    labels. Its probabilities are those of noisy labels, c·(1 - e) + (1 - c)·e/(K - 1) for a true label's c; turned
-    round, they tell by Bayes' rule how likely the given label is wrong. Zeros where e is so large that the classifier
-    itself must be at fault, as on labels that people dispute.
+    labels, and no more than `most`. Its probabilities are those of noisy labels, c·(1 - e) + (1 - c)·e/(K - 1) for a
+    true label's c; turned round, they tell by Bayes' rule how likely the given label is wrong. Zeros where e is so large
+    that the classifier itself must be at fault, as on labels that people dispute.
     """
     n, kinds = chances.shape
     top = chances.argmax(axis=1)
-    surest = np.argsort(-chances.max(axis=1), kind="stable")[: max(20, round(CONFIDENT * n))]
+    surest = np.argsort(-chances.max(axis=1), kind="stable")[: _surest(n)]
     noise = float((top[surest] != given[surest]).mean())
     if noise == 0.0 or noise > min(MOST_NOISE, NEAR_CHANCE * (kinds - 1) / kinds):
         return np.zeros(n), top
+    noise = min(noise, most)
     spread = noise / (kinds - 1)
     true = np.clip((chances - spread) / (1 - noise - spread), 1e-6, None)
     true /= true.sum(axis=1, keepdims=True)

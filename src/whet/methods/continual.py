@@ -123,8 +123,7 @@ class Continual(FineTune):
         else:
             kind = "osf" if self.strategy == "osf" else self.adapter
             adapter = Adapter(kind, self.rank, 2 * self.rank, bits=self.bits)
-            finished = (run.store.artifact(name) / "done.json").exists()
-            wrong = self.suspects(system, data, run) if self.clean and not finished else ()
+            wrong = self.suspects(system, data, run) if self.clean else ()
             taught = teach(
                 system, run, name, adapter, lambda live: self._protected(system, data, run, live, tasks, wrong)
             )

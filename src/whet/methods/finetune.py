@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from whet.engine import Spent
-from whet.errors import DivergedError, MethodError
+from whet.errors import DivergedError, MethodError, WhetError
 from whet.methods import Need, Run
 from whet.system import System
 from whet.task import Example, Learnable
@@ -106,7 +106,7 @@ class FineTune:
         return FineTune(**{f.name: getattr(self, f.name) for f in fields(FineTune)})
 
     def suspects(self, system: System, data: Learnable, run: Run) -> Disputed:
-        """Rows whose label is probably wrong, by the model itself, trained on two thirds of the rows without them.
+        """Rows whose label is probably wrong, by the model itself, trained on the other half of the rows.
 
         Trained by the defaults at full length, whatever the settings: trainings that are compared, or that go on from
         one another, leave out the same rows. The same search again finds them in the store. No row is judged with rows
@@ -134,11 +134,13 @@ class FineTune:
             except DivergedError as error:  # at the default rate, which no setting changes here
                 raise MethodError(f"suspects cannot be looked for: {error.problem}", found=error.found,
                                   do="leave clean out") from error  # fmt: skip
+            finally:
+                taken.append(within.spent)
             progress = run.progress("looking for suspects")
             session = run.session(taught.model)
             scores, _ = taught.label_scores(held, session, progress, blind=True)
             run.sessions.pop(taught.model)
-            taken.append(within.spent + session.spent)
+            taken.append(session.spent)
             return scores
 
         # The System may answer in another order than the task lists its labels in.
@@ -146,7 +148,11 @@ class FineTune:
         name = key("disputed", asdict(method), system.state, rows_hash(rows), run.seed, most, "spent")
         made = run.store.artifact(name)
         if not made.exists():
-            found = suspects.find(rows, Embedder(run.home), run.seed, judge, order)
+            try:
+                found = suspects.find(rows, Embedder(run.home), run.seed, judge, order)
+            except WhetError:
+                run.spent += sum(taken, Spent())  # for nothing
+                raise
             with aside(made) as work:
                 body = {"suspects": [asdict(s) for s in found], "spent": asdict(sum(taken, Spent()))}
                 (work / "suspects.json").write_text(json.dumps(body), encoding="utf-8")

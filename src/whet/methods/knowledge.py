@@ -222,17 +222,15 @@ def facts_of(graph: Graph) -> list[Asked]:
     for s, r, o in graph.edges.tolist():
         groups.setdefault((s, (r,)), []).append(o)
         groups.setdefault((o, (~r,)), []).append(s)
-    made = dict[str, Asked]()
+    made: dict[str, tuple[set[str], set[str]]] = {}
     for (node, way), found in groups.items():
         [step] = way
-        back = step < 0 and ~step not in graph.inverses
-        if back and len(found) > FEW:
+        if step < 0 and len(found) > FEW:
             continue
-        phrase = asked(graph.nodes[node][0], graph.named(step), back)
+        phrase = asked(graph.nodes[node][0], graph.named(step), step < 0 and ~step not in graph.inverses)
         ends = sorted(found, key=lambda n: (graph.nodes[n][0], n))
-        told = graph.sentence(node, way, ends, MOST_ANSWERS)
-        other = made.get(phrase, Asked(phrase, (), ""))
-        answers = sorted({*other.answers, *(graph.nodes[n][0] for n in ends)})
-        lines = dict.fromkeys(filter(None, (*other.told.split("\n"), told)))
-        made[phrase] = Asked(phrase, tuple(answers), "\n".join(lines))
-    return [replace(one, answers=one.answers[:MOST_ANSWERS]) for one in made.values()]
+        answers, lines = made.setdefault(phrase, (set(), set()))
+        answers.update(graph.nodes[n][0] for n in ends)
+        lines.add(graph.sentence(node, way, ends, MOST_ANSWERS))
+    return [Asked(phrase, tuple(sorted(answers)[:MOST_ANSWERS]), "\n".join(sorted(lines)[:MOST_ANSWERS]))
+            for phrase, (answers, lines) in made.items()]  # fmt: skip

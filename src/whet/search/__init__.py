@@ -359,7 +359,7 @@ def _finalist(job: _Job) -> Trial | None:
 
 def _keeping(job: _Job, trial: Trial) -> Trial:
     """The trial with what the earlier tasks lose by it; refused where that is more than is allowed."""
-    base = job.bases[0]  # of all gains, and of what is lost
+    base = _compared(job, trial)
     lost = forgetting(base, trial.system, job.earlier, job.run, job.task.limits.forgetting, job.task.trusted)
     if not lost:
         return trial
@@ -372,6 +372,14 @@ def _keeping(job: _Job, trial: Trial) -> Trial:
         job.notes.append(f"{trial.name}: {ability(base, trial.system, job.run)}")
     most = max(one.lost for one in lost)
     return job.race.mark(trial, forgetting=most, status="refused" if why else trial.status, why=why or trial.why)
+
+
+def _compared(job: _Job, trial: Trial) -> System:
+    """What a trial may lose against: the first model, the base of all gains; its own where some are served elsewhere,
+    which earlier tasks may ask for what servers do not tell.
+    """
+    own = [b for b in job.bases if b.model.content == trial.system.model.content]
+    return own[0] if own and any(b.model.remote for b in job.bases) else job.bases[0]
 
 
 def _best_single(job: _Job, finalist: Trial) -> Trial | None:

@@ -14,7 +14,7 @@ from whet import stats
 from whet.engine import Session, Spent
 from whet.errors import DivergedError, StoreError, WhetError
 from whet.methods import Run
-from whet.metrics import Metric, in_points
+from whet.metrics import Metric, comparable, in_points
 from whet.progress import Standing, Watch
 from whet.scorecard import Scorecard, alike, evaluate, join, reads_scores
 from whet.search.budget import Rates
@@ -179,6 +179,8 @@ class Race:
             status, why = "done", ""
             self.made.setdefault(made, Made(len(recipe.methods), system, notes, spent))
             card = self._score(system, len(rows)) if rows else None
+            if card and self.base and self.base.card:
+                comparable(self.metric, self.base.card.outcomes, card.outcomes)
         except StoreError:
             raise  # a full disk is no property of the arm
         except WhetError as error:
@@ -186,7 +188,8 @@ class Race:
                 raise
             # What it has cost is spent; that it failed is not kept, since what was missing may be there next time.
             system, spent, card, begun = start, _since(run, before) + run.spent, None, None
-            notes = {"slower": error.slower} if isinstance(error, DivergedError) else {}
+            notes = {"trainings": run.notes.get("trainings", {})}  # which others may have paid for
+            notes |= {"slower": error.slower} if isinstance(error, DivergedError) else {}
             status, why = "failed", str(error)
             self.watch.say(f"{recipe.name}{label} failed: {why}")
         if kept is None and status == "done":

@@ -31,7 +31,7 @@ from whet.train.trackers import trackers
 STATE_BYTES = 20  # of a trained weight: itself, its best, its fp32 master and gradient, AdamW's two moments
 NEXT = 7919  # between the seeds of adapters that stand upon one another
 TEXT_TOKENS = 1024  # plain text is trained in windows of at most this many tokens
-RULES = 6  # by which rows become steps; raised where the same settings come to other weights than before
+RULES = 7  # by which rows become steps; raised where the same settings come to other weights than before
 
 
 @dataclass(frozen=True)
