@@ -135,8 +135,8 @@ def wrong_chances(
 
     The classifier is nearly always right where it is surest: how often it disagrees there is the share e of wrong
     labels, and no more than `most`. Its probabilities are those of noisy labels, c·(1 - e) + (1 - c)·e/(K - 1) for a
-    true label's c; turned round, they tell by Bayes' rule how likely the given label is wrong. Zeros where e is so large
-    that the classifier itself must be at fault, as on labels that people dispute.
+    true label's c; turned round, they tell by Bayes' rule how likely the given label is wrong. Zeros where e is so
+    large that the classifier itself must be at fault, as on labels that people dispute.
     """
     n, kinds = chances.shape
     top = chances.argmax(axis=1)
