@@ -108,6 +108,26 @@ def test_chances_by_hand() -> None:
     assert wrong[40:] == pytest.approx(np.full(360, 0.2), abs=1e-9)  # nothing known: the share of wrong labels
 
 
+def test_no_more_labels_are_wrong_than_fitted_probabilities_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a judge that is surer than it is right, the surest rows would say more by chance."""
+    chances, given = np.array([[0.2, 0.8]] * 40 + [[0.5, 0.5]] * 360), np.array([0] * 8 + [1] * 32 + [0, 1] * 180)
+    wrong, _ = suspects.wrong_chances(chances, given, 0.1)  # the true chance of label 0: (0.2 - 0.1) / 0.8
+    assert wrong[:8] == pytest.approx(np.full(8, 0.875 * 0.1 / (0.875 * 0.1 + 0.125 * 0.9)))
+    seen: list[tuple[float, ...]] = []
+    own = suspects.wrong_chances
+    monkeypatch.setattr(suspects, "wrong_chances", lambda c, g, *most: seen.append(most) or own(c, g, *most))
+    noisy, _ = flipped(rows(400), 0.2)
+    truth = {e.id: e.completion for e in rows(400)}
+
+    def judge(_: Any, held: Any) -> Any:  # right in 19 of 20 rows, and sure of itself in all
+        return [[9.0 * (label == (truth[e.id] if int(e.id) % 20 else "sport")) for label in TOPICS] for e in held]
+
+    suspects.find(noisy, embed, 0, judge, list(TOPICS))
+    suspects.find(noisy, embed)
+    [[most], none] = seen
+    assert not none and 0.2 < most < 0.27
+
+
 def test_labels_that_a_classifier_cannot_tell_are_left_alone() -> None:
     draw = random.Random(3)
     disputed = [replace(e, completion=draw.choice(list(TOPICS))) for e in rows(400)]  # by chance: two thirds "wrong"

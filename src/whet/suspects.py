@@ -119,7 +119,7 @@ def _tempered(logs: NDArray[Any], given: NDArray[Any]) -> NDArray[np.float64]:
     def surprise(power: float) -> float:
         return -float(log_softmax(np.exp(power) * logs, axis=1)[np.arange(len(given)), given].mean())
 
-    power = np.exp(minimize_scalar(surprise, bounds=(-1.0, 2.0), method="bounded").x)
+    power = np.exp(minimize_scalar(surprise, bounds=(-4.0, 2.0), method="bounded").x)
     return np.asarray(np.exp(log_softmax(power * logs, axis=1)), dtype=np.float64)
 
 
